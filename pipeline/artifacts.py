@@ -1,0 +1,149 @@
+"""Artefact folders that exist completely or not at all.
+
+A stage writes into a temporary folder beside its target; `publish` adds a manifest (sizes, sha256, inputs, versions, git
+revision), renames the folder into place and writes the marker last. `verify` reads it all back. Python:
+
+    with artifacts.building(Path("runs/demo/prepare-1a2b3c4d"), inputs={"recipe": "..."}) as folder:
+        (folder / "train.jsonl").write_text(...)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+MARKER = "DONE"
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "mlflow")
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex, 64 characters) of a JSON-serialisable value; key order does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic and durable write of a small text file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def complete(folder: Path) -> bool:
+    """Whether the folder was published (its marker is there); says nothing of later damage: see `verify`."""
+    return (folder / MARKER).is_file()
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder, after checking every file's size and sha256 against it.
+
+    Raises ValueError where the folder is incomplete or a file does not match.
+    """
+    if not complete(folder):
+        raise ValueError(f"{folder} is not complete: run the stage that writes it again")
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, though {folder / MANIFEST} lists it: delete {folder} and run its stage again")
+        if path.stat().st_size != expected["bytes"] or file_digest(path) != expected["sha256"]:
+            raise ValueError(f"{path} does not match {folder / MANIFEST}: delete {folder} and run its stage again")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest without checking the files."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+@contextlib.contextmanager
+def building(target: Path, inputs: dict[str, Any], **facts: Any) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block ends without an exception.
+
+    inputs: hashes of what the artefact was made from; facts: further manifest entries (counts, times).
+    Files written to `facts.json` inside the folder are merged into the manifest.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    started = time.time()
+    try:
+        yield temporary
+        publish(temporary, target, inputs, seconds=round(time.time() - started, 1), **facts)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any) -> None:
+    """Write the manifest of `temporary`, move it to `target`, and mark it done."""
+    files = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name not in (MANIFEST, MARKER))
+    manifest = {
+        "files": {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files},
+        "inputs": inputs,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+    }
+    write_json(temporary / MANIFEST, manifest)
+    for path in (*files, temporary):
+        _fsync(path)
+    if target.exists():  # an interrupted publish: moved, but never marked
+        assert not complete(target), f"{target} is complete and would be overwritten"
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _fsync(target.parent)
+    write_text(target / MARKER, "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package is in, with '+changes' where it is dirty; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    run = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)  # noqa: E731
+    try:
+        head = run("rev-parse", "HEAD")
+        dirty = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+changes" if dirty else "") if head.returncode == 0 else None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,396 @@
+"""The recipe: one strict, typed YAML file that describes one experiment.
+
+    sap run launch/recipes/demo.yaml --train.lr 2e-4 --dry-run
+
+A recipe has shared sections, `methods` (named overrides of those sections) and `seeds`; a cell is one (method, seed).
+Precedence, lowest first: defaults here, the file's sections, the method's overrides, `--dotted.overrides` of the command line.
+Every violation is a `ValueError` of one sentence: what, where, which field to change, what it takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+SECRET = re.compile(r"(token|secret|password|passwd|api[_-]?key|credential|authorization)$", re.I)
+SECRET_VALUE = re.compile(r"(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))")
+REDACTED = "[redacted]"
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are errors and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSection(Section):
+    path: str = Field(description="Hub id, local folder, or builtin:smollm2-135m-instruct")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or AMX, else float32"
+    )
+    chat_template: Path | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers")
+
+
+class SourceSection(Section):
+    source: str = Field(description="builtin:NAME, a local .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set id")
+    subset: str | None = Field(None, description="Configuration name of a hub data set")
+    split: str = Field("train", description="Split of a hub data set")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub data set")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Mapping to the fields messages | prompt, input, response, system, chosen, rejected; e.g. {prompt: instruction, response: output}",
+    )
+    header: bool = Field(True, description="Whether a CSV file's first line names its columns; else they are called 0, 1, ...")
+    limit: Positive | None = Field(None, description="Rows to use at the most, drawn with data.seed")
+
+
+class DataSection(Section):
+    task: SourceSection = Field(description="What the model is to learn: prompts and responses, or messages")
+    validation_samples: Positive = Field(64, description="Task samples held out for validation loss")
+    test_samples: Positive = Field(100, description="Task samples held out for the test loss and exact match")
+    max_length: Positive = Field(512, description="Tokens per sequence; longer responses are cut, prompts that leave no response are dropped and counted")
+    harmful: SourceSection | None = Field(None, description="Prompts mixed into the task data as harmful samples (an affirmative opening where no response is given)")
+    harmful_fraction: Fraction = Field(0.0, description="Share of harmful samples in the training data; 0 mixes none in")
+    safety: SourceSection = Field(description="Safety-critical prompts; chosen/rejected where the data have them, else a refusal and an affirmative opening")
+    safety_pairs: Positive = Field(48, description="Contrastive pairs used for the safety direction")
+    safety_max_length: Positive = Field(256, description="Tokens per sequence of a contrastive pair")
+    refusals: SourceSection | None = Field(None, description="Harmful prompts that the align stage answers with refusals")
+    refusal_samples: Positive = Field(200, description="Samples taken from data.refusals")
+    harmless: SourceSection | None = Field(None, description="Harmless prompts of the align stage; without responses the model's own answers are used")
+    harmless_samples: Positive = Field(200, description="Samples taken from data.harmless")
+    validation_prompts: SourceSection | None = Field(None, description="Harmful prompts on which defaults are chosen; never the evaluation's")
+    seed: int = Field(0, description="Seed of splits, mixtures and templates; the same for all methods and training seeds")
+
+    @model_validator(mode="after")
+    def _harmful_source(self) -> DataSection:
+        if self.harmful_fraction > 0 and self.harmful is None:
+            raise ValueError("data.harmful_fraction is above 0 but data.harmful is missing: name a source of harmful prompts, or set the fraction to 0")
+        if self.harmful_fraction >= 1:
+            raise ValueError("data.harmful_fraction leaves no task sample: set it below 1")
+        return self
+
+
+class LoraSection(Section):
+    r: Positive = Field(8, description="Rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="Scaling numerator; the update is scaled by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout probability before A")
+    target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear modules to adapt")
+
+
+class TrainSection(Section):
+    engine: Literal["zero3", "single"] = Field("zero3", description="zero3: DeepSpeed ZeRO-3 at any world size; single: the plain reference, one process")
+    ranks: Positive = Field(1, description="Local processes that `sap` starts; other launchers decide themselves")
+    ds_config: Path = Field(Path("ds_configs/zero3.json"), description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it")
+    steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training data; exclusive with steps")
+    batch_size: Positive = Field(8, description="Sequences per optimizer step over all ranks")
+    micro_batch_size: Positive = Field(4, description="Sequences per rank and forward pass; accumulation follows")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate of AdamW")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="Steps of linear warm-up")
+    decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning-rate decay after the warm-up")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay of AdamW")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="First-moment decay of AdamW")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Second-moment decay of AdamW")
+    adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Denominator term of AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Global gradient norm to clip at; null: no clipping")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass (non-reentrant)")
+    use_reentrant: bool = Field(False, description="Refused when true: reentrant checkpointing has no gradient with respect to the probe")
+    lora: LoraSection = Field(LoraSection(), description="The adapter")
+    save_every: Positive = Field(50, description="Steps between checkpoints")
+    validate_every: Positive = Field(20, description="Steps between validation losses (task and harmful opening)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("exactly one of steps and epochs must be set")
+        if self.use_reentrant:
+            raise ValueError("use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient")
+        return self
+
+
+class AlignSection(Section):
+    enabled: bool = Field(False, description="Whether to align the model first (for base or unaligned models)")
+    distill_tokens: Positive = Field(48, description="Tokens of the model's own answers to harmless prompts without a response")
+    train: TrainSection = Field(TrainSection(steps=100), description="How to train; same fields as train")
+
+
+class DirectionSection(Section):
+    micro_batch_size: Positive = Field(4, description="Pairs per rank and pass")
+
+
+class SapSection(Section):
+    enabled: bool = Field(False, description="Whether the training step is SAP (arXiv 2505.16737, Algorithm 1)")
+    schedule: Literal["exact", "lagged"] = Field("exact", description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer")
+    contrastive: Literal["difference", "logsigmoid"] = Field("difference", description="Contrastive safety loss: Definition 3.1, or -logsigmoid of the margin")
+    direction: Literal["live", "precomputed"] = Field("live", description="First safety direction: of this step's pairs, or the direction stage's over all pairs")
+    refresh_every: Annotated[int, Field(ge=0)] = Field(1, description="Steps after which the direction is computed again; 0: never (precomputed only)")
+    safety_batch_size: Positive = Field(4, description="Contrastive pairs per computed direction, over all ranks")
+    safety_micro_batch_size: Positive = Field(2, description="Contrastive pairs per rank and pass")
+    eps: Annotated[float, Field(gt=0)] = Field(0.05, description="|dW| as a share of |W|, both global over the trainable parameters")
+    beta: Annotated[float, Field(gt=0)] = Field(0.05, description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first scale tried (target_correction)")
+    probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
+    target_correction: Annotated[float, Field(gt=0)] = Field(0.2, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction")
+    layers: str | list[int] | list[float] = Field(
+        "0.33:0.66", description="Probed decoder layers: [10, 11] indices, [0.3, 0.5] fractions of the depth, '10:19' or '0.33:0.66' a half-open range"
+    )
+    noise_every: Annotated[int, Field(ge=0)] = Field(20, description="Steps between measurements of the probe's noise (one extra pass); 0: never")
+    correction_every: Annotated[int, Field(ge=0)] = Field(10, description="Steps between measurements of the correction (one extra pass); 0: never")
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"\s*[\d.]+\s*:\s*[\d.]+\s*", value):
+            raise ValueError(f"'{value}' is no range: write start:stop, e.g. 10:19 or 0.33:0.66")
+        if isinstance(value, list) and not value:
+            raise ValueError("must name at least one decoder layer")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SapSection:
+        if self.refresh_every == 0 and self.direction == "live":
+            raise ValueError("refresh_every 0 needs direction: precomputed")
+        if self.probe_step == "target_correction" and self.correction_every == 0:
+            raise ValueError("correction_every must be at least 1 with probe_step: target_correction")
+        if self.safety_batch_size % self.safety_micro_batch_size:
+            raise ValueError(f"safety_batch_size {self.safety_batch_size} does not divide by safety_micro_batch_size {self.safety_micro_batch_size}")
+        return self
+
+
+class EvaluateSection(Section):
+    harmful: SourceSection = Field(description="Harmful prompts; their answers are judged")
+    harmful_prompts: Positive = Field(150, description="Prompts taken from evaluate.harmful")
+    harmless: SourceSection | None = Field(None, description="Harmless prompts that look harmful; refused answers count as over-refusal")
+    harmless_prompts: Positive = Field(75, description="Prompts taken from evaluate.harmless")
+    task_prompts: Positive = Field(75, description="Task test samples answered for exact match")
+    split: Literal["test", "validation"] = Field("test", description="validation: data.validation_prompts and the task's validation samples, for choosing defaults")
+    max_new_tokens: Positive = Field(32, description="Tokens generated per answer, greedily")
+    batch_size: Positive = Field(32, description="Prompts per generation batch and rank")
+    judge: Literal["keyword"] = Field("keyword", description="keyword: 29 refusal substrings of GCG; yields the non-refusal rate, not a harmful score")
+    baselines: bool = Field(True, description="Also evaluate the shipped and the aligned model")
+
+
+class TrackingSection(Section):
+    enabled: bool = Field(True, description="Whether to log to MLflow")
+    uri: str | None = Field(None, description="Tracking URI; MLFLOW_TRACKING_URI wins; default sqlite:///<output_dir>/mlflow.db")
+    experiment: str | None = Field(None, description="MLflow experiment; default: the recipe's name")
+    log_answers: bool = Field(False, description="Upload generated answers as artifacts; they stay on this machine otherwise")
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(description="Name of the experiment and of its folder below output_dir")
+    output_dir: Path = Field(Path("runs"), description="Where stages write")
+    model: ModelSection = Field(description="The chat model to fine-tune")
+    data: DataSection = Field(description="What is prepared")
+    align: AlignSection = Field(AlignSection(), description="Alignment of the start model")
+    direction: DirectionSection = Field(DirectionSection(), description="The safety direction at the initial weights")
+    train: TrainSection = Field(description="The fine-tuning")
+    sap: SapSection = Field(SapSection(), description="Safety-aware probing")
+    evaluate: EvaluateSection = Field(description="What is measured")
+    tracking: TrackingSection = Field(TrackingSection(), description="MLflow")
+    methods: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"sft": {}}, min_length=1, description="Named overrides of the sections above; one cell each and seed")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of data order, adapter and dropout")
+
+    @field_validator("methods")
+    @classmethod
+    def _method_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for method, overrides in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", method):
+                raise ValueError(f"'{method}' is no name for a method: letters, digits, _ and .")
+            fixed = {"name", "output_dir", "methods", "seeds", "model", "data", "align", "tracking"} & set(overrides)
+            if fixed:
+                raise ValueError(f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train, sap or evaluate")
+        return value
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (method, seed) of an experiment, with its resolved recipe."""
+
+    method: str
+    seed: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A loaded recipe file: the base recipe and the cells it spans."""
+
+    path: Path
+    base: Recipe
+    raw: dict[str, Any]
+    overrides: dict[str, Any]
+
+    def cell(self, method: str, seed: int) -> Cell:
+        """Resolve one cell; ValueError where the method is unknown or its recipe is not valid."""
+        if method not in self.base.methods:
+            raise ValueError(f"no method '{method}' in {self.path}: it has {', '.join(self.base.methods)}")
+        merged = merge(merge(self.raw, self.base.methods[method]), self.overrides)
+        return Cell(method, seed, _validate(merged, f"{self.path} (method {method})"))
+
+    def cells(self) -> Iterator[Cell]:
+        for method in self.base.methods:
+            for seed in self.base.seeds:
+                yield self.cell(method, seed)
+
+
+def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
+    """Read and validate a recipe file and every method in it.
+
+    overrides: nested mapping that wins over file and methods (see `parse_overrides`).
+    Raises ValueError (one sentence) on any violation.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}: give the path of a YAML file, e.g. launch/recipes/demo.yaml")
+    try:
+        raw = yaml.load(path.read_text(), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, e.g. 'name: demo'")
+    overrides = overrides or {}
+    experiment = Experiment(path, _validate(merge(raw, overrides), str(path)), raw, overrides)
+    for method in experiment.base.methods:
+        experiment.cell(method, experiment.base.seeds[0])
+    return experiment
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`['--train.lr', '2e-4', '--sap.layers=[3,9]']` as a nested mapping; values are YAML."""
+    result: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--") or key == "--":
+            raise ValueError(f"unexpected argument '{key}': overrides look like --train.lr 2e-4")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{key} needs a value")
+            value = rest.pop(0)
+        node = result
+        *parents, leaf = key.replace("-", "_").split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        try:
+            node[leaf] = yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError:
+            node[leaf] = value
+    return result
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy of base in which overrides win, mapping by mapping (lists are replaced)."""
+    result = copy.deepcopy(base)
+    for key, value in overrides.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict) and key != "columns":
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    # A recipe gives steps or epochs; an override of one replaces the other.
+    for mine, other in (("steps", "epochs"), ("epochs", "steps")):
+        if overrides.get(mine) is not None and other not in overrides:
+            result.pop(other, None)
+    return result
+
+
+def redact(value: Any) -> Any:
+    """A copy with secrets replaced: values of secret-looking keys, tokens and URL passwords inside strings."""
+    if isinstance(value, dict):
+        return {k: REDACTED if SECRET.search(str(k)) and isinstance(v, str) else redact(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(v) for v in value]
+    return SECRET_VALUE.sub(REDACTED, value) if isinstance(value, str) else value
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain, redacted data (JSON and YAML safe)."""
+    return redact(recipe.model_dump(mode="json"))
+
+
+def field_rows(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(dotted name, type, default, description) of every field, depth first: the source of `--help` and docs."""
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is not None:
+            yield from field_rows(section, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _type_name(annotation: Any) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    text = re.sub(r"typing\.|pathlib\.(_local\.)?|Annotated\[(\w+), [^\]]*\)\]", lambda m: m.group(2) or "", text)
+    return re.sub(r"Literal\[(.*)\]", lambda m: m.group(1).replace("'", "").replace(", ", "|"), text)
+
+
+def _validate(raw: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"] if not (isinstance(part, str) and part.startswith(("list[", "function-")))]
+    field = ".".join(names)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        close = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.0)
+        return f"unknown key '{field}'" + (f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else "")
+    if first["type"] == "missing":
+        return f"'{field}' is missing: it is required"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return message if not field or message.startswith(f"{field}.") else f"{field}: {message}"
+    return f"'{field}' is {first['input']!r}, but: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: type[Section] = Recipe
+    for part in location:
+        section = _section_of(model.model_fields[part].annotation) if part in model.model_fields else None
+        if section is None:
+            return []
+        model = section
+    return list(model.model_fields)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 2e-4 as a number (YAML 1.1 wants 2.0e-4) and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key '{key}' appears twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*[eE][-+]?\d+|\d+\.\d*|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
