@@ -1,0 +1,120 @@
+"""Batches: which samples make up global step t, and how ranks and micro-batches share them.
+
+The order depends on (seed, step) alone, never on the number of ranks: rank r of w takes every w-th micro-batch of the step, so 1 and N
+ranks see the same micro-batches, and a resumed run needs only its step number.
+
+    order = BatchOrder(num_samples=900, batch_size=8, seed=0)
+    batches = micro_batches(rows, order.step(17), micro_batch_size=2, rank=0, world_size=2, pad_id=0, seed=0, step=17)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """input_ids, attention_mask, labels: int64 (B, T), right-padded. global_tokens: supervised tokens of the whole step."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    global_tokens: int
+    seed: int
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """As MicroBatch, B = 2 x pairs: chosen rows, then rejected rows. global_pairs: pairs of the whole step."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    global_pairs: int
+    seed: int
+
+    to = MicroBatch.to
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """A fresh permutation of the samples in every epoch; a batch may straddle two epochs, so that all steps are full."""
+
+    num_samples: int
+    batch_size: int
+    seed: int
+
+    def step(self, step: int) -> list[int]:
+        """Sample indices of global step `step` (from 0)."""
+        first = step * self.batch_size
+        return [self._epoch(position // self.num_samples)[position % self.num_samples] for position in range(first, first + self.batch_size)]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        cached = self.__dict__.get("_cache")
+        if cached is None or cached[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            cached = (epoch, torch.randperm(self.num_samples, generator=generator).tolist())
+            object.__setattr__(self, "_cache", cached)
+        return cached[1]
+
+
+def micro_batches(rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int, seed: int, step: int):
+    """This rank's MicroBatches of one step. rows[i]: input_ids and labels (lists of int)."""
+    global_tokens = sum(_supervised(rows[i]["labels"]) for i in indices)
+    chunks = _chunks(indices, micro_batch_size, world_size)
+    return [
+        MicroBatch(*_pad([rows[i]["input_ids"] for i in chunk], [rows[i]["labels"] for i in chunk], pad_id), global_tokens, _mask_seed(seed, step, number))
+        for number, chunk in enumerate(chunks)
+        if number % world_size == rank
+    ]
+
+
+def pair_batches(rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int, seed: int, step: int):
+    """This rank's PairBatches of one step. rows[i]: chosen_/rejected_ input_ids and labels."""
+    batches = []
+    for number, chunk in enumerate(_chunks(indices, micro_batch_size, world_size)):
+        if number % world_size == rank:
+            ids = [rows[i][f"{side}_input_ids"] for side in ("chosen", "rejected") for i in chunk]
+            labels = [rows[i][f"{side}_labels"] for side in ("chosen", "rejected") for i in chunk]
+            batches.append(PairBatch(*_pad(ids, labels, pad_id), len(indices), _mask_seed(seed, step, number)))
+    return batches
+
+
+def check_divides(field: str, batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """ValueError where a global batch cannot be shared equally by the ranks' micro-batches."""
+    if batch_size % (micro_batch_size * world_size):
+        raise ValueError(
+            f"{field}.batch_size {batch_size} does not divide by micro_batch_size {micro_batch_size} x {world_size} ranks: "
+            f"use a multiple of {micro_batch_size * world_size}"
+        )
+
+
+def _supervised(labels: list[int]) -> int:
+    return sum(label != IGNORE for label in labels[1:])
+
+
+def _chunks(indices: list[int], size: int, world_size: int) -> list[list[int]]:
+    """Micro-batches of at most `size`, as equal as can be, their number a multiple of the ranks: a rank with one pass fewer would hang."""
+    number = -(-len(indices) // (size * world_size)) * world_size
+    assert len(indices) >= number, f"{len(indices)} samples cannot be shared by {world_size} ranks"
+    bounds = [round(part * len(indices) / number) for part in range(number + 1)]
+    return [indices[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def _pad(input_ids: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids in input_ids)
+    fill = lambda sequences, value: torch.tensor([s + [value] * (width - len(s)) for s in map(list, sequences)])  # noqa: E731
+    return fill(input_ids, pad_id), fill([[1] * len(ids) for ids in input_ids], 0), fill(labels, IGNORE)
+
+
+def _mask_seed(seed: int, step: int, number: int) -> int:
+    return (seed * 1_000_003 + step) * 4_099 + number

@@ -1,0 +1,140 @@
+"""Models, tokenizers and adapters: what is loaded, in which dtype, and where the decoder layers are.
+
+    from pipeline.models import load_model, load_tokenizer, add_lora
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.recipe import LoraSection, ModelSection
+
+BUILTIN = "builtin:smollm2-135m-instruct"
+
+
+def resolve_model_path(section: ModelSection) -> str:
+    """Local folder of a builtin or local model, or the hub id as it stands. ValueError for a folder that is no model."""
+    if section.path.startswith("builtin:"):
+        if section.path != BUILTIN:
+            raise ValueError(f"model.path '{section.path}' is no built-in model: the one there is is {BUILTIN}")
+        from pipeline.data.builtin import builtin_model
+
+        return str(builtin_model())
+    path = Path(section.path).expanduser()
+    if path.is_dir():
+        check_model_folder(path)
+        return str(path)
+    if path.is_absolute() or section.path.startswith((".", "~")) or section.path.count("/") != 1:
+        raise ValueError(f"model.path '{section.path}' is no folder: give a local model folder, a hub id (owner/name) or {BUILTIN}")
+    return section.path
+
+
+def check_model_folder(path: Path) -> None:
+    """ValueError where the folder lacks a config, weights or a tokenizer."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model.path {path} holds no config.json: give the folder of a saved transformers model")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"model.path {path} holds no *.safetensors: save the model with save_pretrained (pickled weights are not read)")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"model.path {path} holds no tokenizer: save it there with tokenizer.save_pretrained")
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer with its chat template (or model.chat_template's). ValueError where it has none."""
+    path = resolve_model_path(section)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(_unreachable(path, error)) from None
+    if section.chat_template is not None:
+        if not section.chat_template.is_file():
+            raise ValueError(f"model.chat_template {section.chat_template} does not exist: give the path of a Jinja file")
+        tokenizer.chat_template = section.chat_template.read_text()
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {path} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """Dtype of the frozen weights; `auto` is bfloat16 where the hardware multiplies it natively."""
+    if name != "auto":
+        return getattr(torch, name)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return torch.bfloat16 if re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) else torch.float32
+
+
+def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
+    """A causal language model on the CPU, in train mode, with the key-value cache off.
+
+    path: local folder or hub id. Raises ValueError where it cannot be had.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, use_safetensors=True
+        )
+    except OSError as error:
+        raise ValueError(_unreachable(path, error)) from None
+    model.config.use_cache = False
+    return model.train()
+
+
+def num_decoder_layers(section: ModelSection) -> int:
+    """Depth of the model, from its config alone (no weights are read)."""
+    path = resolve_model_path(section)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(_unreachable(path, error)) from None
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
+    """A fresh LoRA (B = 0) in float32 on a frozen model; A is drawn from `seed` alone, so every rank has the same.
+
+    Returns the PeftModel. Raises ValueError where no target module exists.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [target for target in lora.target_modules if target not in names]
+    if missing:
+        raise ValueError(f"train.lora.target_modules names '{missing[0]}', which this model lacks: it has {', '.join(sorted(names))}")
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules), task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Non-reentrant activation checkpointing: the reentrant kind raises in `torch.autograd.grad`."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in order: the members of the longest ModuleList of equal modules, wherever wrappers put it."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(layer) for layer in m}) == 1]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers to probe")
+    return list(max(lists, key=len))
+
+
+def _unreachable(path: str, error: OSError) -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    hint = "HF_HUB_OFFLINE=1 is set, so only the local cache was looked at" if offline else "check the id, the network and your access (huggingface-cli login)"
+    first = str(error).strip().splitlines()[0]
+    return f"model.path '{path}' cannot be had: {hint}; a local folder works too ({first})"

@@ -1,0 +1,69 @@
+"""The losses, as shares of the global batch: summed over micro-batches and ranks they are the loss.
+
+Useful loss: summed over supervised tokens / supervised tokens of the global batch. Safety loss (Definition 3.1 of arXiv 2505.16737):
+token mean per response, mean over the global pairs. Both with the causal shift. No engine has to weigh anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.data.batches import MicroBatch, PairBatch
+
+IGNORE = -100
+
+
+def useful_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Cross entropy of this micro-batch's supervised tokens over the global count: a scalar share, float32."""
+    with dropout_seed(batch.seed):
+        token_losses, _ = _token_losses(model, batch.input_ids, batch.attention_mask, batch.labels)
+    return token_losses.sum() / batch.global_tokens
+
+
+def safety_loss(contrastive: str):
+    """The contrastive loss function: `difference` (Definition 3.1) or `logsigmoid` (reference code's form, token means)."""
+
+    def loss(model: nn.Module, batch: PairBatch) -> torch.Tensor:
+        with dropout_seed(batch.seed):
+            token_losses, rows = _token_losses(model, batch.input_ids, batch.attention_mask, batch.labels)
+        pairs = batch.input_ids.shape[0] // 2  # rows 0..pairs-1 are chosen, the rest rejected
+        sums = token_losses.new_zeros(2 * pairs).index_add(0, rows, token_losses)
+        counts = torch.bincount(rows, minlength=2 * pairs).clamp(min=1)
+        chosen, rejected = (sums / counts).split(pairs)
+        values = chosen - rejected if contrastive == "difference" else -F.logsigmoid(rejected - chosen)
+        return values.sum() / batch.global_pairs
+
+    return loss
+
+
+def _token_losses(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor):
+    """Per supervised token: its cross entropy (N,) in float32 (float64 for float64 models), and the row it belongs to (N,).
+
+    Logits are computed only at positions whose next token is supervised: the language-model head is a fifth of a small model.
+    """
+    supervised = labels[:, 1:] != IGNORE
+    positions = supervised.any(dim=0).nonzero().squeeze(1)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False).logits
+    keep = supervised[:, positions]
+    logits, targets = logits[keep], labels[:, 1:][:, positions][keep]
+    rows = keep.nonzero()[:, 0]
+    dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    return F.cross_entropy(logits.to(dtype), targets, reduction="none"), rows
+
+
+@contextlib.contextmanager
+def dropout_seed(seed: int) -> Iterator[None]:
+    """Fix the dropout masks of a forward pass to `seed` and leave the generators as they were.
+
+    All passes of one step over one micro-batch see the same masks: different ones would swamp grad_V L_su (methods.md, SAP).
+    A recomputing backward pass gets them too, because checkpointing keeps the generator's state of the forward pass.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,90 @@
+"""The probe: one vector v_j per chosen decoder layer, added to its output, `x_j = l_j(x_{j-1}) + v_j`.
+
+    probe = Probe(decoder_layers(model), layers=[10, 11], hidden_size=576)
+    with probe.active(probe.zeros()) as v:
+        loss = model(**batch).loss
+        gradient = torch.autograd.grad(loss, v)
+
+V lives outside the module, so no engine shards it; the hooks die with the `with` block, which must therefore hold the backward
+pass too (activation checkpointing runs the hooks a second time there). Source: arXiv 2505.16737, Section 3; one vector per layer,
+broadcast over batch and sequence, as in the reference code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+
+class _AddProbe(torch.autograd.Function):
+    """hidden_states (B, T, D) + v (D,). Backward: the gradient of v is summed over B and T in v's dtype (float32), not in bf16."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = v.dtype
+        return hidden_states + v.to(hidden_states.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        grad_v = grad_output.sum(dim=(0, 1), dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grad_output, grad_v
+
+
+class Probe:
+    """Hooks on the probed layers; holds no V of its own."""
+
+    def __init__(self, decoder_layers: Sequence[nn.Module], layers: Sequence[int], hidden_size: int, dtype: torch.dtype = torch.float32):
+        self.modules = [decoder_layers[index] for index in layers]
+        self.layers = list(layers)
+        self.shape = (len(self.layers), hidden_size)
+        self.dtype = dtype
+
+    def zeros(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """V = 0: (probed layers, hidden size), float32."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+    @contextlib.contextmanager
+    def active(self, v: torch.Tensor, requires_grad: bool = True) -> Iterator[list[torch.Tensor]]:
+        """Add v (probed layers, hidden size) inside the block; yields its rows, leaves that take gradients."""
+        rows = [row.detach().clone().requires_grad_(requires_grad) for row in v]
+        handles = [module.register_forward_hook(_adder(row)) for module, row in zip(self.modules, rows, strict=True)]
+        try:
+            yield rows
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adder(row: torch.Tensor):
+    def hook(_module: nn.Module, _inputs: object, output: object) -> object:
+        if isinstance(output, tuple):
+            return (_AddProbe.apply(output[0], row), *output[1:])
+        return _AddProbe.apply(output, row)
+
+    return hook
+
+
+def resolve_layers(layers: str | list[int] | list[float], num_layers: int) -> list[int]:
+    """Indices of the probed decoder layers, ascending, for a model of `num_layers`.
+
+    layers: [10, 11] indices; [0.3, 0.5] fractions of the depth; 'start:stop' a half-open range of either.
+    Raises ValueError where one lies outside the model or none is left.
+    """
+
+    def index(value: float | int, what: str) -> int:
+        result = round(value * num_layers) if isinstance(value, float) else value
+        if not 0 <= result <= num_layers or (isinstance(value, float) and not 0 <= value <= 1):
+            raise ValueError(f"sap.layers names {what}, but the model has the layers 0 to {num_layers - 1}: use those, or fractions between 0 and 1")
+        return result
+
+    if isinstance(layers, str):
+        start, stop = (float(part) if "." in part else int(part) for part in layers.split(":"))
+        found = list(range(index(start, layers), index(stop, layers)))
+    else:
+        found = sorted({min(index(value, str(value)), num_layers - 1) if isinstance(value, float) else index(value, str(value)) for value in layers})
+    if not found or found[-1] >= num_layers:
+        raise ValueError(f"sap.layers {layers} leaves no layer or one outside the model, which has the layers 0 to {num_layers - 1}")
+    return found

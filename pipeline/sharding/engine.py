@@ -1,0 +1,122 @@
+"""The verbs every engine offers, and what they promise.
+
+Batches are this rank's micro-batches of one global step. A loss function returns a micro-batch's *share* of the global loss: shares add up
+over micro-batches and ranks, so no engine weighs anything and 1 or N ranks compute the same numbers. Returned losses are global.
+
+A `Shard` is what one rank holds of a vector over all trainable parameters: float32 tensors in the engine's own order, padding zeroed.
+Two shards of one engine may be combined elementwise; only `norm` and `dot` see the whole vector.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+Shard = list[torch.Tensor]
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+
+class Engine(ABC):
+    """One model, sharded or not, with its optimizer."""
+
+    module: nn.Module
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def forward_backward(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()) -> tuple[float, torch.Tensor | None]:
+        """Main pass: the gradient of the step, kept for `step`. At most once a step, after all auxiliary passes.
+
+        v: leaf tensors outside the module; their gradient (len(v), D) comes from the same backward, summed over ranks.
+        """
+
+    @abstractmethod
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
+        """Auxiliary pass: the gradient's shard, a copy. Leaves no trace in weights, gradients, optimizer or counters."""
+
+    @abstractmethod
+    def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
+        """Auxiliary pass: the gradient (len(v), D) with respect to v alone; backward stops at the lowest probed layer."""
+
+    @abstractmethod
+    def perturbed(self, direction: Shard, scale: float) -> AbstractContextManager[None]:
+        """Inside the block the weights are W + scale * direction; afterwards they are W again, bit for bit."""
+
+    @abstractmethod
+    def accumulated_gradient(self) -> Shard:
+        """A copy of what `forward_backward` left for `step`, before clipping."""
+
+    @abstractmethod
+    def weights(self) -> Shard:
+        """A copy of the trainable weights (the optimizer's float32 ones)."""
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """Clip, update with learning rate `lr`, clear the gradient. Returns the gradient's norm before clipping."""
+
+    @abstractmethod
+    def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
+        """The whole vector as full tensors by parameter name, on the CPU; empty on ranks other than 0. A collective call."""
+
+    @abstractmethod
+    def shard(self, named: dict[str, torch.Tensor]) -> Shard:
+        """This rank's part of a vector given as full tensors by parameter name: the inverse of `gather`, without communication."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state of every rank below `folder`. A collective call."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote at the same world size, bit for bit. A collective call."""
+
+    def loss(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
+        """The global loss without gradients, in eval mode (no dropout)."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                total = sum((loss_fn(self.module, batch.to(self.device)).detach().double() for batch in batches), self.zero())
+        finally:
+            self.module.train()
+        return self.sum_over_ranks(total).item()
+
+    def norm(self, shard: Shard) -> float:
+        """Euclidean norm of the whole vector."""
+        return math.sqrt(self.dot(shard, shard))
+
+    def dot(self, a: Shard, b: Shard) -> float:
+        """Inner product of two whole vectors, accumulated in float64."""
+        total = sum((torch.dot(x.double(), y.double()) for x, y in zip(a, b, strict=True)), self.zero())
+        return self.sum_over_ranks(total).item()
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place, on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank: the agreement on which all ranks act together."""
+        return bool(self.sum_over_ranks(torch.tensor(float(flag), device=self.device)).item())
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def zero(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+
+def stacked_gradients(v: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Gradients of v as one tensor (len(v), D); an unused row is zero."""
+    return torch.stack([torch.zeros_like(row) if gradient is None else gradient for row, gradient in zip(v, gradients, strict=True)])
+

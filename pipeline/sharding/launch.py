@@ -1,0 +1,65 @@
+"""Process groups and engines: who this process is, and which engine the recipe asks for.
+
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as torchrun, the deepspeed launcher and our Slurm scripts set it; without
+it the process is alone.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import nn
+
+from pipeline.recipe import TrainSection
+from pipeline.sharding.engine import Engine
+from pipeline.sharding.single import SingleEngine
+
+
+def environment() -> tuple[int, int]:
+    """(rank, world size) of this process."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_engine(train: TrainSection, world_size: int) -> None:
+    """ValueError where engine, ranks and DeepSpeed configuration do not go together. Reads no model."""
+    if train.engine == "single" and world_size > 1:
+        raise ValueError(f"train.engine single runs one process, but there are {world_size} ranks: use engine zero3, or train.ranks 1")
+    if train.engine == "zero3":
+        from pipeline.sharding.zero3 import read_ds_config
+
+        read_ds_config(train, world_size)
+
+
+def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the process group that the environment describes; engine zero3 needs one of a single process too."""
+    if train.engine == "single" or torch.distributed.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR" if environment()[0] else "WARNING")
+    if not torch.cuda.is_available():
+        # The shared-memory collectives would be compiled for minutes at first use; gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__["shm_comm"] = False
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
+
+
+def open_engine(module: nn.Module, train: TrainSection) -> Engine:
+    """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_eps, weight_decay=train.weight_decay, foreach=False
+    )
+    if train.engine == "single":
+        return SingleEngine(module, optimizer, train.max_grad_norm, "cuda" if torch.cuda.is_available() else "cpu")
+    from pipeline.sharding.zero3 import Zero3Engine, read_ds_config
+
+    return Zero3Engine(module, optimizer, read_ds_config(train, environment()[1]))

@@ -1,0 +1,111 @@
+"""One process, no sharding: the executable specification that every other engine must agree with.
+
+    engine = SingleEngine(model, torch.optim.AdamW(parameters), max_grad_norm=1.0)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
+
+
+class SingleEngine(Engine):
+    """A Shard here is one flat tensor per trainable parameter, in the module's order."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.module = module.to(self.device).train()
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
+
+    def forward_backward(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()) -> tuple[float, torch.Tensor | None]:
+        loss = self._backward(loss_fn, batches)
+        return loss, stacked_gradients(v, [row.grad for row in v]) if v else None
+
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
+        loss = self._backward(loss_fn, batches)
+        shard = self.accumulated_gradient()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, shard
+
+    def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
+        total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
+        for batch in batches:
+            loss = loss_fn(self.module, batch.to(self.device))
+            gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
+            total += loss.detach().double()
+        return total.item(), gradient
+
+    @contextlib.contextmanager
+    def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
+        stash = [p.detach().clone() for p in self.parameters]
+        try:
+            with torch.no_grad():
+                for p, d in zip(self.parameters, direction, strict=True):
+                    p.add_(d.view_as(p), alpha=scale)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, saved in zip(self.parameters, stash, strict=True):
+                    p.copy_(saved)
+
+    def accumulated_gradient(self) -> Shard:
+        return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().clone().flatten() for p in self.parameters]
+
+    def weights(self) -> Shard:
+        return [p.detach().clone().flatten() for p in self.parameters]
+
+    def step(self, lr: float) -> float:
+        norm = self.norm(self.accumulated_gradient())
+        if self.max_grad_norm is not None:
+            # DeepSpeed's formula, so that engines agree to the last digits.
+            scale = 1.0 / max(1.0, (norm + 1e-6) / self.max_grad_norm)
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.grad.mul_(scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
+        return {name: part.view_as(p).cpu().clone() for (name, p), part in zip(self.named.items(), shard, strict=True)}
+
+    def shard(self, named: dict[str, torch.Tensor]) -> Shard:
+        return [named[name].to(p.device, p.dtype).flatten() for name, p in self.named.items()]
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {f"weight.{name}": p.detach() for name, p in self.named.items()}
+        for name, p in self.named.items():
+            state |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / "single.safetensors")
+
+    def load(self, folder: Path) -> None:
+        state = load_file(folder / "single.safetensors", device=str(self.device))
+        with torch.no_grad():
+            for name, p in self.named.items():
+                p.copy_(state[f"weight.{name}"])
+                slots = {key.split(".", 2)[1]: value for key, value in state.items() if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
+                if slots:
+                    self.optimizer.state[p] = slots
+
+    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
+        assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
+        total = self.zero()
+        for batch in batches:
+            loss = loss_fn(self.module, batch.to(self.device))
+            loss.backward()
+            total += loss.detach().double()
+        return total.item()

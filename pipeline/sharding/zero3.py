@@ -1,0 +1,196 @@
+"""DeepSpeed ZeRO-3: the same verbs on partitioned weights.
+
+    engine = Zero3Engine(model, optimizer, ds_config)       # after deepspeed.init_distributed()
+
+Three flat rank-local views, all in the order of `fp16_groups`, are everything this module touches: the compute copy (`lp`), the
+optimizer's float32 master, and the averaged gradient. What goes wrong silently without care, and is handled here:
+- a gathered copy of a weight may outlive the pass that used it, and an edit of the shard is then invisible: all gathered copies are
+  dropped before the shard is edited and again before it is restored (DeepSpeed #5667 is what happens otherwise);
+- `optimizer.zero_grad()` resets the accumulation counter but not the buffer: a parameter used only in a discarded pass would move at the
+  next step, so the buffer is zeroed too;
+- `torch.autograd.grad` after `engine(...)` fires DeepSpeed's epilogue: probe passes call the bare module and reduce themselves;
+- the padding of the last shard is uninitialised memory: it is masked in every Shard;
+- DeepSpeed averages gradients over ranks while our losses are shares that add up: losses are scaled by the world size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.recipe import TrainSection
+from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
+
+
+class Zero3Engine(Engine):
+    """A Shard here is one flat tensor per ZeRO sub-group."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]):
+        import deepspeed
+
+        self.ds, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        self.module = self.ds.module
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.device = torch.device(self.ds.device)
+        self.ds.train()
+        self._names = {parameter: name for name, parameter in self.module.named_parameters()}
+        self._padding = [self._padding_mask(group) for group in self.optimizer.fp16_groups]
+
+    def forward_backward(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()) -> tuple[float, torch.Tensor | None]:
+        self._clear_gradient()
+        loss = self._backward(loss_fn, batches, ends_step=True)
+        if not v:
+            return loss, None
+        # The loss was scaled by the world size for DeepSpeed's mean; v's gradient is ours to sum.
+        gradient = stacked_gradients(v, [row.grad for row in v]) / self.world_size
+        return loss, self.sum_over_ranks(gradient)
+
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
+        self._clear_gradient()
+        loss = self._backward(loss_fn, batches, ends_step=False)
+        shard = self.accumulated_gradient()
+        self._clear_gradient()
+        return loss, shard
+
+    def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
+        total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
+        for batch in batches:
+            loss = loss_fn(self.module, batch.to(self.device))
+            gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
+            total += loss.detach().double()
+            # Layers below the lowest probe saw no backward: their gathered weights would stay.
+            self.optimizer.parameter_offload.release_backward_leftovers()
+        return self.sum_over_ranks(total).item(), self.sum_over_ranks(gradient)
+
+    @contextlib.contextmanager
+    def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
+        self._drop_gathered()
+        stash = [lp.clone() for lp in self._compute_shards()]
+        try:
+            for lp, master, d in zip(self._compute_shards(), self._masters(), direction, strict=True):
+                lp.copy_(master.to(lp.device) + scale * d.to(lp.device))
+            yield
+        finally:
+            self._drop_gathered()
+            for lp, saved in zip(self._compute_shards(), stash, strict=True):
+                lp.copy_(saved)
+
+    def accumulated_gradient(self) -> Shard:
+        flat = self.optimizer.grad_partitions_flat_buffer
+        parts = flat.split([mask.numel() for mask in self._padding])
+        return [part.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0) for part, mask in zip(parts, self._padding, strict=True)]
+
+    def weights(self) -> Shard:
+        return [m.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0) for m, mask in zip(self._masters(), self._padding, strict=True)]
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.ds.step()
+        return float(self.ds.get_global_grad_norm())
+
+    def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
+        named = {}
+        for group, flat in zip(self.optimizer.fp16_groups, shard, strict=True):
+            for parameter, part in zip(group, flat.split([p.partition_numel() for p in group]), strict=True):
+                # One parameter at a time: no rank ever holds two gathered ones.
+                whole = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)
+                torch.distributed.all_gather_into_tensor(whole, part.contiguous().to(self.device))
+                if self.rank == 0:
+                    named[self._names[parameter]] = whole[: parameter.ds_numel].view(parameter.ds_shape).cpu().clone()
+        return named
+
+    def shard(self, named: dict[str, torch.Tensor]) -> Shard:
+        def part(parameter: nn.Parameter) -> torch.Tensor:
+            size = parameter.partition_numel()
+            whole = named[self._names[parameter]].flatten().float()
+            padded = torch.cat([whole, whole.new_zeros(size * self.world_size - whole.numel())])
+            return padded[self.rank * size : (self.rank + 1) * size].to(self.device)
+
+        return [torch.cat([part(parameter) for parameter in group]) for group in self.optimizer.fp16_groups]
+
+    def save(self, folder: Path) -> None:
+        self.ds.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.ds.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        assert path is not None, f"no engine state in {folder}"
+
+    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any], ends_step: bool) -> float:
+        total = self.zero()
+        for number, batch in enumerate(batches):
+            # Only the main pass's last backward may look like the end of a step: offloaded optimizers take the gradient there.
+            self.ds.set_gradient_accumulation_boundary(ends_step and number == len(batches) - 1)
+            loss = loss_fn(self.ds, batch.to(self.device))
+            self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
+            total += loss.detach().double()
+        return self.sum_over_ranks(total).item()
+
+    def _clear_gradient(self) -> None:
+        self.optimizer.zero_grad()
+        self.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def _drop_gathered(self) -> None:
+        self.optimizer.parameter_offload.partition_all_parameters()
+
+    def _compute_shards(self) -> list[torch.Tensor]:
+        return self.optimizer.fp16_partitioned_groups_flat
+
+    def _masters(self) -> list[torch.Tensor]:
+        return [master.detach() for master in self.optimizer.fp32_partitioned_groups_flat]
+
+    def _padding_mask(self, group: Sequence[nn.Parameter]) -> torch.Tensor:
+        """True where this rank's flat shard of the sub-group holds padding. ZeRO-3 pads every parameter by itself."""
+        masks = []
+        for parameter in group:
+            size = parameter.partition_numel()
+            valid = min(max(parameter.ds_numel - self.rank * size, 0), size)
+            masks.append(torch.arange(size, device=self.device) >= valid)
+        return torch.cat(masks)
+
+
+def read_ds_config(train: TrainSection, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration: the recipe's JSON plus what the recipe itself decides.
+
+    Raises ValueError where the file is missing, no JSON, not stage 3, holds "auto", or sets what the recipe owns to another value.
+    """
+    path = train.ds_config
+    if not path.is_file():
+        raise ValueError(f"train.ds_config {path} does not exist: give a DeepSpeed JSON file, e.g. ds_configs/zero3.json")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"train.ds_config {path} is no valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage") != 3:
+        raise ValueError(f"train.ds_config {path} must set zero_optimization.stage to 3 for engine zero3")
+    owned = {
+        "train_batch_size": ("train.batch_size", train.batch_size),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+        "gradient_accumulation_steps": ("train.batch_size and micro_batch_size", train.batch_size // (train.micro_batch_size * world_size)),
+        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm or 0.0),
+    }
+    for key, (field, value) in owned.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"train.ds_config {path} sets {key} to {config[key]!r}, but {field} of the recipe makes it {value}: take it out of the file")
+    for key in ("bf16", "fp16", "torch_autocast"):
+        if config.get(key, {}).get("enabled"):
+            raise ValueError(f"train.ds_config {path} enables {key}, which would cast the adapter: take it out and set model.dtype")
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise ValueError(f"train.ds_config {path} sets {key}, which the recipe's train section owns: take it out of the file")
+    automatic = _auto_paths(config)
+    if automatic:
+        raise ValueError(f'train.ds_config {path} sets {automatic[0]} to "auto", which plain DeepSpeed drops silently: write a value')
+    return {**config, **{key: value for key, (_, value) in owned.items()}}
+
+
+def _auto_paths(value: Any, prefix: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [path for key, item in value.items() for path in _auto_paths(item, f"{prefix}.{key}" if prefix else key)]
+    return [prefix] if value == "auto" else []

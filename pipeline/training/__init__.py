@@ -1,0 +1,1 @@
+"""Training: what one plain step computes, the loop around any step, and checkpoints."""

@@ -1,0 +1,147 @@
+"""The training loop around any step: schedule, validation, logging, checkpoints, leaving in order.
+
+    loop = Loop(engine, PlainStep(engine), data, recipe.train, seed=0, folder=Path("work"), identity="...", on_metrics=print)
+    finished = loop.run()
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.recipe import TrainSection
+from pipeline.sap.losses import useful_loss
+from pipeline.sharding.engine import Engine
+from pipeline.training import checkpoint
+from pipeline.training.stopping import StopRequest
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokenised rows, as prepare writes them. validation: name -> rows, logged as validation/NAME_loss."""
+
+    train: Rows
+    pairs: Rows
+    pad_id: int
+    pairs_per_step: int = 1
+    pairs_micro_batch: int = 1
+    validation: dict[str, Rows] = field(default_factory=dict)
+
+
+class Loop:
+    """Runs `step` from where the last checkpoint left off to the end, or to a stop request."""
+
+    def __init__(
+        self, engine: Engine, step: Any, data: TrainingData, train: TrainSection, seed: int, folder: Path, identity: str,
+        on_metrics: Callable[[dict[str, float], int], None] = lambda metrics, number: None, label: str = "train",
+    ):  # fmt: skip
+        self.engine, self.step, self.data, self.train, self.seed = engine, step, data, train, seed
+        self.folder, self.identity, self.on_metrics, self.label = folder, identity, on_metrics, label
+        self.steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch_size)
+        self.order = BatchOrder(len(data.train), train.batch_size, seed)
+        self.pair_order = BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
+        self.metrics_file = folder / "metrics.jsonl"
+        self._printed = 0.0
+
+    def run(self) -> bool:
+        """True when all steps are done; False when a stop was requested (the state is saved)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = self.folder / "checkpoints"
+        done = checkpoint.load_latest(self.engine, self.step, checkpoints, self.identity)
+        self._rewind_metrics(done)
+        if done:
+            self._say(f"resumed after step {done}")
+        with StopRequest(self.folder / "STOP") as stop:
+            for number in range(done, self.steps):
+                self._one_step(number)
+                last = number + 1 == self.steps
+                stopping = not last and self.engine.any_rank(stop.requested())
+                if stopping or last or (number + 1) % self.train.save_every == 0:
+                    checkpoint.save(self.engine, self.step, checkpoints, number + 1, self.identity)
+                if stopping:
+                    self._say(f"stopped after step {number + 1} ({stop.reason or 'another rank'}), saved in {checkpoints}")
+                    return False
+        return True
+
+    def _one_step(self, number: int) -> None:
+        started = time.perf_counter()
+        lr = learning_rate(self.train, number, self.steps)
+        metrics = self.step(self._useful(number), lambda: self._pairs(number), number)
+        # Losses are global, so all ranks leave together, before the update.
+        if not math.isfinite(metrics["train/loss"]):
+            raise ValueError(f"the loss is {metrics['train/loss']} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data")
+        metrics |= {"train/lr": lr, "train/grad_norm": self.engine.step(lr), "time/step": time.perf_counter() - started}
+        if (number + 1) % self.train.validate_every == 0 or number + 1 == self.steps:
+            metrics |= self._validate()
+        self._log(metrics, number + 1)
+
+    def _useful(self, number: int) -> list[MicroBatch]:
+        engine = self.engine
+        indices = self.order.step(number)
+        return micro_batches(
+            self.data.train, indices, self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
+        )
+
+    def _pairs(self, number: int) -> list[PairBatch]:
+        assert self.pair_order is not None, "this step needs safety pairs"
+        engine, size = self.engine, self.data.pairs_micro_batch
+        return pair_batches(self.data.pairs, self.pair_order.step(number), size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number)
+
+    def _validate(self) -> dict[str, float]:
+        engine, size = self.engine, self.train.micro_batch_size
+        return {
+            f"validation/{name}_loss": engine.loss(
+                useful_loss, micro_batches(rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0)
+            )
+            for name, rows in self.data.validation.items()
+        }
+
+    def _log(self, metrics: dict[str, float], number: int) -> None:
+        if self.engine.rank != 0:
+            return
+        with self.metrics_file.open("a") as stream:
+            stream.write(json.dumps({"step": number, "time": time.time(), **metrics}) + "\n")
+        self.on_metrics(metrics, number)
+        if number in (1, self.steps) or time.monotonic() - self._printed > 5:
+            self._printed = time.monotonic()
+            left = (self.steps - number) * metrics["time/step"]
+            extra = "".join(f"  {key.split('/')[1]} {metrics[key]:.3g}" for key in ("sap/correction", "sap/probe_signal", "validation/task_loss") if key in metrics)
+            self._say(f"step {number}/{self.steps}  loss {metrics['train/loss']:.3f}{extra}  {metrics['time/step']:.1f} s/step, about {left:.0f} s left")
+
+    def _say(self, text: str) -> None:
+        if self.engine.rank == 0:
+            print(f"[{self.label}] {text}", file=sys.stderr, flush=True)
+
+    def _rewind_metrics(self, done: int) -> None:
+        """Drop lines of steps that will run again, and a last line that a kill cut short."""
+        if self.engine.rank != 0 or not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= done:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                break
+        temporary = self.metrics_file.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.metrics_file)
+
+
+def learning_rate(train: TrainSection, number: int, steps: int) -> float:
+    """Learning rate of step `number` (from 0): linear warm-up to train.lr, then the decay towards 0."""
+    if number < train.warmup_steps:
+        return train.lr * (number + 1) / train.warmup_steps
+    progress = (number - train.warmup_steps) / max(1, steps - train.warmup_steps)
+    if train.decay == "cosine":
+        return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return train.lr * (1 - progress) if train.decay == "linear" else train.lr

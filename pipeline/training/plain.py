@@ -1,0 +1,32 @@
+"""Plain fine-tuning's step: the gradient of the useful loss, nothing else.
+
+    metrics = PlainStep(engine)(useful_batches, pairs, number)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline.data.batches import MicroBatch
+from pipeline.sap.losses import useful_loss
+from pipeline.sharding.engine import Engine
+
+
+class PlainStep:
+    """Same call as SapStep; ignores the safety pairs and carries no state."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def __call__(self, useful: Sequence[MicroBatch], pairs: Any, number: int) -> dict[str, float]:
+        loss, _ = self.engine.forward_backward(useful_loss, useful)
+        return {"train/loss": loss}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        assert not state, "a plain step has no state"

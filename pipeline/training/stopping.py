@@ -1,0 +1,38 @@
+"""Leaving in order: SIGTERM, SIGUSR1, SIGINT or a stop file ask the run to save at the step's end and leave.
+
+    with StopRequest(Path("runs/demo/.work/STOP")) as stop:
+        ... if engine.any_rank(stop.requested()): save and leave
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+
+class StopRequest:
+    """Remembers a request; the loop asks at the end of every step, on all ranks together."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.reason: str | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        if self.reason is None and self.file.exists():
+            self.reason = f"stop file {self.file}"
+        return self.reason is not None
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
