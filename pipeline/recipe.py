@@ -209,9 +209,9 @@ class Recipe(Section):
         for method, overrides in value.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", method):
                 raise ValueError(f"'{method}' is no name for a method: letters, digits, _ and .")
-            fixed = {"name", "output_dir", "methods", "seeds", "model", "data", "align", "tracking"} & set(overrides)
+            fixed = {"name", "output_dir", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
             if fixed:
-                raise ValueError(f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train, sap or evaluate")
+                raise ValueError(f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train or sap")
         return value
 
 

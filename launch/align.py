@@ -1,0 +1,22 @@
+"""Align the recipe's model on the ranks this was launched with.
+
+    torchrun --nproc-per-node 2 launch/align.py --config launch/recipes/demo.yaml
+"""
+
+import sys
+
+from pipeline import entry
+
+
+def main() -> None:
+    _, experiment = entry.arguments(__doc__)
+
+    from pipeline import stages
+    from pipeline.sharding.launch import environment
+
+    stages.check(experiment, environment()[1])
+    stages.align(experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))

@@ -1,0 +1,23 @@
+"""Compute the safety direction of one seed on the ranks this was launched with.
+
+    torchrun --nproc-per-node 8 launch/direction.py --config launch/recipes/llama_7b_sap.yaml --method sap
+"""
+
+import sys
+
+from pipeline import entry
+
+
+def main() -> None:
+    options, experiment = entry.arguments(__doc__)
+    cell = entry.choose_cell(experiment, options.method, options.seed)
+
+    from pipeline import stages
+    from pipeline.sharding.launch import environment
+
+    stages.check(experiment, environment()[1])
+    stages.direction(experiment, cell)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))

@@ -1,0 +1,25 @@
+"""Train one cell on the ranks this was launched with.
+
+    deepspeed launch/train.py --config launch/recipes/llama_7b_sap.yaml --method sap
+    torchrun --nproc-per-node 8 launch/train.py --config launch/recipes/llama_7b_sap.yaml --method sap
+    python launch/train.py --config launch/recipes/demo.yaml --method sft --train.ranks 1
+"""
+
+import sys
+
+from pipeline import entry
+
+
+def main() -> None:
+    options, experiment = entry.arguments(__doc__)
+    cell = entry.choose_cell(experiment, options.method, options.seed)
+
+    from pipeline import stages
+    from pipeline.sharding.launch import environment
+
+    stages.check(experiment, environment()[1])
+    stages.train(experiment, cell)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))

@@ -1,0 +1,208 @@
+"""The command line: `sap STAGE RECIPE [--method M] [--seed S] [--dry-run] [--dotted.field value]`.
+
+    sap run launch/recipes/demo.yaml
+    sap train launch/recipes/demo.yaml --method sap --seed 1 --train.lr 2e-4
+
+`run` does all stages that are not complete yet; the others do one. Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again
+to go on), anything else a stage's own failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import artifacts, entry, recipe, runner
+from pipeline.layout import Layout
+from pipeline.recipe import Cell, Experiment
+
+STAGES = ("prepare", "align", "direction", "train", "evaluate", "report")
+STOPPED = 75  # EX_TEMPFAIL
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `sap`; returns the exit code."""
+    return entry.guarded(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("stage", choices=(*STAGES, "run"), help="what to do; run: everything that is missing")
+    parser.add_argument("recipe", help="path of the recipe, e.g. launch/recipes/demo.yaml")
+    parser.add_argument("--method", help="only this method of the recipe")
+    parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run, and stop")
+    if not argv or "--help" in argv or "-h" in argv:
+        parser.print_help()
+        _print_fields()
+        return 0
+    options, rest = parser.parse_known_args(argv)
+    overrides = recipe.parse_overrides(rest)
+    if options.seed is not None:
+        overrides["seeds"] = [options.seed]
+    experiment = recipe.load(options.recipe, overrides)
+    if options.method:
+        experiment.cell(options.method, experiment.base.seeds[0])
+    if options.dry_run:
+        return _dry_run(experiment, options.stage, options.method)
+
+    from pipeline import stages
+
+    stages.check(experiment)
+    chain = Chain(experiment, [options.recipe, *_as_arguments(overrides)], options.method)
+    for stage in STAGES if options.stage == "run" else (options.stage,):
+        code = chain.run(stage)
+        if code:
+            return code
+    return 0
+
+
+class Chain:
+    """The stages of an experiment on this machine, one after the other."""
+
+    def __init__(self, experiment: Experiment, arguments: list[str], method: str | None):
+        self.experiment, self.layout, self.base = experiment, Layout(experiment), experiment.base
+        self.arguments = ["--config", *arguments]
+        self.cells = [cell for cell in experiment.cells() if method in (None, cell.method)]
+
+    def run(self, stage: str) -> int:
+        """Do one stage; returns its exit code."""
+        started = time.time()
+        todo = self.pending(stage)
+        code = getattr(self, stage)() if todo else 0
+        if todo and not code and stage != "report":
+            print(f"{stage}: done in {time.time() - started:.0f} s", file=sys.stderr)
+        return code
+
+    def pending(self, stage: str) -> list[Path]:
+        """Folders this stage still has to write (the report is always shown)."""
+        return [folder for folder in self.folders(stage) if stage == "report" or not artifacts.complete(folder)]
+
+    def folders(self, stage: str) -> list[Path]:
+        layout = self.layout
+        if stage == "align":
+            return [layout.align()] if self.base.align.enabled else []
+        if stage == "direction":
+            return list(dict.fromkeys(layout.direction(cell) for cell in self.cells if layout.needs_direction(cell)))
+        if stage == "train":
+            return [layout.train(cell) for cell in self.cells]
+        if stage == "evaluate":
+            return [layout.evaluate(subject) for subject in layout.subjects() if self._selected(subject.name)]
+        return [layout.prepare() if stage == "prepare" else layout.report()]
+
+    def prepare(self) -> int:
+        from pipeline import stages
+
+        stages.prepare(self.experiment)
+        return 0
+
+    def align(self) -> int:
+        self._need("prepare")
+        code = runner.run_ranks("align.py", self.arguments, self.base.align.train.ranks)
+        return self._outcome(code, self.layout.align())
+
+    def direction(self) -> int:
+        self._need("prepare", "align")
+        return self._each_cell("direction.py", self.layout.direction, lambda cell: self.layout.needs_direction(cell))
+
+    def train(self) -> int:
+        self._need("prepare", "align")
+        precomputed = [self.layout.direction(cell) for cell in self.cells if cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"]
+        missing = next((folder for folder in precomputed if not artifacts.complete(folder)), None)
+        if missing:
+            raise ValueError(f"{missing} is not complete: run `sap direction {self.experiment.path}` first, or `sap run`")
+        return self._each_cell("train.py", self.layout.train, lambda cell: True)
+
+    def evaluate(self) -> int:
+        self._need("prepare", "align", "train")
+        jobs = []
+        for subject in self.layout.subjects():
+            if self._selected(subject.name) and not artifacts.complete(self.layout.evaluate(subject)):
+                seed = [] if subject.seed is None else ["--seed", str(subject.seed)]
+                jobs.append([*self.arguments, "--method", subject.name, *seed])
+        return runner.run_side_by_side("evaluate.py", jobs, max(1, min(self.base.train.ranks, len(jobs))))
+
+    def report(self) -> int:
+        self._need("prepare", "align", "train", "evaluate")
+        from pipeline import stages
+
+        folder = stages.report(self.experiment)
+        print((folder / "table.txt").read_text())
+        print(f"report  {(folder / 'report.html').resolve()}")
+        from pipeline.tracking import describe_store
+
+        print(f"mlflow  {describe_store(self.base)}")
+        return 0
+
+    def _selected(self, name: str) -> bool:
+        return len(self.cells) == len(list(self.experiment.cells())) or name in {cell.method for cell in self.cells}
+
+    def _each_cell(self, script: str, target_of: Callable[[Cell], Path], wanted: Callable[[Cell], bool]) -> int:
+        for cell in self.cells:
+            target = target_of(cell)
+            if not wanted(cell) or artifacts.complete(target):
+                continue
+            arguments = [*self.arguments, "--method", cell.method, "--seed", str(cell.seed)]
+            code = self._outcome(runner.run_ranks(script, arguments, cell.recipe.train.ranks), target)
+            if code:
+                return code
+        return 0
+
+    def _outcome(self, code: int, target: Path) -> int:
+        if code == 0 and not artifacts.complete(target):
+            print(f"stopped before {target.name} was complete; run the same command again to go on", file=sys.stderr)
+            return STOPPED
+        return code
+
+    def _need(self, *stages: str) -> None:
+        for stage in stages:
+            missing = [folder for folder in self.folders(stage) if not artifacts.complete(folder)]
+            if missing:
+                raise ValueError(f"{missing[0]} is not complete: run `sap {stage} {self.experiment.path}` first (same overrides), or `sap run`")
+
+
+def _dry_run(experiment: Experiment, stage: str, method: str | None) -> int:
+    import yaml
+
+    chain = Chain(experiment, [], method)
+    for cell in chain.cells:
+        print(f"# {cell.method}, seed {cell.seed}")
+        print(yaml.safe_dump(recipe.dump(cell.recipe) | {"methods": recipe.redact(experiment.base.methods)}, sort_keys=False))
+    for name in STAGES if stage == "run" else (stage,):
+        for folder in chain.folders(name):
+            print(f"{'complete ' if artifacts.complete(folder) else 'would run'}  {name:<10} {folder}")
+    return 0
+
+
+def _as_arguments(overrides: dict, prefix: str = "") -> list[str]:
+    """Overrides as command-line arguments again, for the launch scripts."""
+    result = []
+    for key, value in overrides.items():
+        if isinstance(value, dict) and value:
+            result += _as_arguments(value, f"{prefix}{key}.")
+        else:
+            import json
+
+            result.append(f"--{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return result
+
+
+def _print_fields() -> None:
+    table = Table(title="Fields of a recipe; each can be overridden, e.g. --train.lr 2e-4", title_justify="left", show_lines=False)
+    for column in ("field", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for row in recipe.field_rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

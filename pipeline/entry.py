@@ -1,0 +1,51 @@
+"""What the launch scripts share: arguments, the choice of a cell, errors as one sentence and exit code 2.
+
+    deepspeed launch/train.py --config launch/recipes/demo.yaml --method sap --seed 0 --train.lr 2e-4
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from pipeline import recipe
+from pipeline.recipe import Cell, Experiment
+
+BAD_INPUT = 2
+
+
+def arguments(description: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, Experiment]:
+    """Parse a launch script's command line and load its recipe."""
+    parser = argparse.ArgumentParser(description=description, epilog="Any field of the recipe can be overridden: --train.lr 2e-4")
+    parser.add_argument("--config", required=True, help="path of the recipe")
+    parser.add_argument("--method", help="method of the recipe; needed where it has several")
+    parser.add_argument("--seed", type=int, help="seed of the recipe; needed where it has several")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
+    options, rest = parser.parse_known_args(argv)
+    if options.local_rank is not None and options.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    return options, recipe.load(options.config, recipe.parse_overrides(rest))
+
+
+def choose_cell(experiment: Experiment, method: str | None, seed: int | None) -> Cell:
+    """The one cell meant; ValueError listing the choices where there are several, or where there is none such."""
+    methods, seeds = list(experiment.base.methods), list(experiment.base.seeds)
+    if method is None and len(methods) > 1:
+        raise ValueError(f"{experiment.path} has the methods {', '.join(methods)}: choose one with --method")
+    if seed is None and len(seeds) > 1:
+        raise ValueError(f"{experiment.path} has the seeds {', '.join(map(str, seeds))}: choose one with --seed")
+    return experiment.cell(method or methods[0], seeds[0] if seed is None else seed)
+
+
+def guarded(main: Callable[[], int | None]) -> int:
+    """Run main; a ValueError becomes one sentence on stderr (of rank 0) and exit code 2."""
+    try:
+        return main() or 0
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("SAP_DEBUG"):
+            raise
+        return BAD_INPUT

@@ -1,0 +1,139 @@
+"""Where every stage writes: folders named by the hash of what decides their content.
+
+    layout = Layout(experiment); layout.train(cell)   # runs/demo/train-sap-s0-1a2b3c4d
+
+A stage's hash covers its recipe sections and its upstream stages' hashes, so a changed setting makes a new folder and everything below it,
+and a folder that is complete never has to be made again. What cannot change a result (ranks, file of DeepSpeed settings, intervals of
+checkpoints) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifacts
+from pipeline.recipe import Cell, Experiment, ModelSection, Recipe, SourceSection
+
+_FORMAT = 1  # raise when prepared data, checkpoints or products change shape
+_NEUTRAL = {"ranks", "ds_config", "save_every"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to evaluate: a model folder or hub id, with or without an adapter."""
+
+    name: str
+    seed: int | None
+    model: str
+    adapter: Path | None
+    identity: str
+
+
+class Layout:
+    """Folders and hashes of one experiment."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.base = experiment, experiment.base
+        self.root = self.base.output_dir / self.base.name
+
+    def prepare(self) -> Path:
+        return self.root / f"prepare-{self._prepare_hash()}"
+
+    def align(self) -> Path:
+        return self.root / f"align-{self._align_hash()}"
+
+    def direction(self, cell: Cell) -> Path:
+        return self.root / f"direction-s{cell.seed}-{self._direction_hash(cell)}"
+
+    def train(self, cell: Cell) -> Path:
+        return self.root / f"train-{cell.method}-s{cell.seed}-{self.train_hash(cell)}"
+
+    def work(self, target: Path) -> Path:
+        """Where an unfinished stage keeps its checkpoints and metrics."""
+        return target.with_name(f".{target.name}.work")
+
+    def evaluate(self, subject: Subject) -> Path:
+        seed = "" if subject.seed is None else f"-s{subject.seed}"
+        section = self.base.evaluate.model_dump(mode="json", exclude={"batch_size", "baselines"})
+        return self.root / f"evaluate-{subject.name}{seed}-{_short([_FORMAT, subject.identity, self._prepare_hash(), section])}"
+
+    def report(self) -> Path:
+        folders = [self.evaluate(subject).name for subject in self.subjects()]
+        return self.root / f"report-{_short([_FORMAT, folders])}"
+
+    def start_model(self) -> str:
+        """What every method starts from: the aligned model, or the recipe's own."""
+        from pipeline.models import resolve_model_path
+
+        return str(self.align() / "model") if self.base.align.enabled else resolve_model_path(self.base.model)
+
+    def needs_direction(self, cell: Cell) -> bool:
+        return cell.recipe.sap.enabled
+
+    def subjects(self) -> Iterator[Subject]:
+        """Everything the report compares, in its order."""
+        if self.base.evaluate.baselines:
+            from pipeline.models import resolve_model_path
+
+            yield Subject("shipped", None, resolve_model_path(self.base.model), None, _short(_model_identity(self.base.model)))
+            if self.base.align.enabled:
+                yield Subject("aligned", None, self.start_model(), None, self._align_hash())
+        for cell in self.experiment.cells():
+            yield self.subject(cell)
+
+    def subject(self, cell: Cell) -> Subject:
+        return Subject(cell.method, cell.seed, self.start_model(), self.train(cell) / "adapter", self.train_hash(cell))
+
+    def train_hash(self, cell: Cell) -> str:
+        recipe = cell.recipe
+        parts: list[Any] = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, recipe.train.model_dump(mode="json", exclude=_NEUTRAL)]
+        if recipe.sap.enabled:
+            parts.append(recipe.sap.model_dump(mode="json"))
+            if recipe.sap.direction == "precomputed":
+                parts.append(self._direction_hash(cell))
+        return _short(parts)
+
+    def _prepare_hash(self) -> str:
+        recipe = self.base
+        evaluated = recipe.evaluate.model_dump(mode="json", include={"harmful", "harmful_prompts", "harmless", "harmless_prompts", "task_prompts"})
+        files = {source.source: artifacts.file_digest(Path(source.source)) for source in sources(recipe) if Path(source.source).is_file()}
+        return _short([_FORMAT, recipe.data.model_dump(mode="json"), evaluated, _model_identity(recipe.model), recipe.align.enabled, files])
+
+    def _align_hash(self) -> str:
+        section = self.base.align.model_dump(mode="json", exclude={"train": _NEUTRAL})
+        return _short([_FORMAT, self._prepare_hash(), _model_identity(self.base.model), self.base.model.dtype, section])
+
+    def _start_hash(self) -> str:
+        return self._align_hash() if self.base.align.enabled else _short([_model_identity(self.base.model), self.base.model.dtype])
+
+    def _direction_hash(self, cell: Cell) -> str:
+        recipe = cell.recipe
+        parts = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, recipe.train.lora.model_dump(), recipe.sap.contrastive]
+        return _short(parts)
+
+
+def sources(recipe: Recipe) -> Iterator[SourceSection]:
+    """Every data source the recipe names."""
+    for section in (recipe.data, recipe.evaluate):
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            if isinstance(value, SourceSection):
+                yield value
+
+
+def _short(value: Any) -> str:
+    return artifacts.digest(value)[:10]
+
+
+def _model_identity(model: ModelSection) -> list[Any]:
+    """What the weights are: the id of a built-in or hub model, names and sizes of a folder's files and its configuration's bytes."""
+    folder = Path(model.path).expanduser()
+    files: list[Any] = []
+    if folder.is_dir():
+        files = [(path.name, path.stat().st_size) for path in sorted(folder.glob("*.safetensors"))]
+        files += [artifacts.file_digest(path) for path in sorted(folder.glob("*.json"))]
+    template = artifacts.file_digest(model.chat_template) if model.chat_template and model.chat_template.is_file() else None
+    return [model.path, model.revision, template, files]

@@ -1,0 +1,291 @@
+"""The stages: what each reads, what it writes. Every function returns True when its folder is complete afterwards.
+
+    prepare -> [align] -> direction -> train -> evaluate -> report
+
+Present and complete: return at once. Interrupted: nothing half-written is ever read. Upstream folders are verified by manifest.
+The functions for align, direction and train are entered by all ranks together.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import artifacts, recipe
+from pipeline.data.batches import check_divides, micro_batches, pair_batches
+from pipeline.layout import Layout, Subject
+from pipeline.models import (
+    add_lora,
+    decoder_layers,
+    enable_checkpointing,
+    load_model,
+    load_tokenizer,
+    num_decoder_layers,
+    resolve_dtype,
+    resolve_model_path,
+)
+from pipeline.recipe import Cell, Experiment, TrainSection
+from pipeline.sap.diagnostics import safety_direction
+from pipeline.sap.probe import Probe, resolve_layers
+from pipeline.sap.step import SapStep
+from pipeline.sharding.engine import Engine
+from pipeline.sharding.launch import check_engine, environment, init_distributed, open_engine
+from pipeline.tracking import open_run
+from pipeline.training.loop import Loop, TrainingData
+from pipeline.training.plain import PlainStep
+from pipeline.training.product import load_adapter, save_adapter, save_merged
+
+_USEFUL_FOR_SUMMARY = 48  # samples behind the direction's cosine with the useful gradient
+
+
+def check(experiment: Experiment, world_size: int | None = None) -> None:
+    """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
+
+    world_size: of the launcher this process runs under; None: what the recipe's train.ranks will start.
+    """
+    from pipeline.data.prepare import check_sources
+
+    base = experiment.base
+    check_sources(base)
+    load_tokenizer(base.model)
+    layers = num_decoder_layers(base.model)
+    trains = [("align.train", base.align.train)] if base.align.enabled else []
+    for cell in experiment.cells():
+        trains.append(("train", cell.recipe.train))
+        if cell.recipe.sap.enabled:
+            sap = cell.recipe.sap
+            resolve_layers(sap.layers, layers)
+            size = world_size or cell.recipe.train.ranks
+            check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, size)
+    for field, train in trains:
+        size = world_size or train.ranks
+        check_engine(train, size)
+        check_divides(field, train.batch_size, train.micro_batch_size, size)
+
+
+def prepare(experiment: Experiment) -> bool:
+    """Data sources -> tokens and labels, contrastive pairs, evaluation prompts (pipeline/data/prepare.py)."""
+    from pipeline.data.prepare import prepare as prepare_data
+
+    layout = Layout(experiment)
+    target = layout.prepare()
+    if artifacts.complete(target):
+        return True
+    with open_run(layout, "prepare", target) as run, artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder:
+        facts = prepare_data(experiment.base, folder)
+        artifacts.write_json(folder / "facts.json", facts)
+        run.log_facts(facts)
+    return True
+
+
+def align(experiment: Experiment) -> bool:
+    """Plain fine-tuning on refusals and harmless instructions; the product is a merged model folder."""
+    from pipeline.data.distill import complete_answers
+
+    layout, base = Layout(experiment), experiment.base
+    target = layout.align()
+    if not base.align.enabled or artifacts.complete(target):
+        return True
+    artifacts.verify(layout.prepare())
+    rank, world_size = environment()
+    init_distributed(base.align.train)
+    tokenizer = load_tokenizer(base.model)
+    source = resolve_model_path(base.model)
+    model = load_model(source, resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
+    rows = complete_answers(model, tokenizer, read_rows(layout.prepare(), "align"), base.align.distill_tokens, base.data.max_length, rank, world_size)
+    engine = _engine(model, base.align.train, seed=0)
+    data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
+    with open_run(layout, "align", target, rank) as run:
+        loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align")
+        if not loop.run():
+            return False
+        with _publishing(engine, layout, target, {"prepare": layout.prepare().name}) as folder:
+            save_merged(engine, source, base.model, folder, tokenizer)
+    return True
+
+
+def direction(experiment: Experiment, cell: Cell) -> bool:
+    """g_s over all contrastive pairs at the initial adapter, with that adapter, and its per-layer summary."""
+    layout = Layout(experiment)
+    target = layout.direction(cell)
+    if artifacts.complete(target):
+        return True
+    _verify_upstream(layout)
+    resolved = cell.recipe
+    engine, tokenizer = _open_start(layout, cell)
+    pairs, useful = read_rows(layout.prepare(), "safety_pairs"), read_rows(layout.prepare(), "task_train")[:_USEFUL_FOR_SUMMARY]
+    sharing = (engine.rank, engine.world_size, tokenizer.pad_token_id, cell.seed, 0)
+    size = resolved.direction.micro_batch_size
+    chunks = pair_batches(pairs, list(range(len(pairs))), size, *sharing)
+    useful_batches = micro_batches(useful, list(range(len(useful))), resolved.train.micro_batch_size, *sharing)
+    with open_run(layout, f"direction-s{cell.seed}", target, engine.rank) as run:
+        _say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
+        named, summary = safety_direction(engine, (chunks[::2], chunks[1::2]), useful_batches, resolved.sap.contrastive)
+        weights = engine.gather(engine.weights())
+        with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
+            if engine.rank == 0:
+                from safetensors.torch import save_file
+
+                save_file(named, folder / "direction.safetensors")
+                save_file(weights, folder / "adapter.safetensors")
+                artifacts.write_json(folder / "summary.json", summary)
+        run.log_facts({key: value for key, value in summary.items() if key != "layers"})
+    return True
+
+
+def train(experiment: Experiment, cell: Cell) -> bool:
+    """Fine-tune one cell; the product is a PEFT adapter. False when a stop was requested first (run it again to go on)."""
+    layout = Layout(experiment)
+    target = layout.train(cell)
+    if artifacts.complete(target):
+        return True
+    _verify_upstream(layout)
+    if cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed":
+        artifacts.verify(layout.direction(cell))
+    resolved, prepared = cell.recipe, layout.prepare()
+    engine, tokenizer = _open_start(layout, cell)
+    step = _step(layout, cell, engine)
+    data = TrainingData(
+        read_rows(prepared, "task_train"), read_rows(prepared, "safety_pairs"), tokenizer.pad_token_id,
+        resolved.sap.safety_batch_size, resolved.sap.safety_micro_batch_size, _validation_rows(prepared),
+    )  # fmt: skip
+    label = f"{cell.method} s{cell.seed}"
+    with open_run(layout, f"{cell.method}-s{cell.seed}", target, engine.rank, cell) as run:
+        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), target.name, run.log_metrics, label)
+        if not loop.run():
+            return False
+        with _publishing(engine, layout, target, {"prepare": prepared.name, "start": layout.start_model()}) as folder:
+            save_adapter(engine, layout.start_model(), folder / "adapter")
+            if engine.rank == 0:
+                artifacts.write_json(folder / "recipe.json", recipe.dump(resolved))
+    return True
+
+
+def evaluate(experiment: Experiment, subject: Subject) -> bool:
+    """Answers to harmful, harmless and task prompts; refusal, over-refusal, exact match, test loss. One process."""
+    from pipeline.evaluation.evaluate import evaluate as evaluate_model
+
+    layout, base = Layout(experiment), experiment.base
+    target = layout.evaluate(subject)
+    if artifacts.complete(target):
+        return True
+    _verify_upstream(layout)
+    tokenizer = load_tokenizer(base.model)
+    if subject.adapter is not None:
+        artifacts.verify(subject.adapter.parent)
+    model: nn.Module = load_model(subject.model, resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
+    if subject.adapter is not None:
+        model = load_adapter(model, subject.adapter)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    name = subject.name if subject.seed is None else f"{subject.name}-s{subject.seed}"
+    with open_run(layout, name, target) as run, artifacts.building(target, {"subject": subject.identity}) as folder:
+        metrics = evaluate_model(model, tokenizer, layout.prepare(), base.evaluate, folder, subject.name, subject.seed, base.data.max_length)
+        run.log_evaluation(metrics)
+        if base.tracking.log_answers:
+            run.log_artifact(folder / "answers.jsonl")
+    return True
+
+
+def report(experiment: Experiment) -> Path:
+    """The page, its pictures and the table, from complete folders only. Returns the folder."""
+    from pipeline.report.build import build_report, collect
+
+    layout = Layout(experiment)
+    target = layout.report()
+    if artifacts.complete(target):
+        return target
+    collected = collect(layout)
+    with open_run(layout, "report", target) as run:
+        with artifacts.building(target, {"evaluations": [layout.evaluate(subject).name for subject in layout.subjects()]}) as folder:
+            build_report(collected, folder)
+        run.log_artifact(target / "report.html")
+    return target
+
+
+def read_rows(prepared: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of one prepared set."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(prepared / f"{name}.parquet").to_pylist()
+
+
+def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
+    sets = {"task": "task_validation", "harmful": "harmful_validation"}
+    return {name: read_rows(prepared, file) for name, file in sets.items() if (prepared / f"{file}.parquet").is_file()}
+
+
+def _verify_upstream(layout: Layout) -> None:
+    artifacts.verify(layout.prepare())
+    if layout.base.align.enabled:
+        artifacts.verify(layout.align())
+
+
+def _open_start(layout: Layout, cell: Cell) -> tuple[Engine, Any]:
+    """Engine and tokenizer of a cell at its start: the same model and fresh adapter for every method of a seed."""
+    base, train_section = layout.base, cell.recipe.train
+    init_distributed(train_section)
+    tokenizer = load_tokenizer(base.model)
+    model = load_model(layout.start_model(), resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
+    return _engine(model, train_section, cell.seed), tokenizer
+
+
+def _engine(model: Any, train_section: TrainSection, seed: int) -> Engine:
+    adapted = add_lora(model, train_section.lora, seed)
+    if train_section.gradient_checkpointing:
+        enable_checkpointing(model)
+    return open_engine(adapted, train_section)
+
+
+def _step(layout: Layout, cell: Cell, engine: Engine) -> PlainStep | SapStep:
+    sap = cell.recipe.sap
+    if not sap.enabled:
+        return PlainStep(engine)
+    layers = decoder_layers(engine.module)
+    config = engine.module.config.get_text_config()
+    probe = Probe(layers, resolve_layers(sap.layers, len(layers)), config.hidden_size)
+    given = None
+    if sap.direction == "precomputed":
+        from safetensors.torch import load_file
+
+        folder = layout.direction(cell)
+        initial = engine.shard(load_file(folder / "adapter.safetensors"))
+        if not all(torch.equal(a, b) for a, b in zip(initial, engine.weights(), strict=True)):
+            raise ValueError(f"the direction in {folder} belongs to another initial adapter: delete the folder and run its stage again")
+        given = engine.shard(load_file(folder / "direction.safetensors"))
+    return SapStep(engine, probe, sap, given)
+
+
+class _publishing:
+    """artifacts.building for a stage of several ranks: all enter and leave together, rank 0 publishes and clears the work folder."""
+
+    def __init__(self, engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]):
+        self.engine, self.work, self.target, self.inputs = engine, layout.work(target), target, inputs
+        self.folder = target.with_name(f".{target.name}.tmp")
+
+    def __enter__(self) -> Path:
+        if self.engine.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        self.engine.barrier()
+        return self.folder
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:
+            return  # the temporary folder is removed by the next attempt
+        self.engine.barrier()
+        if self.engine.rank == 0:
+            if (self.work / "metrics.jsonl").is_file():
+                shutil.copy(self.work / "metrics.jsonl", self.folder)
+            artifacts.publish(self.folder, self.target, self.inputs, world_size=self.engine.world_size)
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.engine.barrier()
+
+
+def _say(engine: Engine, text: str) -> None:
+    if engine.rank == 0:
+        print(text, file=sys.stderr, flush=True)
