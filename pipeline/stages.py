@@ -76,7 +76,7 @@ def prepare(experiment: Experiment) -> bool:
     target = layout.prepare()
     if artifacts.complete(target):
         return True
-    with open_run(layout, "prepare", target) as run, artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder:
+    with open_run(layout, "prepare", target.name) as run, artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder:
         facts = prepare_data(experiment.base, folder)
         artifacts.write_json(folder / "facts.json", facts)
         run.log_facts(facts)
@@ -100,7 +100,7 @@ def align(experiment: Experiment) -> bool:
     rows = complete_answers(model, tokenizer, read_rows(layout.prepare(), "align"), base.align.distill_tokens, base.data.max_length, rank, world_size)
     engine = _engine(model, base.align.train, seed=0)
     data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
-    with open_run(layout, "align", target, rank) as run:
+    with open_run(layout, "align", target.name, rank) as run:
         loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align")
         if not loop.run():
             return False
@@ -123,7 +123,7 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     size = resolved.direction.micro_batch_size
     chunks = pair_batches(pairs, list(range(len(pairs))), size, *sharing)
     useful_batches = micro_batches(useful, list(range(len(useful))), resolved.train.micro_batch_size, *sharing)
-    with open_run(layout, f"direction-s{cell.seed}", target, engine.rank) as run:
+    with open_run(layout, f"direction-s{cell.seed}", target.name, engine.rank) as run:
         _say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
         named, summary = safety_direction(engine, (chunks[::2], chunks[1::2]), useful_batches, resolved.sap.contrastive)
         weights = engine.gather(engine.weights())
@@ -155,7 +155,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
         resolved.sap.safety_batch_size, resolved.sap.safety_micro_batch_size, _validation_rows(prepared),
     )  # fmt: skip
     label = f"{cell.method} s{cell.seed}"
-    with open_run(layout, f"{cell.method}-s{cell.seed}", target, engine.rank, cell) as run:
+    with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
         loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), target.name, run.log_metrics, label)
         if not loop.run():
             return False
@@ -183,8 +183,10 @@ def evaluate(experiment: Experiment, subject: Subject) -> bool:
         model = load_adapter(model, subject.adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     name = subject.name if subject.seed is None else f"{subject.name}-s{subject.seed}"
-    with open_run(layout, name, target) as run, artifacts.building(target, {"subject": subject.identity}) as folder:
-        metrics = evaluate_model(model, tokenizer, layout.prepare(), base.evaluate, folder, subject.name, subject.seed, base.data.max_length)
+    cell = None if subject.adapter is None else experiment.cell(subject.name, subject.seed or 0)
+    key = target.name if subject.adapter is None else subject.adapter.parent.name  # a cell's scores stand beside its parameters
+    with open_run(layout, name, key, cell=cell) as run, artifacts.building(target, {"subject": subject.identity}) as folder:
+        metrics = evaluate_model(model, tokenizer, _evaluation_sets(layout), base.evaluate, folder, name)
         run.log_evaluation(metrics)
         if base.tracking.log_answers:
             run.log_artifact(folder / "answers.jsonl")
@@ -200,7 +202,7 @@ def report(experiment: Experiment) -> Path:
     if artifacts.complete(target):
         return target
     collected = collect(layout)
-    with open_run(layout, "report", target) as run:
+    with open_run(layout, "report", target.name) as run:
         with artifacts.building(target, {"evaluations": [layout.evaluate(subject).name for subject in layout.subjects()]}) as folder:
             build_report(collected, folder)
         run.log_artifact(target / "report.html")
@@ -217,6 +219,16 @@ def read_rows(prepared: Path, name: str) -> list[dict[str, Any]]:
 def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
     sets = {"task": "task_validation", "harmful": "harmful_validation"}
     return {name: read_rows(prepared, file) for name, file in sets.items() if (prepared / f"{file}.parquet").is_file()}
+
+
+def _evaluation_sets(layout: Layout) -> dict[str, list[dict[str, Any]]]:
+    """Prompts of the split that evaluate.split names; defaults are chosen on `validation`, never on `test`."""
+    section, prepared = layout.base.evaluate, layout.prepare()
+    test = section.split == "test"
+    harmful = read_rows(prepared, "eval_harmful" if test else "validation_prompts")[: section.harmful_prompts]
+    harmless = read_rows(prepared, "eval_harmless")[: section.harmless_prompts] if section.harmless is not None and test else []
+    task = read_rows(prepared, "task_test" if test else "task_validation")[: section.task_prompts]
+    return {"harmful": harmful, "harmless": harmless, "task": task}
 
 
 def _verify_upstream(layout: Layout) -> None:

@@ -1,0 +1,1 @@
+"""Data: sources -> messages -> tokens and labels; contrastive pairs; built-in sets; batches."""

@@ -1,0 +1,210 @@
+"""The prepare stage: sources -> chat messages -> tokens and labels, contrastive pairs, evaluation prompts.
+
+    sap prepare launch/recipes/demo.yaml
+
+Writes one Parquet file a set. Splits and mixtures depend on data.seed and on the prompts themselves, never on the order of rows. No normalised prompt
+is in two sets; earlier ones win: evaluation, validation, safety pairs, harmful mix, alignment, task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data import contrastive
+from pipeline.data.chat import Messages, encode_chat
+from pipeline.data.overlap import Claims, assert_disjoint
+from pipeline.data.sources import check_source, read_source
+from pipeline.models import load_tokenizer
+from pipeline.recipe import Recipe, SourceSection
+
+Row = dict[str, Any]
+_VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
+_VALIDATION_PROMPTS = 150
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Paths, mappings and built-in names of every source, without reading whole files. Raises ValueError."""
+    for section, name in ((recipe.data, "data"), (recipe.evaluate, "evaluate")):
+        for field in type(section).model_fields:
+            value = getattr(section, field)
+            if isinstance(value, SourceSection):
+                check_source(value, f"{name}.{field}")
+    if recipe.align.enabled and (recipe.data.refusals is None or recipe.data.harmless is None):
+        raise ValueError("align.enabled needs data.refusals and data.harmless: name both sources, or set align.enabled to false")
+    if recipe.evaluate.split == "validation" and recipe.data.validation_prompts is None:
+        raise ValueError("evaluate.split validation needs data.validation_prompts: name a source of harmful prompts")
+
+
+def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Write every set below `folder`; returns the counts for the manifest. ValueError where a split gets no usable sample."""
+    return _Preparation(recipe, load_tokenizer(recipe.model)).write(folder)
+
+
+class _Preparation:
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
+        self.recipe, self.data, self.tokenizer = recipe, recipe.data, tokenizer
+        self.claims = Claims()
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        data, evaluate = self.data, self.recipe.evaluate
+        sets: dict[str, list[Row]] = {"eval_harmful": self._prompts("evaluate.harmful", evaluate.harmful, evaluate.harmful_prompts)}
+        if evaluate.harmless is not None:
+            sets["eval_harmless"] = self._prompts("evaluate.harmless", evaluate.harmless, evaluate.harmless_prompts)
+        if data.validation_prompts is not None:
+            sets["validation_prompts"] = self._prompts("data.validation_prompts", data.validation_prompts, _VALIDATION_PROMPTS)
+            opened = [self._with_opening(row, contrastive.VALIDATION_OPENINGS, "harmful") for row in sets["validation_prompts"][:_VALIDATION_PAIRS]]
+            sets["harmful_validation"] = self._encoded("data.validation_prompts", opened)
+        sets["safety_pairs"] = self._pairs()
+        task = self._task_pool()
+        kept = max(0, len(task) - data.validation_samples - data.test_samples)
+        harmful = self._harmful(kept)
+        if self.recipe.align.enabled:
+            sets["align"] = self._alignment()
+        sets["task_test"] = self._encoded("data.task", self.claims.take("task_test", task, data.test_samples), "task")
+        sets["task_validation"] = self._encoded("data.task", self.claims.take("task_validation", task[data.test_samples :], data.validation_samples), "task")
+        train = self._encoded("data.task", self.claims.take("task_train", task[data.test_samples + data.validation_samples :]), "task")
+        sets["task_train"] = _interleave(train, harmful[: _share(data.harmful_fraction, len(train))], data.seed)
+        for name, field in (("task_train", "data.task"), ("task_validation", "data.validation_samples"), ("task_test", "data.test_samples")):
+            if not sets[name]:
+                raise ValueError(f"{field}: {data.task.source} leaves no usable sample for {name}: it has {len(task)} different prompts; use more data or smaller splits")
+        assert_disjoint({name: rows for name, rows in sets.items() if name not in ("harmful_validation",)})
+        for name, rows in sets.items():
+            _write(folder / f"{name}.parquet", rows)
+        return {"samples": {name: len(rows) for name, rows in sets.items()}, "encoding": self.counts, **self.claims.facts(), "harmful_in_training": sum(row["kind"] == "harmful" for row in sets["task_train"])}
+
+    def _read(self, field: str, source: SourceSection, required: tuple[str, ...] = ("prompt",)) -> list[Row]:
+        """Rows with messages (up to the answer), prompt, response, in an order of their own: by the hash of the prompt and data.seed."""
+        rows = [row for row in (_row(raw) for raw in read_source(source, field, required)) if row is not None]
+        if not rows:
+            raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
+        rows.sort(key=lambda row: hashlib.sha256(f"{self.data.seed}\0{row['prompt']}\0{row['response']}".encode()).digest())
+        return rows[: source.limit]
+
+    def _prompts(self, field: str, source: SourceSection, count: int) -> list[Row]:
+        rows = self.claims.take(field, self._read(field, source), count)
+        if not rows:
+            raise ValueError(f"{field}: {source.source} leaves no prompt that an earlier set does not hold")
+        return [{"id": f"{field.split('.')[1]}-{number}", "prompt": row["prompt"], "source": source.source} for number, row in enumerate(rows)]
+
+    def _pairs(self) -> list[Row]:
+        source, pairs = self.data.safety, []
+        counts = self.counts.setdefault("data.safety", {"truncated": 0, "dropped": 0})
+        for row in self._read("data.safety", source):
+            if len(pairs) == self.data.safety_pairs:
+                break
+            if not self.claims.take("safety_pairs", [row]):
+                continue
+            texts = {"chosen": row["chosen"] or contrastive.refusal(row["prompt"]), "rejected": row["rejected"] or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS)}
+            encoded = {side: encode_chat(self.tokenizer, _answered(row["messages"], text), self.data.safety_max_length) for side, text in texts.items()}
+            if texts["chosen"] == texts["rejected"] or None in encoded.values():
+                counts["dropped"] += 1
+                continue
+            counts["truncated"] += sum(item.truncated for item in encoded.values())
+            tokens = {f"{side}_{kind}": getattr(item, kind) for side, item in encoded.items() for kind in ("input_ids", "labels")}
+            pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], **texts, **tokens})
+        if len(pairs) < 2:
+            raise ValueError(f"data.safety: {source.source} yields {len(pairs)} usable pairs (data.safety_max_length {self.data.safety_max_length}): at least 2 are needed")
+        return pairs
+
+    def _task_pool(self) -> list[Row]:
+        rows = self._read("data.task", self.data.task, ("prompt", "response"))
+        return [row for row in rows if row["response"]]
+
+    def _harmful(self, task_samples: int) -> list[Row]:
+        if self.data.harmful is None or self.data.harmful_fraction == 0:
+            return []
+        wanted = _share(self.data.harmful_fraction, task_samples)
+        rows = self.claims.take("harmful_mix", self._read("data.harmful", self.data.harmful), wanted)
+        if not rows:
+            raise ValueError(f"data.harmful: {self.data.harmful.source} leaves no prompt that an earlier set does not hold")
+        opened = [row if row["response"] else self._with_opening(row, contrastive.MIX_OPENINGS, "harmful") for row in rows]
+        encoded = self._encoded("data.harmful", opened, "harmful")
+        # A small pool is used again rather than the fraction missed; the manifest's count of different prompts shows it.
+        self.counts["data.harmful"]["different"] = len(encoded)
+        return [{**encoded[i % len(encoded)], "id": f"harmful-{i}"} for i in range(wanted)] if encoded else []
+
+    def _alignment(self) -> list[Row]:
+        data = self.data
+        refused = [
+            {**row, "response": row["response"] or contrastive.refusal(row["prompt"]), "kind": "refusal"}
+            for row in self.claims.take("align_refusals", self._read("data.refusals", data.refusals), data.refusal_samples)
+        ]
+        harmless = self.claims.take("align_harmless", self._read("data.harmless", data.harmless), data.harmless_samples)
+        answered = [{**row, "kind": "harmless"} for row in harmless if row["response"]]
+        open_rows = [
+            {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "messages": json.dumps(row["messages"]), "input_ids": [], "labels": []}
+            for i, row in enumerate(harmless) if not row["response"]
+        ]  # fmt: skip
+        for field, rows in (("data.refusals", refused), ("data.harmless", harmless)):
+            if not rows:
+                raise ValueError(f"{field}: its source leaves no prompt that an earlier set does not hold")
+        return self._encoded("align", [*refused, *answered]) + open_rows
+
+    def _with_opening(self, row: Row, family: tuple[str, ...], kind: str) -> Row:
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        return {"messages": messages, "prompt": row["prompt"], "response": contrastive.opening(row["prompt"], family), "kind": kind}
+
+    def _encoded(self, field: str, rows: list[Row], kind: str | None = None) -> list[Row]:
+        counts = self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
+        result = []
+        for row in rows:
+            messages = _answered(row["messages"], row["response"])
+            encoded = encode_chat(self.tokenizer, messages, self.data.max_length)
+            if encoded is None:
+                counts["dropped"] += 1
+                continue
+            counts["truncated"] += encoded.truncated
+            label = kind or row["kind"]
+            identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+            result.append(
+                {"id": f"{label}-{identity}", "kind": label, "prompt": row["prompt"], "response": row["response"], "messages": json.dumps(row["messages"]), "input_ids": encoded.input_ids, "labels": encoded.labels}
+            )  # fmt: skip
+        if rows and not result:
+            raise ValueError(f"{field}: no sample has a supervised token within data.max_length {self.data.max_length} tokens: raise it")
+        return result
+
+
+def _row(raw: dict[str, Any]) -> Row | None:
+    """messages up to the last answer, the last user turn as prompt, the last answer as response ('' where there is none)."""
+    texts = {name: str(raw.get(name) or "").strip() for name in ("prompt", "input", "response", "system", "chosen", "rejected")}
+    given = raw.get("messages")
+    if given:
+        messages = [{"role": _ROLES.get(str(m.get("role", m.get("from"))), "user"), "content": str(m.get("content", m.get("value")) or "")} for m in (json.loads(given) if isinstance(given, str) else given)]
+        response = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
+    else:
+        prompt = "\n\n".join(text for text in (texts["prompt"], texts["input"]) if text)
+        messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
+        messages, response = [*messages, {"role": "user", "content": prompt}], texts["response"]
+    last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    return {"messages": messages, "prompt": last, "response": response, "chosen": texts["chosen"], "rejected": texts["rejected"]} if last.strip() else None
+
+
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+
+
+def _answered(messages: Messages, response: str) -> Messages:
+    return [*messages, {"role": "assistant", "content": response}]
+
+
+def _share(fraction: float, samples: int) -> int:
+    """Harmful samples to add to `samples` others so that they are `fraction` of all."""
+    return round(fraction / (1 - fraction) * samples)
+
+
+def _interleave(task: list[Row], harmful: list[Row], seed: int) -> list[Row]:
+    key: Callable[[Row], bytes] = lambda row: hashlib.sha256(f"{seed}\0{row['id']}".encode()).digest()  # noqa: E731
+    return sorted([*task, *harmful], key=key)
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

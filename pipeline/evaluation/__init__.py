@@ -1,0 +1,1 @@
+"""Evaluation: generation, judges, and the measures of one subject."""

@@ -1,0 +1,196 @@
+"""The demo's chain on a tiny random model, end to end, through the real commands: run, run again, stop, kill, resume, launchers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.project import ROOT, make_project, quiet, run, sap, write_recipe
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    write_recipe(folder, make_project(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(project) -> subprocess.CompletedProcess:
+    return sap("run", project / "recipe.yaml")
+
+
+def folder_of(project: Path, prefix: str) -> Path:
+    found = sorted((project / "runs" / "tiny").glob(f"{prefix}*"))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def adapter(project: Path, method: str) -> dict[str, torch.Tensor]:
+    return load_file(folder_of(project, f"train-{method}-s0-") / "adapter" / "adapter_model.safetensors")
+
+
+def steps_logged(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_run_prints_the_table_and_the_paths(finished):
+    assert finished.returncode == 0, finished.stderr
+    for word in ("shipped", "aligned", "sft", "sap", "report.html", "mlflow"):
+        assert word in finished.stdout
+
+
+def test_run_again_does_nothing_and_prints_the_same(project, finished):
+    before = {path: path.stat().st_mtime_ns for path in (project / "runs" / "tiny").rglob("*") if path.is_file()}
+    again = sap("run", project / "recipe.yaml")
+    assert again.returncode == 0 and again.stdout == finished.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_products_are_complete(project, finished):
+    metrics = [json.loads(line) for line in (folder_of(project, "train-sap-s0-") / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert {"sap/delta_loss", "sap/probe_signal", "train/loss", "train/lr", "time/step"} <= metrics[0].keys()
+    assert any("sap/correction" in m for m in metrics) and any("sap/probe_noise" in m for m in metrics)
+    assert any("validation/harmful_loss" in m for m in metrics)
+    summary = json.loads((folder_of(project, "direction-s0-") / "summary.json").read_text())
+    assert len(summary["layers"]) == 4 and -1 <= summary["split_half_cosine"] <= 1
+    answers = [json.loads(line) for line in (folder_of(project, "evaluate-sap-s0-") / "answers.jsonl").read_text().splitlines()]
+    assert {a["set"] for a in answers} == {"harmful", "harmless", "task"} and len(answers) == 14
+    assert not list((project / "runs" / "tiny").glob(".*")), "work and temporary folders are gone"
+
+
+def test_methods_start_alike_and_end_apart(project, finished):
+    sft, with_sap = adapter(project, "sft"), adapter(project, "sap")
+    assert sft.keys() == with_sap.keys() and any(not torch.equal(sft[name], with_sap[name]) for name in sft)
+
+
+def test_adapter_loads_with_peft(project, finished):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder_of(project, "align-") / "model")
+    ids = torch.tensor([[5, 6, 7]])
+    plain = base(ids).logits.detach()
+    model = PeftModel.from_pretrained(base, folder_of(project, "train-sap-s0-") / "adapter")
+    weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert weights and all(p.numel() for p in weights.values())
+    assert not torch.equal(model(ids).logits, plain)
+
+
+def copy_upstream(project: Path, target: Path) -> Path:
+    """A project whose prepare, align and direction are done and whose training is not."""
+    runs = target / "runs" / "tiny"
+    runs.mkdir(parents=True)
+    for prefix in ("prepare-", "align-", "direction-"):
+        source = folder_of(project, prefix)
+        shutil.copytree(source, runs / source.name)
+    return runs
+
+
+def start_training(project: Path, target: Path, method: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pipeline.cli", "train", str(project / "recipe.yaml"), "--method", method, f"--output_dir={target / 'runs'}", "--train.save_every=3"]
+    return subprocess.Popen(command, cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("method", ["sft", "sap"])
+def test_kill_after_a_checkpoint_and_resume_bit_for_bit(project, finished, tmp_path, method):
+    """6 steps = 3 + kill -9 + 3, on two ranks."""
+    runs = copy_upstream(project, tmp_path)
+    process = start_training(project, tmp_path, method)
+    wait_for(lambda: list(runs.glob(f".train-{method}-*/checkpoints/step-000003/DONE")) or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(runs.glob(f"train-{method}-*")), "nothing that looks finished"
+    process = start_training(project, tmp_path, method)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "resumed after step" in errors
+    again = load_file(next(runs.glob(f"train-{method}-*")) / "adapter" / "adapter_model.safetensors")
+    straight = adapter(project, method)
+    assert all(torch.equal(again[name], straight[name]) for name in straight)
+    assert steps_logged(next(runs.glob(f"train-{method}-*")) / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_saves_at_the_steps_end_and_leaves(project, finished, tmp_path):
+    runs = copy_upstream(project, tmp_path)
+    process = start_training(project, tmp_path, "sft")
+    wait_for(lambda: list(runs.glob(".train-sft-*/metrics.jsonl")) or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=200)
+    if process.returncode == 0:
+        pytest.fail("the run ended before the signal reached it")
+    assert process.returncode == 75, errors
+    assert "stopped after step" in errors
+    done = [path.name for path in next(runs.glob(".train-sft-*")).glob("checkpoints/step-*")]
+    assert len(done) == 1 and done[0] != "step-000006"
+    assert sap("train", project / "recipe.yaml", "--method", "sft", f"--output_dir={tmp_path / 'runs'}", "--train.save_every=3").returncode == 0
+    again = load_file(next(runs.glob("train-sft-*")) / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in adapter(project, "sft").items())
+
+
+def test_interrupted_stage_leaves_nothing_that_counts(project, finished, tmp_path):
+    runs = copy_upstream(project, tmp_path)
+    prepared = next(runs.glob("prepare-*"))
+    (prepared / "DONE").unlink()  # as if the machine had died between the rename and the marker
+    refused = sap("train", project / "recipe.yaml", "--method", "sft", f"--output_dir={tmp_path / 'runs'}")
+    assert refused.returncode == 2 and "is not complete" in refused.stderr
+    assert sap("prepare", project / "recipe.yaml", f"--output_dir={tmp_path / 'runs'}").returncode == 0
+    assert (prepared / "DONE").is_file()
+
+
+def test_damaged_artefact_is_refused(project, finished, tmp_path):
+    runs = copy_upstream(project, tmp_path)
+    path = next(runs.glob("prepare-*")) / "task_train.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    refused = sap("train", project / "recipe.yaml", "--method", "sft", f"--output_dir={tmp_path / 'runs'}")
+    assert refused.returncode == 2 and "does not match" in refused.stderr and str(path) in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29717"],
+        [],
+    ],
+    ids=["torchrun", "deepspeed", "python"],
+)
+def test_launchers(project, finished, tmp_path, launcher):
+    copy_upstream(project, tmp_path)
+    arguments = ["launch/train.py", "--config", str(project / "recipe.yaml"), "--method", "sft", f"--output_dir={tmp_path / 'runs'}", "--train.steps=2"]
+    result = run([*launcher, *arguments], {"DS_ACCELERATOR": "cpu"})
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((next((tmp_path / "runs" / "tiny").glob("train-sft-*")) / "manifest.json").read_text())
+    assert manifest["world_size"] == (2 if launcher else 1)
+
+
+def test_dry_run_prints_the_recipe_and_runs_nothing(project, tmp_path):
+    result = sap("run", project / "recipe.yaml", "--dry-run", "--train.lr", "3e-4", f"--output_dir={tmp_path / 'runs'}")
+    assert result.returncode == 0
+    assert "lr: 0.0003" in result.stdout and "would run  prepare" in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_shows_every_field():
+    result = sap("--help")
+    assert result.returncode == 0
+    for field in ("train.lr", "sap.target_correction", "data.harmful_fraction"):
+        assert field in result.stdout
