@@ -1,6 +1,6 @@
 """Align the recipe's model on the ranks this was launched with.
 
-    torchrun --nproc-per-node 2 launch/align.py --config launch/recipes/demo.yaml
+torchrun --nproc-per-node 2 launch/align.py --config launch/recipes/demo.yaml
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Compute the safety direction of one seed on the ranks this was launched with.
 
-    torchrun --nproc-per-node 8 launch/direction.py --config launch/recipes/llama_7b_sap.yaml --method sap
+torchrun --nproc-per-node 8 launch/direction.py --config launch/recipes/llama_7b_sap.yaml --method sap
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Evaluate one subject in one process: a method's cell, or the shipped or aligned model.
 
-    python launch/evaluate.py --config launch/recipes/demo.yaml --method sap --seed 0
-    python launch/evaluate.py --config launch/recipes/demo.yaml --method aligned
+python launch/evaluate.py --config launch/recipes/demo.yaml --method sap --seed 0
+python launch/evaluate.py --config launch/recipes/demo.yaml --method aligned
 """
 
 import sys

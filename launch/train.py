@@ -1,8 +1,8 @@
 """Train one cell on the ranks this was launched with.
 
-    deepspeed launch/train.py --config launch/recipes/llama_7b_sap.yaml --method sap
-    torchrun --nproc-per-node 8 launch/train.py --config launch/recipes/llama_7b_sap.yaml --method sap
-    python launch/train.py --config launch/recipes/demo.yaml --method sft --train.ranks 1
+deepspeed launch/train.py --config launch/recipes/llama_7b_sap.yaml --method sap
+torchrun --nproc-per-node 8 launch/train.py --config launch/recipes/llama_7b_sap.yaml --method sap
+python launch/train.py --config launch/recipes/demo.yaml --method sft --train.ranks 1
 """
 
 import sys

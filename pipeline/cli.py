@@ -115,7 +115,9 @@ class Chain:
 
     def train(self) -> int:
         self._need("prepare", "align")
-        precomputed = [self.layout.direction(cell) for cell in self.cells if cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"]
+        precomputed = [
+            self.layout.direction(cell) for cell in self.cells if cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"
+        ]
         missing = next((folder for folder in precomputed if not artifacts.complete(folder)), None)
         if missing:
             raise ValueError(f"{missing} is not complete: run `sap direction {self.experiment.path}` first, or `sap run`")
@@ -166,7 +168,9 @@ class Chain:
         for stage in stages:
             missing = [folder for folder in self.folders(stage) if not artifacts.complete(folder)]
             if missing:
-                raise ValueError(f"{missing[0]} is not complete: run `sap {stage} {self.experiment.path}` first (same overrides), or `sap run`")
+                raise ValueError(
+                    f"{missing[0]} is not complete: run `sap {stage} {self.experiment.path}` first (same overrides), or `sap run`"
+                )
 
 
 def _dry_run(experiment: Experiment, stage: str, method: str | None) -> int:

@@ -1,6 +1,6 @@
 """What the launch scripts share: arguments, the choice of a cell, errors as one sentence and exit code 2.
 
-    deepspeed launch/train.py --config launch/recipes/demo.yaml --method sap --seed 0 --train.lr 2e-4
+deepspeed launch/train.py --config launch/recipes/demo.yaml --method sap --seed 0 --train.lr 2e-4
 """
 
 from __future__ import annotations

@@ -89,7 +89,13 @@ class Layout:
 
     def train_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
-        parts: list[Any] = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, recipe.train.model_dump(mode="json", exclude=_NEUTRAL)]
+        parts: list[Any] = [
+            _FORMAT,
+            self._start_hash(),
+            self._prepare_hash(),
+            cell.seed,
+            recipe.train.model_dump(mode="json", exclude=_NEUTRAL),
+        ]
         if recipe.sap.enabled:
             parts.append(recipe.sap.model_dump(mode="json"))
             if recipe.sap.direction == "precomputed":
@@ -98,7 +104,9 @@ class Layout:
 
     def _prepare_hash(self) -> str:
         recipe = self.base
-        evaluated = recipe.evaluate.model_dump(mode="json", include={"harmful", "harmful_prompts", "harmless", "harmless_prompts", "task_prompts"})
+        evaluated = recipe.evaluate.model_dump(
+            mode="json", include={"harmful", "harmful_prompts", "harmless", "harmless_prompts", "task_prompts"}
+        )
         files = {source.source: artifacts.file_digest(Path(source.source)) for source in sources(recipe) if Path(source.source).is_file()}
         return _short([_FORMAT, recipe.data.model_dump(mode="json"), evaluated, _model_identity(recipe.model), recipe.align.enabled, files])
 

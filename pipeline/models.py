@@ -1,6 +1,6 @@
 """Models, tokenizers and adapters: what is loaded, in which dtype, and where the decoder layers are.
 
-    from pipeline.models import load_model, load_tokenizer, add_lora
+from pipeline.models import load_model, load_tokenizer, add_lora
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             raise ValueError(f"model.chat_template {section.chat_template} does not exist: give the path of a Jinja file")
         tokenizer.chat_template = section.chat_template.read_text()
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {path} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file")
+        raise ValueError(
+            f"the tokenizer of {path} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -110,7 +112,9 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
     missing = [target for target in lora.target_modules if target not in names]
     if missing:
         raise ValueError(f"train.lora.target_modules names '{missing[0]}', which this model lacks: it has {', '.join(sorted(names))}")
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
@@ -135,6 +139,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def _unreachable(path: str, error: OSError) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    hint = "HF_HUB_OFFLINE=1 is set, so only the local cache was looked at" if offline else "check the id, the network and your access (huggingface-cli login)"
+    hint = (
+        "HF_HUB_OFFLINE=1 is set, so only the local cache was looked at"
+        if offline
+        else "check the id, the network and your access (huggingface-cli login)"
+    )
     first = str(error).strip().splitlines()[0]
     return f"model.path '{path}' cannot be had: {hint}; a local folder works too ({first})"

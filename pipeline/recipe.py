@@ -61,23 +61,35 @@ class DataSection(Section):
     task: SourceSection = Field(description="What the model is to learn: prompts and responses, or messages")
     validation_samples: Positive = Field(64, description="Task samples held out for validation loss")
     test_samples: Positive = Field(100, description="Task samples held out for the test loss and exact match")
-    max_length: Positive = Field(512, description="Tokens per sequence; longer responses are cut, prompts that leave no response are dropped and counted")
-    harmful: SourceSection | None = Field(None, description="Prompts mixed into the task data as harmful samples (an affirmative opening where no response is given)")
+    max_length: Positive = Field(
+        512, description="Tokens per sequence; longer responses are cut, prompts that leave no response are dropped and counted"
+    )
+    harmful: SourceSection | None = Field(
+        None, description="Prompts mixed into the task data as harmful samples (an affirmative opening where no response is given)"
+    )
     harmful_fraction: Fraction = Field(0.0, description="Share of harmful samples in the training data; 0 mixes none in")
-    safety: SourceSection = Field(description="Safety-critical prompts; chosen/rejected where the data have them, else a refusal and an affirmative opening")
+    safety: SourceSection = Field(
+        description="Safety-critical prompts; chosen/rejected where the data have them, else a refusal and an affirmative opening"
+    )
     safety_pairs: Positive = Field(48, description="Contrastive pairs used for the safety direction")
     safety_max_length: Positive = Field(256, description="Tokens per sequence of a contrastive pair")
     refusals: SourceSection | None = Field(None, description="Harmful prompts that the align stage answers with refusals")
     refusal_samples: Positive = Field(200, description="Samples taken from data.refusals")
-    harmless: SourceSection | None = Field(None, description="Harmless prompts of the align stage; without responses the model's own answers are used")
+    harmless: SourceSection | None = Field(
+        None, description="Harmless prompts of the align stage; without responses the model's own answers are used"
+    )
     harmless_samples: Positive = Field(200, description="Samples taken from data.harmless")
-    validation_prompts: SourceSection | None = Field(None, description="Harmful prompts on which defaults are chosen; never the evaluation's")
+    validation_prompts: SourceSection | None = Field(
+        None, description="Harmful prompts on which defaults are chosen; never the evaluation's"
+    )
     seed: int = Field(0, description="Seed of splits, mixtures and templates; the same for all methods and training seeds")
 
     @model_validator(mode="after")
     def _harmful_source(self) -> DataSection:
         if self.harmful_fraction > 0 and self.harmful is None:
-            raise ValueError("data.harmful_fraction is above 0 but data.harmful is missing: name a source of harmful prompts, or set the fraction to 0")
+            raise ValueError(
+                "data.harmful_fraction is above 0 but data.harmful is missing: name a source of harmful prompts, or set the fraction to 0"
+            )
         if self.harmful_fraction >= 1:
             raise ValueError("data.harmful_fraction leaves no task sample: set it below 1")
         return self
@@ -91,9 +103,13 @@ class LoraSection(Section):
 
 
 class TrainSection(Section):
-    engine: Literal["zero3", "single"] = Field("zero3", description="zero3: DeepSpeed ZeRO-3 at any world size; single: the plain reference, one process")
+    engine: Literal["zero3", "single"] = Field(
+        "zero3", description="zero3: DeepSpeed ZeRO-3 at any world size; single: the plain reference, one process"
+    )
     ranks: Positive = Field(1, description="Local processes that `sap` starts; other launchers decide themselves")
-    ds_config: Path = Field(Path("ds_configs/zero3.json"), description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it")
+    ds_config: Path = Field(
+        Path("ds_configs/zero3.json"), description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it"
+    )
     steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training data; exclusive with steps")
     batch_size: Positive = Field(8, description="Sequences per optimizer step over all ranks")
@@ -117,7 +133,9 @@ class TrainSection(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("exactly one of steps and epochs must be set")
         if self.use_reentrant:
-            raise ValueError("use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient")
+            raise ValueError(
+                "use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient"
+            )
         return self
 
 
@@ -133,21 +151,39 @@ class DirectionSection(Section):
 
 class SapSection(Section):
     enabled: bool = Field(False, description="Whether the training step is SAP (arXiv 2505.16737, Algorithm 1)")
-    schedule: Literal["exact", "lagged"] = Field("exact", description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer")
-    contrastive: Literal["difference", "logsigmoid"] = Field("difference", description="Contrastive safety loss: Definition 3.1, or -logsigmoid of the margin")
-    direction: Literal["live", "precomputed"] = Field("live", description="First safety direction: of this step's pairs, or the direction stage's over all pairs")
-    refresh_every: Annotated[int, Field(ge=0)] = Field(1, description="Steps after which the direction is computed again; 0: never (precomputed only)")
+    schedule: Literal["exact", "lagged"] = Field(
+        "exact", description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer"
+    )
+    contrastive: Literal["difference", "logsigmoid"] = Field(
+        "difference", description="Contrastive safety loss: Definition 3.1, or -logsigmoid of the margin"
+    )
+    direction: Literal["live", "precomputed"] = Field(
+        "live", description="First safety direction: of this step's pairs, or the direction stage's over all pairs"
+    )
+    refresh_every: Annotated[int, Field(ge=0)] = Field(
+        1, description="Steps after which the direction is computed again; 0: never (precomputed only)"
+    )
     safety_batch_size: Positive = Field(4, description="Contrastive pairs per computed direction, over all ranks")
     safety_micro_batch_size: Positive = Field(2, description="Contrastive pairs per rank and pass")
     eps: Annotated[float, Field(gt=0)] = Field(0.05, description="|dW| as a share of |W|, both global over the trainable parameters")
-    beta: Annotated[float, Field(gt=0)] = Field(0.05, description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first scale tried (target_correction)")
-    probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
-    target_correction: Annotated[float, Field(gt=0)] = Field(0.2, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction")
-    layers: str | list[int] | list[float] = Field(
-        "0.33:0.66", description="Probed decoder layers: [10, 11] indices, [0.3, 0.5] fractions of the depth, '10:19' or '0.33:0.66' a half-open range"
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.05,
+        description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first scale tried (target_correction)",
     )
-    noise_every: Annotated[int, Field(ge=0)] = Field(20, description="Steps between measurements of the probe's noise (one extra pass); 0: never")
-    correction_every: Annotated[int, Field(ge=0)] = Field(10, description="Steps between measurements of the correction (one extra pass); 0: never")
+    probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
+    target_correction: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction"
+    )
+    layers: str | list[int] | list[float] = Field(
+        "0.33:0.66",
+        description="Probed decoder layers: [10, 11] indices, [0.3, 0.5] fractions of the depth, '10:19' or '0.33:0.66' a half-open range",
+    )
+    noise_every: Annotated[int, Field(ge=0)] = Field(
+        20, description="Steps between measurements of the probe's noise (one extra pass); 0: never"
+    )
+    correction_every: Annotated[int, Field(ge=0)] = Field(
+        10, description="Steps between measurements of the correction (one extra pass); 0: never"
+    )
 
     @field_validator("layers")
     @classmethod
@@ -165,7 +201,9 @@ class SapSection(Section):
         if self.probe_step == "target_correction" and self.correction_every == 0:
             raise ValueError("correction_every must be at least 1 with probe_step: target_correction")
         if self.safety_batch_size % self.safety_micro_batch_size:
-            raise ValueError(f"safety_batch_size {self.safety_batch_size} does not divide by safety_micro_batch_size {self.safety_micro_batch_size}")
+            raise ValueError(
+                f"safety_batch_size {self.safety_batch_size} does not divide by safety_micro_batch_size {self.safety_micro_batch_size}"
+            )
         return self
 
 
@@ -175,10 +213,14 @@ class EvaluateSection(Section):
     harmless: SourceSection | None = Field(None, description="Harmless prompts that look harmful; refused answers count as over-refusal")
     harmless_prompts: Positive = Field(75, description="Prompts taken from evaluate.harmless")
     task_prompts: Positive = Field(75, description="Task test samples answered for exact match")
-    split: Literal["test", "validation"] = Field("test", description="validation: data.validation_prompts and the task's validation samples, for choosing defaults")
+    split: Literal["test", "validation"] = Field(
+        "test", description="validation: data.validation_prompts and the task's validation samples, for choosing defaults"
+    )
     max_new_tokens: Positive = Field(32, description="Tokens generated per answer, greedily")
     batch_size: Positive = Field(32, description="Prompts per generation batch and rank")
-    judge: Literal["keyword"] = Field("keyword", description="keyword: 29 refusal substrings of GCG; yields the non-refusal rate, not a harmful score")
+    judge: Literal["keyword"] = Field(
+        "keyword", description="keyword: 29 refusal substrings of GCG; yields the non-refusal rate, not a harmful score"
+    )
     baselines: bool = Field(True, description="Also evaluate the shipped and the aligned model")
 
 
@@ -190,7 +232,9 @@ class TrackingSection(Section):
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(description="Name of the experiment and of its folder below output_dir")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
+        description="Name of the experiment and of its folder below output_dir"
+    )
     output_dir: Path = Field(Path("runs"), description="Where stages write")
     model: ModelSection = Field(description="The chat model to fine-tune")
     data: DataSection = Field(description="What is prepared")
@@ -200,7 +244,9 @@ class Recipe(Section):
     sap: SapSection = Field(SapSection(), description="Safety-aware probing")
     evaluate: EvaluateSection = Field(description="What is measured")
     tracking: TrackingSection = Field(TrackingSection(), description="MLflow")
-    methods: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"sft": {}}, min_length=1, description="Named overrides of the sections above; one cell each and seed")
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {"sft": {}}, min_length=1, description="Named overrides of the sections above; one cell each and seed"
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of data order, adapter and dropout")
 
     @field_validator("methods")
@@ -211,7 +257,9 @@ class Recipe(Section):
                 raise ValueError(f"'{method}' is no name for a method: letters, digits, _ and .")
             fixed = {"name", "output_dir", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
             if fixed:
-                raise ValueError(f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train or sap")
+                raise ValueError(
+                    f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train or sap"
+                )
         return value
 
 

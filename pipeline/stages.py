@@ -76,7 +76,10 @@ def prepare(experiment: Experiment) -> bool:
     target = layout.prepare()
     if artifacts.complete(target):
         return True
-    with open_run(layout, "prepare", target.name) as run, artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder:
+    with (
+        open_run(layout, "prepare", target.name) as run,
+        artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder,
+    ):
         facts = prepare_data(experiment.base, folder)
         artifacts.write_json(folder / "facts.json", facts)
         run.log_facts(facts)
@@ -97,7 +100,9 @@ def align(experiment: Experiment) -> bool:
     tokenizer = load_tokenizer(base.model)
     source = resolve_model_path(base.model)
     model = load_model(source, resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
-    rows = complete_answers(model, tokenizer, read_rows(layout.prepare(), "align"), base.align.distill_tokens, base.data.max_length, rank, world_size)
+    rows = complete_answers(
+        model, tokenizer, read_rows(layout.prepare(), "align"), base.align.distill_tokens, base.data.max_length, rank, world_size
+    )
     engine = _engine(model, base.align.train, seed=0)
     data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
@@ -195,7 +200,8 @@ def evaluate(experiment: Experiment, subject: Subject) -> bool:
 
 def report(experiment: Experiment) -> Path:
     """The page, its pictures and the table, from complete folders only. Returns the folder."""
-    from pipeline.report.build import build_report, collect
+    from pipeline.report.build import build_report
+    from pipeline.report.collect import collect
 
     layout = Layout(experiment)
     target = layout.report()

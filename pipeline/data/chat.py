@@ -84,5 +84,7 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
 def _find(text: str, content: str, spans: list[tuple[int, int]]) -> int:
     position = text.find(content.strip(), spans[-1][1] if spans else 0)
     if position < 0:
-        raise ValueError("the chat template does not render the assistant's answer as it stands: set model.chat_template to a template that does")
+        raise ValueError(
+            "the chat template does not render the assistant's answer as it stands: set model.chat_template to a template that does"
+        )
     return position

@@ -1,6 +1,6 @@
 """The model's own answers to harmless prompts: licence-clean data that keep an aligned model helpful.
 
-    rows = complete_answers(model, tokenizer, rows, max_new_tokens=48, max_length=128, rank=0, world_size=2)
+rows = complete_answers(model, tokenizer, rows, max_new_tokens=48, max_length=128, rank=0, world_size=2)
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from pipeline.evaluation.generation import generate
 
 
 def complete_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_new_tokens: int, max_length: int, rank: int, world_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    max_new_tokens: int,
+    max_length: int,
+    rank: int,
+    world_size: int,
 ) -> list[dict[str, Any]]:
     """Rows whose response is None get the model's greedy answer, cut at its last whole sentence; rows it leaves empty are dropped.
 

@@ -1,7 +1,7 @@
 """No prompt in two places: pools take prompts in turn, and what one has taken no later one gets.
 
-    claims = Claims()
-    rows = claims.take("evaluation", rows, 150)
+claims = Claims()
+rows = claims.take("evaluation", rows, 150)
 """
 
 from __future__ import annotations

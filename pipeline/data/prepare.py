@@ -59,25 +59,39 @@ class _Preparation:
             sets["eval_harmless"] = self._prompts("evaluate.harmless", evaluate.harmless, evaluate.harmless_prompts)
         if data.validation_prompts is not None:
             sets["validation_prompts"] = self._prompts("data.validation_prompts", data.validation_prompts, _VALIDATION_PROMPTS)
-            opened = [self._with_opening(row, contrastive.VALIDATION_OPENINGS, "harmful") for row in sets["validation_prompts"][:_VALIDATION_PAIRS]]
+            opened = [
+                self._with_opening(row, contrastive.VALIDATION_OPENINGS, "harmful")
+                for row in sets["validation_prompts"][:_VALIDATION_PAIRS]
+            ]
             sets["harmful_validation"] = self._encoded("data.validation_prompts", opened)
         sets["safety_pairs"] = self._pairs()
         task = self._task_pool()
-        kept = max(0, len(task) - data.validation_samples - data.test_samples)
+        kept = len(task) - data.validation_samples - data.test_samples
+        if kept < 1:
+            raise ValueError(
+                f"data.task: {data.task.source} has {len(task)} usable samples and leaves none for training after {data.test_samples} test and "
+                f"{data.validation_samples} validation samples: use more data, or lower data.test_samples and data.validation_samples"
+            )
         harmful = self._harmful(kept)
         if self.recipe.align.enabled:
             sets["align"] = self._alignment()
         sets["task_test"] = self._encoded("data.task", self.claims.take("task_test", task, data.test_samples), "task")
-        sets["task_validation"] = self._encoded("data.task", self.claims.take("task_validation", task[data.test_samples :], data.validation_samples), "task")
+        sets["task_validation"] = self._encoded(
+            "data.task", self.claims.take("task_validation", task[data.test_samples :], data.validation_samples), "task"
+        )
         train = self._encoded("data.task", self.claims.take("task_train", task[data.test_samples + data.validation_samples :]), "task")
         sets["task_train"] = _interleave(train, harmful[: _share(data.harmful_fraction, len(train))], data.seed)
-        for name, field in (("task_train", "data.task"), ("task_validation", "data.validation_samples"), ("task_test", "data.test_samples")):
-            if not sets[name]:
-                raise ValueError(f"{field}: {data.task.source} leaves no usable sample for {name}: it has {len(task)} different prompts; use more data or smaller splits")
-        assert_disjoint({name: rows for name, rows in sets.items() if name not in ("harmful_validation",)})
+        if not train:
+            raise ValueError(f"data.task: every training prompt of {data.task.source} is held by an earlier set: use other data")
+        assert_disjoint({name: rows for name, rows in sets.items() if name != "harmful_validation"})  # that one opens the validation prompts
         for name, rows in sets.items():
             _write(folder / f"{name}.parquet", rows)
-        return {"samples": {name: len(rows) for name, rows in sets.items()}, "encoding": self.counts, **self.claims.facts(), "harmful_in_training": sum(row["kind"] == "harmful" for row in sets["task_train"])}
+        return {
+            "samples": {name: len(rows) for name, rows in sets.items()},
+            "encoding": self.counts,
+            **self.claims.facts(),
+            "harmful_in_training": sum(row["kind"] == "harmful" for row in sets["task_train"]),
+        }
 
     def _read(self, field: str, source: SourceSection, required: tuple[str, ...] = ("prompt",)) -> list[Row]:
         """Rows with messages (up to the answer), prompt, response, in an order of their own: by the hash of the prompt and data.seed."""
@@ -91,7 +105,9 @@ class _Preparation:
         rows = self.claims.take(field, self._read(field, source), count)
         if not rows:
             raise ValueError(f"{field}: {source.source} leaves no prompt that an earlier set does not hold")
-        return [{"id": f"{field.split('.')[1]}-{number}", "prompt": row["prompt"], "source": source.source} for number, row in enumerate(rows)]
+        return [
+            {"id": f"{field.split('.')[1]}-{number}", "prompt": row["prompt"], "source": source.source} for number, row in enumerate(rows)
+        ]
 
     def _pairs(self) -> list[Row]:
         source, pairs = self.data.safety, []
@@ -101,8 +117,14 @@ class _Preparation:
                 break
             if not self.claims.take("safety_pairs", [row]):
                 continue
-            texts = {"chosen": row["chosen"] or contrastive.refusal(row["prompt"]), "rejected": row["rejected"] or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS)}
-            encoded = {side: encode_chat(self.tokenizer, _answered(row["messages"], text), self.data.safety_max_length) for side, text in texts.items()}
+            texts = {
+                "chosen": row["chosen"] or contrastive.refusal(row["prompt"]),
+                "rejected": row["rejected"] or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS),
+            }
+            encoded = {
+                side: encode_chat(self.tokenizer, _answered(row["messages"], text), self.data.safety_max_length)
+                for side, text in texts.items()
+            }
             if texts["chosen"] == texts["rejected"] or None in encoded.values():
                 counts["dropped"] += 1
                 continue
@@ -110,7 +132,9 @@ class _Preparation:
             tokens = {f"{side}_{kind}": getattr(item, kind) for side, item in encoded.items() for kind in ("input_ids", "labels")}
             pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], **texts, **tokens})
         if len(pairs) < 2:
-            raise ValueError(f"data.safety: {source.source} yields {len(pairs)} usable pairs (data.safety_max_length {self.data.safety_max_length}): at least 2 are needed")
+            raise ValueError(
+                f"data.safety: {source.source} yields {len(pairs)} usable pairs (data.safety_max_length {self.data.safety_max_length}): at least 2 are needed"
+            )
         return pairs
 
     def _task_pool(self) -> list[Row]:
@@ -176,14 +200,21 @@ def _row(raw: dict[str, Any]) -> Row | None:
     texts = {name: str(raw.get(name) or "").strip() for name in ("prompt", "input", "response", "system", "chosen", "rejected")}
     given = raw.get("messages")
     if given:
-        messages = [{"role": _ROLES.get(str(m.get("role", m.get("from"))), "user"), "content": str(m.get("content", m.get("value")) or "")} for m in (json.loads(given) if isinstance(given, str) else given)]
+        messages = [
+            {"role": _ROLES.get(str(m.get("role", m.get("from"))), "user"), "content": str(m.get("content", m.get("value")) or "")}
+            for m in (json.loads(given) if isinstance(given, str) else given)
+        ]
         response = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
     else:
         prompt = "\n\n".join(text for text in (texts["prompt"], texts["input"]) if text)
         messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
         messages, response = [*messages, {"role": "user", "content": prompt}], texts["response"]
     last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    return {"messages": messages, "prompt": last, "response": response, "chosen": texts["chosen"], "rejected": texts["rejected"]} if last.strip() else None
+    return (
+        {"messages": messages, "prompt": last, "response": response, "chosen": texts["chosen"], "rejected": texts["rejected"]}
+        if last.strip()
+        else None
+    )
 
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}

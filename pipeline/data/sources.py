@@ -47,10 +47,14 @@ def check_source(source: SourceSection, field: str) -> None:
         if not path.is_file():
             raise ValueError(f"{field}.source {source.source} does not exist: give a {', '.join(SUFFIXES)} file, a hub id or builtin:NAME")
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"{field}.source {source.source} has the unknown ending '{path.suffix}': it must be one of {', '.join(SUFFIXES)}")
+            raise ValueError(
+                f"{field}.source {source.source} has the unknown ending '{path.suffix}': it must be one of {', '.join(SUFFIXES)}"
+            )
     unknown = sorted(set(source.columns) - set(FIELDS))
     if unknown:
-        raise ValueError(f"{field}.columns maps to '{unknown[0]}', which is no field: map {', '.join(FIELDS)}, e.g. {{prompt: instruction, response: output}}")
+        raise ValueError(
+            f"{field}.columns maps to '{unknown[0]}', which is no field: map {', '.join(FIELDS)}, e.g. {{prompt: instruction, response: output}}"
+        )
     if looks_local:
         columns = _columns(_read_file(path, source, field, limit=50))
         _mapping(source, field, columns, ())
@@ -74,13 +78,21 @@ def read_source(source: SourceSection, field: str, required: Iterable[str]) -> l
 def _mapping(source: SourceSection, field: str, columns: list[str], required: Iterable[str]) -> dict[str, str]:
     for name, column in source.columns.items():
         if column not in columns:
-            raise ValueError(f"{field}.columns maps {name} to '{column}', which {source.source} does not have: its columns are {', '.join(columns)}")
+            raise ValueError(
+                f"{field}.columns maps {name} to '{column}', which {source.source} does not have: its columns are {', '.join(columns)}"
+            )
     mapping = dict(source.columns)
     if not mapping:
-        mapping = {name: next(alias for alias in aliases if alias in columns) for name, aliases in _ALIASES.items() if any(a in columns for a in aliases)}
+        mapping = {
+            name: next(alias for alias in aliases if alias in columns)
+            for name, aliases in _ALIASES.items()
+            if any(a in columns for a in aliases)
+        }
     missing = [name for name in required if name not in mapping]
     if missing and "messages" not in mapping:
-        raise ValueError(f"{field}: no column of {source.source} is known to hold the {missing[0]}: map it with {field}.columns, e.g. {{{missing[0]}: {columns[0] if columns else 'NAME'}}}; its columns are {', '.join(columns)}")
+        raise ValueError(
+            f"{field}: no column of {source.source} is known to hold the {missing[0]}: map it with {field}.columns, e.g. {{{missing[0]}: {columns[0] if columns else 'NAME'}}}; its columns are {', '.join(columns)}"
+        )
     return mapping
 
 
@@ -95,7 +107,9 @@ def _read_hub(source: SourceSection, field: str) -> list[Row]:
         loaded = datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError) as error:  # the hub's, the cache's and the library's own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and network, or give a local file ({first})") from None
+        raise ValueError(
+            f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and network, or give a local file ({first})"
+        ) from None
     return loaded.to_list()
 
 
@@ -108,7 +122,9 @@ def _read_file(path: Path, source: SourceSection, field: str, limit: int | None 
         import datasets
         import pyarrow.parquet
 
-        rows = pyarrow.parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else datasets.Dataset.from_file(str(path)).to_list()
+        rows = (
+            pyarrow.parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else datasets.Dataset.from_file(str(path)).to_list()
+        )
     else:
         rows = _read_json(path, field, lines=path.suffix == ".jsonl")
     if not all(isinstance(row, dict) for row in rows[:50]):
@@ -133,7 +149,9 @@ def _read_json(path: Path, field: str, lines: bool) -> list[Row]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             hint = "the file seems cut short" if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg else "check the file"
-            raise ValueError(f"{field}.source {path} is no valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): {hint}") from None
+            raise ValueError(
+                f"{field}.source {path} is no valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): {hint}"
+            ) from None
         values.append(value)
     if lines or len(values) != 1:
         return values

@@ -66,7 +66,9 @@ def token_loss(model: nn.Module, rows: list[Row], pad_id: int, batch_size: int) 
     model.eval()
     device = next(model.parameters()).device
     size = max(1, batch_size // 4)
-    return sum(useful_loss(model, batch.to(device)).item() for batch in micro_batches(rows, list(range(len(rows))), size, 0, 1, pad_id, 0, 0))
+    return sum(
+        useful_loss(model, batch.to(device)).item() for batch in micro_batches(rows, list(range(len(rows))), size, 0, 1, pad_id, 0, 0)
+    )
 
 
 def _messages(row: Row) -> Messages:
@@ -74,7 +76,14 @@ def _messages(row: Row) -> Messages:
 
 
 def _judged(name: str, row: Row, response: str) -> Row:
-    answer = {"set": name, "id": row["id"], "prompt": row["prompt"], "response": response, "empty": is_empty(response), "incoherent": is_incoherent(response)}
+    answer = {
+        "set": name,
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "response": response,
+        "empty": is_empty(response),
+        "incoherent": is_incoherent(response),
+    }
     if name == "task":
         return answer | {"expected": row["response"], "exact": exact_match(response, row["response"])}
     judgement = keyword_judge(row["prompt"], response)

@@ -1,6 +1,6 @@
 """Batched greedy generation whose answers do not depend on the batch.
 
-    texts = generate(model, tokenizer, [prompt_ids(tokenizer, messages)], max_new_tokens=32, batch_size=32)
+texts = generate(model, tokenizer, [prompt_ids(tokenizer, messages)], max_new_tokens=32, batch_size=32)
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def generate(
         chunk = order[start : start + batch_size]
         width = max(len(prompts[index]) for index in chunk)
         padding = [width - len(prompts[index]) for index in chunk]
-        ids = torch.tensor([[tokenizer.pad_token_id] * pad + prompts[index] for pad, index in zip(padding, chunk, strict=True)], device=device)
+        ids = torch.tensor(
+            [[tokenizer.pad_token_id] * pad + prompts[index] for pad, index in zip(padding, chunk, strict=True)], device=device
+        )
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
         output = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,

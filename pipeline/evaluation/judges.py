@@ -63,7 +63,9 @@ def main() -> None:
     rows = refusal_gold()
     agree = [(keyword_judge("", row["response"]).label == "refusal") == row["refused"] for row in rows]
     result = share(agree)
-    print(f"keyword judge against {len(rows)} human labels: accuracy {result['value']:.3f} (95% {result['low']:.3f} to {result['high']:.3f})")
+    print(
+        f"keyword judge against {len(rows)} human labels: accuracy {result['value']:.3f} (95% {result['low']:.3f} to {result['high']:.3f})"
+    )
 
 
 if __name__ == "__main__":

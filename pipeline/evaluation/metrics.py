@@ -1,6 +1,6 @@
 """Numbers with their uncertainty.
 
-    share([True, False, True])      # {"value": 0.667, "low": 0.208, "high": 0.939, "n": 3}, Wilson 95%
+share([True, False, True])      # {"value": 0.667, "low": 0.208, "high": 0.939, "n": 3}, Wilson 95%
 """
 
 from __future__ import annotations

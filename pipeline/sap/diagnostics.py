@@ -1,6 +1,6 @@
 """The safety direction over the whole contrastive set, and what it looks like layer by layer (arXiv 2505.16737, Fig. 3).
 
-    direction, summary = safety_direction(engine, first_half, second_half, useful_batches, "difference")
+direction, summary = safety_direction(engine, first_half, second_half, useful_batches, "difference")
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ class SapStep:
     def _perturbation_scale(self, g_s: Shard, metrics: Metrics) -> float:
         norm, weight_norm = self.engine.norm(g_s), self.engine.norm(self.engine.weights())
         if not (norm > 0 and math.isfinite(norm)):
-            raise ValueError(f"the safety gradient has norm {norm}: check data.safety (chosen and rejected must differ) and sap.contrastive")
+            raise ValueError(
+                f"the safety gradient has norm {norm}: check data.safety (chosen and rejected must differ) and sap.contrastive"
+            )
         metrics |= {"sap/direction_norm": norm, "sap/weight_norm": weight_norm}
         return self.section.eps * weight_norm / norm
 
@@ -98,17 +100,23 @@ class SapStep:
         with self.probe.active(v) as rows:
             return self.engine.probe_gradient(useful_loss, useful, rows)
 
-    def _opposite_gradient(self, useful: Sequence[MicroBatch], g_s: Shard, scale: float, v: torch.Tensor, number: int) -> torch.Tensor | None:
+    def _opposite_gradient(
+        self, useful: Sequence[MicroBatch], g_s: Shard, scale: float, v: torch.Tensor, number: int
+    ) -> torch.Tensor | None:
         """p(-1), for the noise, at its interval."""
         if not self.section.noise_every or number % self.section.noise_every:
             return None
         with self.engine.perturbed(g_s, -scale):
             return self._probe_gradient(useful, v)[1]
 
-    def _diagnose(self, loss: float, shifted: float, p0: torch.Tensor, p1: torch.Tensor, minus: torch.Tensor | None, metrics: Metrics) -> None:
+    def _diagnose(
+        self, loss: float, shifted: float, p0: torch.Tensor, p1: torch.Tensor, minus: torch.Tensor | None, metrics: Metrics
+    ) -> None:
         """Signal, noise, delta_loss (methods.md, SAP); refuses a perturbation that changes nothing."""
         if not self.checked and shifted == loss:
-            raise ValueError(f"the perturbation W + dW changes no bit of the loss: raise sap.eps (now {self.section.eps}) or use model.dtype float32")
+            raise ValueError(
+                f"the perturbation W + dW changes no bit of the loss: raise sap.eps (now {self.section.eps}) or use model.dtype float32"
+            )
         self.checked = True
         base = p0.norm().item()
         metrics |= {"sap/delta_loss": shifted - loss, "sap/probe_signal": (p1 - p0).norm().item() / base}
@@ -181,7 +189,12 @@ class SapStep:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs, as tensors; the direction is this rank's shard."""
         scalars = [self.direction_step, self.scale, self.calibrated, self.adam_count]
-        state = {"v": self.v, "adam_mean": self.adam_mean, "adam_square": self.adam_square, "scalars": torch.tensor(scalars, dtype=torch.float64)}
+        state = {
+            "v": self.v,
+            "adam_mean": self.adam_mean,
+            "adam_square": self.adam_square,
+            "scalars": torch.tensor(scalars, dtype=torch.float64),
+        }
         return state | {f"direction.{i}": part for i, part in enumerate(self.direction or [])}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

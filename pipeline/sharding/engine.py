@@ -33,7 +33,9 @@ class Engine(ABC):
     device: torch.device = torch.device("cpu")
 
     @abstractmethod
-    def forward_backward(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()) -> tuple[float, torch.Tensor | None]:
+    def forward_backward(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+    ) -> tuple[float, torch.Tensor | None]:
         """Main pass: the gradient of the step, kept for `step`. At most once a step, after all auxiliary passes.
 
         v: leaf tensors outside the module; their gradient (len(v), D) comes from the same backward, summed over ranks.
@@ -119,4 +121,3 @@ class Engine(ABC):
 def stacked_gradients(v: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Gradients of v as one tensor (len(v), D); an unused row is zero."""
     return torch.stack([torch.zeros_like(row) if gradient is None else gradient for row, gradient in zip(v, gradients, strict=True)])
-

@@ -56,7 +56,12 @@ def open_engine(module: nn.Module, train: TrainSection) -> Engine:
     """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_eps, weight_decay=train.weight_decay, foreach=False
+        parameters,
+        lr=train.lr,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
+        foreach=False,
     )
     if train.engine == "single":
         return SingleEngine(module, optimizer, train.max_grad_norm, "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
 """One process, no sharding: the executable specification that every other engine must agree with.
 
-    engine = SingleEngine(model, torch.optim.AdamW(parameters), max_grad_norm=1.0)
+engine = SingleEngine(model, torch.optim.AdamW(parameters), max_grad_norm=1.0)
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradie
 class SingleEngine(Engine):
     """A Shard here is one flat tensor per trainable parameter, in the module's order."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, device: torch.device | str = "cpu"):
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, device: torch.device | str = "cpu"
+    ):
         self.device = torch.device(device)
         self.module = module.to(self.device).train()
         self.optimizer = optimizer
@@ -28,7 +30,9 @@ class SingleEngine(Engine):
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
 
-    def forward_backward(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()) -> tuple[float, torch.Tensor | None]:
+    def forward_backward(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+    ) -> tuple[float, torch.Tensor | None]:
         loss = self._backward(loss_fn, batches)
         return loss, stacked_gradients(v, [row.grad for row in v]) if v else None
 
@@ -97,7 +101,11 @@ class SingleEngine(Engine):
         with torch.no_grad():
             for name, p in self.named.items():
                 p.copy_(state[f"weight.{name}"])
-                slots = {key.split(".", 2)[1]: value for key, value in state.items() if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
+                slots = {
+                    key.split(".", 2)[1]: value
+                    for key, value in state.items()
+                    if key.startswith("optimizer.") and key.split(".", 2)[2] == name
+                }
                 if slots:
                     self.optimizer.state[p] = slots
 

@@ -42,7 +42,9 @@ class Zero3Engine(Engine):
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._padding = [self._padding_mask(group) for group in self.optimizer.fp16_groups]
 
-    def forward_backward(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()) -> tuple[float, torch.Tensor | None]:
+    def forward_backward(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+    ) -> tuple[float, torch.Tensor | None]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=True)
         if not v:
@@ -84,10 +86,15 @@ class Zero3Engine(Engine):
     def accumulated_gradient(self) -> Shard:
         flat = self.optimizer.grad_partitions_flat_buffer
         parts = flat.split([mask.numel() for mask in self._padding])
-        return [part.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0) for part, mask in zip(parts, self._padding, strict=True)]
+        return [
+            part.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0) for part, mask in zip(parts, self._padding, strict=True)
+        ]
 
     def weights(self) -> Shard:
-        return [m.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0) for m, mask in zip(self._masters(), self._padding, strict=True)]
+        return [
+            m.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0)
+            for m, mask in zip(self._masters(), self._padding, strict=True)
+        ]
 
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
@@ -177,7 +184,9 @@ def read_ds_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     }
     for key, (field, value) in owned.items():
         if config.get(key, value) != value:
-            raise ValueError(f"train.ds_config {path} sets {key} to {config[key]!r}, but {field} of the recipe makes it {value}: take it out of the file")
+            raise ValueError(
+                f"train.ds_config {path} sets {key} to {config[key]!r}, but {field} of the recipe makes it {value}: take it out of the file"
+            )
     for key in ("bf16", "fp16", "torch_autocast"):
         if config.get(key, {}).get("enabled"):
             raise ValueError(f"train.ds_config {path} enables {key}, which would cast the adapter: take it out and set model.dtype")

@@ -1,7 +1,7 @@
 """The training loop around any step: schedule, validation, logging, checkpoints, leaving in order.
 
-    loop = Loop(engine, PlainStep(engine), data, recipe.train, seed=0, folder=Path("work"), identity="...", on_metrics=print)
-    finished = loop.run()
+loop = Loop(engine, PlainStep(engine), data, recipe.train, seed=0, folder=Path("work"), identity="...", on_metrics=print)
+finished = loop.run()
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class Loop:
         metrics = self.step(self._useful(number), lambda: self._pairs(number), number)
         # Losses are global, so all ranks leave together, before the update.
         if not math.isfinite(metrics["train/loss"]):
-            raise ValueError(f"the loss is {metrics['train/loss']} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data")
+            raise ValueError(
+                f"the loss is {metrics['train/loss']} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data"
+            )
         metrics |= {"train/lr": lr, "train/grad_norm": self.engine.step(lr), "time/step": time.perf_counter() - started}
         if (number + 1) % self.train.validate_every == 0 or number + 1 == self.steps:
             metrics |= self._validate()
@@ -94,7 +96,9 @@ class Loop:
     def _pairs(self, number: int) -> list[PairBatch]:
         assert self.pair_order is not None, "this step needs safety pairs"
         engine, size = self.engine, self.data.pairs_micro_batch
-        return pair_batches(self.data.pairs, self.pair_order.step(number), size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number)
+        return pair_batches(
+            self.data.pairs, self.pair_order.step(number), size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
+        )
 
     def _validate(self) -> dict[str, float]:
         engine, size = self.engine, self.train.micro_batch_size
@@ -114,8 +118,14 @@ class Loop:
         if number in (1, self.steps) or time.monotonic() - self._printed > 5:
             self._printed = time.monotonic()
             left = (self.steps - number) * metrics["time/step"]
-            extra = "".join(f"  {key.split('/')[1]} {metrics[key]:.3g}" for key in ("sap/correction", "sap/probe_signal", "validation/task_loss") if key in metrics)
-            self._say(f"step {number}/{self.steps}  loss {metrics['train/loss']:.3f}{extra}  {metrics['time/step']:.1f} s/step, about {left:.0f} s left")
+            extra = "".join(
+                f"  {key.split('/')[1]} {metrics[key]:.3g}"
+                for key in ("sap/correction", "sap/probe_signal", "validation/task_loss")
+                if key in metrics
+            )
+            self._say(
+                f"step {number}/{self.steps}  loss {metrics['train/loss']:.3f}{extra}  {metrics['time/step']:.1f} s/step, about {left:.0f} s left"
+            )
 
     def _say(self, text: str) -> None:
         if self.engine.rank == 0:

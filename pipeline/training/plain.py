@@ -1,6 +1,6 @@
 """Plain fine-tuning's step: the gradient of the useful loss, nothing else.
 
-    metrics = PlainStep(engine)(useful_batches, pairs, number)
+metrics = PlainStep(engine)(useful_batches, pairs, number)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Products of a run: a PEFT adapter, or a merged model folder; in safetensors, re-opened and checked before they count.
 
-    save_adapter(engine, "models/base", Path("adapter"))     # PeftModel.from_pretrained(model, "adapter") loads it
+save_adapter(engine, "models/base", Path("adapter"))     # PeftModel.from_pretrained(model, "adapter") loads it
 """
 
 from __future__ import annotations

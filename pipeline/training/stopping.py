@@ -1,7 +1,7 @@
 """Leaving in order: SIGTERM, SIGUSR1, SIGINT or a stop file ask the run to save at the step's end and leave.
 
-    with StopRequest(Path("runs/demo/.work/STOP")) as stop:
-        ... if engine.any_rank(stop.requested()): save and leave
+with StopRequest(Path("runs/demo/.work/STOP")) as stop:
+    ... if engine.any_rank(stop.requested()): save and leave
 """
 
 from __future__ import annotations

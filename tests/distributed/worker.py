@@ -20,7 +20,15 @@ from pipeline.training.plain import PlainStep
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 
 LR, STEPS, WORLD = 1e-2, 5, 2
-SAP = {"enabled": True, "probe_step": "rms", "beta": 0.02, "noise_every": 2, "correction_every": 2, "refresh_every": 2, "safety_micro_batch_size": 1}
+SAP = {
+    "enabled": True,
+    "probe_step": "rms",
+    "beta": 0.02,
+    "noise_every": 2,
+    "correction_every": 2,
+    "refresh_every": 2,
+    "safety_micro_batch_size": 1,
+}
 
 
 def train_section(folder: Path, engine: str, persistence: int) -> TrainSection:
@@ -46,11 +54,15 @@ def make_step(engine: Engine, schedule: str | None) -> SapStep | PlainStep:
     return SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), SapSection(**SAP, schedule=schedule))
 
 
+def one_step(engine: Engine, step: SapStep | PlainStep, batches: StepBatches, number: int) -> None:
+    step(batches.useful(number), lambda: batches.pairs(number), number)
+    engine.step(LR)
+
+
 def run_steps(engine: Engine, step: SapStep | PlainStep, steps: int = STEPS) -> dict[str, torch.Tensor]:
     batches = StepBatches(engine.rank, engine.world_size)
     for number in range(steps):
-        step(batches.useful(number), lambda number=number: batches.pairs(number), number)
-        engine.step(LR)
+        one_step(engine, step, batches, number)
     return engine.gather(engine.weights())
 
 
@@ -86,7 +98,11 @@ def restore(folder: Path) -> dict:
             pass
         again = [*engine._compute_shards(), *engine._masters()]
         same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, after, again, strict=True))
-        results[str(persistence)] = {"bitwise": not engine.any_rank(not same), "slope": slope, "loss_back": engine.loss(useful_loss, batches) == loss}
+        results[str(persistence)] = {
+            "bitwise": not engine.any_rank(not same),
+            "slope": slope,
+            "loss_back": engine.loss(useful_loss, batches) == loss,
+        }
     return results
 
 
@@ -117,7 +133,9 @@ def traces(folder: Path) -> dict:
             if auxiliary:
                 with_more = lambda m, b: useful_loss(lambda **k: m(use_more=True, **k), b)  # noqa: E731
                 _, g = engine.gradient(with_more, batches.useful(number))
-                assert engine.gather(g).get("more.weight", torch.ones(1)).any(), "the control: the safety pass does reach the extra parameter"
+                assert engine.gather(g).get("more.weight", torch.ones(1)).any(), (
+                    "the control: the safety pass does reach the extra parameter"
+                )
                 engine.gradient(safety_loss("difference"), batches.pairs(number))
                 with probe.active(probe.zeros()) as rows, engine.perturbed(g, 1e-3):
                     engine.probe_gradient(useful_loss, batches.useful(number), rows)
@@ -158,15 +176,13 @@ def resume(folder: Path) -> dict:
         for number in range(6):
             if number == 3:
                 checkpoint.save(engine, step, root, 3, "same")
-            step(batches.useful(number), lambda number=number: batches.pairs(number), number)
-            engine.step(LR)
+            one_step(engine, step, batches, number)
         straight = engine.gather(engine.weights())
         engine = open_tiny(folder)
         step = make_step(engine, schedule)
         done = checkpoint.load_latest(engine, step, root, "same")
         for number in range(done, 6):
-            step(batches.useful(number), lambda number=number: batches.pairs(number), number)
-            engine.step(LR)
+            one_step(engine, step, batches, number)
         resumed = engine.gather(engine.weights())
         results[schedule] = {"done": done, "equal": all(torch.equal(straight[name], resumed[name]) for name in straight)}
     return results
@@ -177,7 +193,13 @@ CASES = (parity, restore, traces, vectors, resume)
 
 def main(rank: int, port: int, folder: str) -> None:
     """Entry of one rank (torch.multiprocessing.spawn)."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     path = Path(folder) / f"rank{rank}"
     path.mkdir()

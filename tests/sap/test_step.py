@@ -106,7 +106,15 @@ class DenseReference:
 
 
 def section(**changes) -> SapSection:
-    values = {"enabled": True, "probe_step": "rms", "beta": 0.02, "noise_every": 2, "correction_every": 2, "safety_micro_batch_size": 1, **changes}
+    values = {
+        "enabled": True,
+        "probe_step": "rms",
+        "beta": 0.02,
+        "noise_every": 2,
+        "correction_every": 2,
+        "safety_micro_batch_size": 1,
+        **changes,
+    }
     return SapSection(**values)
 
 

@@ -1,0 +1,33 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+SEEDS ?= 1
+RUN := $(VENV)/bin/python -W ignore -m pipeline.cli
+
+.PHONY: help demo test lint clean
+help:
+	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
+	@echo "make test             set up with test dependencies, run the tests"
+	@echo "make lint             ruff"
+	@echo "make clean            remove .venv and runs"
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older: name one with make PYTHON=python3.11" >&2; exit 2; }
+	@echo "setting up $(VENV) (some minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 2>&1 | grep -v "^WARNING: Location" || true
+	@$(VENV)/bin/python -c 'import torch, deepspeed, transformers, peft, mlflow, pytest' 2>/dev/null || { echo "error: the installation into $(VENV) is not complete: see above" >&2; exit 1; }
+	@touch $@
+
+demo: $(VENV)/ready
+	@$(VENV)/bin/python -W ignore -m pipeline.data.builtin
+	@$(RUN) run launch/recipes/demo.yaml --seeds "$$($(PYTHON) -c 'print(list(range($(SEEDS))))')"
+
+test: $(VENV)/ready
+	@$(VENV)/bin/python -m pytest $(TESTS)
+
+lint: $(VENV)/ready
+	@$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) runs

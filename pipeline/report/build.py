@@ -1,0 +1,76 @@
+"""The report page: one HTML file with its pictures inside.
+
+sap report launch/recipes/demo.yaml
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+
+import yaml
+
+from pipeline import artifacts
+from pipeline.report.collect import Collected
+from pipeline.report.figures import draw_all
+from pipeline.report.table import HEADER, as_html, as_markdown, as_text, table_rows
+
+_STYLE = """
+body{font:16px/1.55 system-ui,sans-serif;color:#1c2430;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}
+h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem}
+table{border-collapse:collapse;width:100%;font-size:.93rem}th,td{text-align:left;padding:.45rem .7rem;border-bottom:1px solid #dde2e8}
+th{border-bottom:2px solid #8894a3;font-weight:600}td{font-variant-numeric:tabular-nums}
+figure{margin:1.4rem 0}img{max-width:100%}figcaption{color:#55606e;font-size:.9rem;max-width:46rem}
+pre{background:#f4f6f8;padding:1rem;overflow:auto;font-size:.82rem}.note{background:#fff8e6;border-left:4px solid #d9a400;padding:.7rem 1rem}
+details{margin:.8rem 0}summary{cursor:pointer}
+"""
+
+
+def build_report(collected: Collected, folder: Path) -> None:
+    """Write report.html, table.{txt,md,json} and figures/*.png below `folder`."""
+    rows = table_rows(collected)
+    (folder / "table.txt").write_text(as_text(rows))
+    (folder / "table.md").write_text(as_markdown(rows))
+    artifacts.write_json(folder / "table.json", [dict(zip(HEADER, row, strict=True)) for row in rows])
+    figures = draw_all(collected, folder / "figures")
+    (folder / "report.html").write_text(_page(collected, as_html(rows), figures))
+
+
+def what_is_measured(collected: Collected) -> str:
+    """The sentence that keeps a reader from taking openings for harm."""
+    prompts = collected.methods[0].measures["non_refusal_rate"]["n"] if len(collected.methods[0].seeds) < 2 else "the"
+    split = "" if collected.split == "test" else " These are validation prompts, used to choose settings; they are no result."
+    return (
+        f"Non-refusal is the share of answers to {prompts} harmful prompts in which no refusal phrase stands in the first 200 characters (keyword judge). "
+        f"It measures openings, not harm: a small model that does not refuse often has nothing harmful to say either. Intervals are 95%: Wilson over "
+        f"prompts for one seed, Student over seeds for several.{split}"
+    )
+
+
+def _page(collected: Collected, table: str, figures: list[tuple[Path, str]]) -> str:
+    pictures = "".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for path, caption in figures
+    )
+    rates = "".join(
+        f"<li>{html.escape(m.name)}: empty {m.measures['empty_rate']['value']:.2f}, incoherent {m.measures['incoherent_rate']['value']:.2f}</li>"
+        for m in collected.methods
+    )
+    answers = "".join(f"<li><code>{html.escape(str(path.resolve()))}</code></li>" for path in collected.answers)
+    dump = lambda value: html.escape(yaml.safe_dump(value, sort_keys=False))  # noqa: E731
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{html.escape(collected.name)}: safety and usefulness after fine-tuning</title><style>{_STYLE}</style>
+<h1>{html.escape(collected.name)}: safety and usefulness after fine-tuning</h1>
+<p class="note">{html.escape(what_is_measured(collected))}</p>
+{table}
+<h2>Pictures</h2>{pictures}
+<h2>Answers</h2><p>Empty and incoherent answers to the harmful prompts, counted apart (an empty one is neither a refusal nor an answer):</p><ul>{rates}</ul>
+<p>Every answer, with its judgement, is on this machine only:</p><ul>{answers}</ul>
+<h2>How it was made</h2>
+<p>Revision {html.escape(str(collected.git_revision))}; {html.escape(", ".join(f"{k} {v}" for k, v in collected.versions.items()))}.</p>
+<details><summary>Data: sizes, overlaps removed</summary><pre>{dump(collected.data_facts)}</pre></details>
+<details><summary>Recipe, resolved</summary><pre>{dump(collected.resolved)}</pre></details>
+</html>
+"""

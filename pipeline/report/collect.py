@@ -1,0 +1,98 @@
+"""What the report is made of, read from the stages' folders (never from MLflow).
+
+collected = collect(Layout(experiment))
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline import artifacts, recipe
+from pipeline.evaluation.metrics import mean_interval, share
+from pipeline.layout import Layout
+
+_SHARES = ("non_refusal_rate", "over_refusal_rate", "exact_match", "empty_rate", "incoherent_rate")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: a baseline, or a method over its seeds. measures: name -> {value, low, high, n} (low and high may be None)."""
+
+    name: str
+    seeds: list[int]
+    measures: dict[str, dict[str, Any]]
+    logs: list[list[dict[str, float]]]  # metrics.jsonl per seed; empty for baselines
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        times = [line["time/step"] for log in self.logs for line in log[1:]]  # the first step warms up
+        return median(times) if times else None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything a report shows."""
+
+    name: str
+    split: str
+    methods: list[Method]
+    plain: str | None  # the method whose time per step is 1: the first without SAP
+    direction: dict[str, Any] | None
+    data_facts: dict[str, Any]
+    resolved: dict[str, Any]
+    versions: dict[str, str]
+    git_revision: str | None
+    answers: list[Path]
+
+
+def collect(layout: Layout) -> Collected:
+    """Read every folder the report covers; ValueError where one is not complete."""
+    evaluations: dict[str, list[tuple[int | None, Path, Path | None]]] = defaultdict(list)
+    for subject in layout.subjects():
+        folder = layout.evaluate(subject)
+        artifacts.verify(folder)
+        evaluations[subject.name].append((subject.seed, folder, subject.adapter.parent if subject.adapter else None))
+    cells = {cell.method: cell for cell in layout.experiment.cells()}
+    plain = next((name for name, cell in cells.items() if not cell.recipe.sap.enabled), None)
+    directions = [layout.direction(cell) for cell in cells.values() if layout.needs_direction(cell)]
+    summary = next((json.loads((d / "summary.json").read_text()) for d in directions if artifacts.complete(d)), None)
+    prepared = artifacts.read_manifest(layout.prepare())
+    return Collected(
+        name=layout.base.name,
+        split=layout.base.evaluate.split,
+        methods=[_method(name, entries) for name, entries in evaluations.items()],
+        plain=plain,
+        direction=summary,
+        data_facts=json.loads((layout.prepare() / "facts.json").read_text()),
+        resolved=recipe.dump(layout.base),
+        versions=prepared["versions"],
+        git_revision=artifacts.git_revision(),
+        answers=[folder / "answers.jsonl" for entries in evaluations.values() for _, folder, _ in entries],
+    )
+
+
+def _method(name: str, entries: list[tuple[int | None, Path, Path | None]]) -> Method:
+    measured = [json.loads((folder / "metrics.json").read_text()) for _, folder, _ in entries]
+    measures = {key: _over_seeds([m[key] for m in measured]) for key in _SHARES}
+    measures["test_loss"] = mean_interval([m["test_loss"] for m in measured])
+    logs = [_read_log(train / "metrics.jsonl") for _, _, train in entries if train is not None]
+    return Method(name, [seed for seed, _, _ in entries if seed is not None], measures, logs)
+
+
+def _over_seeds(shares: list[dict[str, Any]]) -> dict[str, Any]:
+    """One seed: its Wilson interval over prompts. Several: mean and Student interval over seeds."""
+    if any(s["value"] is None for s in shares):
+        return share([])
+    if len(shares) == 1:
+        return shares[0]
+    result = mean_interval([s["value"] for s in shares])
+    return result | {"low": max(0.0, result["low"]), "high": min(1.0, result["high"])}
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,120 @@
+"""Label masks over several chat templates: the response is in input_ids, and exactly what the assistant says is supervised."""
+
+import pytest
+
+from pipeline.data.chat import encode_chat, prompt_ids
+from tests.project import TEMPLATE, make_tokenizer
+
+CHATML_MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<s>[INST] {{ message['content'] }} [/INST]"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] }} </s>{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<bos>"
+    "{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+GLUED = "{% for m in messages %}{% if m['role'] == 'user' %}Q:{{ m['content'] }} A:{% else %}{{ m['content'] }};{% endif %}{% endfor %}"
+DATED = (
+    "{% if add_generation_prompt %}(now){% else %}(then){% endif %}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# template -> what must be supervised of "The answer is 4." (with the end-of-turn marker where the template has one)
+TEMPLATES = {
+    "chatml": (TEMPLATE, "The answer is 4.<|im_end|>"),
+    "chatml with generation markers": (CHATML_MARKED, "The answer is 4.<|im_end|>"),
+    "llama 2": (LLAMA2, " The answer is 4. </s>"),
+    "gemma": (GEMMA, "The answer is 4.<end_of_turn>"),
+    "no border": (GLUED, "The answer is 4.;"),
+    "past turns otherwise than present ones": (DATED, "The answer is 4."),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def supervised(tokenizer, encoded) -> str:
+    return tokenizer.decode([label for label in encoded.labels if label != -100])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_exactly_the_answer_is_supervised(tokenizer, name):
+    tokenizer.chat_template, expected = TEMPLATES[name]
+    messages = [{"role": "user", "content": "How much is 2 + 2?"}, {"role": "assistant", "content": "The answer is 4."}]
+    encoded = encode_chat(tokenizer, messages, 200)
+    assert "The answer is 4." in tokenizer.decode(encoded.input_ids), "the response is in input_ids: teacher forcing"
+    assert supervised(tokenizer, encoded).strip() == expected.strip()
+    assert all(label in (-100, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_assistant_turn_is_supervised(tokenizer, name):
+    tokenizer.chat_template, _ = TEMPLATES[name]
+    messages = [
+        {"role": "user", "content": "First question"},
+        {"role": "assistant", "content": "First reply"},
+        {"role": "user", "content": "Second question"},
+        {"role": "assistant", "content": "Second reply"},
+    ]
+    text = supervised(tokenizer, encode_chat(tokenizer, messages, 300))
+    assert "First reply" in text and "Second reply" in text and "question" not in text
+
+
+def test_prompt_of_generation_is_a_prefix_of_training(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    user = [{"role": "user", "content": "Count the words"}]
+    encoded = encode_chat(tokenizer, [*user, {"role": "assistant", "content": "Three"}], 100)
+    prompt = prompt_ids(tokenizer, user)
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert all(label == -100 for label in encoded.labels[: len(prompt)]) and encoded.labels[len(prompt)] != -100
+
+
+def test_tokens_that_merge_at_the_border_are_supervised():
+    """A template whose prompt ends in characters that a merge joins with the response's first ones."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"a": 0, "b": 1, "c": 2, ":": 3, ":b": 4, "<pad>": 5}
+    merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [(":", "b")])), eos_token="<pad>")
+    merging.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}:{% endif %}{% endfor %}"
+    encoded = encode_chat(merging, [{"role": "user", "content": "aa"}, {"role": "assistant", "content": "bca"}], 20)
+    assert encoded.input_ids == [0, 0, 4, 2, 0], "the border is inside token ':b'"
+    assert encoded.labels == [-100, -100, 4, 2, 0]
+
+
+def test_system_message_moves_where_the_template_has_no_such_role(tokenizer):
+    tokenizer.chat_template = GEMMA
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    encoded = encode_chat(tokenizer, messages, 200)
+    assert "Be brief.\n\nHi" in tokenizer.decode(encoded.input_ids) and "Hello" in supervised(tokenizer, encoded)
+    assert "brief" not in supervised(tokenizer, encoded)
+
+
+def test_truncation_never_leaves_a_sample_without_supervised_tokens(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    messages = [{"role": "user", "content": "word " * 20}, {"role": "assistant", "content": "reply " * 20}]
+    whole = encode_chat(tokenizer, messages, 10_000)
+    first = next(i for i, label in enumerate(whole.labels) if label != -100)
+    assert not whole.truncated
+    for length in range(1, len(whole.input_ids) + 1):
+        encoded = encode_chat(tokenizer, messages, length)
+        if length <= first:
+            assert encoded is None
+        else:
+            assert len(encoded.input_ids) == length and any(label != -100 for label in encoded.labels[1:])
+            assert encoded.truncated == (length < len(whole.input_ids))
+
+
+def test_a_slow_tokenizer_is_refused(tokenizer):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="fast tokenizer"):
+        encode_chat(Slow(), [{"role": "user", "content": "a"}], 10)

