@@ -10,13 +10,12 @@ to go on), anything else a stage's own failure.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from pipeline import artifacts, entry, recipe, runner
 from pipeline.layout import Layout
@@ -200,12 +199,11 @@ def _as_arguments(overrides: dict, prefix: str = "") -> list[str]:
 
 
 def _print_fields() -> None:
-    table = Table(title="Fields of a recipe; each can be overridden, e.g. --train.lr 2e-4", title_justify="left", show_lines=False)
-    for column in ("field", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold")
-    for row in recipe.field_rows():
-        table.add_row(*row)
-    Console().print(table)
+    width = min(shutil.get_terminal_size().columns, 110)
+    print("\nFields of a recipe; each can be overridden on the command line, e.g. --train.lr 2e-4:")
+    for name, kind, default, meaning in recipe.field_rows():
+        print(f"  --{name}  {kind} ({default if default == 'required' else f'default {default}'})")
+        print(textwrap.fill(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 if __name__ == "__main__":

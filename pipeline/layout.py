@@ -66,9 +66,7 @@ class Layout:
 
     def start_model(self) -> str:
         """What every method starts from: the aligned model, or the recipe's own."""
-        from pipeline.models import resolve_model_path
-
-        return str(self.align() / "model") if self.base.align.enabled else resolve_model_path(self.base.model)
+        return str(self.align() / "model") if self.base.align.enabled else _location(self.base.model)
 
     def needs_direction(self, cell: Cell) -> bool:
         return cell.recipe.sap.enabled
@@ -76,9 +74,7 @@ class Layout:
     def subjects(self) -> Iterator[Subject]:
         """Everything the report compares, in its order."""
         if self.base.evaluate.baselines:
-            from pipeline.models import resolve_model_path
-
-            yield Subject("shipped", None, resolve_model_path(self.base.model), None, _short(_model_identity(self.base.model)))
+            yield Subject("shipped", None, _location(self.base.model), None, _short(_model_identity(self.base.model)))
             if self.base.align.enabled:
                 yield Subject("aligned", None, self.start_model(), None, self._align_hash())
         for cell in self.experiment.cells():
@@ -130,6 +126,12 @@ def sources(recipe: Recipe) -> Iterator[SourceSection]:
             value = getattr(section, name)
             if isinstance(value, SourceSection):
                 yield value
+
+
+def _location(model: ModelSection) -> str:
+    from pipeline.models import model_location  # here, because it brings in transformers and most questions to a layout need no model
+
+    return model_location(model)
 
 
 def _short(value: Any) -> str:

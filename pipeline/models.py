@@ -13,26 +13,34 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.data.builtin import builtin_model, builtin_model_folder
 from pipeline.recipe import LoraSection, ModelSection
 
 BUILTIN = "builtin:smollm2-135m-instruct"
 
 
-def resolve_model_path(section: ModelSection) -> str:
-    """Local folder of a builtin or local model, or the hub id as it stands. ValueError for a folder that is no model."""
+def model_location(section: ModelSection) -> str:
+    """Local folder of a builtin or local model, or the hub id as it stands; nothing is fetched. ValueError for a name that is no model."""
     if section.path.startswith("builtin:"):
         if section.path != BUILTIN:
             raise ValueError(f"model.path '{section.path}' is no built-in model: the one there is is {BUILTIN}")
-        from pipeline.data.builtin import builtin_model
-
-        return str(builtin_model())
+        return str(builtin_model_folder())
     path = Path(section.path).expanduser()
     if path.is_dir():
-        check_model_folder(path)
         return str(path)
     if path.is_absolute() or section.path.startswith((".", "~")) or section.path.count("/") != 1:
         raise ValueError(f"model.path '{section.path}' is no folder: give a local model folder, a hub id (owner/name) or {BUILTIN}")
     return section.path
+
+
+def resolve_model_path(section: ModelSection) -> str:
+    """`model_location` after making sure that it can be read: a builtin model is fetched, a folder is checked (ValueError)."""
+    location = model_location(section)
+    if section.path == BUILTIN:
+        builtin_model()
+    elif Path(location).is_dir():
+        check_model_folder(Path(location))
+    return location
 
 
 def check_model_folder(path: Path) -> None:

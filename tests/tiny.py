@@ -12,7 +12,7 @@ from pipeline.data.batches import BatchOrder, micro_batches, pair_batches
 from pipeline.models import add_lora
 from pipeline.recipe import LoraSection
 
-VOCABULARY, HIDDEN, LAYERS = 97, 31, 4
+VOCABULARY, HIDDEN, LAYERS = 97, 33, 4
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:

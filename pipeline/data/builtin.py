@@ -118,9 +118,14 @@ def check_builtin(name: str) -> None:
         )
 
 
+def builtin_model_folder() -> Path:
+    """Where `builtin_model` puts it."""
+    return cache_folder() / "smollm2-135m-instruct"
+
+
 def builtin_model() -> Path:
     """SmolLM2-135M-Instruct as a transformers folder (bfloat16, safetensors), converted from the archive's GGUF once."""
-    target = cache_folder() / "smollm2-135m-instruct"
+    target = builtin_model_folder()
     if artifacts.complete(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,6 @@ def test_open_harmless_rows_wait_for_the_model(project, tmp_path):
 def test_truncation_is_counted(project, tmp_path):
     whole, _ = prepared(project, tmp_path / "whole")
     length = max(len(row["input_ids"]) for row in whole["task_train"] if row["kind"] == "task") - 1
-    sets, facts = prepared(project, tmp_path / "cut", f"--data.max_length={length}", "--align.enabled=false")
+    sets, facts = prepared(project, tmp_path / "cut", f"--data.max_length={length}", "--align.enabled=false", "--data.validation_prompts=null", "--data.harmful_fraction=0")
     assert facts["encoding"]["data.task"]["truncated"] > 0
     assert all(any(label != -100 for label in row["labels"][1:]) for row in sets["task_train"])
