@@ -40,12 +40,13 @@ def choose_cell(experiment: Experiment, method: str | None, seed: int | None) ->
 
 
 def guarded(main: Callable[[], int | None]) -> int:
-    """Run main; a ValueError becomes one sentence on stderr (of rank 0) and exit code 2."""
+    """Run main; a ValueError becomes one sentence on stderr and exit code 2. Once a node: a path may be missing on one node only."""
     try:
         return main() or 0
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            rank = os.environ.get("RANK", "0")
+            print(f"error: {error}" if rank == "0" else f"error: {error} (rank {rank})", file=sys.stderr, flush=True)
         if os.environ.get("SAP_DEBUG"):
             raise
         return BAD_INPUT

@@ -5,16 +5,29 @@ from pipeline.models import load_model, load_tokenizer, add_lora
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data.builtin import builtin_model, builtin_model_folder
-from pipeline.recipe import LoraSection, ModelSection
+# transformers imports deepspeed, which looks for a device and complains about CPUs unless it is told.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+from pipeline.data.builtin import builtin_model, builtin_model_folder  # noqa: E402
+from pipeline.recipe import LoraSection, ModelSection  # noqa: E402
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel, on import by peft
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft still asks for it
+if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+    disable_progress_bar()
 
 BUILTIN = "builtin:smollm2-135m-instruct"
 

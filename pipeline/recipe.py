@@ -235,6 +235,9 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
         description="Name of the experiment and of its folder below output_dir"
     )
+    extends: Path | None = Field(
+        None, description="Recipe file that this one starts from, relative to this file; mappings are merged, other values replaced"
+    )
     output_dir: Path = Field(Path("runs"), description="Where stages write")
     model: ModelSection = Field(description="The chat model to fine-tune")
     data: DataSection = Field(description="What is prepared")
@@ -301,19 +304,33 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experimen
     Raises ValueError (one sentence) on any violation.
     """
     path = Path(path)
+    raw = _read(path, ())
+    overrides = overrides or {}
+    experiment = Experiment(path, _validate(merge(raw, overrides), str(path)), raw, overrides)
+    for method in experiment.base.methods:
+        experiment.cell(method, experiment.base.seeds[0])
+    return experiment
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's mapping over the one it extends."""
     if not path.is_file():
-        raise ValueError(f"no recipe at {path}: give the path of a YAML file, e.g. launch/recipes/demo.yaml")
+        raise ValueError(
+            f"extends of {seen[-1]} names {path}, which does not exist: give a path relative to that file"
+            if seen
+            else f"no recipe at {path}: give the path of a YAML file, e.g. launch/recipes/demo.yaml"
+        )
     try:
         raw = yaml.load(path.read_text(), Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a mapping of sections, e.g. 'name: demo'")
-    overrides = overrides or {}
-    experiment = Experiment(path, _validate(merge(raw, overrides), str(path)), raw, overrides)
-    for method in experiment.base.methods:
-        experiment.cell(method, experiment.base.seeds[0])
-    return experiment
+    if not isinstance(raw.get("extends"), str):
+        return raw
+    if path.resolve() in seen:
+        raise ValueError(f"extends of {path} leads back to itself: take one of them out")
+    return merge(_read(path.parent / raw["extends"], (*seen, path.resolve())), raw)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

@@ -57,8 +57,9 @@ def test_run_again_does_nothing_and_prints_the_same(project, finished):
 
 def test_products_are_complete(project, finished):
     metrics = [json.loads(line) for line in (folder_of(project, "train-sap-s0-") / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
-    assert {"sap/delta_loss", "sap/probe_signal", "train/loss", "train/lr", "time/step"} <= metrics[0].keys()
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4, 5, 6]
+    assert {"validation/task_loss", "validation/harmful_loss"} <= metrics[0].keys()
+    assert {"sap/delta_loss", "sap/probe_signal", "train/loss", "train/lr", "time/step"} <= metrics[1].keys()
     assert any("sap/correction" in m for m in metrics) and any("sap/probe_noise" in m for m in metrics)
     assert any("validation/harmful_loss" in m for m in metrics)
     summary = json.loads((folder_of(project, "direction-s0-") / "summary.json").read_text())
@@ -134,13 +135,13 @@ def test_kill_after_a_checkpoint_and_resume_bit_for_bit(project, finished, tmp_p
     again = load_file(next(runs.glob(f"train-{method}-*")) / "adapter" / "adapter_model.safetensors")
     straight = adapter(project, method)
     assert all(torch.equal(again[name], straight[name]) for name in straight)
-    assert steps_logged(next(runs.glob(f"train-{method}-*")) / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert steps_logged(next(runs.glob(f"train-{method}-*")) / "metrics.jsonl") == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_sigterm_saves_at_the_steps_end_and_leaves(project, finished, tmp_path):
     runs = copy_upstream(project, tmp_path)
     process = start_training(project, tmp_path, "sft")
-    wait_for(lambda: list(runs.glob(".train-sft-*/metrics.jsonl")) or process.poll() is not None)
+    wait_for(lambda: any(f.read_text().count("\n") > 1 for f in runs.glob(".train-sft-*/metrics.jsonl")) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=200)
     if process.returncode == 0:

@@ -30,7 +30,7 @@ class Method:
 
     @property
     def seconds_per_step(self) -> float | None:
-        times = [line["time/step"] for log in self.logs for line in log[1:]]  # the first step warms up
+        times = [line["time/step"] for log in self.logs for line in log if line["step"] > 1]  # the first step warms up
         return median(times) if times else None
 
 

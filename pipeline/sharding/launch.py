@@ -7,6 +7,7 @@ it the process is alone.
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -40,7 +41,8 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
     os.environ.setdefault("MASTER_PORT", "29511")
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
+    warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use `torch\.distributed", category=FutureWarning)
     import deepspeed
     from deepspeed.utils import logger
 

@@ -60,6 +60,8 @@ class Loop:
         self._rewind_metrics(done)
         if done:
             self._say(f"resumed after step {done}")
+        elif self.data.validation:
+            self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
         with StopRequest(self.folder / "STOP") as stop:
             for number in range(done, self.steps):
                 self._one_step(number)
@@ -112,8 +114,7 @@ class Loop:
     def _log(self, metrics: dict[str, float], number: int) -> None:
         if self.engine.rank != 0:
             return
-        with self.metrics_file.open("a") as stream:
-            stream.write(json.dumps({"step": number, "time": time.time(), **metrics}) + "\n")
+        self._write({"step": number, "time": time.time(), **metrics})
         self.on_metrics(metrics, number)
         if number in (1, self.steps) or time.monotonic() - self._printed > 5:
             self._printed = time.monotonic()
@@ -127,18 +128,23 @@ class Loop:
                 f"step {number}/{self.steps}  loss {metrics['train/loss']:.3f}{extra}  {metrics['time/step']:.1f} s/step, about {left:.0f} s left"
             )
 
+    def _write(self, line: dict[str, float]) -> None:
+        if self.engine.rank == 0:
+            with self.metrics_file.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
     def _say(self, text: str) -> None:
         if self.engine.rank == 0:
             print(f"[{self.label}] {text}", file=sys.stderr, flush=True)
 
     def _rewind_metrics(self, done: int) -> None:
-        """Drop lines of steps that will run again, and a last line that a kill cut short."""
+        """Drop lines of what will run again (all of them from the start), and a last line that a kill cut short."""
         if self.engine.rank != 0 or not self.metrics_file.exists():
             return
         kept = []
         for line in self.metrics_file.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= done:
+                if 0 < done >= json.loads(line)["step"]:
                     kept.append(line + "\n")
             except json.JSONDecodeError:
                 break

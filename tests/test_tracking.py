@@ -1,0 +1,218 @@
+"""Tracking: nobody waits for it, nothing is lost or doubled, no secret leaves, and one row holds all of a cell."""
+
+import contextlib
+import copy
+import io
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifacts, recipe
+from pipeline.cli import main
+from pipeline.layout import Layout
+from pipeline.tracking import describe_store, open_run
+from tests.project import make_project, write_recipe
+
+TOKEN, PASSWORD, KEY = "hf_PLANTEDsecret0123456789", "pl4nted-passw0rd", "planted-api-key"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("tracking")
+    return folder, make_project(folder)
+
+
+def layout_in(project: tuple[Path, dict], output: Path, **changes) -> Layout:
+    return Layout(recipe.load(write_recipe(project[0], project[1] | {"output_dir": str(output)} | changes, f"{output.name}.yaml")))
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Store:
+    """The sqlite store of a layout, read back."""
+
+    def __init__(self, layout: Layout):
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient(f"sqlite:///{(layout.base.output_dir / 'mlflow.db').resolve()}")
+        (experiment,) = [e for e in self.client.search_experiments() if e.name == "tiny"]
+        self.runs = self.client.search_runs([experiment.experiment_id])
+
+    def run(self, key: str):
+        (found,) = [run for run in self.runs if run.data.tags["sap.run_key"] == key]
+        return found
+
+    def history(self, key: str, metric: str) -> list[tuple[int, float]]:
+        """Every logged (step, value), doubles included, in the order of steps."""
+        return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run(key).info.run_id, metric))
+
+
+@pytest.fixture(scope="module")
+def tracked(project, tmp_path_factory) -> tuple[Layout, Store]:
+    """prepare, then a cell whose training is interrupted and resumed and whose evaluation comes last."""
+    layout = layout_in(project, tmp_path_factory.mktemp("tracked"))
+    cell = layout.experiment.cell("sap", 0)
+    with open_run(layout, "prepare", "prepare-1") as run:
+        run.log_facts({"task": {"train": 64, "name": "no number", "shuffled": True}, "overlap": 3})
+    with pytest.raises(KeyboardInterrupt), open_run(layout, "sap-s0", "train-1", cell=cell) as run:
+        for step in range(1, 6):
+            run.log_metrics({"train/loss": 1.0 / step}, step)
+        raise KeyboardInterrupt
+    with open_run(layout, "sap-s0", "train-1", cell=cell) as run:  # resumed from the checkpoint of step 3
+        for step in range(4, 8):
+            run.log_metrics({"train/loss": 1.0 / step}, step)
+    with open_run(layout, "sap-s0", "train-1", cell=cell) as run:
+        run.log_evaluation({"non_refusal_rate": {"value": 0.25, "low": 0.1, "high": 0.5, "n": 20}, "test_loss": 0.7})
+    return layout, Store(layout)
+
+
+def test_a_dead_server_costs_no_time_and_one_warning_and_is_caught_up_later(project, tmp_path, monkeypatch, capfd):
+    layout, losses = layout_in(project, tmp_path), [(step, 1.0 / step) for step in range(1, 41)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    started = time.monotonic()
+    with open_run(layout, "sft-s0", "train-1", cell=layout.experiment.cell("sft", 0)) as run:
+        for step, loss in losses:
+            run.log_metrics({"train/loss": loss}, step)
+        logging = time.monotonic() - started
+        time.sleep(1.0)  # the failure happens while the run goes on
+        run.log_metrics({"train/loss": 0.5}, 41)
+    assert logging < 1.0 and time.monotonic() - started < 25.0
+    error = capfd.readouterr().err
+    assert error.lower().count("warning") == 1 and "is not reached" in error and "entries wait in" in error and "Traceback" not in error
+    waiting = (layout.root / "tracking" / "train-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in waiting] == ["start", *["metrics"] * 41, "end"]
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with open_run(layout, "report", "report-1"):
+        pass
+    store = Store(layout)
+    assert store.history("train-1", "train/loss") == [*losses, (41, 0.5)]
+    assert store.run("train-1").info.status == "FINISHED"
+    store.client.delete_run(store.run("train-1").info.run_id)
+    with open_run(layout, "report", "report-2"):
+        pass
+    assert "train-1" not in {run.data.tags["sap.run_key"] for run in Store(layout).runs}, "what was delivered is not sent again"
+    assert "warning" not in capfd.readouterr().err.lower()
+
+
+def test_there_is_one_parent_and_one_child_per_key(tracked):
+    layout, store = tracked
+    parents = [run for run in store.runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in store.runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1 and parents[0].info.run_name == "tiny"
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    assert sorted(run.info.run_name for run in children) == ["prepare", "sap-s0"]
+
+
+def test_training_and_evaluation_share_a_row(tracked):
+    metrics = tracked[1].run("train-1").data.metrics
+    assert metrics.items() >= {"evaluate/non_refusal_rate": 0.25, "evaluate/non_refusal_rate_low": 0.1, "evaluate/test_loss": 0.7}.items()
+    assert metrics["train/loss"] == pytest.approx(1 / 7) and tracked[1].run("train-1").info.status == "FINISHED"
+
+
+def test_a_resumed_run_doubles_no_step(tracked):
+    assert tracked[1].history("train-1", "train/loss") == [(step, pytest.approx(1.0 / step)) for step in range(1, 8)]
+
+
+def test_facts_become_flat_numbers(tracked):
+    assert tracked[1].run("prepare-1").data.metrics == {"task.train": 64.0, "overlap": 3.0}
+
+
+def test_params_are_the_resolved_recipe(tracked):
+    layout, store = tracked
+    params, resolved = store.run("train-1").data.params, layout.experiment.cell("sap", 0).recipe
+    assert (params["method"], params["seed"]) == ("sap", "0")
+    assert params["sap.enabled"] == "True" and params["sap.schedule"] == "lagged", "the method's override, not the file's"
+    for section in ("train", "sap"):
+        for name, value in recipe.dump(resolved)[section].items():
+            assert isinstance(value, dict) or params[f"{section}.{name}"] == str(value)
+    assert params["train.lora.r"] == "8"
+    assert "method" not in store.run("prepare-1").data.params and store.run("prepare-1").data.params["sap.enabled"] == "False"
+
+
+def test_tags_are_versions_revision_and_data(tracked):
+    layout, store = tracked
+    for key in ("prepare-1", "train-1"):
+        tags = store.run(key).data.tags
+        assert {name: tags[f"version.{name}"] for name in artifacts.versions()} == artifacts.versions()
+        assert tags["data"] == layout.prepare().name and tags["git_revision"]
+
+
+@pytest.mark.parametrize("silent", ["rank 1", "switched off"])
+def test_other_ranks_and_a_switched_off_tracker_write_nothing(project, tmp_path, silent):
+    layout = layout_in(project, tmp_path / "out", tracking={"enabled": silent == "rank 1"})
+    with open_run(layout, "sft-s0", "train-1", rank=int(silent == "rank 1"), cell=layout.experiment.cell("sft", 0)) as run:
+        run.log_metrics({"train/loss": 1.0}, 1)
+        run.log_facts({"a": 1})
+        run.log_evaluation({"test_loss": 1.0})
+        run.log_artifact(tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def planted(project, tmp_path_factory) -> tuple[Path, Path, str]:
+    """`sap prepare` with secrets in a source, a tracking URI, a method and the recipe's path: recipe, output folder, everything printed."""
+    folder, content = tmp_path_factory.mktemp("planted"), copy.deepcopy(project[1])
+    (folder / TOKEN).mkdir()
+    content["data"]["task"]["source"] = str(shutil.copy(content["data"]["task"]["source"], folder / TOKEN))
+    content["methods"]["sft"] = {"train": {"ds_config": str(shutil.copy(project[0] / "zero3.json", folder / TOKEN))}}
+    content |= {"output_dir": str(folder / "runs"), "tracking": {"uri": f"http://ann:{PASSWORD}@127.0.0.1:{closed_port()}"}}
+    path = write_recipe(folder / TOKEN, content)  # its path becomes a tag
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed), pytest.MonkeyPatch.context() as patch:
+        assert main(["prepare", str(path)]) == 0, printed.getvalue()
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+        layout = Layout(recipe.load(path))
+        with open_run(layout, "sft-s0", "train-1", cell=layout.experiment.cell("sft", 0)):
+            pass
+    return path, folder / "runs", printed.getvalue()
+
+
+def test_no_secret_is_in_outbox_manifest_or_store(planted):
+    _, output, printed = planted
+    files = [*output.rglob("tracking/*"), *output.rglob("manifest.json"), *output.rglob("facts.json"), output / "mlflow.db"]
+    assert {"manifest.json", "train-1.jsonl", "mlflow.db"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert TOKEN.encode() not in content and PASSWORD.encode() not in content, path
+    assert TOKEN not in printed and PASSWORD not in printed and "[redacted]@127.0.0.1" in printed, "the warning names the server"
+
+
+def test_no_secret_is_in_params_or_tags_but_what_surrounds_it_is(planted):
+    path, _, _ = planted
+    store = Store(Layout(recipe.load(path)))
+    texts = [text for run in store.runs for part in (run.data.params, run.data.tags) for text in (*part.keys(), *part.values())]
+    assert len(texts) > 100 and not [text for text in texts if TOKEN in text or PASSWORD in text]
+    params = store.run("train-1").data.params
+    assert params["data.task.source"].endswith("/[redacted]/task.jsonl") and "[redacted]@127.0.0.1" in params["tracking.uri"]
+
+
+def test_no_secret_is_in_the_dump_the_dry_run_or_the_stores_description(planted, capsys):
+    path, _, _ = planted
+    experiment = recipe.load(path)
+    assert TOKEN in experiment.base.data.task.source, "the run itself needs it"
+    dumped = json.dumps(
+        [recipe.dump(experiment.base), *(recipe.dump(cell.recipe) for cell in experiment.cells()), describe_store(experiment.base)]
+    )
+    assert main(["run", str(path), "--dry-run"]) == 0
+    shown = "".join(capsys.readouterr())
+    for text in (dumped, shown):
+        assert TOKEN not in text and PASSWORD not in text and "[redacted]" in text
+
+
+def test_a_secret_looking_key_in_a_method_is_hidden_and_refused(planted, capsys):
+    """No section has such a field, so it is an error; the error names the key and keeps its value to itself."""
+    path, _, _ = planted
+    base = recipe.load(path).base
+    overridden = base.model_copy(update={"methods": {"sft": {"train": {"api_key": KEY}}}})
+    assert recipe.dump(overridden)["methods"] == {"sft": {"train": {"api_key": "[redacted]"}}}
+    assert main(["run", str(path), "--dry-run", "--methods.sft.train.api_key", KEY]) == 2
+    shown = "".join(capsys.readouterr())
+    assert "unknown key 'train.api_key'" in shown and KEY not in shown

@@ -1,0 +1,195 @@
+"""The loop around a step: learning rate, what stops it, what it resumes from, and what its log holds afterwards."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import artifacts
+from pipeline.recipe import TrainSection
+from pipeline.sharding.launch import open_engine
+from pipeline.training.loop import Loop, TrainingData, learning_rate
+from pipeline.training.plain import PlainStep
+from tests.tiny import tiny_lora, tiny_rows
+
+
+def section(**changes) -> TrainSection:
+    return TrainSection(**{"engine": "single", "steps": 6, "batch_size": 8, "micro_batch_size": 4, "lr": 1e-2, "save_every": 2, **changes})
+
+
+def build(folder: Path, step=PlainStep, on_metrics=lambda metrics, number: None, validation=None, **changes) -> Loop:
+    train = section(**changes)
+    engine = open_engine(tiny_lora(), train)
+    data = TrainingData(tiny_rows(), [], 0, validation=validation or {})
+    return Loop(engine, step(engine), data, train, 0, folder, "tiny", on_metrics)
+
+
+def weights(loop: Loop) -> torch.Tensor:
+    return torch.cat(loop.engine.weights())
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> tuple[Path, torch.Tensor]:
+    """Six steps without interruption: the folder and the weights."""
+    folder = tmp_path_factory.mktemp("straight")
+    loop = build(folder)
+    assert loop.run()
+    return folder, weights(loop)
+
+
+@pytest.fixture
+def interrupted(straight, tmp_path) -> Path:
+    """The folder of a run that was killed after step 4's checkpoint and at the end of step 5; steps 2 and 4 can be resumed."""
+
+    def kill(_metrics: dict, number: int) -> None:
+        if number == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, on_metrics=kill).run()
+    assert saved(tmp_path) == ["step-000002", "step-000004"] and len(log(tmp_path)) == 5
+    return tmp_path
+
+
+def test_warm_up_rises_linearly_to_the_peak():
+    train = section(lr=0.4, warmup_steps=4)
+    assert [learning_rate(train, number, 20) for number in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+
+
+@pytest.mark.parametrize(("decay", "quarter", "half"), [("cosine", 0.853553, 0.5), ("linear", 0.75, 0.5), ("constant", 1.0, 1.0)])
+def test_decay_after_the_warm_up(decay, quarter, half):
+    train = section(lr=1.0, warmup_steps=2, decay=decay)
+    assert [learning_rate(train, number, 10) for number in (2, 4, 6)] == pytest.approx([1.0, quarter, half], abs=1e-6)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_decay_never_rises_and_never_wastes_the_last_step(decay):
+    rates = [learning_rate(section(lr=1.0, warmup_steps=0, decay=decay), number, 10) for number in range(10)]
+    assert rates[0] == 1.0 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.2
+
+
+def test_the_logged_rate_is_the_one_the_schedule_says(straight):
+    assert [line["train/lr"] for line in log(straight[0])] == [learning_rate(section(), number, 6) for number in range(6)]
+
+
+def test_epochs_are_rounded_up_to_whole_steps(tmp_path):
+    assert build(tmp_path, steps=None, epochs=1.5).steps == 8  # 40 rows, 8 a step: 7.5
+
+
+class Broken(PlainStep):
+    """A step whose third loss is not finite; its gradient is there, waiting to be applied."""
+
+    value = float("nan")
+
+    def __call__(self, useful, pairs, number):
+        return super().__call__(useful, pairs, number) | ({"train/loss": self.value} if number == 2 else {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(Broken, "value", value)
+    good = build(tmp_path / "good", on_metrics=lambda _, number: number == 2 and (good.folder / "STOP").touch())
+    assert not good.run()
+    loop = build(tmp_path / "broken", step=Broken)
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 3, before the update: lower train.lr \(now 0.01\)") as caught:
+        loop.run()
+    assert "\n" not in str(caught.value)
+    assert torch.equal(weights(loop), weights(good)), "the weights are those after step 2"
+    assert [line["step"] for line in log(tmp_path / "broken")] == [1, 2] and saved(tmp_path / "broken") == ["step-000002"]
+
+
+def test_a_resumed_run_ends_as_the_straight_one(interrupted, straight):
+    loop = build(interrupted)
+    assert loop.run() and torch.equal(weights(loop), straight[1])
+
+
+def test_the_log_is_rewound_to_the_checkpoint(interrupted, straight):
+    """Step 5 was logged and will run again, and the kill cut step 6's line short: each step stands there once, as in the straight run."""
+    with (interrupted / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "train/lo')
+    assert build(interrupted).run()
+    assert [line["step"] for line in log(interrupted)] == [1, 2, 3, 4, 5, 6]
+    assert [line["train/loss"] for line in log(interrupted)] == [line["train/loss"] for line in log(straight[0])]
+
+
+def test_without_a_checkpoint_the_log_starts_anew(interrupted):
+    shutil.rmtree(interrupted / "checkpoints")
+    assert build(interrupted).run()
+    assert [line["step"] for line in log(interrupted)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(interrupted, straight, damage):
+    path = interrupted / "checkpoints" / "step-000004" / "engine" / "single.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[:-9])
+    if damage == "missing":
+        path.unlink()
+    seen = []
+    loop = build(interrupted, on_metrics=lambda _, number: seen.append(number))
+    with pytest.warns(UserWarning, match="checkpoint skipped, the one before it is used: .*step-000004"):
+        assert loop.run()
+    assert seen == [3, 4, 5, 6] and torch.equal(weights(loop), straight[1])
+
+
+def test_a_checkpoint_without_its_marker_does_not_exist(interrupted):
+    (interrupted / "checkpoints" / "step-000004" / "DONE").unlink()
+    seen = []
+    loop = build(interrupted, on_metrics=lambda _, number: seen.append(number))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert loop.run()
+    assert seen == [3, 4, 5, 6] and artifacts.complete(interrupted / "checkpoints" / "step-000004")
+
+
+def test_a_checkpoint_of_another_world_size_is_refused_in_one_sentence(interrupted):
+    folder = interrupted / "checkpoints" / "step-000004"
+    state = json.loads((folder / "state.json").read_text())
+    rewritten = folder.with_name("rewritten")
+    shutil.move(folder, rewritten)
+    (rewritten / "DONE").unlink()
+    artifacts.write_json(rewritten / "state.json", state | {"world_size": 2})
+    artifacts.publish(rewritten, folder, {"identity": "tiny"})
+    before = (interrupted / "metrics.jsonl").read_text()
+    with pytest.raises(
+        ValueError, match="step-000004 was written by 2 ranks and cannot be resumed with 1: use 2 again, or delete"
+    ) as caught:
+        build(interrupted).run()
+    assert "\n" not in str(caught.value)
+    assert (interrupted / "metrics.jsonl").read_text() == before and folder.is_dir(), "nothing is touched"
+
+
+def test_only_the_last_two_checkpoints_are_kept(straight):
+    assert saved(straight[0]) == ["step-000004", "step-000006"]
+
+
+def test_a_stop_file_stops_at_the_steps_end_with_the_state_saved(tmp_path, straight):
+    loop = build(tmp_path, on_metrics=lambda _, number: number == 3 and (tmp_path / "STOP").touch())
+    assert not loop.run()
+    assert saved(tmp_path) == ["step-000002", "step-000003"] and [line["step"] for line in log(tmp_path)] == [1, 2, 3]
+    (tmp_path / "STOP").unlink()
+    again = build(tmp_path)
+    assert again.run() and torch.equal(weights(again), straight[1])
+
+
+def test_a_stop_during_the_last_step_is_a_finish(tmp_path):
+    assert build(tmp_path, steps=2, on_metrics=lambda _, number: number == 2 and (tmp_path / "STOP").touch()).run()
+
+
+def test_validation_runs_at_its_interval_and_at_the_end_and_changes_nothing(tmp_path, straight):
+    loop = build(tmp_path, validation={"task": tiny_rows(6, seed=5)}, validate_every=4)
+    assert loop.run()
+    assert [line["step"] for line in log(tmp_path) if "validation/task_loss" in line] == [4, 6]
+    assert torch.equal(weights(loop), straight[1])
