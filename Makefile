@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 SEEDS ?= 1
-RUN := $(VENV)/bin/python -W ignore -m pipeline.cli
+RUN := $(VENV)/bin/python -m pipeline.cli
 
 .PHONY: help demo test lint clean
 help:
@@ -20,7 +20,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/ready
-	@$(VENV)/bin/python -W ignore -m pipeline.data.builtin
+	@$(VENV)/bin/python -m pipeline.data.builtin
 	@$(RUN) run launch/recipes/demo.yaml --seeds "$$($(PYTHON) -c 'print(list(range($(SEEDS))))')"
 
 test: $(VENV)/ready

@@ -12,9 +12,8 @@ def main() -> None:
     _, experiment = entry.arguments(__doc__)
 
     from pipeline import stages
-    from pipeline.sharding.launch import environment
 
-    stages.check(experiment, environment()[1])
+    stages.check(experiment, "align")
     stages.align(experiment)
 
 

@@ -13,9 +13,8 @@ def main() -> None:
     cell = entry.choose_cell(experiment, options.method, options.seed)
 
     from pipeline import stages
-    from pipeline.sharding.launch import environment
 
-    stages.check(experiment, environment()[1])
+    stages.check(experiment, cell)
     stages.direction(experiment, cell)
 
 

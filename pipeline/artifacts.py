@@ -10,6 +10,7 @@ revision), renames the folder into place and writes the marker last. `verify` re
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -17,13 +18,14 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 MARKER = "DONE"
+FACTS = "facts.json"
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "mlflow")
 
 
@@ -65,19 +67,56 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     if not complete(folder):
         raise ValueError(f"{folder} is not complete: run the stage that writes it again")
-    manifest = read_manifest(folder)
+    found = damage(folder)
+    if found:
+        raise ValueError(f"{found}: delete {folder} and run its stage again")
+    return read_manifest(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a published folder, in half a sentence; None where every file is as its manifest says."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing, though {folder / MANIFEST} lists it: delete {folder} and run its stage again")
+            return f"{path} is missing, though {folder / MANIFEST} lists it"
         if path.stat().st_size != expected["bytes"] or file_digest(path) != expected["sha256"]:
-            raise ValueError(f"{path} does not match {folder / MANIFEST}: delete {folder} and run its stage again")
-    return manifest
+            return f"{path} does not match {folder / MANIFEST}"
+    return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest without checking the files."""
-    return json.loads((folder / MANIFEST).read_text())
+    """The manifest without checking the files. ValueError where it cannot be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be read ({type(error).__name__})") from None
+
+
+def claim(target: Path) -> Callable[[], None]:
+    """Keep other processes from writing `target`; returns what gives it up. ValueError where another one holds it."""
+    path = target.with_name(f".{target.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = path.stat().st_ino != os.fstat(lock.fileno()).st_ino  # given up and deleted between our open and our lock
+    except (BlockingIOError, FileNotFoundError):
+        taken = True
+    except OSError:
+        taken = False  # a file system without locks
+    if taken:
+        lock.close()
+        raise ValueError(f"another process is writing {target}: wait for it to end, or stop it")
+
+    def release() -> None:
+        path.unlink(missing_ok=True)
+        lock.close()
+
+    return release
 
 
 @contextlib.contextmanager
@@ -85,21 +124,23 @@ def building(target: Path, inputs: dict[str, Any], **facts: Any) -> Iterator[Pat
     """Yield a temporary folder that becomes `target` when the block ends without an exception.
 
     inputs: hashes of what the artefact was made from; facts: further manifest entries (counts, times).
-    Files written to `facts.json` inside the folder are merged into the manifest.
+    A `facts.json` written inside the folder becomes part of the manifest.
     """
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    release = claim(target)
     started = time.time()
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         yield temporary
         publish(temporary, target, inputs, seconds=round(time.time() - started, 1), **facts)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        release()
 
 
 def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any) -> None:
-    """Write the manifest of `temporary`, move it to `target`, and mark it done."""
+    """Write the manifest of `temporary`, move it to `target`, and mark it done. A facts.json in it becomes part of the manifest."""
     files = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name not in (MANIFEST, MARKER))
     manifest = {
         "files": {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files},
@@ -109,6 +150,8 @@ def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any)
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
     }
+    if (temporary / FACTS).is_file():
+        manifest["facts"] = json.loads((temporary / FACTS).read_text())
     write_json(temporary / MANIFEST, manifest)
     for path in (*files, temporary):
         _fsync(path)

@@ -10,6 +10,7 @@ to go on), anything else a stage's own failure.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import textwrap
@@ -17,12 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline import artifacts, entry, recipe, runner
+from pipeline import artifacts, entry, recipe, redaction, runner, strict_yaml
 from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
 
 STAGES = ("prepare", "align", "direction", "train", "evaluate", "report")
-STOPPED = 75  # EX_TEMPFAIL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def _main(argv: list[str]) -> int:
         _print_fields()
         return 0
     options, rest = parser.parse_known_args(argv)
-    overrides = recipe.parse_overrides(rest)
+    overrides = strict_yaml.parse_overrides(rest)
     if options.seed is not None:
         overrides["seeds"] = [options.seed]
     experiment = recipe.load(options.recipe, overrides)
@@ -57,7 +57,12 @@ def _main(argv: list[str]) -> int:
 
     stages.check(experiment)
     chain = Chain(experiment, [options.recipe, *_as_arguments(overrides)], options.method)
+    if options.method and options.stage == "report":
+        raise ValueError("a report compares all methods of a recipe: leave --method out")
     for stage in STAGES if options.stage == "run" else (options.stage,):
+        if stage == "report" and options.method:
+            print(f"the report needs every method: `sap report {options.recipe}` once they are evaluated", file=sys.stderr)
+            continue
         code = chain.run(stage)
         if code:
             return code
@@ -158,9 +163,9 @@ class Chain:
         return 0
 
     def _outcome(self, code: int, target: Path) -> int:
-        if code == 0 and not artifacts.complete(target):
+        if code in (0, runner.STOPPED) and not artifacts.complete(target):
             print(f"stopped before {target.name} was complete; run the same command again to go on", file=sys.stderr)
-            return STOPPED
+            return runner.STOPPED
         return code
 
     def _need(self, *stages: str) -> None:
@@ -178,7 +183,7 @@ def _dry_run(experiment: Experiment, stage: str, method: str | None) -> int:
     chain = Chain(experiment, [], method)
     for cell in chain.cells:
         print(f"# {cell.method}, seed {cell.seed}")
-        print(yaml.safe_dump(recipe.dump(cell.recipe) | {"methods": recipe.redact(experiment.base.methods)}, sort_keys=False))
+        print(yaml.safe_dump(recipe.dump(cell.recipe) | {"methods": redaction.redact(experiment.base.methods)}, sort_keys=False))
     for name in STAGES if stage == "run" else (stage,):
         for folder in chain.folders(name):
             print(f"{'complete ' if artifacts.complete(folder) else 'would run'}  {name:<10} {folder}")
@@ -192,9 +197,7 @@ def _as_arguments(overrides: dict, prefix: str = "") -> list[str]:
         if isinstance(value, dict) and value:
             result += _as_arguments(value, f"{prefix}{key}.")
         else:
-            import json
-
-            result.append(f"--{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+            result.append(f"--{prefix}{key}={json.dumps(value)}")  # quoted strings too: "10:19" and "1e5" stay strings
     return result
 
 

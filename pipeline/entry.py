@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from pipeline import recipe
+from pipeline import recipe, strict_yaml
 from pipeline.recipe import Cell, Experiment
 
 BAD_INPUT = 2
@@ -26,7 +26,7 @@ def arguments(description: str, argv: list[str] | None = None) -> tuple[argparse
     options, rest = parser.parse_known_args(argv)
     if options.local_rank is not None and options.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    return options, recipe.load(options.config, recipe.parse_overrides(rest))
+    return options, recipe.load(options.config, strict_yaml.parse_overrides(rest))
 
 
 def choose_cell(experiment: Experiment, method: str | None, seed: int | None) -> Cell:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifacts
+from pipeline.data import builtin, contrastive
 from pipeline.recipe import Cell, Experiment, ModelSection, Recipe, SourceSection
 
 _FORMAT = 1  # raise when prepared data, checkpoints or products change shape
@@ -38,6 +39,9 @@ class Layout:
     def __init__(self, experiment: Experiment):
         self.experiment, self.base = experiment, experiment.base
         self.root = self.base.output_dir / self.base.name
+        # Once: files that change while a stage runs must not change where it writes.
+        self._model = _model_identity(self.base.model)
+        self._contents = _contents(self.base)
 
     def prepare(self) -> Path:
         return self.root / f"prepare-{self._prepare_hash()}"
@@ -74,7 +78,7 @@ class Layout:
     def subjects(self) -> Iterator[Subject]:
         """Everything the report compares, in its order."""
         if self.base.evaluate.baselines:
-            yield Subject("shipped", None, _location(self.base.model), None, _short(_model_identity(self.base.model)))
+            yield Subject("shipped", None, _location(self.base.model), None, _short(self._weights()))
             if self.base.align.enabled:
                 yield Subject("aligned", None, self.start_model(), None, self._align_hash())
         for cell in self.experiment.cells():
@@ -103,15 +107,20 @@ class Layout:
         evaluated = recipe.evaluate.model_dump(
             mode="json", include={"harmful", "harmful_prompts", "harmless", "harmless_prompts", "task_prompts"}
         )
-        files = {source.source: artifacts.file_digest(Path(source.source)) for source in sources(recipe) if Path(source.source).is_file()}
-        return _short([_FORMAT, recipe.data.model_dump(mode="json"), evaluated, _model_identity(recipe.model), recipe.align.enabled, files])
+        return _short([_FORMAT, recipe.data.model_dump(mode="json"), evaluated, self._model, recipe.align.enabled, self._contents])
 
     def _align_hash(self) -> str:
         section = self.base.align.model_dump(mode="json", exclude={"train": _NEUTRAL})
-        return _short([_FORMAT, self._prepare_hash(), _model_identity(self.base.model), self.base.model.dtype, section])
+        return _short([_FORMAT, self._prepare_hash(), self._weights(), section])
 
     def _start_hash(self) -> str:
-        return self._align_hash() if self.base.align.enabled else _short([_model_identity(self.base.model), self.base.model.dtype])
+        return self._align_hash() if self.base.align.enabled else _short(self._weights())
+
+    def _weights(self) -> list[Any]:
+        """The model and how it is computed: `dtype: auto` is another dtype on another machine."""
+        from pipeline.models import resolve_dtype
+
+        return [*self._model, str(resolve_dtype(self.base.model.dtype)), self.base.model.attention]
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
@@ -128,6 +137,18 @@ def sources(recipe: Recipe) -> Iterator[SourceSection]:
                 yield value
 
 
+def _contents(recipe: Recipe) -> dict[str, str]:
+    """Digests of what the sources hold: local files, built-in data, and the texts that pairs are made of. A hub data set is its revision's."""
+    digests = {"texts": artifacts.digest([contrastive.REFUSALS, contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS])}
+    for source in sources(recipe):
+        path = Path(source.source).expanduser()
+        if source.source.startswith("builtin:"):
+            digests[source.source] = builtin.identity(source.source.removeprefix("builtin:"))
+        elif path.is_file():
+            digests[source.source] = artifacts.file_digest(path)
+    return digests
+
+
 def _location(model: ModelSection) -> str:
     from pipeline.models import model_location  # here, because it brings in transformers and most questions to a layout need no model
 
@@ -141,7 +162,7 @@ def _short(value: Any) -> str:
 def _model_identity(model: ModelSection) -> list[Any]:
     """What the weights are: the id of a built-in or hub model, names and sizes of a folder's files and its configuration's bytes."""
     folder = Path(model.path).expanduser()
-    files: list[Any] = []
+    files: list[Any] = [builtin.ARCHIVES["smollm2"].sha256] if model.path.startswith("builtin:") else []
     if folder.is_dir():
         files = [(path.name, path.stat().st_size) for path in sorted(folder.glob("*.safetensors"))]
         files += [artifacts.file_digest(path) for path in sorted(folder.glob("*.json"))]

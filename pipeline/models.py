@@ -112,27 +112,32 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision:
     return model.train()
 
 
-def num_decoder_layers(section: ModelSection) -> int:
-    """Depth of the model, from its config alone (no weights are read)."""
+def outline(section: ModelSection) -> PreTrainedModel:
+    """The model's modules without their weights (meta tensors), from its config alone: for what is to be known before weights are read."""
     path = resolve_model_path(section)
     try:
         config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
-    except OSError as error:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
         raise ValueError(_unreachable(path, error)) from None
-    return int(config.get_text_config().num_hidden_layers)
+
+
+def check_targets(model: nn.Module, lora: LoraSection, field: str) -> None:
+    """ValueError where one of lora.target_modules names no linear module of the model."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [target for target in lora.target_modules if target not in names]
+    if missing:
+        raise ValueError(f"{field}.lora.target_modules names '{missing[0]}', which this model lacks: it has {', '.join(sorted(names))}")
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
     """A fresh LoRA (B = 0) in float32 on a frozen model; A is drawn from `seed` alone, so every rank has the same.
 
-    Returns the PeftModel. Raises ValueError where no target module exists.
+    Returns the PeftModel. See `check_targets` for names that the model lacks.
     """
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    missing = [target for target in lora.target_modules if target not in names]
-    if missing:
-        raise ValueError(f"train.lora.target_modules names '{missing[0]}', which this model lacks: it has {', '.join(sorted(names))}")
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
     )
@@ -158,7 +163,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len))
 
 
-def _unreachable(path: str, error: OSError) -> str:
+def _unreachable(path: str, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     hint = (
         "HF_HUB_OFFLINE=1 is set, so only the local cache was looked at"

@@ -9,20 +9,18 @@ Every violation is a `ValueError` of one sentence: what, where, which field to c
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-SECRET = re.compile(r"(token|secret|password|passwd|api[_-]?key|credential|authorization)$", re.I)
-SECRET_VALUE = re.compile(r"(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))")
-REDACTED = "[redacted]"
+from pipeline.redaction import REDACTED, redact, secret_name
+from pipeline.strict_yaml import merge, read
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -258,7 +256,7 @@ class Recipe(Section):
         for method, overrides in value.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", method):
                 raise ValueError(f"'{method}' is no name for a method: letters, digits, _ and .")
-            fixed = {"name", "output_dir", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
+            fixed = {"name", "extends", "output_dir", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
             if fixed:
                 raise ValueError(
                     f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train or sap"
@@ -300,85 +298,18 @@ class Experiment:
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
     """Read and validate a recipe file and every method in it.
 
-    overrides: nested mapping that wins over file and methods (see `parse_overrides`).
+    overrides: nested mapping that wins over file and methods (see `strict_yaml.parse_overrides`).
     Raises ValueError (one sentence) on any violation.
     """
     path = Path(path)
-    raw = _read(path, ())
+    raw = read(path)
     overrides = overrides or {}
+    if "extends" in overrides:
+        raise ValueError("extends is read from a recipe's file only: write it there, or give the other file as the recipe")
     experiment = Experiment(path, _validate(merge(raw, overrides), str(path)), raw, overrides)
     for method in experiment.base.methods:
         experiment.cell(method, experiment.base.seeds[0])
     return experiment
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's mapping over the one it extends."""
-    if not path.is_file():
-        raise ValueError(
-            f"extends of {seen[-1]} names {path}, which does not exist: give a path relative to that file"
-            if seen
-            else f"no recipe at {path}: give the path of a YAML file, e.g. launch/recipes/demo.yaml"
-        )
-    try:
-        raw = yaml.load(path.read_text(), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a mapping of sections, e.g. 'name: demo'")
-    if not isinstance(raw.get("extends"), str):
-        return raw
-    if path.resolve() in seen:
-        raise ValueError(f"extends of {path} leads back to itself: take one of them out")
-    return merge(_read(path.parent / raw["extends"], (*seen, path.resolve())), raw)
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`['--train.lr', '2e-4', '--sap.layers=[3,9]']` as a nested mapping; values are YAML."""
-    result: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        key = rest.pop(0)
-        if not key.startswith("--") or key == "--":
-            raise ValueError(f"unexpected argument '{key}': overrides look like --train.lr 2e-4")
-        key, equals, value = key[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"--{key} needs a value")
-            value = rest.pop(0)
-        node = result
-        *parents, leaf = key.replace("-", "_").split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        try:
-            node[leaf] = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError:
-            node[leaf] = value
-    return result
-
-
-def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy of base in which overrides win, mapping by mapping (lists are replaced)."""
-    result = copy.deepcopy(base)
-    for key, value in overrides.items():
-        if isinstance(value, dict) and isinstance(result.get(key), dict) and key != "columns":
-            result[key] = merge(result[key], value)
-        else:
-            result[key] = copy.deepcopy(value)
-    # A recipe gives steps or epochs; an override of one replaces the other.
-    for mine, other in (("steps", "epochs"), ("epochs", "steps")):
-        if overrides.get(mine) is not None and other not in overrides:
-            result.pop(other, None)
-    return result
-
-
-def redact(value: Any) -> Any:
-    """A copy with secrets replaced: values of secret-looking keys, tokens and URL passwords inside strings."""
-    if isinstance(value, dict):
-        return {k: REDACTED if SECRET.search(str(k)) and isinstance(v, str) else redact(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(v) for v in value]
-    return SECRET_VALUE.sub(REDACTED, value) if isinstance(value, str) else value
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
@@ -405,9 +336,18 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def _type_name(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
-    text = re.sub(r"typing\.|pathlib\.(_local\.)?|Annotated\[(\w+), [^\]]*\)\]", lambda m: m.group(2) or "", text)
-    return re.sub(r"Literal\[(.*)\]", lambda m: m.group(1).replace("'", "").replace(", ", "|"), text)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping" if arguments[1] is Any else f"mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
+    return "None" if annotation is types.NoneType else annotation.__name__
 
 
 def _validate(raw: dict[str, Any], where: str) -> Recipe:
@@ -418,44 +358,38 @@ def _validate(raw: dict[str, Any], where: str) -> Recipe:
 
 
 def _sentence(error: ValidationError) -> str:
+    """The first violation in one sentence, without secrets: a refused value may be one."""
     first = error.errors()[0]
-    names = [str(part) for part in first["loc"] if not (isinstance(part, str) and part.startswith(("list[", "function-")))]
+    names, annotation = _follow(first["loc"])
     field = ".".join(names)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        close = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.0)
-        return f"unknown key '{field}'" + (f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else "")
-    if first["type"] == "missing":
-        return f"'{field}' is missing: it is required"
-    if first["type"] == "value_error":
+        section = _section_of(_follow(first["loc"][:-1])[1])
+        close = difflib.get_close_matches(names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0)
+        sentence = f"unknown key '{field}'" + (f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else "")
+    elif first["type"] == "missing":
+        sentence = f"'{field}' is missing: it is required"
+    elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
-        return message if not field or message.startswith(f"{field}.") else f"{field}: {message}"
-    return f"'{field}' is {first['input']!r}, but: {first['msg'][0].lower()}{first['msg'][1:]}"
+        sentence = message if not field or message.startswith(f"{field}.") else f"{field}: {message}"
+    else:
+        value = REDACTED if any(map(secret_name, names)) else repr(redact(first["input"]))
+        one_of = len(names) < len(first["loc"]) and get_origin(annotation) in (Union, types.UnionType)
+        problem = f"it takes {_type_name(annotation)}" if one_of else f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        sentence = f"'{field}' is {value}, but: {problem}"
+    return redact(sentence)
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: type[Section] = Recipe
+def _follow(location: tuple[Any, ...]) -> tuple[list[str], Any]:
+    """The names a user writes for an error's location (pydantic adds those of a union's members), and the annotation found there."""
+    names: list[str] = []
+    annotation: Any = Recipe
     for part in location:
-        section = _section_of(model.model_fields[part].annotation) if part in model.model_fields else None
-        if section is None:
-            return []
-        model = section
-    return list(model.model_fields)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.1 wants 2.0e-4) and refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key '{key}' appears twice, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*[eE][-+]?\d+|\d+\.\d*|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
+        section = _section_of(annotation)
+        if section is not None:
+            annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        elif get_origin(annotation) is dict and part != "[key]":
+            annotation = get_args(annotation)[1]
+        elif not isinstance(part, int):
+            continue
+        names.append(str(part))
+    return names, annotation

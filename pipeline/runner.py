@@ -15,12 +15,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
 ROOT = Path(__file__).resolve().parent.parent
 _GRACE = 30.0  # seconds between a rank's failure and the end of the others
 
 
 def run_ranks(script: str, arguments: Sequence[str], ranks: int) -> int:
-    """Run launch/`script` as `ranks` processes with RANK and friends set; the first failure's exit code, else 0."""
+    """Run launch/`script` as `ranks` processes with RANK and friends set.
+
+    Returns the first failure's exit code; STOPPED where a signal asked to stop (it may have come in the last step, with the work done); else 0.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,22 +34,36 @@ def run_ranks(script: str, arguments: Sequence[str], ranks: int) -> int:
 
 
 def run_side_by_side(script: str, argument_lists: Sequence[Sequence[str]], slots: int) -> int:
-    """Run launch/`script` once per argument list, `slots` at a time, each alone; the first failure's exit code, else 0."""
-    waiting, running = list(argument_lists), []
-    with _Forwarding(running):
-        while waiting or running:
-            while waiting and len(running) < slots:
-                running.append(_start(script, waiting.pop(0), {}, slots))
+    """Run launch/`script` once per argument list, `slots` at a time, each alone, on a GPU of its own where there are any.
+
+    Returns as `run_ranks`; after a failure or a signal nothing new is started.
+    """
+    waiting, running, free, code = list(argument_lists), [], list(range(slots)), 0
+    slot_of: dict[subprocess.Popen, int] = {}
+    with _Forwarding(running) as forwarding:
+        while running or (waiting and not code and not forwarding.received):
+            while waiting and free and not code and not forwarding.received:
+                slot = free.pop(0)
+                job = _start(script, waiting.pop(0), _one_gpu(slot), slots)
+                running.append(job)
+                slot_of[job] = slot
             time.sleep(0.1)
             for job in [job for job in running if job.poll() is not None]:
                 running.remove(job)
-                if job.returncode:
+                free.append(slot_of[job])
+                if job.returncode and not code:
+                    code = job.returncode
                     for other in running:
                         other.terminate()
-                    for other in running:
-                        other.wait()
-                    return job.returncode
-    return 0
+    return _outcome(code, forwarding.received)
+
+
+def _one_gpu(slot: int) -> dict[str, str]:
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
 
 
 def threads_per_process(processes: int) -> int:
@@ -61,8 +79,8 @@ def _start(script: str, arguments: Sequence[str], environment: dict[str, str], s
 
 def _wait(jobs: list[subprocess.Popen]) -> int:
     code, deadline = 0, float("inf")
-    with _Forwarding(jobs):
-        while any(job.poll() is None for job in jobs):
+    with _Forwarding(jobs) as forwarding:
+        while None in [job.poll() for job in jobs]:  # a list: every job is polled, or a failure behind a hanging rank is not seen
             failed = next((job.returncode for job in jobs if job.returncode), 0)
             if failed and not code:
                 code, deadline = failed, time.monotonic() + _GRACE
@@ -71,23 +89,30 @@ def _wait(jobs: list[subprocess.Popen]) -> int:
                     if job.poll() is None:
                         job.kill()
             time.sleep(0.1)
-    return code or next((job.returncode for job in jobs if job.returncode), 0)
+    return _outcome(code or next((job.returncode for job in jobs if job.returncode), 0), forwarding.received)
+
+
+def _outcome(code: int, stopped: bool) -> int:
+    """A process that had no handler yet when the request to stop came has ended by it: that is no failure."""
+    return STOPPED if stopped and code in (0, -signal.SIGTERM) else code
 
 
 class _Forwarding:
     """Pass SIGTERM, SIGINT and SIGUSR1 on to the jobs as SIGTERM: they save and leave, we wait."""
 
     def __init__(self, jobs: list[subprocess.Popen]):
-        self.jobs = jobs
+        self.jobs, self.received = jobs, False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Forwarding:
         self.previous = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _forward(self, _number: int, _frame: object) -> None:
+        self.received = True
         for job in self.jobs:
             if job.poll() is None:
                 job.terminate()

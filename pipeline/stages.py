@@ -8,10 +8,12 @@ The functions for align, direction and train are entered by all ranks together.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,11 +23,12 @@ from pipeline.data.batches import check_divides, micro_batches, pair_batches
 from pipeline.layout import Layout, Subject
 from pipeline.models import (
     add_lora,
+    check_targets,
     decoder_layers,
     enable_checkpointing,
     load_model,
     load_tokenizer,
-    num_decoder_layers,
+    outline,
     resolve_dtype,
     resolve_model_path,
 )
@@ -34,7 +37,7 @@ from pipeline.sap.diagnostics import safety_direction
 from pipeline.sap.probe import Probe, resolve_layers
 from pipeline.sap.step import SapStep
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import check_engine, environment, init_distributed, open_engine
+from pipeline.sharding.launch import check_engine, device, environment, init_distributed, open_engine
 from pipeline.tracking import open_run
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.plain import PlainStep
@@ -43,29 +46,34 @@ from pipeline.training.product import load_adapter, save_adapter, save_merged
 _USEFUL_FOR_SUMMARY = 48  # samples behind the direction's cosine with the useful gradient
 
 
-def check(experiment: Experiment, world_size: int | None = None) -> None:
+def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -> None:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
-    world_size: of the launcher this process runs under; None: what the recipe's train.ranks will start.
+    here: what this process runs, under its launcher's world size; everything else will run on the ranks its recipe names.
     """
     from pipeline.data.prepare import check_sources
 
     base = experiment.base
     check_sources(base)
     load_tokenizer(base.model)
-    layers = num_decoder_layers(base.model)
-    trains = [("align.train", base.align.train)] if base.align.enabled else []
+    model = outline(base.model)
+    layers = len(decoder_layers(model))
+    world_size = environment()[1]
+    if base.align.enabled:
+        _check_training("align.train", base.align.train, model, world_size if here == "align" else base.align.train.ranks)
     for cell in experiment.cells():
-        trains.append(("train", cell.recipe.train))
-        if cell.recipe.sap.enabled:
-            sap = cell.recipe.sap
+        ranks = world_size if cell == here else cell.recipe.train.ranks
+        _check_training("train", cell.recipe.train, model, ranks)
+        sap = cell.recipe.sap
+        if sap.enabled:
             resolve_layers(sap.layers, layers)
-            size = world_size or cell.recipe.train.ranks
-            check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, size)
-    for field, train in trains:
-        size = world_size or train.ranks
-        check_engine(train, size)
-        check_divides(field, train.batch_size, train.micro_batch_size, size)
+            check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
+
+
+def _check_training(field: str, train: TrainSection, model: nn.Module, ranks: int) -> None:
+    check_engine(train, ranks)
+    check_divides(field, train.batch_size, train.micro_batch_size, ranks)
+    check_targets(model, train.lora, field)
 
 
 def prepare(experiment: Experiment) -> bool:
@@ -81,7 +89,7 @@ def prepare(experiment: Experiment) -> bool:
         artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder,
     ):
         facts = prepare_data(experiment.base, folder)
-        artifacts.write_json(folder / "facts.json", facts)
+        artifacts.write_json(folder / artifacts.FACTS, facts)
         run.log_facts(facts)
     return True
 
@@ -95,22 +103,25 @@ def align(experiment: Experiment) -> bool:
     if not base.align.enabled or artifacts.complete(target):
         return True
     artifacts.verify(layout.prepare())
-    rank, world_size = environment()
+    rank, _ = environment()
     init_distributed(base.align.train)
+    _claim(target)
     tokenizer = load_tokenizer(base.model)
     source = resolve_model_path(base.model)
     model = load_model(source, resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
-    rows = complete_answers(
-        model, tokenizer, read_rows(layout.prepare(), "align"), base.align.distill_tokens, base.data.max_length, rank, world_size
-    )
+    answered = layout.work(target) / "answered.parquet"  # once, so that a resumed run trains on the same, and published
+    rows = complete_answers(model.to(device()), tokenizer, read_rows(layout.prepare(), "align"), base, answered)
     engine = _engine(model, base.align.train, seed=0)
     data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
         loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align")
         if not loop.run():
+            run.stopped()
             return False
         with _publishing(engine, layout, target, {"prepare": layout.prepare().name}) as folder:
             save_merged(engine, source, base.model, folder, tokenizer)
+            if rank == 0:
+                shutil.copy(answered, folder)
     return True
 
 
@@ -122,15 +133,17 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
         return True
     _verify_upstream(layout)
     resolved = cell.recipe
-    engine, tokenizer = _open_start(layout, cell)
+    engine, tokenizer = _open_start(layout, cell, target)
     pairs, useful = read_rows(layout.prepare(), "safety_pairs"), read_rows(layout.prepare(), "task_train")[:_USEFUL_FOR_SUMMARY]
     sharing = (engine.rank, engine.world_size, tokenizer.pad_token_id, cell.seed, 0)
     size = resolved.direction.micro_batch_size
-    chunks = pair_batches(pairs, list(range(len(pairs))), size, *sharing)
+    # Halves of the pairs, not of this rank's batches: they must not depend on the number of ranks.
+    halves = [pair_batches(pairs, list(range(start, len(pairs), 2)), size, *sharing) for start in (0, 1)]
+    first, second = ([replace(batch, global_pairs=len(pairs)) for batch in half] for half in halves)
     useful_batches = micro_batches(useful, list(range(len(useful))), resolved.train.micro_batch_size, *sharing)
     with open_run(layout, f"direction-s{cell.seed}", target.name, engine.rank) as run:
         _say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
-        named, summary = safety_direction(engine, (chunks[::2], chunks[1::2]), useful_batches, resolved.sap.contrastive)
+        named, summary = safety_direction(engine, (first, second), useful_batches, resolved.sap.contrastive)
         weights = engine.gather(engine.weights())
         with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
             if engine.rank == 0:
@@ -153,7 +166,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     if cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed":
         artifacts.verify(layout.direction(cell))
     resolved, prepared = cell.recipe, layout.prepare()
-    engine, tokenizer = _open_start(layout, cell)
+    engine, tokenizer = _open_start(layout, cell, target)
     step = _step(layout, cell, engine)
     data = TrainingData(
         read_rows(prepared, "task_train"), read_rows(prepared, "safety_pairs"), tokenizer.pad_token_id,
@@ -163,6 +176,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
         loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), target.name, run.log_metrics, label)
         if not loop.run():
+            run.stopped()
             return False
         with _publishing(engine, layout, target, {"prepare": prepared.name, "start": layout.start_model()}) as folder:
             save_adapter(engine, layout.start_model(), folder / "adapter")
@@ -186,15 +200,16 @@ def evaluate(experiment: Experiment, subject: Subject) -> bool:
     model: nn.Module = load_model(subject.model, resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
     if subject.adapter is not None:
         model = load_adapter(model, subject.adapter)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device())
     name = subject.name if subject.seed is None else f"{subject.name}-s{subject.seed}"
     cell = None if subject.adapter is None else experiment.cell(subject.name, subject.seed or 0)
     key = target.name if subject.adapter is None else subject.adapter.parent.name  # a cell's scores stand beside its parameters
-    with open_run(layout, name, key, cell=cell) as run, artifacts.building(target, {"subject": subject.identity}) as folder:
-        metrics = evaluate_model(model, tokenizer, _evaluation_sets(layout), base.evaluate, folder, name)
+    with open_run(layout, name, key, cell=cell) as run:
+        with artifacts.building(target, {"subject": subject.identity}) as folder:
+            metrics = evaluate_model(model, tokenizer, _evaluation_sets(layout), base.evaluate, folder, name)
         run.log_evaluation(metrics)
         if base.tracking.log_answers:
-            run.log_artifact(folder / "answers.jsonl")
+            run.log_artifact(target / "answers.jsonl")
     return True
 
 
@@ -243,10 +258,25 @@ def _verify_upstream(layout: Layout) -> None:
         artifacts.verify(layout.align())
 
 
-def _open_start(layout: Layout, cell: Cell) -> tuple[Engine, Any]:
+def _claim(target: Path) -> None:
+    """Hold `target` until this process ends; all ranks raise where another run holds it."""
+    problem: list[str | None] = [None]
+    if environment()[0] == 0:
+        try:
+            atexit.register(artifacts.claim(target))
+        except ValueError as error:
+            problem = [str(error)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(problem)
+    if problem[0]:
+        raise ValueError(problem[0])
+
+
+def _open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
     """Engine and tokenizer of a cell at its start: the same model and fresh adapter for every method of a seed."""
     base, train_section = layout.base, cell.recipe.train
     init_distributed(train_section)
+    _claim(target)
     tokenizer = load_tokenizer(base.model)
     model = load_model(layout.start_model(), resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
     return _engine(model, train_section, cell.seed), tokenizer

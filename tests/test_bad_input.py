@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipe
+from pipeline import artifacts, recipe, stages
 from pipeline.cli import main
 from pipeline.data import builtin
+from pipeline.layout import Layout
 from tests.project import make_project, run, write_jsonl, write_recipe
 
 
@@ -50,6 +51,8 @@ CASES = {
     "unknown built-in model": (["--model.path", "builtin:llama"], ["builtin:smollm2-135m-instruct"]),
     "hub model offline": (["--model.path", "owner/name"], ["model.path 'owner/name' cannot be had"]),
     "missing ds_config": (["--train.ds_config", "nowhere.json"], ["train.ds_config nowhere.json does not exist"]),
+    "adapter targets": (["--train.lora.target_modules", "[q_proj, w_proj]"], ["train.lora.target_modules names 'w_proj'", "q_proj"]),
+    "adapter targets of align": (["--align.train.lora.target_modules", "[c_attn]"], ["align.train.lora.target_modules names 'c_attn'"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }
 
@@ -90,7 +93,11 @@ def test_tokenizer_without_chat_template(project, capsys, tmp_path):
         ({"gradient_clipping": 0.3}, ["gradient_clipping to 0.3", "train.max_grad_norm"]),
         ({"bf16": {"enabled": True}}, ["bf16", "model.dtype"]),
         ({"optimizer": {"type": "Adam"}}, ["sets optimizer"]),
+        ({"bf16": True}, ["bf16", "model.dtype"]),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ["data_types", "model.dtype"]),
         ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage to 3"]),
+        ({"zero_optimization": True}, ["zero_optimization.stage to 3"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ["offload_param", "take it out"]),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size", '"auto"']),
     ],
 )
@@ -148,6 +155,34 @@ def test_single_engine_under_two_ranks_in_a_launch_script(project):
     arguments = ["launch/train.py", "--config", str(write_recipe(folder, content)), "--method", "sft", "--train.engine", "single"]
     result = run(arguments, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     assert result.returncode == 2 and "2 ranks" in result.stderr
+
+
+def test_a_launcher_decides_for_its_own_stage_only(project):
+    """The sap cell runs on this launcher's two ranks; the sft cell will run alone, as its recipe says, and is fine."""
+    folder, content = project
+    content = content | {"methods": content["methods"] | {"sft": {"train": {"engine": "single", "ranks": 1}}}}
+    experiment = recipe.load(write_recipe(folder, content, "mixed.yaml"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        stages.check(experiment, experiment.cell("sap", 0))
+        with pytest.raises(ValueError, match="single runs one process, but there are 2 ranks"):
+            stages.check(experiment, experiment.cell("sft", 0))
+
+
+def test_a_report_of_one_method_is_refused(project, capsys):
+    folder, content = project
+    assert main(["report", str(write_recipe(folder, content)), "--method", "sft"]) == 2
+    assert "leave --method out" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_writes_is_refused(project, capsys):
+    folder, content = project
+    arguments = ["prepare", str(write_recipe(folder, content)), f"--output_dir={folder / 'held'}", "--tracking.enabled=false"]
+    target = Layout(recipe.load(folder / "recipe.yaml", {"output_dir": str(folder / "held")})).prepare()
+    release = artifacts.claim(target)
+    assert main(arguments) == 2 and "another process is writing" in capsys.readouterr().err
+    release()
+    assert main(arguments) == 0 and artifacts.complete(target)
 
 
 def test_broken_yaml_and_missing_recipe(tmp_path, capsys):

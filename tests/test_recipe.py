@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from pipeline import recipe
-from pipeline.recipe import REDACTED, Recipe
+from pipeline.recipe import Recipe
+from pipeline.redaction import REDACTED, redact
+from pipeline.strict_yaml import parse_overrides
 from tests.project import ROOT
 
 SHIPPED = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -26,7 +28,7 @@ def content(**changes) -> dict:
 def load(folder: Path, raw: dict, *arguments: str) -> recipe.Experiment:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
-    return recipe.load(path, recipe.parse_overrides(list(arguments)))
+    return recipe.load(path, parse_overrides(list(arguments)))
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])
@@ -88,12 +90,12 @@ def test_scientific_notation_is_a_number(tmp_path, text, number):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(content()).replace("steps: 5", f"steps: 5\n  lr: {text}"))
     assert recipe.load(path).base.train.lr == number
-    assert recipe.parse_overrides(["--train.lr", text]) == recipe.parse_overrides([f"--train.lr={text}"]) == {"train": {"lr": number}}
+    assert parse_overrides(["--train.lr", text]) == parse_overrides([f"--train.lr={text}"]) == {"train": {"lr": number}}
 
 
 def test_text_that_resembles_numbers_stays_text():
     arguments = ["--sap.layers", "0.33:0.66", "--model.revision", "5e", "--model.path", "e4/llama-1e9"]
-    assert recipe.parse_overrides(arguments) == {
+    assert parse_overrides(arguments) == {
         "sap": {"layers": "0.33:0.66"},
         "model": {"revision": "5e", "path": "e4/llama-1e9"},
     }
@@ -109,36 +111,208 @@ def test_duplicate_keys_are_refused_with_the_key_and_its_line(tmp_path, text):
 
 def test_arguments_that_are_no_overrides_are_refused():
     with pytest.raises(ValueError, match="unexpected argument 'train.lr'"):
-        recipe.parse_overrides(["train.lr", "1"])
+        parse_overrides(["train.lr", "1"])
     with pytest.raises(ValueError, match="--train.lr needs a value"):
-        recipe.parse_overrides(["--train.lr"])
+        parse_overrides(["--train.lr"])
 
 
-def test_redact_hides_secrets_wherever_they_stand():
-    """Keys that look secret, tokens inside text, passwords inside addresses; in lists and mappings of any depth."""
-    value = {
-        "hf_token": "plain-looking",
-        "nested": [{"OPENAI_API_KEY": "plain-looking"}, "see hf_abcdefgh12345678 and sk-abcdefgh-1234"],
-        "uri": "postgresql://ann:s3cret@db.example:5432/mlflow",
+def extending(folder: Path, **files: dict) -> Path:
+    """Write each mapping to NAME.yaml; returns the last one's path."""
+    for name, raw in files.items():
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_a_recipe_extends_another_beside_it(tmp_path):
+    """Mappings are merged, other values replaced; the path is relative to the file, not to where the command runs."""
+    (tmp_path / "shared").mkdir()
+    extending(tmp_path / "shared", base=content(seeds=[0, 1], methods={"sft": {}}), middle={"extends": "base.yaml", "train": {"lr": 0.25}})
+    child = {
+        "extends": "shared/middle.yaml",
+        "name": "child",
+        "train": {"epochs": 2},
+        "methods": {"wide": {"train": {"lr": 0.5}}},
+        "seeds": [7],
     }
-    hidden = recipe.redact(value)
-    assert hidden == {
-        "hf_token": REDACTED,
-        "nested": [{"OPENAI_API_KEY": REDACTED}, f"see {REDACTED} and {REDACTED}"],
-        "uri": f"postgresql://{REDACTED}@db.example:5432/mlflow",
-    }
-    assert value["hf_token"] == "plain-looking", "the original is left alone"
+    experiment = recipe.load(extending(tmp_path, child=child), parse_overrides(["--train.batch_size", "16"]))
+    base = experiment.base
+    assert (base.name, base.seeds, base.model.path, list(base.methods)) == ("child", [7], "owner/model", ["sft", "wide"])
+    assert (base.train.lr, base.train.steps, base.train.epochs, base.train.batch_size) == (0.25, None, 2, 16)
+    assert experiment.cell("wide", 7).recipe.train.lr == 0.5
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path):
+    path = extending(tmp_path, a={"extends": "b.yaml"}, b={"extends": "c.yaml"}, c={"extends": "a.yaml"})
+    with pytest.raises(ValueError, match="extends of .*yaml leads back to itself: take one of them out"):
+        recipe.load(path)
+
+
+def test_a_missing_base_is_one_sentence_that_names_both_files(tmp_path):
+    path = extending(tmp_path, child={"extends": "gone.yaml"})
+    with pytest.raises(ValueError) as caught:
+        recipe.load(path)
+    assert str(caught.value) == f"extends of {path} names {tmp_path / 'gone.yaml'}, which does not exist: give a path relative to that file"
+
+
+def test_extends_has_its_place_in_the_file(tmp_path):
+    """Anywhere else it would be read too late to have an effect."""
+    with pytest.raises(ValueError, match="extends is read from a recipe's file only"):
+        load(tmp_path, content(), "--extends", "other.yaml")
+    with pytest.raises(ValueError, match="method 'sft' overrides extends"):
+        load(tmp_path, content(methods={"sft": {"extends": "other.yaml"}}))
+    with pytest.raises(ValueError, match="'extends' is 5, but"):
+        load(tmp_path, content(extends=5))
+
+
+@pytest.mark.parametrize("text", ["10:19", "1:30", "0:4", "10:19.5", "-1:20"])
+def test_a_range_is_no_number_to_base_60(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content()) + f"sap:\n  layers: {text}\n")
+    assert parse_overrides(["--sap.layers", text]) == parse_overrides([f"--sap.layers={text}"]) == {"sap": {"layers": text}}
+    if not text.startswith("-"):
+        assert recipe.load(path).base.sap.layers == text
+
+
+def test_other_values_are_read_as_ever():
+    values = {"7": 7, "-3": -3, "0": 0, "0x1f": 31, "1_000": 1000, "1.5": 1.5, "-1e3": -1e3, ".inf": float("inf"), "on": True, "no": False}
+    assert {text: parse_overrides([f"--a={text}"])["a"] for text in values} == values
+    assert [type(parse_overrides([f"--a={text}"])["a"]) for text in values] == [type(value) for value in values.values()]
+    assert parse_overrides(["--a=0.33:0.66", "--b=null", "--c=2024-13-01"]) == {"a": "0.33:0.66", "b": None, "c": "2024-13-01"}
+
+
+def test_merge_keys_and_what_is_written_beside_them(tmp_path):
+    """An anchored section may be reused; a key beside `<<` wins and is no duplicate, a repeated one still is."""
+    path = tmp_path / "recipe.yaml"
+    text = yaml.safe_dump({key: value for key, value in content().items() if key != "train"})
+    path.write_text(
+        text + "train: &t {steps: 5, lr: 0.5, lora: &l {r: 4}}\nalign:\n  train: {<<: *t, lr: 0.25, lora: {<<: *l, alpha: 3}}\n"
+    )
+    base = recipe.load(path).base
+    assert (base.align.train.steps, base.align.train.lr, base.train.lr) == (5, 0.25, 0.5)
+    assert (base.align.train.lora.r, base.align.train.lora.alpha, base.train.lora.alpha) == (4, 3, 16)
+    path.write_text("train: &t {steps: 5}\nalign:\n  train: {<<: *t, lr: 1, lr: 2}\n")
+    with pytest.raises(ValueError, match="key 'lr' appears twice, line 3"):
+        recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--train", "3", "--train.lr", "1"], ["--train.lr", "1", "--train", "3"], ["--train={lora: 3}", "--train.lora.r=4"]]
+)
+def test_a_part_and_its_whole_contradict_each_other(arguments):
+    with pytest.raises(ValueError, match=r"sets a part of .*: leave one of them out"):
+        parse_overrides(arguments)
+
+
+def test_a_part_and_a_mapping_are_merged():
+    assert parse_overrides(["--train={lr: 1, steps: 2}", "--train.lr=3"]) == {"train": {"lr": 3, "steps": 2}}
+    assert parse_overrides(["--train.lr=3", "--train={steps: 2}"]) == {"train": {"lr": 3, "steps": 2}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--sap.layers", "5"], "'sap.layers' is 5, but: it takes str | list of int | list of float"),
+        (["--sap.layers", "[a]"], "'sap.layers' is ['a'], but: it takes str | list of int | list of float"),
+        (["--train.lora.target_modules=[1]"], "'train.lora.target_modules.0' is 1, but: input should be a valid string"),
+        (["--data.task.columns={str: 1}"], "'data.task.columns.str' is 1, but: input should be a valid string"),
+        (["--methods.sft.sap.layers=5"], "'sap.layers' is 5, but"),
+        (["--methods=[1]"], "'methods' is [1], but: input should be a valid dictionary"),
+        (["--methods={5: {}}"], "'methods.5' is 5, but: input should be a valid string"),
+        (["--train.lora.rank=3"], "unknown key 'train.lora.rank'; the nearest known one is 'train.lora."),
+        (["--train.lr=-1"], "'train.lr' is -1, but: input should be greater than 0"),
+    ],
+)
+def test_an_error_names_the_field_as_it_is_written(tmp_path, arguments, sentence):
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path, content(), *arguments)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--methods.api_key", "1234567"], "methods.api_key"),  # no token by its looks: its name says so
+        (["--data.task.columns.password", "[1234567]"], "data.task.columns.password"),
+        (["--model={path: x, revision: [hf_abcd1234567]}"], "model.revision"),
+        (["--tracking.uri=[http://ann:1234567@host]"], "tracking.uri"),
+        (["--data.task={auth_token: 1234567, source: [{password: 1234567}]}"], "data.task.source"),
+        (["--sap.layers=sk-1234567-abc"], "sap.layers"),
+    ],
+)
+def test_an_error_keeps_a_refused_secret_to_itself(tmp_path, arguments, field):
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path, content(), *arguments)
+    assert field in str(caught.value) and REDACTED in str(caught.value) and "1234567" not in str(caught.value)
+
+
+def test_broken_yaml_is_located_but_not_quoted(tmp_path):
+    """The line may hold a secret."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: x\ntracking: {uri: http://ann:s3cret@host\nmodel: y")
+    with pytest.raises(ValueError, match=r"is no valid YAML: while parsing a flow mapping, .*, line \d") as caught:
+        recipe.load(path)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("postgresql://ann:s3cret@db.example:5432/mlflow", "postgresql://[redacted]@db.example:5432/mlflow"),
+        ("http://:s3cret@host/x", "http://[redacted]@host/x"),
+        ("https://s3cret@host", "https://[redacted]@host"),
+        ("http://ann:s3/c@r:et@host:5000 is down", "http://[redacted]@host:5000 is down"),
+        ("http://ann:p@one and http://bob:p@two", "http://[redacted]@one and http://[redacted]@two"),
+        ("http://host/x?access_token=s3cret&n=3", "http://host/x?access_token=[redacted]&n=3"),
+        (
+            "s3://b/k?X-Amz-Signature=s3&X-Amz-Credential=cret&sig=a",
+            "s3://b/k?X-Amz-Signature=[redacted]&X-Amz-Credential=[redacted]&sig=[redacted]",
+        ),
+        ("mysql://host/db?user=a&Password=s3cret", "mysql://host/db?user=a&Password=[redacted]"),
+        ("http://host/?token=s3@cret", "http://[redacted]"),
+        ("http://ann:s3cret@host/?api_key=s3cret", "http://[redacted]@host/?api_key=[redacted]"),
+        ("Authorization: Bearer s3cret.x-y", "Authorization: Bearer [redacted]"),
+        ("Basic czNjcmV0 was refused", "Basic [redacted] was refused"),
+        ("see hf_abcdefgh12345678 and sk-abcdefgh-1234.", "see [redacted] and [redacted]."),
+        ("/x/hf_abcdefgh12345678/y", "/x/[redacted]/y"),
+        *((f"={prefix}_abcdefghij0123456789", "=[redacted]") for prefix in ("ghp", "gho", "ghu", "ghs", "ghr", "github_pat")),
+        ("AKIAIOSFODNN7EXAMPLE", "[redacted]"),
+    ],
+)
+def test_redact_hides_secrets_inside_text(text, hidden):
+    assert redact(text) == hidden and redact([{"a": (text,)}]) == [{"a": [hidden]}]
+
+
+def test_redact_hides_whatever_stands_under_a_secret_name():
+    names = [
+        "hf_token",
+        "OPENAI_API_KEY",
+        "password",
+        "db.passwd",
+        "client-secret",
+        "aws_secret_access_key",
+        "credentials",
+        "Authorization",
+    ]
+    for value in ("plain-looking", 1234, 0.5, True, ["a", 1], {"b": "c"}, ""):
+        original = {"nested": [{name: value for name in names}]}
+        assert redact(original) == {"nested": [{name: REDACTED for name in names}]}
+        assert original["nested"][0]["hf_token"] == value, "the original is left alone"
+    assert redact({"password": None}) == {"password": None}, "that none is given is no secret"
 
 
 def test_redact_leaves_what_is_no_secret():
     value = {
         "max_new_tokens": 32,
         "eos_token_id": 2,
-        "uri": "http://host:5000/a@b",
+        "key": "train-sap-s0",
+        "uri": "http://host:5000/a?run=b",
+        "database": "sqlite:////home/a@b/mlflow.db",
         "path": "/data/hf_short",
-        "keys": ["q_proj", None, 0.5],
+        "paths": ["/data/task-experiments/x", "task-safety-v1", "desk-abcdefghijk", "xhf_abcdefgh12345678", "q_proj", None, 0.5],
+        "columns": {"prompt": "instruction"},
     }
-    assert recipe.redact(value) == value
+    assert redact(value) == value
 
 
 def test_dump_is_redacted_yaml_that_loads_again(tmp_path):
@@ -157,6 +331,20 @@ def test_every_field_says_what_it_is_for():
     assert len(names) == len(set(names))
     assert not [name for name, *_, description in rows if not description.strip()]
     assert next(default for name, _, default, _ in rows if name == "train.lr") == "0.0001"
+
+
+def test_the_help_names_types_as_a_user_would():
+    kinds = {name: kind for name, kind, *_ in recipe.field_rows()}
+    assert {name: kinds[name] for name in ("train.steps", "train.epochs", "sap.layers", "seeds", "methods", "data.task.columns")} == {
+        "train.steps": "int | None",
+        "train.epochs": "float | None",
+        "sap.layers": "str | list of int | list of float",
+        "seeds": "list of int",
+        "methods": "mapping of str to mapping",
+        "data.task.columns": "mapping of str to str",
+    }
+    assert kinds["train.engine"].split("|")[0] == "zero3" and kinds["extends"] == "Path | None"
+    assert not [kind for kind in kinds.values() if set("[]()'") & set(kind) or "typing" in kind or "Optional" in kind]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -5,8 +5,6 @@ import copy
 import io
 import json
 import shutil
-import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -15,50 +13,21 @@ from pipeline import artifacts, recipe
 from pipeline.cli import main
 from pipeline.layout import Layout
 from pipeline.tracking import describe_store, open_run
-from tests.project import make_project, write_recipe
+from tests.project import write_recipe
+from tests.stores import Store, closed_port, layout_in, outbox, tracked_project, until
 
 TOKEN, PASSWORD, KEY = "hf_PLANTEDsecret0123456789", "pl4nted-passw0rd", "planted-api-key"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("tracking")
-    return folder, make_project(folder)
-
-
-def layout_in(project: tuple[Path, dict], output: Path, **changes) -> Layout:
-    return Layout(recipe.load(write_recipe(project[0], project[1] | {"output_dir": str(output)} | changes, f"{output.name}.yaml")))
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Store:
-    """The sqlite store of a layout, read back."""
-
-    def __init__(self, layout: Layout):
-        from mlflow import MlflowClient
-
-        self.client = MlflowClient(f"sqlite:///{(layout.base.output_dir / 'mlflow.db').resolve()}")
-        (experiment,) = [e for e in self.client.search_experiments() if e.name == "tiny"]
-        self.runs = self.client.search_runs([experiment.experiment_id])
-
-    def run(self, key: str):
-        (found,) = [run for run in self.runs if run.data.tags["sap.run_key"] == key]
-        return found
-
-    def history(self, key: str, metric: str) -> list[tuple[int, float]]:
-        """Every logged (step, value), doubles included, in the order of steps."""
-        return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run(key).info.run_id, metric))
+    return tracked_project(tmp_path_factory.mktemp("tracking"))
 
 
 @pytest.fixture(scope="module")
 def tracked(project, tmp_path_factory) -> tuple[Layout, Store]:
     """prepare, then a cell whose training is interrupted and resumed and whose evaluation comes last."""
-    layout = layout_in(project, tmp_path_factory.mktemp("tracked"))
+    layout = layout_in(project, tmp_path_factory.mktemp("tracked"), fresh=True)
     cell = layout.experiment.cell("sap", 0)
     with open_run(layout, "prepare", "prepare-1") as run:
         run.log_facts({"task": {"train": 64, "name": "no number", "shuffled": True}, "overlap": 3})
@@ -72,35 +41,6 @@ def tracked(project, tmp_path_factory) -> tuple[Layout, Store]:
     with open_run(layout, "sap-s0", "train-1", cell=cell) as run:
         run.log_evaluation({"non_refusal_rate": {"value": 0.25, "low": 0.1, "high": 0.5, "n": 20}, "test_loss": 0.7})
     return layout, Store(layout)
-
-
-def test_a_dead_server_costs_no_time_and_one_warning_and_is_caught_up_later(project, tmp_path, monkeypatch, capfd):
-    layout, losses = layout_in(project, tmp_path), [(step, 1.0 / step) for step in range(1, 41)]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
-    started = time.monotonic()
-    with open_run(layout, "sft-s0", "train-1", cell=layout.experiment.cell("sft", 0)) as run:
-        for step, loss in losses:
-            run.log_metrics({"train/loss": loss}, step)
-        logging = time.monotonic() - started
-        time.sleep(1.0)  # the failure happens while the run goes on
-        run.log_metrics({"train/loss": 0.5}, 41)
-    assert logging < 1.0 and time.monotonic() - started < 25.0
-    error = capfd.readouterr().err
-    assert error.lower().count("warning") == 1 and "is not reached" in error and "entries wait in" in error and "Traceback" not in error
-    waiting = (layout.root / "tracking" / "train-1.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in waiting] == ["start", *["metrics"] * 41, "end"]
-
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with open_run(layout, "report", "report-1"):
-        pass
-    store = Store(layout)
-    assert store.history("train-1", "train/loss") == [*losses, (41, 0.5)]
-    assert store.run("train-1").info.status == "FINISHED"
-    store.client.delete_run(store.run("train-1").info.run_id)
-    with open_run(layout, "report", "report-2"):
-        pass
-    assert "train-1" not in {run.data.tags["sap.run_key"] for run in Store(layout).runs}, "what was delivered is not sent again"
-    assert "warning" not in capfd.readouterr().err.lower()
 
 
 def test_there_is_one_parent_and_one_child_per_key(tracked):
@@ -148,13 +88,82 @@ def test_tags_are_versions_revision_and_data(tracked):
 
 @pytest.mark.parametrize("silent", ["rank 1", "switched off"])
 def test_other_ranks_and_a_switched_off_tracker_write_nothing(project, tmp_path, silent):
-    layout = layout_in(project, tmp_path / "out", tracking={"enabled": silent == "rank 1"})
+    layout = layout_in(project, tmp_path / "out", fresh=True, tracking={"enabled": silent == "rank 1"})
     with open_run(layout, "sft-s0", "train-1", rank=int(silent == "rank 1"), cell=layout.experiment.cell("sft", 0)) as run:
         run.log_metrics({"train/loss": 1.0}, 1)
         run.log_facts({"a": 1})
         run.log_evaluation({"test_loss": 1.0})
         run.log_artifact(tmp_path / "nothing")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_data_are_named_by_their_digest(project, tmp_path):
+    """Of the files' contents: the folder's name says what was asked for, not what was read."""
+    layout = layout_in(project, tmp_path)
+    with open_run(layout, "prepare", "before"):
+        pass
+    with artifacts.building(layout.prepare(), {}) as folder:
+        (folder / "train.parquet").write_bytes(b"rows")
+    with open_run(layout, "sft-s0", "after"):
+        pass
+    store = Store(layout)
+    assert "data.sha256" not in store.run("before").data.tags
+    expected = artifacts.digest({"train.parquet": artifacts.file_digest(layout.prepare() / "train.parquet")})
+    assert store.run("after").data.tags["data.sha256"] == expected
+
+
+def test_a_stopped_stage_is_killed_not_finished(project, tmp_path):
+    layout = layout_in(project, tmp_path)
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.stopped()
+    with open_run(layout, "sap-s0", "train-2", rank=1) as run:
+        run.stopped()
+    with pytest.raises(RuntimeError), open_run(layout, "sap-s0", "train-3") as run:
+        raise RuntimeError
+    store = Store(layout)
+    assert (store.run("train-1").info.status, store.run("train-3").info.status) == ("KILLED", "FAILED")
+    with open_run(layout, "sft-s0", "train-1"):
+        pass
+    assert Store(layout).run("train-1").info.status == "FINISHED", "it went on and came to its end"
+
+
+def test_the_parent_ends_with_its_last_running_child(project, tmp_path):
+    layout = layout_in(project, tmp_path)
+    with open_run(layout, "sft-s0", "a"):
+        until(lambda: outbox(layout, "a").with_suffix(".delivered").is_file())
+        with open_run(layout, "sap-s0", "b"):
+            pass
+        assert Store(layout).run("b").info.status == "FINISHED" and Store(layout).parent.info.status == "RUNNING"
+    ended = Store(layout).parent
+    assert ended.info.status == "FINISHED" and ended.info.end_time
+
+
+def test_artifacts_are_found_again_whatever_their_path_looks_like(project, tmp_path, capfd):
+    layout, elsewhere = layout_in(project, tmp_path / "first"), tmp_path / TOKEN / "notes.txt"
+    inside = layout.root / TOKEN / "report.html"
+    for path in (inside, elsewhere):
+        path.parent.mkdir(parents=True)
+        path.write_text("content")
+    with open_run(layout, "report", "report-1") as run:
+        for path in (inside, elsewhere, layout.root / "gone.html", layout.root / "gone.html"):
+            run.log_artifact(path)
+    assert sorted(Store(layout).artifacts("report-1")) == ["notes.txt", "report.html"]
+    entries = [json.loads(line) for line in outbox(layout, "report-1").read_text().splitlines()]
+    assert [entry["path"] for entry in entries if entry["kind"] == "artifact"] == [
+        f"{TOKEN}/report.html",
+        str(elsewhere),
+        *["gone.html"] * 2,
+    ]
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "gone.html was to be uploaded to MLflow, but it is no longer there" in warnings[0]
+
+
+def test_a_metric_under_a_secret_looking_name_is_a_number(project, tmp_path):
+    layout = layout_in(project, tmp_path)
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.log_metrics({"seconds_per_token": 0.5}, 1)
+        run.log_facts({"per": {"token": 2.0}})
+    assert Store(layout).run("train-1").data.metrics == {"seconds_per_token": 0.5, "per.token": 2.0}
 
 
 @pytest.fixture(scope="module")

@@ -36,15 +36,26 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """As MicroBatch, B = 2 x pairs: chosen rows, then rejected rows. global_pairs: pairs of the whole step."""
+    """As MicroBatch, B = 2 x pairs: chosen rows, then rejected rows. global_pairs: pairs of the whole step.
+
+    weights: float32 (pairs,), 1, or 0 for a filler: a pair without supervised tokens is no zero under every contrastive loss.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor
     global_pairs: int
     seed: int
 
-    to = MicroBatch.to
+    def to(self, device: torch.device | str) -> PairBatch:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            weights=self.weights.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -76,16 +87,13 @@ def micro_batches(
 ):
     """This rank's MicroBatches of one step. rows[i]: input_ids and labels (lists of int)."""
     global_tokens = sum(_supervised(rows[i]["labels"]) for i in indices)
-    chunks = _chunks(indices, micro_batch_size, world_size)
-    return [
-        MicroBatch(
-            *_pad([rows[i]["input_ids"] for i in chunk], [rows[i]["labels"] for i in chunk], pad_id),
-            global_tokens,
-            _mask_seed(seed, step, number),
-        )
-        for number, chunk in enumerate(chunks)
-        if number % world_size == rank
-    ]
+    batches = []
+    for number, (chunk, weight) in enumerate(_chunks(indices, micro_batch_size, world_size)):
+        if number % world_size == rank:
+            labels = [_weighed(rows[i]["labels"], weight) for i in chunk]
+            padded = _pad([rows[i]["input_ids"] for i in chunk], labels, pad_id)
+            batches.append(MicroBatch(*padded, global_tokens, _mask_seed(seed, step, number)))
+    return batches
 
 
 def pair_batches(
@@ -93,11 +101,12 @@ def pair_batches(
 ):
     """This rank's PairBatches of one step. rows[i]: chosen_/rejected_ input_ids and labels."""
     batches = []
-    for number, chunk in enumerate(_chunks(indices, micro_batch_size, world_size)):
+    for number, (chunk, weight) in enumerate(_chunks(indices, micro_batch_size, world_size)):
         if number % world_size == rank:
             ids = [rows[i][f"{side}_input_ids"] for side in ("chosen", "rejected") for i in chunk]
-            labels = [rows[i][f"{side}_labels"] for side in ("chosen", "rejected") for i in chunk]
-            batches.append(PairBatch(*_pad(ids, labels, pad_id), len(indices), _mask_seed(seed, step, number)))
+            labels = [_weighed(rows[i][f"{side}_labels"], weight) for side in ("chosen", "rejected") for i in chunk]
+            weights = torch.full((len(chunk),), weight)
+            batches.append(PairBatch(*_pad(ids, labels, pad_id), weights, len(indices), _mask_seed(seed, step, number)))
     return batches
 
 
@@ -114,12 +123,20 @@ def _supervised(labels: list[int]) -> int:
     return sum(label != IGNORE for label in labels[1:])
 
 
-def _chunks(indices: list[int], size: int, world_size: int) -> list[list[int]]:
-    """Micro-batches of at most `size`, as equal as can be, their number a multiple of the ranks: a rank with one pass fewer would hang."""
+def _weighed(labels: list[int], weight: float) -> list[int]:
+    return labels if weight else [IGNORE] * len(labels)
+
+
+def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[int], float]]:
+    """Micro-batches of at most `size`, as equal as can be, their number a multiple of the ranks: a rank with one pass fewer would hang.
+
+    Where there are fewer samples than that, fillers of weight 0 (a copy of the last sample, to be left unsupervised) make the number up.
+    """
     number = -(-len(indices) // (size * world_size)) * world_size
-    assert len(indices) >= number, f"{len(indices)} samples cannot be shared by {world_size} ranks"
+    if len(indices) < number:
+        return [([index], 1.0) for index in indices] + [(indices[-1:], 0.0)] * (number - len(indices))
     bounds = [round(part * len(indices) / number) for part in range(number + 1)]
-    return [indices[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [(indices[start:stop], 1.0) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def _pad(input_ids: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 import fcntl
+import functools
 import io
 import json
 import os
@@ -118,22 +119,35 @@ def check_builtin(name: str) -> None:
         )
 
 
+def identity(name: str) -> str:
+    """Digest of what decides a built-in set's rows: the pinned archives, or the rows themselves where this project writes them."""
+    return artifacts.digest(text_to_sql_rows() if name == "text_to_sql" else [name, *(entry.sha256 for entry in ARCHIVES.values())])
+
+
 def builtin_model_folder() -> Path:
     """Where `builtin_model` puts it."""
     return cache_folder() / "smollm2-135m-instruct"
 
 
 def builtin_model() -> Path:
-    """SmolLM2-135M-Instruct as a transformers folder (bfloat16, safetensors), converted from the archive's GGUF once."""
+    """SmolLM2-135M-Instruct as a transformers folder (bfloat16, safetensors), converted from the archive's GGUF once.
+
+    Raises ValueError where the folder is damaged.
+    """
     target = builtin_model_folder()
-    if artifacts.complete(target):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / ".model.lock").open("w") as lock:  # ranks and parallel jobs wait for the first
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not artifacts.complete(target):
-            _convert(target)
+    if not artifacts.complete(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / ".model.lock").open("w") as lock:  # ranks and parallel jobs wait for the first
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not artifacts.complete(target):
+                _convert(target)
+    _verify(target)
     return target
+
+
+@functools.cache  # once a process: 270 MB are read
+def _verify(folder: Path) -> None:
+    artifacts.verify(folder)
 
 
 def refusal_gold() -> list[Row]:
@@ -216,7 +230,10 @@ def _chatterbot() -> list[Row]:
 
 
 def _harmless() -> list[Row]:
-    """Everyday questions and the harmless twins of harmful prompts, in turn: look-alikes teach where refusing ends."""
+    """Everyday questions and the harmless twins of harmful prompts: look-alikes teach where refusing ends.
+
+    The order here decides nothing: `prepare` sorts a source by hash, so the first N rows hold about their share of the 60 twins.
+    """
     twins, everyday = _weighted_safety("benign"), _chatterbot()
     return twins + everyday
 

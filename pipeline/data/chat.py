@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+_MARK = "\ue000\ue001"  # private-use characters: no data and no template hold them
 Messages = list[dict[str, str]]
 
 
@@ -26,16 +27,19 @@ class Encoded:
     truncated: bool
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int) -> Encoded | None:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int, last_turn_only: bool = False) -> Encoded | None:
     """Token ids and labels of a conversation, cut at max_length tokens; None where no supervised token is left.
 
-    The first token is never supervised: nothing precedes it. Raises ValueError for a slow tokenizer or a template that refuses the messages.
+    last_turn_only: of several assistant's turns only the last is supervised.
+
+    The first token is never supervised: nothing precedes it. Raises ValueError for a slow tokenizer, or a template that refuses the
+    messages or changes what the assistant says.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: use a model with a fast tokenizer (tokenizer.json)")
     text = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = assistant_spans(tokenizer, messages, text)
+    spans = assistant_spans(tokenizer, messages, text)[-1 if last_turn_only else 0 :]
     labels = [
         token if any(start < end_ and begin_ < end for begin_, end_ in spans) else IGNORE
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
@@ -65,8 +69,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generatio
 def assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> list[tuple[int, int]]:
     """Character spans of the assistant's turns in the rendered text: from where generation would begin to the end-of-turn marker.
 
-    A turn begins where the conversation so far, rendered with the generation prompt, ends. Templates that render a past turn otherwise than
-    a present one (stripped reasoning, a date) have no such common prefix; there the turn's content is searched for.
+    A turn begins where the conversation so far, rendered with the generation prompt, ends, and it ends where the conversation rendered up
+    to it does. Templates that render a past turn otherwise than a present one (stripped reasoning, a date, a system prompt in the last user
+    turn) have no such common prefix; there the turn is what changes when a mark stands in its place.
     """
     spans = []
     for index, message in enumerate(messages):
@@ -74,17 +79,28 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
             continue
         before = render(tokenizer, messages[:index], add_generation_prompt=True)
         until = render(tokenizer, messages[: index + 1])
-        start = len(before) if text.startswith(before) else _find(text, message["content"], spans)
-        end = len(until) if text.startswith(until) else start + len(message["content"].strip())
+        if text.startswith(before) and text.startswith(until):
+            start, end = len(before), len(until)
+        else:
+            start, end = _marked(tokenizer, messages, index, text)
+            start = len(before) if text.startswith(before) else start
         end = start + len(text[start:end].rstrip())  # the line break that some templates put between turns is not the assistant's
         spans.append((start, end))
     return spans
 
 
-def _find(text: str, content: str, spans: list[tuple[int, int]]) -> int:
-    position = text.find(content.strip(), spans[-1][1] if spans else 0)
-    if position < 0:
+def _marked(tokenizer: PreTrainedTokenizerBase, messages: Messages, index: int, text: str) -> tuple[int, int]:
+    """Span of turn `index` in `text`: what a mark in the place of its content leaves in common is the template's, or other turns'.
+
+    The end-of-turn marker belongs to it: what follows the mark where the conversation ends with this turn. Searching for the content itself
+    could find it in what the user or the template says.
+    """
+    marked = [*messages[:index], {"role": "assistant", "content": _MARK}, *messages[index + 1 :]]
+    head, found, tail = render(tokenizer, marked).partition(_MARK)
+    start, end = len(head), len(text) - len(tail)
+    if not found or start > end or not (text.startswith(head) and text.endswith(tail)):
         raise ValueError(
             "the chat template does not render the assistant's answer as it stands: set model.chat_template to a template that does"
         )
-    return position
+    marker = render(tokenizer, marked[: index + 1]).partition(_MARK)[2]
+    return start, end + len(marker) if tail.startswith(marker) else end

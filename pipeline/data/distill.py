@@ -1,6 +1,6 @@
 """The model's own answers to harmless prompts: licence-clean data that keep an aligned model helpful.
 
-rows = complete_answers(model, tokenizer, rows, max_new_tokens=48, max_length=128, rank=0, world_size=2)
+rows = complete_answers(model, tokenizer, rows, recipe, Path("work/answered.parquet"))
 """
 
 from __future__ import annotations
@@ -8,52 +8,61 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
-import torch
+import pyarrow
+import pyarrow.parquet
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.chat import encode_chat, prompt_ids
 from pipeline.evaluation.generation import generate
+from pipeline.recipe import Recipe
+
+Row = dict[str, Any]
 
 
-def complete_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
-    max_new_tokens: int,
-    max_length: int,
-    rank: int,
-    world_size: int,
-) -> list[dict[str, Any]]:
+def complete_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, file: Path) -> list[Row]:
     """Rows whose response is None get the model's greedy answer, cut at its last whole sentence; rows it leaves empty are dropped.
 
-    Ranks share the work and all return the same rows: input_ids and labels filled in.
+    Ranks share the work and all return the same rows, input_ids and labels filled in. They are written to `file`, and read back where it
+    exists: a resumed run trains on what the first one did.
     """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    there = [file.is_file()]
+    if world_size > 1:
+        dist.broadcast_object_list(there)  # rank 0 decides: a rank alone in the collective below would hang
+    if there[0]:
+        return pyarrow.parquet.read_table(file).to_pylist()
     missing = [index for index, row in enumerate(rows) if row["response"] is None]
-    if not missing:
-        return rows
-    mine = missing[rank::world_size]
-    if rank == 0:
+    if rank == 0 and missing:
         print(f"[align] the model answers {len(missing)} harmless prompts itself", file=sys.stderr, flush=True)
+    mine = missing[rank::world_size]
     prompts = [prompt_ids(tokenizer, json.loads(rows[index]["messages"])) for index in mine]
-    answers = dict(zip(mine, generate(model, tokenizer, prompts, max_new_tokens, batch_size=32), strict=True))
+    answers = dict(zip(mine, generate(model, tokenizer, prompts, recipe.align.distill_tokens, batch_size=32), strict=True))
+    model.train()
     if world_size > 1:
         parts: list[dict[int, str]] = [{} for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, answers)
+        dist.all_gather_object(parts, answers)
         answers = {index: text for part in parts for index, text in part.items()}
-    model.train()
-    completed = []
-    for index, row in enumerate(rows):
-        if index not in answers:
-            completed.append(row)
-            continue
-        text = whole_sentences(answers[index])
-        messages = [*json.loads(row["messages"]), {"role": "assistant", "content": text}]
-        encoded = encode_chat(tokenizer, messages, max_length) if text else None
-        if encoded is not None:
-            completed.append({**row, "response": text, "input_ids": encoded.input_ids, "labels": encoded.labels})
+    completed = [_completed(tokenizer, row, answers.get(index), recipe.data.max_length) for index, row in enumerate(rows)]
+    completed = [row for row in completed if row is not None]
+    if rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completed), file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
     return completed
+
+
+def _completed(tokenizer: PreTrainedTokenizerBase, row: Row, answer: str | None, max_length: int) -> Row | None:
+    """The row with the model's answer; as it is where it had one; None where nothing is left to learn."""
+    if answer is None:
+        return row
+    text = whole_sentences(answer)
+    messages = [*json.loads(row["messages"]), {"role": "assistant", "content": text}]
+    encoded = encode_chat(tokenizer, messages, max_length) if text else None
+    return None if encoded is None else {**row, "response": text, "input_ids": encoded.input_ids, "labels": encoded.labels}
 
 
 def whole_sentences(text: str) -> str:

@@ -2,8 +2,9 @@
 
     sap prepare launch/recipes/demo.yaml
 
-Writes one Parquet file a set. Splits and mixtures depend on data.seed and on the prompts themselves, never on the order of rows. No normalised prompt
-is in two sets; earlier ones win: evaluation, validation, safety pairs, harmful mix, alignment, task.
+Writes one Parquet file a set. Splits and mixtures depend on data.seed and on the prompts themselves, never on the order of rows. No
+normalised prompt (no user turn of a conversation) is in two sets; earlier ones win: evaluation, validation, safety pairs, harmful mix,
+alignment, task.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data import contrastive
-from pipeline.data.chat import Messages, encode_chat
+from pipeline.data.chat import Encoded, Messages, encode_chat
 from pipeline.data.overlap import Claims, assert_disjoint
 from pipeline.data.sources import check_source, read_source
 from pipeline.models import load_tokenizer
 from pipeline.recipe import Recipe, SourceSection
+from pipeline.redaction import redact
 
 Row = dict[str, Any]
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
@@ -83,7 +86,10 @@ class _Preparation:
         sets["task_train"] = _interleave(train, harmful[: _share(data.harmful_fraction, len(train))], data.seed)
         if not train:
             raise ValueError(f"data.task: every training prompt of {data.task.source} is held by an earlier set: use other data")
-        assert_disjoint({name: rows for name, rows in sets.items() if name != "harmful_validation"})  # that one opens the validation prompts
+        # harmful_validation opens the validation prompts
+        assert_disjoint({name: rows for name, rows in sets.items() if name != "harmful_validation"})
+        for row in sets["safety_pairs"]:
+            del row["messages"]  # were there for the check alone
         for name, rows in sets.items():
             _write(folder / f"{name}.parquet", rows)
         return {
@@ -93,44 +99,53 @@ class _Preparation:
             "harmful_in_training": sum(row["kind"] == "harmful" for row in sets["task_train"]),
         }
 
-    def _read(self, field: str, source: SourceSection, required: tuple[str, ...] = ("prompt",)) -> list[Row]:
-        """Rows with messages (up to the answer), prompt, response, in an order of their own: by the hash of the prompt and data.seed."""
-        rows = [row for row in (_row(raw) for raw in read_source(source, field, required)) if row is not None]
+    def _read(self, field: str, source: SourceSection, required: tuple[str, ...] = ("prompt",), pairs: bool = False) -> list[Row]:
+        """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected); ordered by the prompt's hash and data.seed."""
+        make, stand_in = (_pair, ("messages", "chosen")) if pairs else (_row, ("messages",))
+        rows = [row for row in (make(raw, field) for raw in read_source(source, field, required, stand_in)) if row is not None]
         if not rows:
             raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
-        rows.sort(key=lambda row: hashlib.sha256(f"{self.data.seed}\0{row['prompt']}\0{row['response']}".encode()).digest())
-        return rows[: source.limit]
+
+        def place(row: Row) -> tuple[bytes, str]:
+            digest = hashlib.sha256(f"{self.data.seed}\0{row['prompt']}\0{row['response']}".encode()).digest()
+            return digest, json.dumps(row)  # conversations may end alike
+
+        return sorted(rows, key=place)[: source.limit]
 
     def _prompts(self, field: str, source: SourceSection, count: int) -> list[Row]:
-        rows = self.claims.take(field, self._read(field, source), count)
+        rows = self.claims.take(field, self._read(field, source), count, by_prompt=True)
         if not rows:
             raise ValueError(f"{field}: {source.source} leaves no prompt that an earlier set does not hold")
         return [
-            {"id": f"{field.split('.')[1]}-{number}", "prompt": row["prompt"], "source": source.source} for number, row in enumerate(rows)
+            {"id": f"{field.split('.')[1]}-{number}", "prompt": row["prompt"], "source": redact(source.source)}
+            for number, row in enumerate(rows)
         ]
 
     def _pairs(self) -> list[Row]:
         source, pairs = self.data.safety, []
         counts = self.counts.setdefault("data.safety", {"truncated": 0, "dropped": 0})
-        for row in self._read("data.safety", source):
+        for row in self._read("data.safety", source, pairs=True):
             if len(pairs) == self.data.safety_pairs:
                 break
             if not self.claims.take("safety_pairs", [row]):
+                continue
+            if row["chosen"] is None:  # no common prompt
+                counts["dropped"] += 1
                 continue
             texts = {
                 "chosen": row["chosen"] or contrastive.refusal(row["prompt"]),
                 "rejected": row["rejected"] or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS),
             }
             encoded = {
-                side: encode_chat(self.tokenizer, _answered(row["messages"], text), self.data.safety_max_length)
+                side: encode_chat(self.tokenizer, _answered(row["messages"], text), self.data.safety_max_length, last_turn_only=True)
                 for side, text in texts.items()
             }
-            if texts["chosen"] == texts["rejected"] or None in encoded.values():
+            if None in encoded.values() or _alike(*encoded.values()):
                 counts["dropped"] += 1
                 continue
             counts["truncated"] += sum(item.truncated for item in encoded.values())
             tokens = {f"{side}_{kind}": getattr(item, kind) for side, item in encoded.items() for kind in ("input_ids", "labels")}
-            pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], **texts, **tokens})
+            pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], "messages": row["messages"], **texts, **tokens})
         if len(pairs) < 2:
             raise ValueError(
                 f"data.safety: {source.source} yields {len(pairs)} usable pairs (data.safety_max_length {self.data.safety_max_length}): at least 2 are needed"
@@ -195,29 +210,82 @@ class _Preparation:
         return result
 
 
-def _row(raw: dict[str, Any]) -> Row | None:
-    """messages up to the last answer, the last user turn as prompt, the last answer as response ('' where there is none)."""
-    texts = {name: str(raw.get(name) or "").strip() for name in ("prompt", "input", "response", "system", "chosen", "rejected")}
-    given = raw.get("messages")
-    if given:
-        messages = [
-            {"role": _ROLES.get(str(m.get("role", m.get("from"))), "user"), "content": str(m.get("content", m.get("value")) or "")}
-            for m in (json.loads(given) if isinstance(given, str) else given)
-        ]
-        response = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
+def _row(raw: Row, field: str) -> Row | None:
+    """messages up to the last answer, the last user turn as prompt, the last answer as response ('' where there is none).
+
+    None without a prompt. Raises ValueError naming the field for values that are no text.
+    """
+    if raw.get("messages"):
+        messages, response = _messages(raw["messages"], f"{field}: messages"), ""
+        if messages and messages[-1]["role"] == "assistant":
+            response = messages.pop()["content"]
     else:
+        texts = {name: _text(raw.get(name), f"{field}: {name}").strip() for name in ("prompt", "input", "system", "response")}
         prompt = "\n\n".join(text for text in (texts["prompt"], texts["input"]) if text)
         messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
         messages, response = [*messages, {"role": "user", "content": prompt}], texts["response"]
     last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    return (
-        {"messages": messages, "prompt": last, "response": response, "chosen": texts["chosen"], "rejected": texts["rejected"]}
-        if last.strip()
-        else None
-    )
+    return {"messages": messages, "prompt": last, "response": response} if last.strip() else None
+
+
+def _pair(raw: Row, field: str) -> Row | None:
+    """A `_row` with chosen and rejected: texts ('' where there is none), or lists of messages whose last assistant's turns they are.
+
+    What both lists share is the prompt. Both are None where the lists part before those turns: then the two do not answer the same.
+    """
+    answers, prompts = {}, []
+    for side in ("chosen", "rejected"):
+        value, where = raw.get(side), f"{field}: {side}"
+        if isinstance(value, list) and value:
+            messages = _messages(value, where)
+            while messages and messages[-1]["role"] != "assistant":
+                messages.pop()
+            if not messages:
+                raise ValueError(f"{where} is a list of messages without an assistant's turn: map another column with {field}.columns")
+            answers[side] = messages.pop()["content"].strip()
+            prompts.append(messages)
+        else:
+            answers[side] = _text(None if value == [] else value, where).strip()
+    if any(prompt != prompts[0] for prompt in prompts):
+        answers = {"chosen": None, "rejected": None}
+    if prompts and any(message["role"] == "user" for message in prompts[0]):  # answers alone leave the prompt to its own column
+        raw = {**raw, "messages": [*prompts[0], {"role": "assistant", "content": ""}]}
+    row = _row(raw, field)
+    return row and row | answers
 
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+
+
+def _messages(given: Any, where: str) -> Messages:
+    """A conversation of role (or from) and content (or value), a list or its JSON. ValueError names the field for any other."""
+    try:
+        given = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} holds text that is no JSON list of messages ({error.msg}): map prompt and response instead") from None
+    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+        raise ValueError(f"{where} holds a {type(given).__name__} that is no list of messages with a role and a content")
+    messages = []
+    for message in given:
+        role = str(message.get("role") or message.get("from"))
+        if role not in _ROLES:
+            raise ValueError(f"{where} holds the role '{role}', which is not known: leave such rows out, or use {', '.join(_ROLES)}")
+        content = message.get("content")
+        messages.append({"role": _ROLES[role], "content": _text(message.get("value") if content is None else content, where)})
+    return messages
+
+
+def _text(value: Any, where: str) -> str:
+    """Text and numbers as text, nothing as ''. ValueError names the field for anything else."""
+    if value is None or isinstance(value, str | Number):
+        return "" if value is None else str(value)
+    hint = "map a list of messages to messages, and texts" if isinstance(value, list) else "map a column of texts"
+    raise ValueError(f"{where} holds a {type(value).__name__}, which is no text: {hint} with {where.split(':')[0]}.columns")
+
+
+def _alike(chosen: Encoded, rejected: Encoded) -> bool:
+    """Whether no supervised position tells the sides apart: such a pair has no gradient, or none that means anything."""
+    return chosen.input_ids == rejected.input_ids or chosen.labels[1:] == rejected.labels[1:]
 
 
 def _answered(messages: Messages, response: str) -> Messages:

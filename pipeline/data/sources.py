@@ -60,10 +60,10 @@ def check_source(source: SourceSection, field: str) -> None:
         _mapping(source, field, columns, ())
 
 
-def read_source(source: SourceSection, field: str, required: Iterable[str]) -> list[Row]:
+def read_source(source: SourceSection, field: str, required: Iterable[str], stand_in: Iterable[str] = ("messages",)) -> list[Row]:
     """All rows, with the fields of FIELDS that the mapping yields (text values; messages as a list).
 
-    required: fields that must be there; `messages` stands for prompt and response. ValueError names the columns there are.
+    required: fields that must be there, unless one of `stand_in` is, which may hold them. ValueError names the columns there are.
     """
     if source.source.startswith("builtin:"):
         raw = builtin.builtin_rows(source.source.removeprefix("builtin:"))
@@ -71,11 +71,13 @@ def read_source(source: SourceSection, field: str, required: Iterable[str]) -> l
         raw = _read_file(Path(source.source).expanduser(), source, field)
     else:
         raw = _read_hub(source, field)
-    mapping = _mapping(source, field, _columns(raw), required)
+    mapping = _mapping(source, field, _columns(raw), required, stand_in)
     return [{name: row.get(column) for name, column in mapping.items()} for row in raw]
 
 
-def _mapping(source: SourceSection, field: str, columns: list[str], required: Iterable[str]) -> dict[str, str]:
+def _mapping(
+    source: SourceSection, field: str, columns: list[str], required: Iterable[str], stand_in: Iterable[str] = ()
+) -> dict[str, str]:
     for name, column in source.columns.items():
         if column not in columns:
             raise ValueError(
@@ -89,7 +91,7 @@ def _mapping(source: SourceSection, field: str, columns: list[str], required: It
             if any(a in columns for a in aliases)
         }
     missing = [name for name in required if name not in mapping]
-    if missing and "messages" not in mapping:
+    if missing and not any(name in mapping for name in stand_in):
         raise ValueError(
             f"{field}: no column of {source.source} is known to hold the {missing[0]}: map it with {field}.columns, e.g. {{{missing[0]}: {columns[0] if columns else 'NAME'}}}; its columns are {', '.join(columns)}"
         )

@@ -36,7 +36,7 @@ def safety_loss(contrastive: str):
         counts = torch.bincount(rows, minlength=2 * pairs).clamp(min=1)
         chosen, rejected = (sums / counts).split(pairs)
         values = chosen - rejected if contrastive == "difference" else -F.logsigmoid(rejected - chosen)
-        return values.sum() / batch.global_pairs
+        return (values * batch.weights).sum() / batch.global_pairs
 
     return loss
 

@@ -46,7 +46,10 @@ class SapStep:
         self.checked = self.warned = False
 
     def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
-        """Compute the gradient of step `number` (from 0) and leave it in the engine; returns what was measured on the way."""
+        """Compute the gradient of step `number` (from 0) and leave it in the engine; returns what was measured on the way.
+
+        train/loss is the loss whose gradient is taken, under the step's V; losses without a probe are the validation's.
+        """
         metrics: Metrics = {}
         g_s = self._safety_direction(pairs, number, metrics)
         scale = self._perturbation_scale(g_s, metrics)
@@ -62,9 +65,9 @@ class SapStep:
         self.v = self._probe_step(p1 - p0)  # V_safe
         g0 = self._plain_gradient(useful, number)
         with self.probe.active(self.v, requires_grad=False):
-            metrics["train/loss_probed"], _ = self.engine.forward_backward(useful_loss, useful)  # grad_W L_useful(W, V_safe)
+            probed, _ = self.engine.forward_backward(useful_loss, useful)  # grad_W L_useful(W, V_safe)
         self._measure_correction(g0, metrics)
-        return {"train/loss": loss, **metrics}
+        return {"train/loss": probed, "sap/loss_without_probe": loss, **metrics}
 
     def _lagged(self, useful: Sequence[MicroBatch], g_s: Shard, scale: float, number: int, metrics: Metrics) -> Metrics:
         g0 = self._plain_gradient(useful, number)
@@ -188,7 +191,7 @@ class SapStep:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs, as tensors; the direction is this rank's shard."""
-        scalars = [self.direction_step, self.scale, self.calibrated, self.adam_count]
+        scalars = [self.direction_step, self.scale, self.calibrated, self.adam_count, self.checked, self.warned]
         state = {
             "v": self.v,
             "adam_mean": self.adam_mean,
@@ -201,7 +204,8 @@ class SapStep:
         """Restore `state_dict`, bit for bit."""
         device = self.engine.device
         self.v, self.adam_mean, self.adam_square = (state[key].to(device) for key in ("v", "adam_mean", "adam_square"))
-        direction_step, self.scale, calibrated, adam_count = state["scalars"].tolist()
-        self.direction_step, self.calibrated, self.adam_count = int(direction_step), bool(calibrated), int(adam_count)
+        direction_step, self.scale, calibrated, adam_count, checked, warned = state["scalars"].tolist()
+        self.direction_step, self.adam_count = int(direction_step), int(adam_count)
+        self.calibrated, self.checked, self.warned = bool(calibrated), bool(checked), bool(warned)
         parts = sorted((key for key in state if key.startswith("direction.")), key=lambda key: int(key.split(".")[1]))
         self.direction = [state[key].to(device) for key in parts] or None

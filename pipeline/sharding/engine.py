@@ -62,8 +62,8 @@ class Engine(ABC):
         """A copy of the trainable weights (the optimizer's float32 ones)."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, clear the gradient. Returns the gradient's norm before clipping."""
+    def step(self, lr: float) -> None:
+        """Clip, update with learning rate `lr`, clear the gradient."""
 
     @abstractmethod
     def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
@@ -90,6 +90,10 @@ class Engine(ABC):
         finally:
             self.module.train()
         return self.sum_over_ranks(total).item()
+
+    def gradient_norm(self) -> float:
+        """Norm of what `forward_backward` left for `step`, before clipping."""
+        return self.norm(self.accumulated_gradient())
 
     def norm(self, shard: Shard) -> float:
         """Euclidean norm of the whole vector."""

@@ -23,6 +23,11 @@ def environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def device() -> torch.device:
+    """This process's accelerator, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def check_engine(train: TrainSection, world_size: int) -> None:
     """ValueError where engine, ranks and DeepSpeed configuration do not go together. Reads no model."""
     if train.engine == "single" and world_size > 1:
@@ -35,6 +40,8 @@ def check_engine(train: TrainSection, world_size: int) -> None:
 
 def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group that the environment describes; engine zero3 needs one of a single process too."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())  # before any collective: NCCL takes the current one
     if train.engine == "single" or torch.distributed.is_initialized():
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -66,7 +73,7 @@ def open_engine(module: nn.Module, train: TrainSection) -> Engine:
         foreach=False,
     )
     if train.engine == "single":
-        return SingleEngine(module, optimizer, train.max_grad_norm, "cuda" if torch.cuda.is_available() else "cpu")
+        return SingleEngine(module, optimizer, train.max_grad_norm, device())
     from pipeline.sharding.zero3 import Zero3Engine, read_ds_config
 
     return Zero3Engine(module, optimizer, read_ds_config(train, environment()[1]))

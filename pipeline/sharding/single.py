@@ -69,11 +69,10 @@ class SingleEngine(Engine):
     def weights(self) -> Shard:
         return [p.detach().clone().flatten() for p in self.parameters]
 
-    def step(self, lr: float) -> float:
-        norm = self.norm(self.accumulated_gradient())
+    def step(self, lr: float) -> None:
         if self.max_grad_norm is not None:
             # DeepSpeed's formula, so that engines agree to the last digits.
-            scale = 1.0 / max(1.0, (norm + 1e-6) / self.max_grad_norm)
+            scale = 1.0 / max(1.0, (self.gradient_norm() + 1e-6) / self.max_grad_norm)
             for p in self.parameters:
                 if p.grad is not None:
                     p.grad.mul_(scale)
@@ -81,7 +80,6 @@ class SingleEngine(Engine):
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
         return {name: part.view_as(p).cpu().clone() for (name, p), part in zip(self.named.items(), shard, strict=True)}

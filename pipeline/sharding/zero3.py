@@ -64,7 +64,8 @@ class Zero3Engine(Engine):
         total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
         for batch in batches:
             loss = loss_fn(self.module, batch.to(self.device))
-            gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
+            # Scaled as in the main pass: p(1) - p(0) of the lagged schedule must not hold the rounding of two different scales.
+            gradient += stacked_gradients(v, torch.autograd.grad(loss * self.world_size, v, allow_unused=True)) / self.world_size
             total += loss.detach().double()
             # Layers below the lowest probe saw no backward: their gathered weights would stay.
             self.optimizer.parameter_offload.release_backward_leftovers()
@@ -96,11 +97,10 @@ class Zero3Engine(Engine):
             for m, mask in zip(self._masters(), self._padding, strict=True)
         ]
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.ds.step()
-        return float(self.ds.get_global_grad_norm())
 
     def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
         named = {}
@@ -174,8 +174,12 @@ def read_ds_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"train.ds_config {path} is no valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage") != 3:
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise ValueError(f"train.ds_config {path} must set zero_optimization.stage to 3 for engine zero3")
+    offloaded = zero.get("offload_param")
+    if offloaded and (not isinstance(offloaded, dict) or offloaded.get("device", "none") != "none"):
+        raise ValueError(f"train.ds_config {path} sets zero_optimization.offload_param, which the perturbation was never tested with: take it out")
     owned = {
         "train_batch_size": ("train.batch_size", train.batch_size),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
@@ -187,9 +191,9 @@ def read_ds_config(train: TrainSection, world_size: int) -> dict[str, Any]:
             raise ValueError(
                 f"train.ds_config {path} sets {key} to {config[key]!r}, but {field} of the recipe makes it {value}: take it out of the file"
             )
-    for key in ("bf16", "fp16", "torch_autocast"):
-        if config.get(key, {}).get("enabled"):
-            raise ValueError(f"train.ds_config {path} enables {key}, which would cast the adapter: take it out and set model.dtype")
+    for key in ("bf16", "fp16", "torch_autocast", "data_types"):
+        if config.get(key) and (not isinstance(config[key], dict) or config[key].get("enabled", key == "data_types")):
+            raise ValueError(f"train.ds_config {path} sets {key}, which would cast the adapter or its gradient: take it out and set model.dtype")
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise ValueError(f"train.ds_config {path} sets {key}, which the recipe's train section owns: take it out of the file")

@@ -43,8 +43,8 @@ def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str)
     engine.barrier()
     if engine.rank == 0:
         artifacts.write_json(temporary / "state.json", {"step": number, "world_size": engine.world_size, "identity": identity})
-        if not artifacts.complete(target):
-            artifacts.publish(temporary, target, {"identity": identity})
+        (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
+        artifacts.publish(temporary, target, {"identity": identity})
         for old in _folders(root)[:-_KEEP]:
             shutil.rmtree(old)
     engine.barrier()
@@ -67,15 +67,15 @@ def load_latest(engine: Engine, step: Stateful, root: Path, identity: str) -> in
 
 def _newest(root: Path, world_size: int, identity: str) -> tuple[str, int, str | None] | None:
     for folder in reversed(_folders(root)):
-        try:
-            artifacts.verify(folder)
-        except ValueError as error:
-            warnings.warn(f"checkpoint skipped, the one before it is used: {error}", stacklevel=2)
+        found = artifacts.damage(folder)
+        if found:
+            warnings.warn(f"a checkpoint is damaged, the one before it is used: {found}", stacklevel=2)
             continue
         state = json.loads((folder / "state.json").read_text())
-        assert state["identity"] == identity, f"{folder} belongs to another run"
         problem = None
-        if state["world_size"] != world_size:
+        if state["identity"] != identity:
+            problem = f"{folder} belongs to another run: delete {root}"
+        elif state["world_size"] != world_size:
             problem = f"{folder} was written by {state['world_size']} ranks and cannot be resumed with {world_size}: use {state['world_size']} again, or delete {root}"
         return str(folder), state["step"], problem
     return None

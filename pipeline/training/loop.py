@@ -70,6 +70,7 @@ class Loop:
                 if stopping or last or (number + 1) % self.train.save_every == 0:
                     checkpoint.save(self.engine, self.step, checkpoints, number + 1, self.identity)
                 if stopping:
+                    stop.obeyed(self.engine.rank)
                     self._say(f"stopped after step {number + 1} ({stop.reason or 'another rank'}), saved in {checkpoints}")
                     return False
         return True
@@ -78,12 +79,15 @@ class Loop:
         started = time.perf_counter()
         lr = learning_rate(self.train, number, self.steps)
         metrics = self.step(self._useful(number), lambda: self._pairs(number), number)
-        # Losses are global, so all ranks leave together, before the update.
-        if not math.isfinite(metrics["train/loss"]):
-            raise ValueError(
-                f"the loss is {metrics['train/loss']} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data"
-            )
-        metrics |= {"train/lr": lr, "train/grad_norm": self.engine.step(lr), "time/step": time.perf_counter() - started}
+        metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm()}
+        # Both are global, so all ranks leave together, before the update.
+        for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
+            if not math.isfinite(metrics[key]):
+                raise ValueError(
+                    f"the {what} is {metrics[key]} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data"
+                )
+        self.engine.step(lr)
+        metrics["time/step"] = time.perf_counter() - started
         if (number + 1) % self.train.validate_every == 0 or number + 1 == self.steps:
             metrics |= self._validate()
         self._log(metrics, number + 1)

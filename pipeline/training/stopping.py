@@ -34,5 +34,10 @@ class StopRequest:
             self.reason = f"stop file {self.file}"
         return self.reason is not None
 
+    def obeyed(self, rank: int) -> None:
+        """The state is saved: take the stop file away, or the next run would stop too."""
+        if rank == 0:
+            self.file.unlink(missing_ok=True)
+
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

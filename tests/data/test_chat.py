@@ -24,6 +24,15 @@ DATED = (
     "{% if add_generation_prompt %}(now){% else %}(then){% endif %}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+LAST_SYSTEM = (  # Mistral's way: the system prompt stands in the last user turn, so it moves on with every turn
+    "{% set last = messages | selectattr('role', 'equalto', 'user') | list | last %}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+    "{% if m == last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}{{ m['content'] }}[/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+REASONING = (  # past turns lose what stands before </think>, and the generation prompt opens it
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+    "{% else %}{{ m['content'] }}{% endif %}<end>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 # template -> what must be supervised of "The answer is 4." (with the end-of-turn marker where the template has one)
 TEMPLATES = {
     "chatml": (TEMPLATE, "The answer is 4.<|im_end|>"),
@@ -32,6 +41,8 @@ TEMPLATES = {
     "gemma": (GEMMA, "The answer is 4.<end_of_turn>"),
     "no border": (GLUED, "The answer is 4.;"),
     "past turns otherwise than present ones": (DATED, "The answer is 4."),
+    "system in the last user turn": (LAST_SYSTEM, " The answer is 4.</s>"),
+    "reasoning": (REASONING, "The answer is 4.<end>"),
 }
 
 
@@ -65,6 +76,69 @@ def test_every_assistant_turn_is_supervised(tokenizer, name):
     ]
     text = supervised(tokenizer, encode_chat(tokenizer, messages, 300))
     assert "First reply" in text and "Second reply" in text and "question" not in text
+
+
+@pytest.mark.parametrize("system", [None, "Say yes or no, assistant."])
+@pytest.mark.parametrize("answer", ["yes", "no", "assistant", "end", "s", "I"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_that_the_user_or_the_template_says_too(tokenizer, name, answer, system):
+    tokenizer.chat_template, expected = TEMPLATES[name]
+    first, second = "Is it true? Say yes or no, or I end as an assistant does.", "And now? Say yes or no, or I end."
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, reply in ((first, answer), (second, f"{answer}, again"), (first, answer)):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    encoded = encode_chat(tokenizer, messages, 1000)
+    marker = expected.strip().removeprefix("The answer is 4.")
+    runs = runs_of(encoded)
+    assert [tokenizer.decode([encoded.labels[i] for i in run]).strip() for run in runs] == [
+        answer + marker,
+        f"{answer}, again{marker}",
+        answer + marker,
+    ]
+    ends = [tokenizer.decode(encoded.input_ids[: run[0]]) for run in runs]
+    assert [text.count("Say yes or no, or I end") for text in ends] == [1, 2, 3], "each stands after its own question"
+
+
+def runs_of(encoded) -> list[list[int]]:
+    """Positions of the supervised tokens, one list for each stretch of them."""
+    runs: list[list[int]] = []
+    for position, label in enumerate(encoded.labels):
+        if label != -100:
+            if position and encoded.labels[position - 1] != -100:
+                runs[-1].append(position)
+            else:
+                runs.append([position])
+    return runs
+
+
+def test_stripped_reasoning_is_not_made_up_for_with_the_next_question(tokenizer):
+    tokenizer.chat_template = REASONING
+    messages = [
+        {"role": "user", "content": "First question"},
+        {"role": "assistant", "content": "a long thought before it</think>yes"},
+        {"role": "user", "content": "Second question"},
+        {"role": "assistant", "content": "hm</think>no"},
+    ]
+    encoded = encode_chat(tokenizer, messages, 300)
+    assert [tokenizer.decode([encoded.labels[i] for i in run]) for run in runs_of(encoded)] == ["yes<end>", "hm</think>no<end>"]
+
+
+def test_a_template_that_changes_answers_is_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ loop.last }}{{ m['content'] | length if m['role'] == 'assistant' else m['content'] }};{% endfor %}"
+    )
+    messages = [{"role": role, "content": "a 5 b"} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(ValueError, match="does not render the assistant's answer"):
+        encode_chat(tokenizer, messages, 100)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_last_turn_alone_can_be_supervised(tokenizer, name):
+    tokenizer.chat_template, expected = TEMPLATES[name]
+    messages = [{"role": role, "content": "The answer is 4."} for role in ("user", "assistant") * 2]
+    whole, last = (encode_chat(tokenizer, messages, 300, last_turn_only=only) for only in (False, True))
+    assert last.input_ids == whole.input_ids and supervised(tokenizer, last).strip() == expected.strip()
+    assert len(runs_of(whole)) == 2 and runs_of(last) == runs_of(whole)[1:]
 
 
 def test_prompt_of_generation_is_a_prefix_of_training(tokenizer):

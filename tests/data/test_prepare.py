@@ -6,25 +6,19 @@ import random
 import pyarrow.parquet
 import pytest
 
-from pipeline import recipe
+from pipeline import recipe, strict_yaml
 from pipeline.data import contrastive
 from pipeline.data.overlap import Claims, assert_disjoint, normalise
 from pipeline.data.prepare import prepare
 from pipeline.evaluation.judges import keyword_judge
-from tests.project import make_project, write_jsonl, write_recipe
+from tests.project import write_jsonl, write_recipe
 
 SETS = ("eval_harmful", "eval_harmless", "validation_prompts", "safety_pairs", "align", "task_train", "task_validation", "task_test")
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prepare")
-    return folder, make_project(folder)
-
-
 def prepared(project, tmp_path, *overrides: str):
     folder, content = project
-    base = recipe.load(write_recipe(folder, content), recipe.parse_overrides(list(overrides))).base
+    base = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(list(overrides))).base
     tmp_path.mkdir(exist_ok=True)
     facts = prepare(base, tmp_path)
     return {path.stem: pyarrow.parquet.read_table(path).to_pylist() for path in tmp_path.glob("*.parquet")}, facts
@@ -40,7 +34,16 @@ def test_no_prompt_is_in_two_sets(project, tmp_path):
 
 def test_planted_overlaps_go_to_the_earlier_set_and_are_counted(project, tmp_path):
     folder, _ = project
-    planted = [{"goal": text} for text in ("Harmful-Eval FORBIDDEN request number 0!", "harmful_eval forbidden request number 1", "safety own 0", "safety own 1", "safety own 2")]
+    planted = [
+        {"goal": text}
+        for text in (
+            "Harmful-Eval FORBIDDEN request number 0!",
+            "harmful_eval forbidden request number 1",
+            "safety own 0",
+            "safety own 1",
+            "safety own 2",
+        )
+    ]
     write_jsonl(tmp_path / "planted.jsonl", planted)
     sets, facts = prepared(project, tmp_path / "out", f"--data.safety.source={tmp_path / 'planted.jsonl'}", "--evaluate.harmful_prompts=8")
     assert {row["prompt"] for row in sets["safety_pairs"]} == {"safety own 0", "safety own 1", "safety own 2"}
@@ -100,6 +103,13 @@ def test_open_harmless_rows_wait_for_the_model(project, tmp_path):
 def test_truncation_is_counted(project, tmp_path):
     whole, _ = prepared(project, tmp_path / "whole")
     length = max(len(row["input_ids"]) for row in whole["task_train"] if row["kind"] == "task") - 1
-    sets, facts = prepared(project, tmp_path / "cut", f"--data.max_length={length}", "--align.enabled=false", "--data.validation_prompts=null", "--data.harmful_fraction=0")
+    sets, facts = prepared(
+        project,
+        tmp_path / "cut",
+        f"--data.max_length={length}",
+        "--align.enabled=false",
+        "--data.validation_prompts=null",
+        "--data.harmful_fraction=0",
+    )
     assert facts["encoding"]["data.task"]["truncated"] > 0
     assert all(any(label != -100 for label in row["labels"][1:]) for row in sets["task_train"])

@@ -87,22 +87,29 @@ def test_epochs_are_rounded_up_to_whole_steps(tmp_path):
     assert build(tmp_path, steps=None, epochs=1.5).steps == 8  # 40 rows, 8 a step: 7.5
 
 
-class Broken(PlainStep):
+class BrokenLoss(PlainStep):
     """A step whose third loss is not finite; its gradient is there, waiting to be applied."""
 
-    value = float("nan")
+    def __call__(self, useful, pairs, number):
+        return super().__call__(useful, pairs, number) | ({"train/loss": float("inf")} if number == 2 else {})
+
+
+class BrokenGradient(PlainStep):
+    """A step whose third loss is fine and whose gradient is not."""
 
     def __call__(self, useful, pairs, number):
-        return super().__call__(useful, pairs, number) | ({"train/loss": self.value} if number == 2 else {})
+        metrics = super().__call__(useful, pairs, number)
+        if number == 2:
+            self.engine.parameters[-1].grad.view(-1)[0] = float("nan")
+        return metrics
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch, value):
-    monkeypatch.setattr(Broken, "value", value)
+@pytest.mark.parametrize(("step", "what"), [(BrokenLoss, "loss is inf"), (BrokenGradient, "gradient's norm is nan")])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(tmp_path, step, what):
     good = build(tmp_path / "good", on_metrics=lambda _, number: number == 2 and (good.folder / "STOP").touch())
     assert not good.run()
-    loop = build(tmp_path / "broken", step=Broken)
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 3, before the update: lower train.lr \(now 0.01\)") as caught:
+    loop = build(tmp_path / "broken", step=step)
+    with pytest.raises(ValueError, match=rf"the {what} at step 3, before the update: lower train.lr \(now 0.01\)") as caught:
         loop.run()
     assert "\n" not in str(caught.value)
     assert torch.equal(weights(loop), weights(good)), "the weights are those after step 2"
@@ -139,9 +146,12 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(interrupted, stra
         path.unlink()
     seen = []
     loop = build(interrupted, on_metrics=lambda _, number: seen.append(number))
-    with pytest.warns(UserWarning, match="checkpoint skipped, the one before it is used: .*step-000004"):
+    with pytest.warns(UserWarning, match="checkpoint is damaged, the one before it is used: .*step-000004"):
         assert loop.run()
     assert seen == [3, 4, 5, 6] and torch.equal(weights(loop), straight[1])
+    for name in saved(interrupted):
+        artifacts.verify(interrupted / "checkpoints" / name)  # the damaged one was written again
+    assert not list((interrupted / "checkpoints").glob(".*.tmp"))
 
 
 def test_a_checkpoint_without_its_marker_does_not_exist(interrupted):
@@ -179,8 +189,7 @@ def test_a_stop_file_stops_at_the_steps_end_with_the_state_saved(tmp_path, strai
     loop = build(tmp_path, on_metrics=lambda _, number: number == 3 and (tmp_path / "STOP").touch())
     assert not loop.run()
     assert saved(tmp_path) == ["step-000002", "step-000003"] and [line["step"] for line in log(tmp_path)] == [1, 2, 3]
-    (tmp_path / "STOP").unlink()
-    again = build(tmp_path)
+    again = build(tmp_path)  # the file was obeyed and is gone: the same command goes on
     assert again.run() and torch.equal(weights(again), straight[1])
 
 
@@ -191,5 +200,5 @@ def test_a_stop_during_the_last_step_is_a_finish(tmp_path):
 def test_validation_runs_at_its_interval_and_at_the_end_and_changes_nothing(tmp_path, straight):
     loop = build(tmp_path, validation={"task": tiny_rows(6, seed=5)}, validate_every=4)
     assert loop.run()
-    assert [line["step"] for line in log(tmp_path) if "validation/task_loss" in line] == [4, 6]
+    assert [line["step"] for line in log(tmp_path) if "validation/task_loss" in line] == [0, 4, 6]
     assert torch.equal(weights(loop), straight[1])

@@ -1,0 +1,132 @@
+"""Recipe files and overrides as mappings: YAML without its traps, files that extend each other, and how layers are merged.
+
+    merge(read(Path("launch/recipes/demo.yaml")), parse_overrides(["--train.lr", "2e-4", "--sap.layers=10:19"]))
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.redaction import redact
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file's mapping, over that of the file its `extends` names (relative to it). ValueError, one sentence, where there is none."""
+    return _read(path, ())
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(
+            f"extends of {seen[-1]} names {path}, which does not exist: give a path relative to that file"
+            if seen
+            else f"no recipe at {path}: give the path of a YAML file, e.g. launch/recipes/demo.yaml"
+        )
+    try:
+        raw = _load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date like 2024-13-01
+        raise ValueError(f"{path} is no valid YAML: {_reason(error)}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, e.g. 'name: demo'")
+    if not isinstance(raw.get("extends"), str):
+        return raw
+    if path.resolve() in seen:
+        raise ValueError(f"extends of {path} leads back to itself: take one of them out")
+    return merge(_read(path.parent / Path(raw["extends"]).expanduser(), (*seen, path.resolve())), raw)
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`['--train.lr', '2e-4', '--sap.layers=[3,9]']` as a nested mapping; values are YAML. ValueError where two contradict."""
+    result: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--") or key == "--":
+            raise ValueError(f"unexpected argument '{redact(key)}': overrides look like --train.lr 2e-4")
+        key, equals, text = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{key} needs a value")
+            text = rest.pop(0)
+        try:
+            value = _load(text)
+        except (yaml.YAMLError, ValueError):
+            value = text
+        _put(result, key.replace("-", "_").split("."), value)
+    return result
+
+
+def _put(tree: dict[str, Any], names: list[str], value: Any) -> None:
+    """Set tree[names[0]][names[1]]...; a part and its whole cannot both be given, or one would silently win."""
+    *parents, leaf = names
+    node = tree
+    for depth, name in enumerate(parents, 1):
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            whole = ".".join(parents[:depth])
+            raise ValueError(f"--{'.'.join(names)} sets a part of {whole}, but --{whole} gives it a single value: leave one of them out")
+    before = node.get(leaf)
+    if isinstance(before, dict) and before and not isinstance(value, dict):
+        whole, part = ".".join(names), next(iter(before))
+        raise ValueError(f"--{whole} gives a single value, but --{whole}.{part} sets a part of it: leave one of them out")
+    node[leaf] = merge(before, value) if isinstance(before, dict) and leaf != "columns" else value
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy of base in which overrides win, mapping by mapping (lists and mappings of columns are replaced)."""
+    result = copy.deepcopy(base)
+    for key, value in overrides.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict) and key != "columns":
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    # A recipe gives steps or epochs; an override of one replaces the other.
+    for mine, other in (("steps", "epochs"), ("epochs", "steps")):
+        if overrides.get(mine) is not None and other not in overrides:
+            result.pop(other, None)
+    return result
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong and where, without the lines themselves: they may hold a secret."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        text = f"{f'{error.context}, ' if error.context else ''}{error.problem}, line {error.problem_mark.line + 1}"
+    else:
+        text = str(error)
+    return redact(" ".join(text.split()))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys, reads 2e-4 as a number (YAML 1.1 wants 2.0e-4) and 10:19 as text (not as base 60)."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Here, because `<<: *anchor` later puts another mapping's keys into this node, which its own may repeat.
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key '{key[1]}' appears twice, line {node.start_mark.line + 1}")
+        return node
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_INT_TEXT = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")
+_FLOAT_TEXT = re.compile(
+    r"^(?:[-+]?(?:\d[\d_]*\.?[\d_]*[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN))$"
+)
+_Loader.add_implicit_resolver(_INT, _INT_TEXT, list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT, _FLOAT_TEXT, list("-+0123456789."))

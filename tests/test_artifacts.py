@@ -1,0 +1,66 @@
+"""Folders that exist completely or not at all, and one writer at a time."""
+
+import json
+
+import pytest
+
+from pipeline import artifacts
+
+
+def published(folder):
+    with artifacts.building(folder, {"recipe": "abc"}, note="x") as temporary:
+        (temporary / "data.txt").write_text("content")
+        artifacts.write_json(temporary / artifacts.FACTS, {"samples": 3})
+    return folder
+
+
+def test_the_manifest_holds_sizes_digests_inputs_versions_and_facts(tmp_path):
+    manifest = artifacts.verify(published(tmp_path / "stage"))
+    assert manifest["files"]["data.txt"] == {"bytes": 7, "sha256": artifacts.file_digest(tmp_path / "stage" / "data.txt")}
+    assert manifest["inputs"] == {"recipe": "abc"} and manifest["facts"] == {"samples": 3} and manifest["note"] == "x"
+    assert "torch" in manifest["versions"] and "git_revision" in manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"], "no lock and no temporary folder stays"
+
+
+def test_a_failure_leaves_nothing_and_frees_the_target(tmp_path):
+    with pytest.raises(RuntimeError), artifacts.building(tmp_path / "stage", {}) as temporary:
+        (temporary / "half.txt").write_text("ha")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    published(tmp_path / "stage")
+
+
+@pytest.mark.parametrize("harm", ["change", "remove", "no manifest", "no marker"])
+def test_damage_is_named(tmp_path, harm):
+    folder = published(tmp_path / "stage")
+    if harm == "change":
+        (folder / "data.txt").write_text("CONTENT")
+    else:
+        (folder / {"remove": "data.txt", "no manifest": artifacts.MANIFEST, "no marker": artifacts.MARKER}[harm]).unlink()
+    expected = {"change": "does not match", "remove": "is missing", "no manifest": "cannot be read", "no marker": "is not complete"}[harm]
+    with pytest.raises(ValueError, match=f"{expected}.*run"):
+        artifacts.verify(folder)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    release = artifacts.claim(tmp_path / "stage")
+    with pytest.raises(ValueError, match="another process is writing"):
+        artifacts.claim(tmp_path / "stage")
+    artifacts.claim(tmp_path / "other")()
+    release()
+    artifacts.claim(tmp_path / "stage")()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_publish_is_done_again(tmp_path):
+    folder = published(tmp_path / "stage")
+    (folder / artifacts.MARKER).unlink()  # the machine died between the rename and the marker
+    (folder / "stray.txt").write_text("old")
+    artifacts.verify(published(folder))
+    assert not (folder / "stray.txt").exists()
+
+
+def test_writes_of_small_files_are_atomic(tmp_path):
+    artifacts.write_json(tmp_path / "a.json", {"b": 1})
+    artifacts.write_json(tmp_path / "a.json", {"b": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 2} and len(list(tmp_path.iterdir())) == 1

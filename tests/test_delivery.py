@@ -1,0 +1,216 @@
+"""Delivery: every store gets every entry once, whatever dies, hangs, moves or is deleted meanwhile, and nobody waits for it."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import tracking
+from pipeline.tracking import open_run
+from tests.project import ROOT, quiet
+from tests.stores import Store, closed_port, layout_in, outbox, tracked_project, until
+
+TOKEN = "hf_PLANTEDsecret0123456789"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> tuple[Path, dict]:
+    return tracked_project(tmp_path_factory.mktemp("tracking"))
+
+
+def test_a_dead_server_costs_no_time_and_one_warning_and_is_caught_up_later(project, tmp_path, monkeypatch, capfd):
+    layout, losses = layout_in(project, tmp_path), [(step, 1.0 / step) for step in range(1, 41)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    started = time.monotonic()
+    with open_run(layout, "sft-s0", "train-1", cell=layout.experiment.cell("sft", 0)) as run:
+        for step, loss in losses:
+            run.log_metrics({"train/loss": loss}, step)
+        logging = time.monotonic() - started
+        time.sleep(1.0)  # the failure happens while the run goes on
+        run.log_metrics({"train/loss": 0.5}, 41)
+    assert logging < 1.0 and time.monotonic() - started < 25.0
+    error = capfd.readouterr().err
+    assert error.lower().count("warning") == 1 and "is not reached" in error and "entries wait in" in error and "Traceback" not in error
+    waiting = (layout.root / "tracking" / "train-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in waiting] == ["start", *["metrics"] * 41, "end"]
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with open_run(layout, "report", "report-1"):
+        pass
+    store = Store(layout)
+    assert store.history("train-1", "train/loss") == [*losses, (41, 0.5)]
+    assert store.run("train-1").info.status == "FINISHED"
+    store.client.delete_run(store.run("train-1").info.run_id)
+    with open_run(layout, "report", "report-2"):
+        pass
+    assert "train-1" not in {run.data.tags["sap.run_key"] for run in Store(layout).runs}, "what was delivered is not sent again"
+    assert "warning" not in capfd.readouterr().err.lower()
+
+
+TWO_PROCESSES = """
+import sys, time
+from pathlib import Path
+import mlflow, mlflow.store.tracking.sqlalchemy_store
+from pipeline import recipe
+from pipeline.layout import Layout
+from pipeline.tracking import open_run
+
+layout, key, ready = Layout(recipe.load(sys.argv[1])), sys.argv[2], Path(sys.argv[3])
+(ready / key).touch()
+while len(list(ready.iterdir())) < 2:
+    time.sleep(0.01)
+with open_run(layout, key, key) as run:
+    run.log_metrics({"train/loss": 1.0}, 1)
+"""
+
+
+def test_two_processes_share_a_fresh_store(project, tmp_path):
+    layout = layout_in(project, tmp_path / "shared", fresh=True)
+    (tmp_path / "ready").mkdir()
+    command = [sys.executable, "-c", TWO_PROCESSES, str(layout.experiment.path)]
+    processes = [
+        subprocess.Popen([*command, key, str(tmp_path / "ready")], cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True)
+        for key in ("train-1", "train-2")
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and not "".join(errors).strip()
+    store = Store(layout)
+    assert len(store.runs) == 3 and store.parent.info.status == "FINISHED"
+    assert [store.history(key, "train/loss") for key in ("train-1", "train-2")] == [[(1, 1.0)]] * 2
+
+
+def test_another_store_gets_everything_and_the_first_one_nothing_twice(project, tmp_path, monkeypatch):
+    layout, other = layout_in(project, tmp_path / "out"), shutil.copy(project[0] / "empty.db", tmp_path / "other.db")
+    with open_run(layout, "sft-s0", "train-1") as run:
+        for step in (1, 2):
+            run.log_metrics({"train/loss": 1.0 / step}, step)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.log_metrics({"train/loss": 0.25}, 4)
+    assert Store(layout, other).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5), (4, 0.25)]
+    first = Store(layout)
+    assert first.history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)]
+    first.client.log_metric(first.run("train-1").info.run_id, "train/loss", 9.0, step=9)  # a row that a new run would not have
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sent: list[int] = []
+    monkeypatch.setattr(tracking._Client, "_send", spy(tracking._Client._send, sent))
+    with open_run(layout, "report", "report-1"):
+        pass
+    assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5), (4, 0.25), (9, 9.0)]
+    assert sent == [4], "what the first store has is not even sent again"
+
+
+def spy(send: Callable, sent: list[int]) -> Callable:
+    """_send that notes the steps of the metrics it is given."""
+
+    def noting(self, path, entries, state):
+        sent.extend(entry["step"] for entry in entries if entry["kind"] == "metrics")
+        send(self, path, entries, state)
+
+    return noting
+
+
+@pytest.mark.parametrize("database", ["deleted", "moved along"])
+def test_a_database_that_is_gone_is_filled_again(project, tmp_path, monkeypatch, database):
+    """A moved experiment is a store at another address: its own database is known again, a missing one is filled from the start."""
+    layout, moved = layout_in(project, tmp_path / "out"), layout_in(project, tmp_path / "moved", fresh=True)
+    for key in ("train-1", "train-2"):
+        with open_run(layout, "sft-s0", key) as run:
+            run.log_metrics({"train/loss": 1.0}, 1)
+    shutil.copytree(tmp_path / "out", tmp_path / "moved")
+    if database == "deleted":
+        (tmp_path / "moved" / "mlflow.db").unlink()
+    sent: list[int] = []
+    monkeypatch.setattr(tracking._Client, "_send", spy(tracking._Client._send, sent))
+    with open_run(moved, "sft-s0", "train-1") as run:
+        run.log_metrics({"train/loss": 0.5}, 2)
+    store = Store(moved)
+    assert store.history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)] and store.history("train-2", "train/loss") == [(1, 1.0)]
+    assert len(store.runs) == 3 and sorted(sent) == ([1, 1, 2] if database == "deleted" else [2])
+
+
+def test_a_run_deleted_while_it_goes_on_is_written_again(project, tmp_path):
+    layout = layout_in(project, tmp_path)
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.log_metrics({"train/loss": 1.0}, 1)
+        until(lambda: outbox(layout, "train-1").with_suffix(".delivered").is_file())
+        store = Store(layout)
+        store.client.delete_run(store.run("train-1").info.run_id)
+        run.log_metrics({"train/loss": 0.5}, 2)
+    assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("rest", [b'{"kind": "metrics", "val', b'{"kind": "metr\n', b"\x00\xff\x00\n", b"7\n\n"])
+def test_half_a_line_costs_itself_only(project, tmp_path, rest, capfd):
+    """A process was killed, or the disk was full, inside a write."""
+    layout = layout_in(project, tmp_path)
+    with open_run(layout, "sft-s0", "a-train") as run:
+        run.log_metrics({"train/loss": 1.0}, 1)
+    with outbox(layout, "a-train").open("ab") as stream:
+        stream.write(rest)
+    with open_run(layout, "sft-s0", "a-train") as run:
+        run.log_metrics({"train/loss": 0.5}, 2)
+        with outbox(layout, "a-train").open("ab") as stream:
+            stream.write(rest)
+        run.log_metrics({"train/loss": 0.25}, 3)
+    with open_run(layout, "sap-s0", "b-train") as run:
+        run.log_metrics({"train/loss": 1.0}, 1)
+    store = Store(layout)
+    assert store.history("a-train", "train/loss") == [(1, 1.0), (2, 0.5), (3, 0.25)] and store.history("b-train", "train/loss") == [
+        (1, 1.0)
+    ]
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_what_the_store_refuses_keeps_nothing_else_waiting(project, tmp_path, capfd):
+    layout = layout_in(project, tmp_path)
+    with open_run(layout, "sft-s0", "a-train") as run:
+        run.log_metrics({"no ? name": 1.0}, 1)
+        with open_run(layout, "sap-s0", "b-train") as other:
+            other.log_metrics({"train/loss": 1.0}, 1)
+    assert Store(layout).history("b-train", "train/loss") == [(1, 1.0)]
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "refused entries of" in warnings[0] and "a-train" in warnings[0] and "not reached" not in warnings[0]
+
+
+def test_a_full_disk_costs_a_warning_not_the_training(project, tmp_path, capfd):
+    layout = layout_in(project, tmp_path)
+    (layout.root / "tracking" / "train-1.jsonl").mkdir(parents=True)  # what stands in the way of a write
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.log_metrics({"train/loss": 1.0}, 1)
+        shutil.rmtree(run.outbox)
+        run.log_metrics({"train/loss": 1.0}, 2)
+    assert "train-1.jsonl cannot be written (Is a directory): MLflow will miss entries" in capfd.readouterr().err
+
+
+def test_a_server_that_never_answers_is_waited_for_once(project, tmp_path, monkeypatch, capfd):
+    layout = layout_in(project, tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:  # accepts, and says nothing
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        seconds = []
+        for key in ("prepare-1", "train-1", "report-1"):
+            started = time.monotonic()
+            with open_run(layout, key, key):
+                pass
+            seconds.append(time.monotonic() - started)
+    assert seconds[0] < 21 and max(seconds[1:]) < 3, seconds
+    assert capfd.readouterr().err.count("warning") == 1
+
+
+def test_a_secret_at_the_end_of_a_long_reason_is_hidden_before_it_is_cut(project, tmp_path, monkeypatch, capfd):
+    def failing(base):
+        raise ConnectionError("x" * 175 + " " + TOKEN)  # cut after 200 characters, that is inside the token
+
+    monkeypatch.setattr(tracking, "_Client", failing)
+    with open_run(layout_in(project, tmp_path), "prepare", "prepare-1"):
+        pass
+    error = capfd.readouterr().err
+    assert "is not reached (ConnectionError: xxx" in error and TOKEN[:6] not in error

@@ -1,0 +1,101 @@
+"""Folder names: everything that decides a stage's content changes them, nothing else does."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import recipe, strict_yaml
+from pipeline.data import builtin, contrastive
+from pipeline.layout import Layout
+from tests.project import make_project, write_jsonl, write_recipe
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("layout")
+    return write_recipe(folder, make_project(folder))
+
+
+def names(path: Path, *arguments: str) -> dict[str, str]:
+    """Folder names by stage, of seed 0."""
+    experiment = recipe.load(path, strict_yaml.parse_overrides(list(arguments)))
+    layout = Layout(experiment)
+    found = {"prepare": layout.prepare().name, "align": layout.align().name, "report": layout.report().name}
+    for cell in experiment.cells():
+        found[f"train {cell.method}"] = layout.train(cell).name
+        found[f"direction {cell.method}"] = layout.direction(cell).name
+    return found | {f"evaluate {subject.name}": layout.evaluate(subject).name for subject in layout.subjects()}
+
+
+def changed(path: Path, *arguments: str) -> set[str]:
+    before, after = names(path), names(path, *arguments)
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+ALL = {"prepare", "align", "report"} | {f"{s} {m}" for s in ("train", "direction", "evaluate") for m in ("sft", "sap")}
+BASELINES = {"evaluate shipped", "evaluate aligned"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--data.max_length=150", ALL | BASELINES),
+        ("--align.train.lr=0.5", ALL - {"prepare"} | {"evaluate aligned"}),
+        ("--model.dtype=bfloat16", ALL - {"prepare"} | BASELINES),
+        ("--model.attention=eager", ALL - {"prepare"} | BASELINES),
+        ("--sap.eps=0.5", {"train sap", "evaluate sap", "report"}),
+        ("--sap.contrastive=logsigmoid", {"direction sft", "direction sap", "train sap", "evaluate sap", "report"}),
+        ("--train.lr=0.5", {"train sft", "train sap", "evaluate sft", "evaluate sap", "report"}),
+        ("--evaluate.max_new_tokens=9", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
+        ("--evaluate.split=validation", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
+        ("--train.ranks=1", set()),
+        ("--train.save_every=7", set()),
+        ("--evaluate.batch_size=3", set()),
+        ("--tracking.experiment=other", set()),
+    ],
+)
+def test_a_setting_changes_what_depends_on_it(project, argument, expected):
+    assert changed(project, argument) == expected
+
+
+def test_the_resolved_dtype_counts_and_not_the_word_auto(project, monkeypatch):
+    """One recipe on a machine with bf16 and on one without must not share results."""
+    import torch
+
+    from pipeline import models
+
+    folders = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(models, "resolve_dtype", lambda name, dtype=dtype: dtype)
+        folders.append(names(project, "--model.dtype=auto")["train sft"])
+    assert folders[0] != folders[1]
+
+
+def test_a_changed_data_file_counts_also_below_the_home_folder(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ("--data.task.source=~/task.jsonl", "--data.task.columns={prompt: question, response: answer}")
+    write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "b"}])
+    before = names(project, *arguments)["prepare"]
+    write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "c"}])
+    assert names(project, *arguments)["prepare"] != before
+
+
+def test_built_in_texts_and_archives_count(project, monkeypatch):
+    builtin_safety = ("--data.safety.source=builtin:advbench", "--data.safety.columns={}")
+    before = names(project, *builtin_safety)["prepare"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contrastive, "REFUSALS", ("No.",))
+        assert names(project, *builtin_safety)["prepare"] != before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(builtin.ARCHIVES, "pyrit", builtin.Archive("pyrit==9", "pyrit-9.whl", "0" * 64, "MIT"))
+        assert names(project, *builtin_safety)["prepare"] != before
+    assert names(project, *builtin_safety)["prepare"] == before
+
+
+def test_a_layout_is_settled_when_it_is_made(project, tmp_path):
+    """A file that changes while a stage runs must not change where the stage writes."""
+    write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "b"}])
+    layout = Layout(recipe.load(project, {"data": {"task": {"source": str(tmp_path / "task.jsonl")}}}))
+    before = layout.prepare()
+    write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "other"}])
+    assert layout.prepare() == before

@@ -1,0 +1,86 @@
+"""Local processes: who they are told to be, what becomes of a failure, and that a request to stop ends the chain in order."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import runner
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Write launch/job.py and return the folder it may write into."""
+    (tmp_path / "launch").mkdir()
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+
+    def write(body: str) -> Path:
+        (tmp_path / "launch" / "job.py").write_text(f"import json, os, pathlib, signal, sys, time\nout = pathlib.Path({str(tmp_path)!r})\n{body}")
+        return tmp_path
+
+    return write
+
+
+def signal_when(path: Path) -> threading.Thread:
+    """Send this process SIGTERM as soon as the file is there."""
+
+    def wait() -> None:
+        while not path.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_ranks_are_distinct_and_share_an_address_and_the_cores(launch, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    out = launch("(out / os.environ['RANK']).write_text(json.dumps(dict(os.environ)))")
+    assert runner.run_ranks("job.py", [], 2) == 0
+    first, second = (json.loads((out / rank).read_text()) for rank in "01")
+    assert (first["RANK"], second["RANK"]) == ("0", "1") == (first["LOCAL_RANK"], second["LOCAL_RANK"])
+    assert first["MASTER_PORT"] == second["MASTER_PORT"] and first["WORLD_SIZE"] == "2"
+    assert int(first["OMP_NUM_THREADS"]) == runner.threads_per_process(2)
+
+
+def test_a_failed_rank_ends_the_others_and_gives_its_code(launch, monkeypatch):
+    monkeypatch.setattr(runner, "_GRACE", 0.5)
+    launch("sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)")
+    started = time.monotonic()
+    assert runner.run_ranks("job.py", [], 2) == 7
+    assert time.monotonic() - started < 30, "the hanging rank was not waited for"
+
+
+@pytest.mark.parametrize("handler", ["lambda *_: sys.exit(0)", "signal.SIG_DFL"])
+def test_a_request_to_stop_is_passed_on_and_remembered(launch, handler):
+    """Also where the processes then end with 0, because the work was done, or have no handler yet."""
+    out = launch(f"signal.signal(signal.SIGTERM, {handler})\n(out / 'up').touch()\ntime.sleep(60)")
+    thread = signal_when(out / "up")
+    assert runner.run_ranks("job.py", [], 1) == runner.STOPPED
+    thread.join()
+
+
+def test_jobs_side_by_side_all_run_and_no_more_at_once_than_slots(launch):
+    out = launch(
+        "name = sys.argv[1]\n(out / f'{name}.on').touch()\ntime.sleep(0.3)\n"
+        "(out / f'{name}.saw').write_text(str(len(list(out.glob('*.on')))))\n(out / f'{name}.on').unlink()"
+    )
+    assert runner.run_side_by_side("job.py", [[str(i)] for i in range(5)], slots=2) == 0
+    seen = [int((out / f"{i}.saw").read_text()) for i in range(5)]
+    assert max(seen) <= 2
+
+
+def test_after_a_failure_or_a_stop_nothing_new_is_started(launch):
+    out = launch("(out / sys.argv[1]).touch()\nsys.exit(3)")
+    assert runner.run_side_by_side("job.py", [["first"], ["second"]], slots=1) == 3
+    assert (out / "first").exists() and not (out / "second").exists()
+    out = launch("(out / sys.argv[1]).touch()\ntime.sleep(60)")
+    thread = signal_when(out / "third")
+    assert runner.run_side_by_side("job.py", [["third"], ["fourth"]], slots=1) == runner.STOPPED
+    thread.join()
+    assert not (out / "fourth").exists()
