@@ -76,6 +76,7 @@ def test_params_are_the_resolved_recipe(tracked):
             assert isinstance(value, dict) or params[f"{section}.{name}"] == str(value)
     assert params["train.lora.r"] == "8"
     assert "method" not in store.run("prepare-1").data.params and store.run("prepare-1").data.params["sap.enabled"] == "False"
+    assert "sap.eps" in params and "sap.eps" not in store.run("prepare-1").data.params, "settings that do nothing are not compared"
 
 
 def test_tags_are_versions_revision_and_data(tracked):
