@@ -16,7 +16,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (some minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 2>&1 | grep -v "^WARNING: Location" || true
-	@$(VENV)/bin/python -c 'import torch, deepspeed, transformers, peft, mlflow, pytest' 2>/dev/null || { echo "error: the installation into $(VENV) is not complete: see above" >&2; exit 1; }
+	@$(VENV)/bin/python -c 'import torch, deepspeed, transformers, peft, mlflow, pytest' >/dev/null 2>&1 || { echo "error: the installation into $(VENV) is not complete: see above" >&2; exit 1; }
 	@touch $@
 
 demo: $(VENV)/ready
