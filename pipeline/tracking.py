@@ -17,6 +17,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -150,9 +151,12 @@ def store_uri(base: Recipe) -> str:
 
 
 def describe_store(base: Recipe) -> str:
-    """The store and the command that opens it, without secrets."""
+    """The store and the command that opens it (this environment's own mlflow), without secrets."""
     uri = redact(store_uri(base))
-    return f"{uri}  (open with: mlflow ui --backend-store-uri {uri})" if not uri.startswith("http") else uri
+    if uri.startswith("http"):
+        return uri
+    command = shutil.which("mlflow") or Path(sys.executable).with_name("mlflow")
+    return f"{uri}  (open with: {command} ui --backend-store-uri {uri})"
 
 
 class _Sender:
