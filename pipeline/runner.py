@@ -19,6 +19,7 @@ STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
 ROOT = Path(__file__).resolve().parent.parent
 # glibc hands every freed activation back to the kernel and faults it in again: a third of a CPU step went there (make demo: 3.7 -> 3.2 s).
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 _GRACE = 30.0  # seconds between a rank's failure and the end of the others
 
 
@@ -76,8 +77,7 @@ def threads_per_process(processes: int) -> int:
 def _start(script: str, arguments: Sequence[str], environment: dict[str, str], share: int) -> subprocess.Popen:
     threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_process(share))
     command = [sys.executable, str(ROOT / "launch" / script), *arguments]
-    on_cpu = not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
-    allocator = _ALLOCATOR if on_cpu else {}
+    allocator = {} if any(Path(device).exists() for device in _GPU_DEVICES) else _ALLOCATOR
     return subprocess.Popen(command, env={**allocator, **os.environ, "OMP_NUM_THREADS": threads, **environment})
 
 

@@ -43,7 +43,7 @@ from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.plain import PlainStep
 from pipeline.training.product import load_adapter, save_adapter, save_merged
 
-_USEFUL_FOR_SUMMARY = 48  # samples behind the direction's cosine with the useful gradient
+_USEFUL_FOR_SUMMARY = 24  # samples behind the direction's cosine with the useful gradient
 
 
 def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -> None:

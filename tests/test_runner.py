@@ -48,6 +48,15 @@ def test_ranks_are_distinct_and_share_an_address_and_the_cores(launch, monkeypat
     assert int(first["OMP_NUM_THREADS"]) == runner.threads_per_process(2)
 
 
+def test_the_allocator_is_told_to_keep_memory_and_the_user_has_the_last_word(launch, monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+    monkeypatch.setattr(runner, "_GPU_DEVICES", ())
+    out = launch("(out / 'environment').write_text(json.dumps(dict(os.environ)))")
+    assert runner.run_ranks("job.py", [], 1) == 0
+    seen = json.loads((out / "environment").read_text())
+    assert seen["MALLOC_ARENA_MAX"] == "3" and seen["MALLOC_MMAP_MAX_"] == "0"
+
+
 def test_a_failed_rank_ends_the_others_and_gives_its_code(launch, monkeypatch):
     monkeypatch.setattr(runner, "_GRACE", 0.5)
     launch("sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)")
