@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pipeline import artifacts
 from pipeline.models import decoder_layers, enable_checkpointing
 from pipeline.recipe import SapSection, TrainSection
 from pipeline.sap.losses import safety_loss, useful_loss
@@ -37,7 +37,7 @@ def train_section(folder: Path, engine: str, persistence: int) -> TrainSection:
         "stage": 3, "overlap_comm": False, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 1_000,
         "stage3_param_persistence_threshold": persistence, "stage3_max_reuse_distance": persistence,
     }  # fmt: skip
-    path.write_text(json.dumps({"zero_optimization": zero}))
+    artifacts.write_json(path, {"zero_optimization": zero})  # atomically: both ranks write it, and read it at once
     return TrainSection(engine=engine, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, ds_config=path)
 
 
