@@ -124,7 +124,8 @@ class Layout:
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
-        parts = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, recipe.train.lora.model_dump(), recipe.sap.contrastive]
+        trained = recipe.train.lora.model_dump() if recipe.train.adapter == "lora" else recipe.train.adapter
+        parts = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, trained, recipe.sap.contrastive]
         return _short(parts)
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from pipeline.data.builtin import builtin_model, builtin_model_folder  # noqa: E402
-from pipeline.recipe import LoraSection, ModelSection  # noqa: E402
+from pipeline.recipe import LoraSection, ModelSection, TrainSection  # noqa: E402
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel, on import by peft
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft still asks for it
@@ -72,7 +72,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision, trust_remote_code=False)
     except OSError as error:
-        raise ValueError(_unreachable(path, error)) from None
+        raise ValueError(unreachable(path, error)) from None
     if section.chat_template is not None:
         if not section.chat_template.is_file():
             raise ValueError(f"model.chat_template {section.chat_template} does not exist: give the path of a Jinja file")
@@ -107,7 +107,7 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision:
             path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, use_safetensors=True
         )
     except OSError as error:
-        raise ValueError(_unreachable(path, error)) from None
+        raise ValueError(unreachable(path, error)) from None
     model.config.use_cache = False
     return model.train()
 
@@ -120,7 +120,7 @@ def outline(section: ModelSection) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
-        raise ValueError(_unreachable(path, error)) from None
+        raise ValueError(unreachable(path, error)) from None
 
 
 def check_targets(model: nn.Module, lora: LoraSection, field: str) -> None:
@@ -150,6 +150,14 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
     return adapted
 
 
+def make_trainable(model: PreTrainedModel, train: TrainSection, seed: int) -> nn.Module:
+    """The module to train: a fresh LoRA on the frozen model, or the model itself with every weight trainable; checkpointing where asked for."""
+    adapted = add_lora(model, train.lora, seed) if train.adapter == "lora" else model.requires_grad_(True)
+    if train.gradient_checkpointing:
+        enable_checkpointing(model)
+    return adapted
+
+
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Non-reentrant activation checkpointing: the reentrant kind raises in `torch.autograd.grad`."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -163,7 +171,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len))
 
 
-def _unreachable(path: str, error: Exception) -> str:
+def unreachable(path: str, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     hint = (
         "HF_HUB_OFFLINE=1 is set, so only the local cache was looked at"

@@ -101,9 +101,10 @@ class LoraSection(Section):
 
 
 class TrainSection(Section):
-    engine: Literal["zero3", "single"] = Field(
-        "zero3", description="zero3: DeepSpeed ZeRO-3 at any world size; single: the plain reference, one process"
+    engine: Literal["zero3", "fsdp2", "single"] = Field(
+        "zero3", description="zero3: DeepSpeed ZeRO-3; fsdp2: PyTorch's fully_shard; single: the plain reference, one process"
     )
+    adapter: Literal["lora", "full"] = Field("lora", description="What is trained: a LoRA adapter on frozen weights, or all weights")
     ranks: Positive = Field(1, description="Local processes that `sap` starts; other launchers decide themselves")
     ds_config: Path = Field(
         Path("ds_configs/zero3.json"), description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it"
@@ -122,7 +123,7 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Global gradient norm to clip at; null: no clipping")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass (non-reentrant)")
     use_reentrant: bool = Field(False, description="Refused when true: reentrant checkpointing has no gradient with respect to the probe")
-    lora: LoraSection = Field(LoraSection(), description="The adapter")
+    lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
     save_every: Positive = Field(50, description="Steps between checkpoints")
     validate_every: Positive = Field(20, description="Steps between validation losses (task and harmful opening)")
 

@@ -22,17 +22,16 @@ from pipeline import artifacts, recipe
 from pipeline.data.batches import check_divides, micro_batches, pair_batches
 from pipeline.layout import Layout, Subject
 from pipeline.models import (
-    add_lora,
     check_targets,
     decoder_layers,
-    enable_checkpointing,
     load_model,
     load_tokenizer,
+    make_trainable,
     outline,
     resolve_dtype,
     resolve_model_path,
 )
-from pipeline.recipe import Cell, Experiment, TrainSection
+from pipeline.recipe import Cell, Experiment, Recipe, TrainSection
 from pipeline.sap.diagnostics import safety_direction
 from pipeline.sap.probe import Probe, resolve_layers
 from pipeline.sap.step import SapStep
@@ -60,20 +59,26 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
     layers = len(decoder_layers(model))
     world_size = environment()[1]
     if base.align.enabled:
-        _check_training("align.train", base.align.train, model, world_size if here == "align" else base.align.train.ranks)
+        _check_training("align.train", base.align.train, base, model, world_size if here == "align" else base.align.train.ranks)
     for cell in experiment.cells():
         ranks = world_size if cell == here else cell.recipe.train.ranks
-        _check_training("train", cell.recipe.train, model, ranks)
+        _check_training("train", cell.recipe.train, base, model, ranks)
         sap = cell.recipe.sap
         if sap.enabled:
             resolve_layers(sap.layers, layers)
             check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
 
 
-def _check_training(field: str, train: TrainSection, model: nn.Module, ranks: int) -> None:
+def _check_training(field: str, train: TrainSection, base: Recipe, model: nn.Module, ranks: int) -> None:
     check_engine(train, ranks)
     check_divides(field, train.batch_size, train.micro_batch_size, ranks)
-    check_targets(model, train.lora, field)
+    if train.adapter == "lora":
+        check_targets(model, train.lora, field)
+    elif train.engine == "single" and resolve_dtype(base.model.dtype) != torch.float32:
+        raise ValueError(
+            f"{field}.adapter full with engine single has no float32 master for {resolve_dtype(base.model.dtype)} weights: "
+            "set model.dtype to float32, or use engine zero3 or fsdp2"
+        )
 
 
 def prepare(experiment: Experiment) -> bool:
@@ -283,10 +288,7 @@ def _open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
 
 
 def _engine(model: Any, train_section: TrainSection, seed: int) -> Engine:
-    adapted = add_lora(model, train_section.lora, seed)
-    if train_section.gradient_checkpointing:
-        enable_checkpointing(model)
-    return open_engine(adapted, train_section)
+    return open_engine(make_trainable(model, train_section, seed), train_section)
 
 
 def _step(layout: Layout, cell: Cell, engine: Engine) -> PlainStep | SapStep:

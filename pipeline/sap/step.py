@@ -190,22 +190,24 @@ class SapStep:
         return factor
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs, as tensors; the direction is this rank's shard."""
+        """What a resumed run needs and every rank has alike."""
         scalars = [self.direction_step, self.scale, self.calibrated, self.adam_count, self.checked, self.warned]
-        state = {
+        return {
             "v": self.v,
             "adam_mean": self.adam_mean,
             "adam_square": self.adam_square,
             "scalars": torch.tensor(scalars, dtype=torch.float64),
         }
-        return state | {f"direction.{i}": part for i, part in enumerate(self.direction or [])}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore `state_dict`, bit for bit."""
+    def vectors(self) -> dict[str, Shard]:
+        """What a resumed run needs and is sharded: the direction, once there is one."""
+        return {} if self.direction is None else {"direction": self.direction}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+        """Restore `state_dict` and `vectors`, bit for bit."""
         device = self.engine.device
         self.v, self.adam_mean, self.adam_square = (state[key].to(device) for key in ("v", "adam_mean", "adam_square"))
         direction_step, self.scale, calibrated, adam_count, checked, warned = state["scalars"].tolist()
         self.direction_step, self.adam_count = int(direction_step), int(adam_count)
         self.calibrated, self.checked, self.warned = bool(calibrated), bool(checked), bool(warned)
-        parts = sorted((key for key in state if key.startswith("direction.")), key=lambda key: int(key.split(".")[1]))
-        self.direction = [state[key].to(device) for key in parts] or None
+        self.direction = vectors.get("direction")

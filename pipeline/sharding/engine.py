@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -66,20 +66,27 @@ class Engine(ABC):
         """Clip, update with learning rate `lr`, clear the gradient."""
 
     @abstractmethod
+    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole vector, one full tensor at a time with its parameter's name, on the CPU; nothing on ranks other than 0.
+
+        A collective call: every rank must exhaust the iterator. No rank ever holds two gathered tensors.
+        """
+
     def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
-        """The whole vector as full tensors by parameter name, on the CPU; empty on ranks other than 0. A collective call."""
+        """`gathered` as a dictionary: for vectors that rank 0 can hold, such as an adapter's."""
+        return dict(self.gathered(shard))
 
     @abstractmethod
-    def shard(self, named: dict[str, torch.Tensor]) -> Shard:
+    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         """This rank's part of a vector given as full tensors by parameter name: the inverse of `gather`, without communication."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state of every rank below `folder`. A collective call."""
+    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
+        """Write weights, optimizer state and named vectors of every rank below `folder`. A collective call."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote at the same world size, bit for bit. A collective call."""
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
+        """Read what `save` wrote, at any world size: bit for bit, each rank its part. Returns the vectors named. A collective call."""
 
     def loss(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
         """The global loss without gradients, in eval mode (no dropout)."""
@@ -120,6 +127,11 @@ class Engine(ABC):
 
     def zero(self) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Factor that clips a gradient of norm `norm`: DeepSpeed's formula, so that engines agree to the last digits."""
+    return 1.0 / max(1.0, (norm + 1e-6) / max_norm)
 
 
 def stacked_gradients(v: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
+from pipeline.models import decoder_layers
 from pipeline.recipe import TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.single import SingleEngine
@@ -31,7 +32,7 @@ def device() -> torch.device:
 def check_engine(train: TrainSection, world_size: int) -> None:
     """ValueError where engine, ranks and DeepSpeed configuration do not go together. Reads no model."""
     if train.engine == "single" and world_size > 1:
-        raise ValueError(f"train.engine single runs one process, but there are {world_size} ranks: use engine zero3, or train.ranks 1")
+        raise ValueError(f"train.engine single runs one process, but there are {world_size} ranks: use engine zero3 or fsdp2, or train.ranks 1")
     if train.engine == "zero3":
         from pipeline.sharding.zero3 import read_ds_config
 
@@ -39,7 +40,7 @@ def check_engine(train: TrainSection, world_size: int) -> None:
 
 
 def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group that the environment describes; engine zero3 needs one of a single process too."""
+    """Join the process group that the environment describes; engines zero3 and fsdp2 need one of a single process too."""
     if torch.cuda.is_available():
         torch.cuda.set_device(device())  # before any collective: NCCL takes the current one
     if train.engine == "single" or torch.distributed.is_initialized():
@@ -48,6 +49,10 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
     os.environ.setdefault("MASTER_PORT", "29511")
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(key, value)
+    if train.engine == "fsdp2":
+        # gloo beside NCCL: checkpoints and small Python objects travel as CPU tensors.
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        return
     # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
     warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use `torch\.distributed", category=FutureWarning)
     import deepspeed
@@ -62,18 +67,30 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
 
 
 def open_engine(module: nn.Module, train: TrainSection) -> Engine:
-    """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=train.lr,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_eps,
-        weight_decay=train.weight_decay,
-        foreach=False,
-    )
+    """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before.
+
+    Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2).
+    """
+    low = {p.dtype for p in module.parameters() if p.requires_grad} == {torch.bfloat16}
     if train.engine == "single":
-        return SingleEngine(module, optimizer, train.max_grad_norm, device())
+        return SingleEngine(module, adamw(_trainable(module), train), train.max_grad_norm, device())
+    if train.engine == "fsdp2":
+        from pipeline.sharding.fsdp2 import Fsdp2Engine
+
+        dtype = torch.bfloat16 if low else None
+        module = module.float() if low else module
+        return Fsdp2Engine(module, decoder_layers(module), lambda ps: adamw(ps, train), train.max_grad_norm, device(), dtype)
     from pipeline.sharding.zero3 import Zero3Engine, read_ds_config
 
-    return Zero3Engine(module, optimizer, read_ds_config(train, environment()[1]))
+    config = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {})
+    return Zero3Engine(module, adamw(_trainable(module), train), config)
+
+
+def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
+    """The recipe's AdamW. One tensor at a time: the fused and foreach forms differ in the last digits between engines."""
+    betas = (train.adam_beta1, train.adam_beta2)
+    return torch.optim.AdamW(parameters, lr=train.lr, betas=betas, eps=train.adam_eps, weight_decay=train.weight_decay, foreach=False)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]

@@ -6,7 +6,7 @@ engine = SingleEngine(model, torch.optim.AdamW(parameters), max_grad_norm=1.0)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
+from pipeline.sharding.engine import Engine, LossFunction, Shard, clip_factor, stacked_gradients
 
 
 class SingleEngine(Engine):
@@ -71,41 +71,39 @@ class SingleEngine(Engine):
 
     def step(self, lr: float) -> None:
         if self.max_grad_norm is not None:
-            # DeepSpeed's formula, so that engines agree to the last digits.
-            scale = 1.0 / max(1.0, (self.gradient_norm() + 1e-6) / self.max_grad_norm)
+            factor = clip_factor(self.gradient_norm(), self.max_grad_norm)
             for p in self.parameters:
                 if p.grad is not None:
-                    p.grad.mul_(scale)
+                    p.grad.mul_(factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
-        return {name: part.view_as(p).cpu().clone() for (name, p), part in zip(self.named.items(), shard, strict=True)}
+    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        for (name, p), part in zip(self.named.items(), shard, strict=True):
+            yield name, part.view_as(p).cpu().clone()
 
-    def shard(self, named: dict[str, torch.Tensor]) -> Shard:
+    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         return [named[name].to(p.device, p.dtype).flatten() for name, p in self.named.items()]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = {f"weight.{name}": p.detach() for name, p in self.named.items()}
         for name, p in self.named.items():
             state |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+        for key, parts in vectors.items():
+            state |= {f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)}
         save_file({key: value.contiguous() for key, value in state.items()}, folder / "single.safetensors")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
         state = load_file(folder / "single.safetensors", device=str(self.device))
+        slots = [key.split(".")[1] for key in state if key.startswith("optimizer.")]
         with torch.no_grad():
             for name, p in self.named.items():
                 p.copy_(state[f"weight.{name}"])
-                slots = {
-                    key.split(".", 2)[1]: value
-                    for key, value in state.items()
-                    if key.startswith("optimizer.") and key.split(".", 2)[2] == name
-                }
-                if slots:
-                    self.optimizer.state[p] = slots
+                self.optimizer.state[p] = {slot: state[f"optimizer.{slot}.{name}"] for slot in slots if f"optimizer.{slot}.{name}" in state}
+        return {key: [state[f"vector.{key}.{name}"] for name in self.named] for key in vectors}
 
     def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
         assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"

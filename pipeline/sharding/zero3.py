@@ -17,15 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.recipe import TrainSection
 from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, cut as the weights are
 
 
 class Zero3Engine(Engine):
@@ -102,18 +106,14 @@ class Zero3Engine(Engine):
             group["lr"] = lr
         self.ds.step()
 
-    def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
-        named = {}
-        for group, flat in zip(self.optimizer.fp16_groups, shard, strict=True):
-            for parameter, part in zip(group, flat.split([p.partition_numel() for p in group]), strict=True):
-                # One parameter at a time: no rank ever holds two gathered ones.
-                whole = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)
-                torch.distributed.all_gather_into_tensor(whole, part.contiguous().to(self.device))
-                if self.rank == 0:
-                    named[self._names[parameter]] = whole[: parameter.ds_numel].view(parameter.ds_shape).cpu().clone()
-        return named
+    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        for parameter, part in self._parts(shard):
+            whole = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)
+            torch.distributed.all_gather_into_tensor(whole, part.contiguous().to(self.device))
+            if self.rank == 0:
+                yield self._names[parameter], whole[: parameter.ds_numel].view(parameter.ds_shape).cpu().clone()
 
-    def shard(self, named: dict[str, torch.Tensor]) -> Shard:
+    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         def part(parameter: nn.Parameter) -> torch.Tensor:
             size = parameter.partition_numel()
             whole = named[self._names[parameter]].flatten().float()
@@ -122,12 +122,41 @@ class Zero3Engine(Engine):
 
         return [torch.cat([part(parameter) for parameter in group]) for group in self.optimizer.fp16_groups]
 
-    def save(self, folder: Path) -> None:
-        self.ds.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
+        """One safetensors file a rank, by parameter name: ZeRO's own pickled form knows nothing of vectors, and needs an offline
+        conversion (universal checkpoints) before another number of ranks can read it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        flats = {"weight": self.weights(), **{f"vector.{key}": parts for key, parts in vectors.items()}}
+        states = [self.optimizer.optimizer.state[master] for master in self.optimizer.fp32_partitioned_groups_flat]
+        flats |= {slot: [state[slot] for state in states] for slot in _MOMENTS if all(slot in state for state in states)}
+        tensors = {f"{key}.{self._names[p]}": part for key, parts in flats.items() for p, part in self._parts(parts)}
+        tensors |= {f"step.{index}": state["step"] for index, state in enumerate(states) if "step" in state}
+        save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, folder / f"rank{self.rank:05d}.safetensors")
 
-    def load(self, folder: Path) -> None:
-        path, _ = self.ds.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-        assert path is not None, f"no engine state in {folder}"
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
+        self._drop_gathered()
+        with _RankFiles(folder) as files:
+            for index, master in enumerate(self.optimizer.fp32_partitioned_groups_flat):
+                group = self.optimizer.fp16_groups[index]
+                master.data.copy_(self._read(files, "weight", group))
+                self._compute_shards()[index].copy_(master.data)
+                if files.steps is not None:
+                    state = {slot: self._read(files, slot, group).to(master.device) for slot in _MOMENTS}
+                    self.optimizer.optimizer.state[master] = {"step": files.steps.clone(), **state}
+            return {key: [self._read(files, f"vector.{key}", group) for group in self.optimizer.fp16_groups] for key in vectors}
+
+    def _read(self, files: _RankFiles, key: str, group: Sequence[nn.Parameter]) -> torch.Tensor:
+        """This rank's flat shard of a sub-group, from files of any number of ranks; padding is zero."""
+        parts = []
+        for p in group:
+            size = p.partition_numel()
+            part = files.read(f"{key}.{self._names[p]}", self.rank * size, min((self.rank + 1) * size, p.ds_numel))
+            parts.append(torch.cat([part, part.new_zeros(size - part.numel())]))
+        return torch.cat(parts).to(self.device)
+
+    def _parts(self, flats: Sequence[torch.Tensor]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        for group, flat in zip(self.optimizer.fp16_groups, flats, strict=True):
+            yield from zip(group, flat.split([p.partition_numel() for p in group]), strict=True)
 
     def _backward(self, loss_fn: LossFunction, batches: Sequence[Any], ends_step: bool) -> float:
         total = self.zero()
@@ -160,6 +189,34 @@ class Zero3Engine(Engine):
             valid = min(max(parameter.ds_numel - self.rank * size, 0), size)
             masks.append(torch.arange(size, device=self.device) >= valid)
         return torch.cat(masks)
+
+
+class _RankFiles:
+    """What the ranks of a checkpoint wrote: every tensor is cut into equal parts, one a file, the last one padded."""
+
+    def __init__(self, folder: Path):
+        self.paths = sorted(folder.glob("rank*.safetensors"))
+        assert self.paths, f"no engine state in {folder}"
+
+    def __enter__(self) -> _RankFiles:
+        self._open = contextlib.ExitStack()
+        self.files = [self._open.enter_context(safe_open(path, framework="pt")) for path in self.paths]
+        steps = [key for key in self.files[0].keys() if key.startswith("step.")]  # noqa: SIM118 (a safetensors file is no mapping)
+        # One counter: all sub-groups step together.
+        self.steps = self.files[0].get_tensor(steps[0]) if steps else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop of the whole flat tensor."""
+        size = self.files[0].get_slice(key).get_shape()[0]
+        parts = [torch.empty(0)]
+        for index in range(start // size, -(-max(stop, start) // size)):
+            low, high = max(start - index * size, 0), min(stop - index * size, size)
+            parts.append(self.files[index].get_slice(key)[low:high])
+        return torch.cat(parts)
 
 
 def read_ds_config(train: TrainSection, world_size: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Checkpoints of a run: complete, verified, the last two kept.
 
-A checkpoint is a published artefact folder (manifest, sha256 of every file, marker last) holding the engine's state, the step's state of every
-rank (V and the direction's shard), and the position. `load_latest` skips a damaged one with a warning and takes the one before it.
+A checkpoint is a published artefact folder (manifest, sha256 of every file, marker last) holding the engine's state with the step's sharded
+vectors (the direction), the step's other state (V, its scale, ages), and the position. Nothing in it depends on the number of ranks, so another
+number can go on. `load_latest` skips a damaged one with a warning and takes the one before it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifacts
-from pipeline.sharding.engine import Engine
+from pipeline.sharding.engine import Engine, Shard
 
 _KEEP = 2
 
 
 class Stateful(Protocol):
-    """A step that carries tensors from step to step."""
+    """A step that carries tensors from step to step: some the same on every rank, some sharded as the engine shards its weights."""
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+    def vectors(self) -> dict[str, Shard]: ...
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None: ...
 
 
 def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str) -> None:
@@ -37,12 +40,15 @@ def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     engine.barrier()
-    engine.save(temporary / "engine")
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in step.state_dict().items()}
-    save_file(state, temporary / f"step-rank{engine.rank}.safetensors")
+    vectors = step.vectors()
+    engine.save(temporary / "engine", vectors)
     engine.barrier()
     if engine.rank == 0:
-        artifacts.write_json(temporary / "state.json", {"step": number, "world_size": engine.world_size, "identity": identity})
+        save_file(
+            {key: value.detach().cpu().contiguous().clone() for key, value in step.state_dict().items()}, temporary / "step.safetensors"
+        )
+        state = {"step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors)}
+        artifacts.write_json(temporary / "state.json", state)
         (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
         artifacts.publish(temporary, target, {"identity": identity})
         for old in _folders(root)[:-_KEEP]:
@@ -51,33 +57,26 @@ def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str)
 
 
 def load_latest(engine: Engine, step: Stateful, root: Path, identity: str) -> int:
-    """Restore the newest sound checkpoint; returns the number of steps done, 0 where there is none. ValueError at another world size."""
-    choice: list[Any] = [_newest(root, engine.world_size, identity) if engine.rank == 0 else None]
+    """Restore the newest sound checkpoint, of any world size; returns the number of steps done, 0 where there is none."""
+    choice: list[Any] = [_newest(root) if engine.rank == 0 else None]
     if engine.world_size > 1:
         dist.broadcast_object_list(choice)
     if choice[0] is None:
         return 0
-    folder, number, problem = choice[0]
-    if problem:
-        raise ValueError(problem)
-    engine.load(Path(folder) / "engine")
-    step.load_state_dict(load_file(Path(folder) / f"step-rank{engine.rank}.safetensors"))
-    return number
+    folder, state = choice[0]
+    if state["identity"] != identity:
+        raise ValueError(f"{folder} belongs to another run: delete {root}")
+    vectors = engine.load(Path(folder) / "engine", state["vectors"])
+    step.load_state_dict(load_file(Path(folder) / "step.safetensors"), vectors)
+    return state["step"]
 
 
-def _newest(root: Path, world_size: int, identity: str) -> tuple[str, int, str | None] | None:
+def _newest(root: Path) -> tuple[str, dict[str, Any]] | None:
     for folder in reversed(_folders(root)):
         found = artifacts.damage(folder)
-        if found:
-            warnings.warn(f"a checkpoint is damaged, the one before it is used: {found}", stacklevel=2)
-            continue
-        state = json.loads((folder / "state.json").read_text())
-        problem = None
-        if state["identity"] != identity:
-            problem = f"{folder} belongs to another run: delete {root}"
-        elif state["world_size"] != world_size:
-            problem = f"{folder} was written by {state['world_size']} ranks and cannot be resumed with {world_size}: use {state['world_size']} again, or delete {root}"
-        return str(folder), state["step"], problem
+        if not found:
+            return str(folder), json.loads((folder / "state.json").read_text())
+        warnings.warn(f"a checkpoint is damaged, the one before it is used: {found}", stacklevel=2)
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.batches import MicroBatch
 from pipeline.sap.losses import useful_loss
-from pipeline.sharding.engine import Engine
+from pipeline.sharding.engine import Engine, Shard
 
 
 class PlainStep:
@@ -28,5 +28,8 @@ class PlainStep:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        assert not state, "a plain step has no state"
+    def vectors(self) -> dict[str, Shard]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+        assert not state and not vectors, "a plain step has no state"

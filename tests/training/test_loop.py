@@ -164,21 +164,14 @@ def test_a_checkpoint_without_its_marker_does_not_exist(interrupted):
     assert seen == [3, 4, 5, 6] and artifacts.complete(interrupted / "checkpoints" / "step-000004")
 
 
-def test_a_checkpoint_of_another_world_size_is_refused_in_one_sentence(interrupted):
-    folder = interrupted / "checkpoints" / "step-000004"
-    state = json.loads((folder / "state.json").read_text())
-    rewritten = folder.with_name("rewritten")
-    shutil.move(folder, rewritten)
-    (rewritten / "DONE").unlink()
-    artifacts.write_json(rewritten / "state.json", state | {"world_size": 2})
-    artifacts.publish(rewritten, folder, {"identity": "tiny"})
+def test_a_checkpoint_of_another_run_is_refused_in_one_sentence(interrupted):
     before = (interrupted / "metrics.jsonl").read_text()
-    with pytest.raises(
-        ValueError, match="step-000004 was written by 2 ranks and cannot be resumed with 1: use 2 again, or delete"
-    ) as caught:
-        build(interrupted).run()
+    loop = build(interrupted)
+    loop.identity = "another"
+    with pytest.raises(ValueError, match="step-000004 belongs to another run: delete ") as caught:
+        loop.run()
     assert "\n" not in str(caught.value)
-    assert (interrupted / "metrics.jsonl").read_text() == before and folder.is_dir(), "nothing is touched"
+    assert (interrupted / "metrics.jsonl").read_text() == before and saved(interrupted) == ["step-000002", "step-000004"]
 
 
 def test_only_the_last_two_checkpoints_are_kept(straight):

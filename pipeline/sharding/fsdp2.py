@@ -1,0 +1,164 @@
+"""PyTorch FSDP2 (`fully_shard`): the same verbs on DTensor weights.
+
+    engine = Fsdp2Engine(model, decoder_layers(model), optimizer_of, max_grad_norm=1.0, device=device, dtype=None)
+
+Every decoder layer is one group, what is left (embeddings, final norm, head) is the root's. What needs care here:
+- the root's group stays gathered after a forward pass without backward: an edit of its shards would be invisible, so everything is
+  resharded before the shards are edited and again before they are restored;
+- gradients are summed over ranks, not averaged: our losses are shares that add up;
+- the optimizer's weights are the sharded parameters themselves (float32); a lower compute dtype is the mixed-precision policy's cast at
+  the all-gather, so restoring the shards restores everything.
+Shards of a dimension that does not divide are uneven, not padded: nothing has to be masked. A rank may hold nothing of a parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.placement_types import Shard as RowShard
+
+from pipeline.sharding.engine import Engine, LossFunction, Shard, clip_factor, stacked_gradients
+
+
+class Fsdp2Engine(Engine):
+    """A Shard here is one flat tensor per trainable parameter: this rank's rows of it."""
+
+    def __init__(
+        self, module: nn.Module, blocks: Sequence[nn.Module], optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        max_grad_norm: float | None, device: torch.device, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        """blocks: modules gathered one at a time. dtype: compute dtype of the all-gathered weights where it is not the shards' own."""
+        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.mesh = init_device_mesh(device.type, (self.world_size,))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+        for block in (*blocks, module):
+            sharded = fully_shard(block, mesh=self.mesh, mp_policy=policy)
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+        self.module = module.to(device).train()
+        self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
+        self.optimizer = optimizer_of(self.parameters)
+        self.max_grad_norm = max_grad_norm
+
+    def forward_backward(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+    ) -> tuple[float, torch.Tensor | None]:
+        loss = self._backward(loss_fn, batches)
+        return loss, self.sum_over_ranks(stacked_gradients(v, [row.grad for row in v])) if v else None
+
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
+        loss = self._backward(loss_fn, batches)
+        shard = self.accumulated_gradient()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, shard
+
+    def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
+        total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
+        for batch in batches:
+            loss = loss_fn(self.module, batch.to(self.device))
+            gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
+            total += loss.detach().double()
+        return self.sum_over_ranks(total).item(), self.sum_over_ranks(gradient)
+
+    @contextlib.contextmanager
+    def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
+        self._drop_gathered()
+        stash = [local.clone() for local in self._locals()]
+        try:
+            for local, d in zip(self._locals(), direction, strict=True):
+                local.add_(d.view_as(local), alpha=scale)
+            yield
+        finally:
+            self._drop_gathered()
+            for local, saved in zip(self._locals(), stash, strict=True):
+                local.copy_(saved)
+
+    def accumulated_gradient(self) -> Shard:
+        return [
+            torch.zeros(local.numel(), device=self.device) if p.grad is None else p.grad.detach().to_local().float().clone().flatten()
+            for p, local in zip(self.parameters, self._locals(), strict=True)
+        ]
+
+    def weights(self) -> Shard:
+        return [local.float().clone().flatten() for local in self._locals()]
+
+    def step(self, lr: float) -> None:
+        if self.max_grad_norm is not None:
+            factor = clip_factor(self.gradient_norm(), self.max_grad_norm)
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.grad.to_local().mul_(factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gathered()
+
+    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        for (name, p), part in zip(self.named.items(), shard, strict=True):
+            whole = self._like(p, part).full_tensor()
+            if self.rank == 0:
+                yield name, whole.cpu()
+
+    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
+        return [self._rows(named[name].float()).flatten().to(self.device) for name in self.named]
+
+    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
+        dcp.save(self._state(vectors), checkpoint_id=str(folder))
+
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
+        self._drop_gathered()
+        given = {key: [torch.zeros(local.numel(), device=self.device) for local in self._locals()] for key in vectors}
+        for p in self.parameters:
+            self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state = self._state(given)
+        dcp.load(state, checkpoint_id=str(folder))
+        for name, p in self.named.items():
+            self.optimizer.state[p]["step"] = state[f"step.{name}"]
+        return {key: [state[f"vector.{key}.{name}"].to_local().flatten() for name in self.named] for key in vectors}
+
+    def _state(self, vectors: dict[str, Shard]) -> dict[str, torch.Tensor]:
+        """Everything of a checkpoint under names that do not depend on the number of ranks; DTensors, which DCP reshards."""
+        state: dict[str, torch.Tensor] = {}
+        for name, p in self.named.items():
+            state[f"weight.{name}"] = p.detach()
+            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+        for key, parts in vectors.items():
+            state |= {f"vector.{key}.{name}": self._like(p, part) for (name, p), part in zip(self.named.items(), parts, strict=True)}
+        return state
+
+    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
+        assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
+        total = self.zero()
+        for batch in batches:
+            loss = loss_fn(self.module, batch.to(self.device))
+            loss.backward()
+            total += loss.detach().double()
+        return self.sum_over_ranks(total).item()
+
+    def _drop_gathered(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _locals(self) -> list[torch.Tensor]:
+        return [p.detach().to_local() for p in self.parameters]
+
+    def _like(self, p: DTensor, part: torch.Tensor) -> DTensor:
+        rows = part.view(p.detach().to_local().shape)
+        return DTensor.from_local(rows, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride())
+
+    def _rows(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's rows, as fully_shard cuts them; every rank holds the whole, so nothing is sent."""
+        return distribute_tensor(whole.to(self.device), self.mesh, [RowShard(0)], src_data_rank=None).to_local()
