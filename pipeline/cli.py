@@ -3,8 +3,9 @@
     sap run launch/recipes/demo.yaml
     sap train launch/recipes/demo.yaml --method sap --seed 1 --train.lr 2e-4
 
-`run` does all stages that are not complete yet; the others do one. Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again
-to go on), anything else a stage's own failure.
+`run` does all stages that are not complete yet; the others do one. `doctor` checks the SAP step on this model and these ranks, writes nothing,
+and exits with 1 where a check fails. Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again to go on), anything else a stage's
+own failure.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
-    parser.add_argument("stage", choices=(*STAGES, "run"), help="what to do; run: everything that is missing")
+    parser.add_argument("stage", choices=(*STAGES, "run", "doctor"), help="what to do; run: everything that is missing")
     parser.add_argument("recipe", help="path of the recipe, e.g. launch/recipes/demo.yaml")
     parser.add_argument("--method", help="only this method of the recipe")
     parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
@@ -50,6 +51,8 @@ def _main(argv: list[str]) -> int:
     experiment = recipe.load(options.recipe, overrides)
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
+    if options.stage == "doctor":
+        return _doctor(experiment, [options.recipe, *_as_arguments(overrides)], options)
     if options.dry_run:
         return _dry_run(experiment, options.stage, options.method)
 
@@ -175,6 +178,16 @@ class Chain:
                 raise ValueError(
                     f"{missing[0]} is not complete: run `sap {stage} {self.experiment.path}` first (same overrides), or `sap run`"
                 )
+
+
+def _doctor(experiment: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
+    from pipeline.doctor.case import choose_cell
+
+    if options.dry_run:
+        raise ValueError("doctor writes nothing and has nothing to list: leave --dry-run out")
+    cell = choose_cell(experiment, options.method, options.seed)
+    arguments = ["--config", *arguments, "--method", cell.method, "--seed", str(cell.seed)]
+    return runner.run_ranks("doctor.py", arguments, cell.recipe.train.ranks)
 
 
 def _dry_run(experiment: Experiment, stage: str, method: str | None) -> int:
