@@ -6,6 +6,7 @@ collected = collect(Layout(experiment))
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def collect(layout: Layout) -> Collected:
 def _method(name: str, entries: list[tuple[int | None, Path, Path | None]]) -> Method:
     measured = [json.loads((folder / "metrics.json").read_text()) for _, folder, _ in entries]
     measures = {key: _over_seeds([m[key] for m in measured]) for key in _SHARES}
-    measures["test_loss"] = mean_interval([m["test_loss"] for m in measured])
+    measures["test_loss"] = _over_seeds_within([m["test_loss"] for m in measured], math.inf)
     logs = [_read_log(train / "metrics.jsonl") for _, _, train in entries if train is not None]
     return Method(name, [seed for seed, _, _ in entries if seed is not None], measures, logs)
 
@@ -90,8 +91,13 @@ def _over_seeds(shares: list[dict[str, Any]]) -> dict[str, Any]:
         return share([])
     if len(shares) == 1:
         return shares[0]
-    result = mean_interval([s["value"] for s in shares])
-    return result | {"low": max(0.0, result["low"]), "high": min(1.0, result["high"])}
+    return _over_seeds_within([s["value"] for s in shares], 1.0)
+
+
+def _over_seeds_within(values: list[float], most: float) -> dict[str, Any]:
+    """Mean and Student interval over seeds of what lies between 0 and `most`: Student's knows of no bounds."""
+    result = mean_interval(values)
+    return result if result["low"] is None else result | {"low": max(0.0, result["low"]), "high": min(most, result["high"])}
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:
