@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 
 import pytest
@@ -222,6 +223,8 @@ def test_slope_is_taken_where_neighbours_agree():
     assert central_slope(lambda h: 3 * h + 50 * h**3, size=3.0, loss=1.0).ratio == pytest.approx(1.0, abs=1e-4)
     assert central_slope(lambda h: 0.73 * 3 * h + 5 * h**3, size=3.0, loss=1.0).ratio == pytest.approx(0.73, abs=1e-3)
     assert central_slope(lambda h: 2.0, size=3.0, loss=2.0).ratio == 0.0
+    saturated = central_slope(lambda h: math.tanh(200 * h), size=200.0, loss=6.0)
+    assert saturated.ratio == pytest.approx(1.0, abs=1e-3) and saturated.spread < 0.01
 
 
 def test_verdicts_and_exit_codes():

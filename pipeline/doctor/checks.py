@@ -29,6 +29,7 @@ from pipeline.sharding.engine import Engine, Shard
 
 _EPS = (1e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
 _MARGIN = 1.5  # signal over noise; nothing but rounding has 1
+_INCONCLUSIVE = 0.25  # a slope that changes by more from one distance to the next shows neither right nor wrong
 _PADDING = 1.1  # a rank's share of the weights over the even one: padding, uneven rows
 _CORRECTION = (0.05, 0.2)  # |g(V) - g(0)| / |g(0)| at which the sign is looked at: small enough for first order
 _DEVICE_SHARE = 0.9  # of the device's memory: above, other batches may not fit
@@ -58,6 +59,7 @@ def diagnose(
             traceback.print_exc()
             what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
             report.add(Finding(name, what, "no exception", FAIL, "the traceback is on stderr; the checks after this one were not run"))
+            report.completed = False
             break
         if engine.rank == 0:
             print(f"[doctor] {name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
@@ -295,7 +297,8 @@ def check_costs(examined: Examined) -> Findings:
 def _slope_finding(name: str, slope: Slope, where: str, low: bool, worst: str) -> Finding:
     """worst: verdict where the slope is wrong."""
     verdict = graded(abs(slope.ratio - 1), *((0.15, 0.4) if low else (0.02, 0.1)))
-    verdict = worst if verdict == FAIL else verdict
+    if verdict == FAIL:
+        verdict = WARN if slope.spread > _INCONCLUSIVE else worst
     if slope.moved == 0:
         advice = "the loss does not move: passes do not see the perturbation (stale gathered copies), so SAP would train on nothing"
     elif verdict == WARN:

@@ -23,7 +23,7 @@ from pipeline.sap.probe import Probe
 from pipeline.sharding.engine import Engine, LossFunction, Shard
 
 _CHANGES = (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)  # of the loss, to first order: below is rounding, above is curvature
-_LOW_CHANGES = _CHANGES[2:]  # in less than float32 rounding is larger, and two of its neighbours may agree by chance
+_LOW_CHANGES = _CHANGES[1:]  # rounding is larger in less than float32
 
 
 class Examined:
@@ -104,11 +104,15 @@ def _check_norm(what: str, norm: float) -> None:
 
 @dataclass(frozen=True)
 class Slope:
-    """A central difference. ratio: over the gradient's own slope, 1 if they agree; distance: how far it stepped; moved: the loss's change there."""
+    """A central difference. ratio: over the gradient's own slope, 1 if they agree; distance: how far it stepped; moved: the loss's change there.
+
+    spread: how far the two distances that agreed best are apart, as a share of the larger; large where nothing can be concluded.
+    """
 
     ratio: float
     distance: float
     moved: float
+    spread: float
 
 
 def central_slope(loss_at: Callable[[float], float], size: float, loss: float, low: bool = False) -> Slope:
@@ -121,8 +125,9 @@ def central_slope(loss_at: Callable[[float], float], size: float, loss: float, l
     distances = [change * max(abs(loss), 1.0) / abs(size) for change in (_LOW_CHANGES if low else _CHANGES)]
     changes = [loss_at(h) - loss_at(-h) for h in distances]
     ratios = [change / (2 * h * size) for change, h in zip(changes, distances, strict=True)]
-    best = min(range(len(ratios) - 1), key=lambda k: abs(ratios[k] - ratios[k + 1]))
-    return Slope((16 * ratios[best] - ratios[best + 1]) / 15, distances[best], changes[best] / 2)
+    spreads = [abs(a - b) / (max(abs(a), abs(b)) or 1.0) for a, b in zip(ratios, ratios[1:], strict=False)]
+    best = spreads.index(min(spreads))
+    return Slope((16 * ratios[best] - ratios[best + 1]) / 15, distances[best], changes[best] / 2, spreads[best])
 
 
 def digest(shard: Shard) -> str:
