@@ -24,13 +24,14 @@ _NEUTRAL = {"ranks", "ds_config", "save_every"}
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to evaluate: a model folder or hub id, with or without an adapter."""
+    """Something to evaluate: a model folder or hub id, with or without an adapter. trained: folder of the stage whose product it is."""
 
     name: str
     seed: int | None
     model: str
     adapter: Path | None
     identity: str
+    trained: Path | None = None
 
 
 class Layout:
@@ -85,7 +86,9 @@ class Layout:
             yield self.subject(cell)
 
     def subject(self, cell: Cell) -> Subject:
-        return Subject(cell.method, cell.seed, self.start_model(), self.train(cell) / "adapter", self.train_hash(cell))
+        trained, full = self.train(cell), cell.recipe.train.adapter == "full"
+        model, adapter = (str(trained / "model"), None) if full else (self.start_model(), trained / "adapter")
+        return Subject(cell.method, cell.seed, model, adapter, self.train_hash(cell), trained)
 
     def train_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
@@ -120,7 +123,8 @@ class Layout:
         """The model and how it is computed: `dtype: auto` is another dtype on another machine."""
         from pipeline.models import resolve_dtype
 
-        return [*self._model, str(resolve_dtype(self.base.model.dtype)), self.base.model.attention]
+        quantized = [] if self.base.model.quantization == "none" else [self.base.model.quantization]
+        return [*self._model, str(resolve_dtype(self.base.model.dtype)), self.base.model.attention, *quantized]
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe

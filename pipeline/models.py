@@ -172,6 +172,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def unreachable(path: str, error: Exception) -> str:
+    """The sentence for a model that cannot be read."""
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     hint = (
         "HF_HUB_OFFLINE=1 is set, so only the local cache was looked at"

@@ -40,6 +40,7 @@ class ModelSection(Section):
     )
     chat_template: Path | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers")
+    quantization: Literal["none", "nf4"] = Field("none", description="nf4: frozen linear layers in 4 bits (QLoRA); needs adapter: lora")
 
 
 class SourceSection(Section):
@@ -124,6 +125,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass (non-reentrant)")
     use_reentrant: bool = Field(False, description="Refused when true: reentrant checkpointing has no gradient with respect to the probe")
     lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
+    export_merged: bool = Field(False, description="Whether a LoRA run also writes merged/: the model with its adapter added, for vLLM")
     save_every: Positive = Field(50, description="Steps between checkpoints")
     validate_every: Positive = Field(20, description="Steps between validation losses (task and harmful opening)")
 

@@ -9,6 +9,7 @@ The functions for align, direction and train are entered by all ranks together.
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -21,17 +22,10 @@ from torch import nn
 from pipeline import artifacts, recipe
 from pipeline.data.batches import check_divides, micro_batches, pair_batches
 from pipeline.layout import Layout, Subject
-from pipeline.models import (
-    check_targets,
-    decoder_layers,
-    load_model,
-    load_tokenizer,
-    make_trainable,
-    outline,
-    resolve_dtype,
-    resolve_model_path,
-)
-from pipeline.recipe import Cell, Experiment, Recipe, TrainSection
+from pipeline.loading import load_whole, open_model
+from pipeline.models import check_targets, decoder_layers, load_tokenizer, make_trainable, outline, resolve_dtype, resolve_model_path
+from pipeline.quantization import check_quantisable
+from pipeline.recipe import Cell, Experiment, ModelSection, Recipe, TrainSection
 from pipeline.sap.diagnostics import safety_direction
 from pipeline.sap.probe import Probe, resolve_layers
 from pipeline.sap.step import SapStep
@@ -40,7 +34,8 @@ from pipeline.sharding.launch import check_engine, device, environment, init_dis
 from pipeline.tracking import open_run
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.plain import PlainStep
-from pipeline.training.product import load_adapter, save_adapter, save_merged
+from pipeline.training.product import load_adapter, save_gathered, save_product
+from pipeline.weights import WeightFiles
 
 _USEFUL_FOR_SUMMARY = 24  # samples behind the direction's cosine with the useful gradient
 
@@ -72,6 +67,10 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
 def _check_training(field: str, train: TrainSection, base: Recipe, model: nn.Module, ranks: int) -> None:
     check_engine(train, ranks)
     check_divides(field, train.batch_size, train.micro_batch_size, ranks)
+    if base.model.quantization == "nf4":
+        if train.adapter == "full":
+            raise ValueError(f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to none, or {field}.adapter to lora")
+        check_quantisable(model, base.model.path)
     if train.adapter == "lora":
         check_targets(model, train.lora, field)
     elif train.engine == "single" and resolve_dtype(base.model.dtype) != torch.float32:
@@ -113,10 +112,12 @@ def align(experiment: Experiment) -> bool:
     _claim(target)
     tokenizer = load_tokenizer(base.model)
     source = resolve_model_path(base.model)
-    model = load_model(source, resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
     answered = layout.work(target) / "answered.parquet"  # once, so that a resumed run trains on the same, and published
-    rows = complete_answers(model.to(device()), tokenizer, read_rows(layout.prepare(), "align"), base, answered)
-    engine = _engine(model, base.align.train, seed=0)
+    # Generation needs every weight at every token, so the model that answers is whole; it is gone when the training's is loaded.
+    rows = complete_answers(
+        lambda: load_whole(base.model, source).to(device()), tokenizer, read_rows(layout.prepare(), "align"), base, answered
+    )
+    engine = _engine(base.model, source, base.align.train, seed=0)
     data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
         loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align")
@@ -124,14 +125,14 @@ def align(experiment: Experiment) -> bool:
             run.stopped()
             return False
         with _publishing(engine, layout, target, {"prepare": layout.prepare().name}) as folder:
-            save_merged(engine, source, base.model, folder, tokenizer)
+            save_product(engine, base.align.train, source, base.model, folder, tokenizer, merged="model")
             if rank == 0:
                 shutil.copy(answered, folder)
     return True
 
 
 def direction(experiment: Experiment, cell: Cell) -> bool:
-    """g_s over all contrastive pairs at the initial adapter, with that adapter, and its per-layer summary."""
+    """g_s over all contrastive pairs at the initial weights, and its per-layer summary; with the initial adapter, where one is trained."""
     layout = Layout(experiment)
     target = layout.direction(cell)
     if artifacts.complete(target):
@@ -148,21 +149,20 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     useful_batches = micro_batches(useful, list(range(len(useful))), resolved.train.micro_batch_size, *sharing)
     with open_run(layout, f"direction-s{cell.seed}", target.name, engine.rank) as run:
         _say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
-        named, summary = safety_direction(engine, (first, second), useful_batches, resolved.sap.contrastive)
-        weights = engine.gather(engine.weights())
+        vector, summary = safety_direction(engine, (first, second), useful_batches, resolved.sap.contrastive)
+        summary["weights_checksum"] = engine.checksum(engine.weights())
+        vectors = {"direction": vector} | ({"adapter": engine.weights()} if resolved.train.adapter == "lora" else {})
         with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
+            for name, shard in vectors.items():
+                save_gathered(engine, engine.gathered(shard), folder, name)
             if engine.rank == 0:
-                from safetensors.torch import save_file
-
-                save_file(named, folder / "direction.safetensors")
-                save_file(weights, folder / "adapter.safetensors")
                 artifacts.write_json(folder / "summary.json", summary)
-        run.log_facts({key: value for key, value in summary.items() if key != "layers"})
+        run.log_facts({key: value for key, value in summary.items() if key not in ("layers", "weights_checksum")})
     return True
 
 
 def train(experiment: Experiment, cell: Cell) -> bool:
-    """Fine-tune one cell; the product is a PEFT adapter. False when a stop was requested first (run it again to go on)."""
+    """Fine-tune one cell; the product is a PEFT adapter, or a model folder. False when a stop was requested first (run it again to go on)."""
     layout = Layout(experiment)
     target = layout.train(cell)
     if artifacts.complete(target):
@@ -184,7 +184,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
             run.stopped()
             return False
         with _publishing(engine, layout, target, {"prepare": prepared.name, "start": layout.start_model()}) as folder:
-            save_adapter(engine, layout.start_model(), folder / "adapter")
+            save_product(engine, resolved.train, layout.start_model(), resolved.model, folder, tokenizer)
             if engine.rank == 0:
                 artifacts.write_json(folder / "recipe.json", recipe.dump(resolved))
     return True
@@ -200,15 +200,15 @@ def evaluate(experiment: Experiment, subject: Subject) -> bool:
         return True
     _verify_upstream(layout)
     tokenizer = load_tokenizer(base.model)
-    if subject.adapter is not None:
-        artifacts.verify(subject.adapter.parent)
-    model: nn.Module = load_model(subject.model, resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
+    if subject.trained is not None:
+        artifacts.verify(subject.trained)
+    model: nn.Module = load_whole(base.model, subject.model)  # quantised as in training
     if subject.adapter is not None:
         model = load_adapter(model, subject.adapter)
     model.to(device())
     name = subject.name if subject.seed is None else f"{subject.name}-s{subject.seed}"
-    cell = None if subject.adapter is None else experiment.cell(subject.name, subject.seed or 0)
-    key = target.name if subject.adapter is None else subject.adapter.parent.name  # a cell's scores stand beside its parameters
+    cell = None if subject.trained is None else experiment.cell(subject.name, subject.seed or 0)
+    key = target.name if subject.trained is None else subject.trained.name  # a cell's scores stand beside its parameters
     with open_run(layout, name, key, cell=cell) as run:
         with artifacts.building(target, {"subject": subject.identity}) as folder:
             metrics = evaluate_model(model, tokenizer, _evaluation_sets(layout), base.evaluate, folder, name)
@@ -278,17 +278,17 @@ def _claim(target: Path) -> None:
 
 
 def _open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
-    """Engine and tokenizer of a cell at its start: the same model and fresh adapter for every method of a seed."""
+    """Engine and tokenizer of a cell at its start: the same weights (and fresh adapter) for every method of a seed."""
     base, train_section = layout.base, cell.recipe.train
     init_distributed(train_section)
     _claim(target)
     tokenizer = load_tokenizer(base.model)
-    model = load_model(layout.start_model(), resolve_dtype(base.model.dtype), base.model.attention, base.model.revision)
-    return _engine(model, train_section, cell.seed), tokenizer
+    return _engine(base.model, layout.start_model(), train_section, cell.seed), tokenizer
 
 
-def _engine(model: Any, train_section: TrainSection, seed: int) -> Engine:
-    return open_engine(make_trainable(model, train_section, seed), train_section)
+def _engine(section: ModelSection, location: str, train_section: TrainSection, seed: int) -> Engine:
+    model, sources = open_model(section, location, sharded=train_section.engine != "single")
+    return open_engine(make_trainable(model, train_section, seed), train_section, sources)
 
 
 def _step(layout: Layout, cell: Cell, engine: Engine) -> PlainStep | SapStep:
@@ -300,13 +300,10 @@ def _step(layout: Layout, cell: Cell, engine: Engine) -> PlainStep | SapStep:
     probe = Probe(layers, resolve_layers(sap.layers, len(layers)), config.hidden_size)
     given = None
     if sap.direction == "precomputed":
-        from safetensors.torch import load_file
-
         folder = layout.direction(cell)
-        initial = engine.shard(load_file(folder / "adapter.safetensors"))
-        if not all(torch.equal(a, b) for a, b in zip(initial, engine.weights(), strict=True)):
-            raise ValueError(f"the direction in {folder} belongs to another initial adapter: delete the folder and run its stage again")
-        given = engine.shard(load_file(folder / "direction.safetensors"))
+        if json.loads((folder / "summary.json").read_text())["weights_checksum"] != engine.checksum(engine.weights()):
+            raise ValueError(f"the direction in {folder} belongs to other initial weights: delete the folder and run its stage again")
+        given = engine.shard(WeightFiles(folder, "direction"))
     return SapStep(engine, probe, sap, given)
 
 

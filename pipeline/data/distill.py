@@ -1,6 +1,6 @@
 """The model's own answers to harmless prompts: licence-clean data that keep an aligned model helpful.
 
-rows = complete_answers(model, tokenizer, rows, recipe, Path("work/answered.parquet"))
+rows = complete_answers(lambda: model, tokenizer, rows, recipe, Path("work/answered.parquet"))
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from pipeline.recipe import Recipe
 Row = dict[str, Any]
 
 
-def complete_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, file: Path) -> list[Row]:
+def complete_answers(
+    open_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, file: Path
+) -> list[Row]:
     """Rows whose response is None get the model's greedy answer, cut at its last whole sentence; rows it leaves empty are dropped.
 
     Ranks share the work and all return the same rows, input_ids and labels filled in. They are written to `file`, and read back where it
-    exists: a resumed run trains on what the first one did.
+    exists: a resumed run trains on what the first one did. open_model is called where answers have to be generated.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     there = [file.is_file()]
@@ -40,8 +43,8 @@ def complete_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         print(f"[align] the model answers {len(missing)} harmless prompts itself", file=sys.stderr, flush=True)
     mine = missing[rank::world_size]
     prompts = [prompt_ids(tokenizer, json.loads(rows[index]["messages"])) for index in mine]
-    answers = dict(zip(mine, generate(model, tokenizer, prompts, recipe.align.distill_tokens, batch_size=32), strict=True))
-    model.train()
+    texts = generate(open_model(), tokenizer, prompts, recipe.align.distill_tokens, batch_size=32) if mine else []
+    answers = dict(zip(mine, texts, strict=True))
     if world_size > 1:
         parts: list[dict[int, str]] = [{} for _ in range(world_size)]
         dist.all_gather_object(parts, answers)

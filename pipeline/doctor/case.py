@@ -17,7 +17,7 @@ from torch import nn
 from pipeline import artifacts, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, check_divides, micro_batches, pair_batches
 from pipeline.layout import Layout
-from pipeline.models import check_targets, decoder_layers, load_model, load_tokenizer, outline, resolve_dtype, resolve_model_path
+from pipeline.models import check_targets, decoder_layers, load_tokenizer, outline, resolve_dtype, resolve_model_path
 from pipeline.recipe import Cell, Experiment, SapSection
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe, resolve_layers
@@ -63,7 +63,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     aligned = base.align.enabled and artifacts.complete(layout.align())
     source = layout.start_model() if aligned else resolve_model_path(base.model)
     dtype = resolve_dtype(base.model.dtype)
-    engine = stages._engine(load_model(source, dtype, base.model.attention, base.model.revision), train, cell.seed)
+    engine = stages._engine(base.model, source, train, cell.seed)
     silenced = _silence_dropout(engine.module)
     layers = decoder_layers(engine.module)
     config = engine.module.config.get_text_config()

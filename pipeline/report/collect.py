@@ -57,7 +57,7 @@ def collect(layout: Layout) -> Collected:
     for subject in layout.subjects():
         folder = layout.evaluate(subject)
         artifacts.verify(folder)
-        evaluations[subject.name].append((subject.seed, folder, subject.adapter.parent if subject.adapter else None))
+        evaluations[subject.name].append((subject.seed, folder, subject.trained))
     cells = {cell.method: cell for cell in layout.experiment.cells()}
     plain = next((name for name, cell in cells.items() if not cell.recipe.sap.enabled), None)
     directions = [layout.direction(cell) for cell in cells.values() if layout.needs_direction(cell)]

@@ -77,6 +77,10 @@ class Engine(ABC):
         return dict(self.gathered(shard))
 
     @abstractmethod
+    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        """What this rank holds of every parameter's vector, flat, by the parameter's name; the same names in one order on all ranks."""
+
+    @abstractmethod
     def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         """This rank's part of a vector given as full tensors by parameter name: the inverse of `gather`, without communication."""
 
@@ -109,6 +113,13 @@ class Engine(ABC):
     def dot(self, a: Shard, b: Shard) -> float:
         """Inner product of two whole vectors, accumulated in float64."""
         total = sum((torch.dot(x.double(), y.double()) for x, y in zip(a, b, strict=True)), self.zero())
+        return self.sum_over_ranks(total).item()
+
+    def checksum(self, shard: Shard) -> int:
+        """Sum of the whole vector's bit patterns (as int32) modulo 2**64: equal for equal vectors on any engine and any number of ranks."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for _, part in self.parts(shard):
+            total += part.contiguous().view(torch.int32).sum(dtype=torch.int64).to(self.device)
         return self.sum_over_ranks(total).item()
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard as RowShard
 
 from pipeline.sharding.engine import Engine, LossFunction, Shard, clip_factor, stacked_gradients
+from pipeline.weights import Source, Sources
+
+Places = list[tuple[nn.Module, str]]
 
 
 class Fsdp2Engine(Engine):
@@ -35,16 +38,22 @@ class Fsdp2Engine(Engine):
 
     def __init__(
         self, module: nn.Module, blocks: Sequence[nn.Module], optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-        max_grad_norm: float | None, device: torch.device, dtype: torch.dtype | None = None,
+        max_grad_norm: float | None, device: torch.device, dtype: torch.dtype | None = None, sources: Sources | None = None,
     ):  # fmt: skip
-        """blocks: modules gathered one at a time. dtype: compute dtype of the all-gathered weights where it is not the shards' own."""
+        """blocks: modules gathered one at a time. dtype: compute dtype of the all-gathered weights where it is not the shards' own, which
+        are then float32. sources: values of the module's placeholders (pipeline/weights.py); each rank reads its part."""
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.mesh = init_device_mesh(device.type, (self.world_size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+        waiting = _on_meta(module, sources or {})
+        if dtype is not None:
+            module.float()
         for block in (*blocks, module):
             sharded = fully_shard(block, mesh=self.mesh, mp_policy=policy)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
+        for places, source in waiting:
+            self._read(places, source)
         self.module = module.to(device).train()
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
@@ -111,6 +120,9 @@ class Fsdp2Engine(Engine):
             if self.rank == 0:
                 yield name, whole.cpu()
 
+    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        return zip(self.named, shard, strict=True)
+
     def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         return [self._rows(named[name].float()).flatten().to(self.device) for name in self.named]
 
@@ -147,6 +159,19 @@ class Fsdp2Engine(Engine):
             total += loss.detach().double()
         return self.sum_over_ranks(total).item()
 
+    def _read(self, places: Places, source: Source) -> None:
+        """Put this rank's rows of a parameter, read from its source, where the sharded one without memory is."""
+        owner, name = places[0]
+        p = owner._parameters[name]
+        local = torch.empty(p.to_local().shape, dtype=p.dtype, device=self.device)
+        row = p.numel() // p.shape[0]
+        start = min(-(-p.shape[0] // self.world_size) * self.rank, p.shape[0]) * row
+        local.view(-1).copy_(source(start, start + local.numel()))
+        whole = DTensor.from_local(local, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride())
+        new = nn.Parameter(whole, requires_grad=p.requires_grad)
+        for owner, name in places:
+            owner._parameters[name] = new
+
     def _drop_gathered(self) -> None:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
@@ -162,3 +187,17 @@ class Fsdp2Engine(Engine):
     def _rows(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's rows, as fully_shard cuts them; every rank holds the whole, so nothing is sent."""
         return distribute_tensor(whole.to(self.device), self.mesh, [RowShard(0)], src_data_rank=None).to_local()
+
+
+def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source]]:
+    """Replace placeholders by meta parameters, which fully_shard cuts without moving anything; returns where they are, and their sources."""
+    found: dict[nn.Parameter, Places] = {parameter: [] for parameter in sources}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter in found:
+                found[parameter].append((owner, name))
+    for parameter, places in found.items():
+        empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=parameter.requires_grad)
+        for owner, name in places:
+            owner._parameters[name] = empty
+    return [(found[parameter], source) for parameter, source in sources.items()]

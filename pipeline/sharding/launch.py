@@ -17,6 +17,7 @@ from pipeline.models import decoder_layers
 from pipeline.recipe import TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.single import SingleEngine
+from pipeline.weights import Sources, fill
 
 
 def environment() -> tuple[int, int]:
@@ -66,24 +67,26 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
 
 
-def open_engine(module: nn.Module, train: TrainSection) -> Engine:
+def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None = None) -> Engine:
     """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before.
 
-    Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2).
+    Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2). sources: values of the module's placeholders
+    (pipeline/loading.py), of which every rank reads its part only.
     """
+    sources = sources or {}
     low = {p.dtype for p in module.parameters() if p.requires_grad} == {torch.bfloat16}
     if train.engine == "single":
+        fill(sources)
         return SingleEngine(module, adamw(_trainable(module), train), train.max_grad_norm, device())
     if train.engine == "fsdp2":
         from pipeline.sharding.fsdp2 import Fsdp2Engine
 
         dtype = torch.bfloat16 if low else None
-        module = module.float() if low else module
-        return Fsdp2Engine(module, decoder_layers(module), lambda ps: adamw(ps, train), train.max_grad_norm, device(), dtype)
+        return Fsdp2Engine(module, decoder_layers(module), lambda ps: adamw(ps, train), train.max_grad_norm, device(), dtype, sources)
     from pipeline.sharding.zero3 import Zero3Engine, read_ds_config
 
     config = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {})
-    return Zero3Engine(module, adamw(_trainable(module), train), config)
+    return Zero3Engine(module, adamw(_trainable(module), train), config, sources)
 
 
 def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:

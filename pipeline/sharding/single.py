@@ -84,6 +84,9 @@ class SingleEngine(Engine):
         for (name, p), part in zip(self.named.items(), shard, strict=True):
             yield name, part.view_as(p).cpu().clone()
 
+    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        return zip(self.named, shard, strict=True)
+
     def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         return [named[name].to(p.device, p.dtype).flatten() for name, p in self.named.items()]
 

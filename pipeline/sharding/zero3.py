@@ -16,7 +16,9 @@ optimizer's float32 master, and the averaged gradient. What goes wrong silently 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from torch import nn
 
 from pipeline.recipe import TrainSection
 from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
+from pipeline.weights import Sources, fill
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, cut as the weights are
 
@@ -35,13 +38,22 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, cut as the weights are
 class Zero3Engine(Engine):
     """A Shard here is one flat tensor per ZeRO sub-group."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]):
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], sources: Sources | None = None
+    ):  # fmt: skip
+        """sources: values of the module's placeholders (pipeline/weights.py); each rank reads its part."""
         import deepspeed
 
+        if sources:
+            partition(module, sources, ds_config)
+        dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
         self.ds, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         self.module = self.ds.module
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device(self.ds.device)
+        # Without a bf16 block zero.Init has made whole models float32.
+        wrong = [parameter for parameter, dtype in dtypes.items() if parameter.ds_tensor.dtype != dtype]
+        assert not wrong, f"DeepSpeed changed the dtype of {len(wrong)} weights"
         self.ds.train()
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._padding = [self._padding_mask(group) for group in self.optimizer.fp16_groups]
@@ -112,6 +124,9 @@ class Zero3Engine(Engine):
             torch.distributed.all_gather_into_tensor(whole, part.contiguous().to(self.device))
             if self.rank == 0:
                 yield self._names[parameter], whole[: parameter.ds_numel].view(parameter.ds_shape).cpu().clone()
+
+    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((self._names[parameter], part) for parameter, part in self._parts(shard))
 
     def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         def part(parameter: nn.Parameter) -> torch.Tensor:
@@ -189,6 +204,36 @@ class Zero3Engine(Engine):
             valid = min(max(parameter.ds_numel - self.rank * size, 0), size)
             masks.append(torch.arange(size, device=self.device) >= valid)
         return torch.cat(masks)
+
+
+def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) -> None:
+    """Make placeholders ZeRO-3 parameters whose shards are read from their sources: nothing is ever whole, sent, or moved as a whole.
+
+    `zero.Init(module=...)` would do with whole parameters on every rank and broadcast each. The other parameters are left to DeepSpeed.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    # An empty module: for all that Init sets up beside converting parameters.
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(ds_config))
+    if init.zero_param_process_group is not None or init.quantized_weights or init.quantized_nontrainable_weights or init.param_swapper:
+        warnings.warn("weights are loaded whole on every rank, because train.ds_config has hpZ, quantised or NVMe weights", stacklevel=3)
+        fill(sources)
+        return
+    for parameter, source in sources.items():
+        init._convert_to_deepspeed_param(parameter)
+        size = init._aligned_size(parameter) // init._partition_world_size(parameter)
+        start = init._partition_rank(parameter) * size
+        valid = max(min(start + size, parameter.ds_numel) - start, 0)
+        shard = torch.zeros(size, dtype=parameter.dtype, device=init.local_device if parameter.ds_persist else init.remote_device)
+        shard[:valid].copy_(source(start, start + valid))
+        shard = shard.pin_memory() if init.pin_memory and shard.device.type == "cpu" else shard
+        shard.ds_numel, shard.status, shard.final_location = size, PartitionedParamStatus.AVAILABLE, None
+        parameter.ds_tensor, parameter.ds_numel_aligned = shard, init._aligned_size(parameter)
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
+        parameter.partition()  # only marks it: the shard is there
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(init.local_device)  # DeepSpeed moves them only where it also moves the parameters
 
 
 class _RankFiles:

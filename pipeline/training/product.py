@@ -1,34 +1,74 @@
-"""Products of a run: a PEFT adapter, or a merged model folder; in safetensors, re-opened and checked before they count.
+"""Products of a run, in safetensors, re-opened and checked before they count: a PEFT adapter, a merged model, or a fully trained one.
 
-save_adapter(engine, "models/base", Path("adapter"))     # PeftModel.from_pretrained(model, "adapter") loads it
+    save_adapter(engine, "models/base", Path("adapter"))      # PeftModel.from_pretrained(model, "adapter") loads it
+    save_merged(engine, source, recipe.model, Path("merged"), tokenizer)     # AutoModelForCausalLM.from_pretrained("merged"), vLLM
+    save_model(engine, source, recipe.model, Path("model"), tokenizer)       # the same of all weights trained
+
+Models are streamed: rank 0 holds the tensors of one file (5 GB) at a time, whatever the model's size. All functions are collective calls.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.loading import weight_files
 from pipeline.models import load_model, resolve_dtype
-from pipeline.recipe import ModelSection
+from pipeline.recipe import ModelSection, TrainSection
 from pipeline.sharding.engine import Engine
+from pipeline.weights import merged as merge
+from pipeline.weights import write_sharded
+
+
+def save_product(
+    engine: Engine, train: TrainSection, source: str, section: ModelSection, folder: Path, tokenizer: PreTrainedTokenizerBase,
+    merged: str | None = None,
+) -> None:  # fmt: skip
+    """What a stage leaves of a model that started as `source`: folder/model of all weights, or folder/adapter.
+
+    merged: name of a folder for the model with the adapter added, beside it; train.export_merged asks for `merged`.
+    """
+    if train.adapter == "full":
+        save_model(engine, source, section, folder / "model", tokenizer)
+        return
+    save_adapter(engine, source, folder / "adapter")
+    names = [name for name in (merged, "merged" if train.export_merged else None) if name]
+    for name in names:
+        save_merged(engine, source, section, folder / name, tokenizer)
+
+
+def save_gathered(engine: Engine, tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, stem: str = "model") -> None:
+    """Write what `engine.gathered` yields, on rank 0, as it comes."""
+    if engine.rank == 0:
+        write_sharded(tensors, folder, stem)
+    else:
+        deque(tensors, maxlen=0)
 
 
 def save_adapter(engine: Engine, base_model: str, folder: Path) -> None:
-    """Gather the adapter and write it as PEFT does, on rank 0; a collective call. AssertionError where the file does not hold what was trained."""
+    """Gather the adapter and write it as PEFT does, on rank 0. AssertionError where the file does not hold what was trained."""
+    gathered = engine.gather(engine.weights())
+    if engine.rank == 0:
+        _write_adapter(engine.module, gathered, base_model, folder)
+
+
+def _write_adapter(module: nn.Module, gathered: dict[str, torch.Tensor], base_model: str, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
-    gathered = engine.gather(engine.weights())
-    if engine.rank != 0:
-        return
     folder.mkdir(parents=True)
-    config = copy.deepcopy(engine.module.peft_config["default"])
+    config = copy.deepcopy(module.peft_config["default"])
     config.inference_mode, config.base_model_name_or_path = True, base_model
-    state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(engine.module, state_dict=gathered).items()}
+    state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(module, state_dict=gathered).items()}
     config.save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     again = load_file(folder / "adapter_model.safetensors")
@@ -45,10 +85,84 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def save_merged(engine: Engine, source: str, section: ModelSection, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Merge the trained adapter into the model at `source` and save folder/model; a collective call, the merge is on rank 0."""
-    save_adapter(engine, source, folder / "adapter")
+    """Add the trained adapter to the model at `source` and write the sum as a model folder, in model.dtype.
+
+    It is added to the original weights, also where training saw them in 4 bits (model.quantization nf4): the product does not carry the
+    rounding, and is not exactly the model that was trained.
+    """
+    gathered = engine.gather(engine.weights())
     if engine.rank != 0:
         return
-    model = load_adapter(load_model(source, torch.float32, section.attention, section.revision), folder / "adapter").merge_and_unload()
-    model.to(resolve_dtype(section.dtype)).save_pretrained(folder / "model", safe_serialization=True)
-    tokenizer.save_pretrained(folder / "model")
+    model, dtype = engine.module.get_base_model(), resolve_dtype(section.dtype)
+    files, config = weight_files(source, section.revision), engine.module.peft_config["default"]
+    updates = _updates(gathered)
+    if updates.keys() <= set(files):
+        write_sharded(merge(files, updates, config.lora_alpha / config.r, dtype), folder)
+    else:
+        _save_merged_whole(engine.module, gathered, source, section, folder)
+    _describe(model, files.folder, dtype, folder, tokenizer)
+
+
+def _updates(gathered: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Names of the adapted weights, as the model without its adapter calls them -> (A, B)."""
+    prefix, first, second = "base_model.model.", ".lora_A.default.weight", ".lora_B.default.weight"
+    modules = [name.removesuffix(first) for name in gathered if name.endswith(first)]
+    assert 2 * len(modules) == len(gathered), "an adapter holds A and B of every module, and nothing else"
+    return {f"{name.removeprefix(prefix)}.weight": (gathered[name + first], gathered[name + second]) for name in modules}
+
+
+def _save_merged_whole(module: nn.Module, gathered: dict[str, torch.Tensor], source: str, section: ModelSection, folder: Path) -> None:
+    warnings.warn(f"{source} is merged whole on rank 0, because its files give the weights other names than the model", stacklevel=3)
+    adapter = folder.with_name(f".{folder.name}.adapter")
+    _write_adapter(module, gathered, source, adapter)
+    whole = load_adapter(load_model(source, torch.float32, section.attention, section.revision), adapter).merge_and_unload()
+    whole.to(resolve_dtype(section.dtype)).save_pretrained(folder)
+    shutil.rmtree(adapter)
+
+
+def save_model(engine: Engine, source: str, section: ModelSection, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the model all of whose weights were trained, starting from `source`, as a model folder in model.dtype.
+
+    Tied weights are written once, as transformers does.
+    """
+    dtype = resolve_dtype(section.dtype)
+    tensors = ((name, tensor.to(dtype)) for name, tensor in engine.gathered(engine.weights()))
+    if engine.rank != 0:
+        deque(tensors, maxlen=0)
+        return
+    files = weight_files(source, section.revision)
+    buffers = _persistent_buffers(engine.module)
+    if {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad} <= set(files):
+        write_sharded(_chained(tensors, buffers), folder)
+    else:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        warnings.warn(f"the trained model is gathered whole on rank 0, because the files of {source} name its weights otherwise", stacklevel=2)
+        write_sharded(revert_weight_conversion(engine.module, {**dict(tensors), **buffers}).items(), folder)
+    _describe(engine.module, files.folder, dtype, folder, tokenizer)
+
+
+def _chained(tensors: Iterator[tuple[str, torch.Tensor]], buffers: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from tensors
+    yield from buffers.items()
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to a checkpoint. No engine shards them."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
+        for prefix, owner in module.named_modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if name not in owner._non_persistent_buffers_set
+    }
+
+
+def _describe(model: Any, source: Path, dtype: torch.dtype, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What from_pretrained needs beside the weights."""
+    config = copy.deepcopy(model.config)
+    config.use_cache, config.dtype = True, dtype
+    config.architectures = [next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))]
+    config.save_pretrained(folder)
+    if (source / "generation_config.json").is_file():
+        shutil.copy(source / "generation_config.json", folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,138 @@
+"""Frozen weights in 4 bits (bitsandbytes' nf4), in a form that every engine can shard, for LoRA on top of them (QLoRA).
+
+    quantise(model, sources)       # every linear layer but the head; sources: see pipeline/weights.py
+
+bitsandbytes' own Linear4bit is not used, only its number format and kernels. Four traps of it do not exist here:
+- a forward pass in eval mode repacks the weights on CPUs with AVX512_BF16, and later backward passes give no gradient to the input;
+- it keeps a view of the gathered weight for the backward pass: under ZeRO-3 the whole model would stay gathered;
+- its kernel for CPUs (0.50.2) takes wrong scales where rows are of 32 or 96 weights: of every odd multiple of 32;
+- its scales (absmax) hang on a Parameter subclass that FSDP2 replaces by plain tensors, and are whole on every rank.
+Here codes and scales are two ordinary frozen parameters. Both are cut as any other, and a rank quantises only the blocks that it keeps:
+a block of 64 weights knows nothing of its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pipeline.weights import Source, Sources, placeholder, tensor_source
+
+BLOCK = 64  # weights that share a scale; bitsandbytes' default
+_CHUNK = BLOCK * 2**12  # weights quantised at a time: some 6 MB of temporaries
+
+
+class Nf4Linear(nn.Linear):
+    """A linear layer with a frozen weight of (out, in) in 4 bits.
+
+    weight: uint8 (ceil(out * in / 2),), two codes a byte, the first in the high bits. absmax: float32 (ceil(out * in / 64),).
+    An nn.Linear, so that PEFT adapts it as one.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        """linear: the layer it replaces (its bias is kept). dtype: what the weight is multiplied in."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, dtype
+        numel = self.in_features * self.out_features
+        self.weight = placeholder([-(-numel // 2)], torch.uint8)
+        self.absmax = placeholder([-(-numel // BLOCK)], torch.float32)
+        self.bias = linear.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _Product.apply(input, self.weight, self.absmax, self.bias, (self.out_features, self.in_features), self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, nf4"
+
+
+class _Product(torch.autograd.Function):
+    """x W' + b with W dequantised anew in the backward pass: no float copy of the weight outlives a pass."""
+
+    @staticmethod
+    def forward(ctx, x, codes, absmax, bias, shape, dtype):
+        # The parameters themselves, not views: the engines free and gather them in between.
+        ctx.save_for_backward(codes, absmax)
+        ctx.shape, ctx.dtype = shape, dtype
+        return nn.functional.linear(x, dequantised(codes, absmax, shape, dtype).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        codes, absmax = ctx.saved_tensors
+        assert not ctx.needs_input_grad[3], "the bias of a quantised layer is frozen"
+        weight = dequantised(codes, absmax, ctx.shape, ctx.dtype).to(gradient.dtype)
+        return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None, None, None
+
+
+def dequantised(codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The weight that codes and scales stand for: `shape`, in `dtype`."""
+    import bitsandbytes  # noqa: F401  registers the operators
+
+    numel = math.prod(shape)
+    assert codes.numel() == -(-numel // 2) and absmax.numel() == -(-numel // BLOCK), "a quantised weight is not whole here: it was not gathered"
+    # Flat and of even length: the kernel for CPUs is wrong for some lengths of rows, and takes no odd ones.
+    flat = torch.ops.bitsandbytes.dequantize_4bit.default(codes, absmax, BLOCK, "nf4", [numel + numel % 2], dtype)
+    return flat.view(-1)[:numel].view(shape)
+
+
+def quantise(model: nn.Module, sources: Sources) -> None:
+    """Replace every linear layer but the head by an Nf4Linear without memory; `sources` then holds what fills them, in the old order.
+
+    Weights that are in memory are quantised from there. See `check_quantisable` for models that are not accepted.
+    """
+    head = model.get_output_embeddings()
+    parts: dict[nn.Parameter, Sources] = {}
+    for owner in list(model.modules()):
+        for name, linear in list(owner.named_children()):
+            if not isinstance(linear, nn.Linear) or linear is head:
+                continue
+            layer = Nf4Linear(linear, linear.weight.dtype)
+            source = sources.get(linear.weight) or tensor_source(linear.weight.detach())
+            numel = linear.weight.numel()
+            parts[linear.weight] = {layer.weight: _blockwise(source, numel, 2, _codes), layer.absmax: _blockwise(source, numel, BLOCK, _scales)}
+            setattr(owner, name, layer)
+    old = list(sources.items())
+    sources.clear()
+    for parameter, source in old:
+        sources.update(parts.pop(parameter, {parameter: source}))
+    for left in parts.values():
+        sources.update(left)
+
+
+def check_quantisable(model: nn.Module, path: str) -> None:
+    """ValueError for a model whose weights nf4 would not reach, or that are quantised already."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"model.quantization nf4 needs unquantised weights, but those of {path} are quantised: give the original model")
+    stacked = next((name for name, parameter in model.named_parameters() if parameter.ndim > 2), None)
+    if stacked:
+        raise ValueError(f"model.quantization nf4 reaches linear layers only, and {path} keeps experts in one tensor ({stacked}): set it to none")
+
+
+def _blockwise(source: Source, numel: int, per: int, values: Callable[[torch.Tensor], torch.Tensor]) -> Source:
+    """Elements start..stop of what `values` makes of whole blocks of weights, `per` weights an element."""
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        if stop <= start:
+            return torch.empty(0)
+        first, last = start * per // BLOCK * BLOCK, min(-(-stop * per // BLOCK) * BLOCK, numel)
+        parts = [values(source(low, min(low + _CHUNK, last))) for low in range(first, last, _CHUNK)]
+        return torch.cat(parts)[start - first // per : stop - first // per]
+
+    return read
+
+
+def _codes(weights: torch.Tensor) -> torch.Tensor:
+    return _quantised(weights)[0].view(-1)
+
+
+def _scales(weights: torch.Tensor) -> torch.Tensor:
+    return _quantised(weights)[1]
+
+
+def _quantised(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8) and scales (float32) of whole blocks, or of blocks up to the tensor's end."""
+    import bitsandbytes  # noqa: F401  registers the operators
+
+    return torch.ops.bitsandbytes.quantize_4bit.default(weights.contiguous(), BLOCK, "nf4", torch.uint8)

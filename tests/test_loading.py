@@ -1,0 +1,160 @@
+"""Streamed loading gives the model that from_pretrained gives, and no rank ever holds more than its part."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.loading import load_whole, open_model
+from pipeline.models import load_model, make_trainable
+from pipeline.recipe import LoraSection, ModelSection, TrainSection
+from pipeline.weights import fill
+from tests import measure_loading
+from tests.tiny import FAMILIES, family_model
+
+
+def saved(folder: Path, family: str = "llama", tied: bool = True) -> str:
+    family_model(family, tied).save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    return str(folder)
+
+
+def section(location: str, dtype: torch.dtype = torch.float32, **changes) -> ModelSection:
+    return ModelSection(path=location, dtype=str(dtype).removeprefix("torch."), **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_streamed_model_is_the_loaded_one(tmp_path, family, tied, dtype):
+    location = saved(tmp_path, family, tied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model, sources = open_model(section(location, dtype), location, sharded=True)
+    assert set(sources) == set(model.parameters()) and all(p.untyped_storage().nbytes() <= 4 for p in sources)
+    expected = load_model(location, dtype)
+    fill(sources)
+    assert type(model) is type(expected) and model.training and not model.config.use_cache
+    for found, wanted in ((model.named_parameters(), expected.named_parameters()), (model.named_buffers(), expected.named_buffers())):
+        found, wanted = dict(found), dict(wanted)
+        assert found.keys() == wanted.keys()
+        assert all(found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]) for name in wanted)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_seeds_adapter_has_the_same_bits_however_the_model_is_loaded(tmp_path, dtype):
+    location = saved(tmp_path)
+    train = TrainSection(engine="fsdp2", steps=1, lora=LoraSection(r=5, target_modules=["q_proj", "down_proj"]))
+
+    def adapter(model) -> dict[str, torch.Tensor]:
+        return {name: p for name, p in make_trainable(model, train, seed=3).named_parameters() if p.requires_grad}
+
+    streamed, loaded = adapter(open_model(section(location, dtype), location, sharded=True)[0]), adapter(load_model(location, dtype))
+    assert streamed.keys() == loaded.keys() and all(torch.equal(streamed[name], loaded[name]) for name in loaded)
+    assert all(p.is_contiguous() and p.dtype == torch.float32 for p in streamed.values())
+
+
+def rename(folder: Path) -> None:
+    """An old name that transformers renames while it loads."""
+    for path in folder.glob("*.safetensors"):
+        state = load_file(path)
+        save_file({name.replace("model.norm.weight", "model.norm.gamma"): t for name, t in state.items()}, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model.norm.weight", "model.norm.gamma"))
+
+
+def store_both(folder: Path) -> None:
+    path = next(path for path in folder.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(path))
+    state = load_file(path)
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"weight_map": {', f'"weight_map": {{"lm_head.weight": "{path.name}",'))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(rename, "its files hold no model.norm.weight"), (store_both, "its files hold both of the tied")], ids=["renamed", "both"]
+)
+def test_what_transformers_converts_is_loaded_whole_with_a_warning(tmp_path, change, reason):
+    location = saved(tmp_path)
+    expected = load_model(location, torch.float32).state_dict()
+    change(tmp_path)
+    with pytest.warns(UserWarning, match=f"{location} is loaded whole on every rank, because {reason}"):
+        model, sources = open_model(section(location), location, sharded=True)
+    assert not sources and all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_persistent_buffer_comes_from_the_files(tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    class WithBuffer(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("scale", torch.ones(3))
+
+    location = saved(tmp_path)
+    path = next(tmp_path.glob("*.safetensors"))
+    save_file({**load_file(path), "scale": torch.tensor([1.0, 2.0, 3.0])}, path, metadata={"format": "pt"})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"weight_map": {', f'"weight_map": {{"scale": "{path.name}",'))
+    monkeypatch.setattr("pipeline.loading.AutoModelForCausalLM.from_config", lambda config, dtype, **_: WithBuffer._from_config(config, dtype=dtype))
+    model, sources = open_model(section(location), location, sharded=True)
+    assert sources and model.scale.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_quantised_models_are_whole_and_alike_by_either_way(tmp_path):
+    """From slices of the files, or, where they cannot be streamed, from the model in memory."""
+    location = saved(tmp_path, "qwen2")
+    streamed = load_whole(section(location, torch.bfloat16, quantization="nf4"), location)
+    store_both(tmp_path)
+    with pytest.warns(UserWarning, match="is loaded whole"):
+        loaded = load_whole(section(location, torch.bfloat16, quantization="nf4"), location)
+    found, expected = streamed.state_dict(), loaded.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert streamed.generation_config.eos_token_id == loaded.generation_config.eos_token_id
+    ids = torch.arange(6).view(1, 6)
+    assert torch.equal(streamed(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize("location", ["no/such-model", "/nowhere"])
+def test_what_cannot_be_had_is_one_sentence(location, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=rf"model.path '{location}' cannot be had") as caught:
+        open_model(section(location), location, sharded=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> tuple[Path, int]:
+    """A model of some 190 MB in files of 40 MB, and the size of the largest."""
+    folder = tmp_path_factory.mktemp("large")
+    measure_loading.in_own_process(measure_loading.make_model, folder / "small", 64, 2, 10**9)
+    measure_loading.in_own_process(measure_loading.make_model, folder / "model", 768, 4, 40 * 10**6)
+    files = list((folder / "model").glob("*.safetensors"))
+    assert len(files) > 3
+    return folder, max(path.stat().st_size for path in files)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_host_memory_stays_below_the_shards_and_one_file(large, engine, tmp_path):
+    folder, file_bytes = large
+    common = {"location": str(folder / "model"), "adapter": "lora"}
+    cases = [
+        {**common, "streamed": True, "quantization": "none"},
+        {**common, "streamed": True, "quantization": "nf4"},
+        {**common, "streamed": False, "quantization": "none"},
+    ]
+    streamed, nf4, whole = measure_loading.measure(engine, folder / "small", cases, tmp_path / "rows.json")
+    weights = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
+    assert streamed["shards"] == pytest.approx(weights, rel=0.01), "every weight once, in float32"
+    for row in (streamed, nf4):
+        assert row["anonymous"] < row["shards"] + file_bytes and row["mapped"] < file_bytes + 10 * 2**20
+    # Layers take 4 bits and a 64th of a float32 instead of 32 bits; embeddings and head stay as they are.
+    full = 2 * 8192 * 768 * 4
+    assert nf4["shards"] == pytest.approx(full + (weights - full) * (0.5 + 4 / 64) / 4, rel=0.01)
+    assert whole["anonymous"] > streamed["anonymous"] + weights / 2, "the control: what loading whole takes is seen"
