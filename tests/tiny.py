@@ -6,7 +6,15 @@ import random
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from pipeline.data.batches import BatchOrder, micro_batches, pair_batches
 from pipeline.models import add_lora
@@ -36,21 +44,48 @@ def tiny_lora(dtype: torch.dtype = torch.float32, dropout: float = 0.0, warm: bo
     return model.train()
 
 
-def tiny_rows(count: int = 40, seed: int = 0) -> list[dict]:
-    """Token rows of unequal length with unequal numbers of supervised tokens."""
+# What each family adds to a plain decoder. Hidden size, vocabulary and LoRA's rank divide by neither 2 nor 3, so that shards are padded.
+FAMILIES = {
+    # Grouped queries: five heads share a key.
+    "llama": (LlamaForCausalLM, LlamaConfig, {"num_attention_heads": 35, "num_key_value_heads": 7, "head_dim": 2}),
+    # Biases of queries, keys and values: one-dimensional weights.
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 14}),
+    # Scaled embeddings, norms after the blocks and of queries and keys, three layers of four with a sliding window.
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10, "sliding_window": 6, "query_pre_attn_scalar": 10},
+    ),
+}
+FAMILY_HIDDEN, FAMILY_RANK = 35, 5
+
+
+def family_model(family: str, tied: bool, seed: int = 0) -> PreTrainedModel:
+    """A random model of one of FAMILIES, embeddings tied to the head or not."""
+    torch.manual_seed(seed)
+    model_class, config_class, own = FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCABULARY, hidden_size=FAMILY_HIDDEN, intermediate_size=53, num_hidden_layers=LAYERS, max_position_embeddings=128,
+        tie_word_embeddings=tied, initializer_range=0.2, pad_token_id=0, **own,
+    )  # fmt: skip
+    return model_class(config).train()
+
+
+def tiny_rows(count: int = 40, seed: int = 0, equal: bool = False) -> list[dict]:
+    """Token rows of unequal length with unequal numbers of supervised tokens; equal: all of one length and number."""
     rng = random.Random(seed)
 
     def row() -> dict:
-        length = rng.randint(5, 14)
-        masked = rng.randint(1, length - 2)
+        length = 9 if equal else rng.randint(5, 14)
+        masked = 4 if equal else rng.randint(1, length - 2)
         ids = [rng.randrange(VOCABULARY) for _ in range(length)]
         return {"input_ids": ids, "labels": [-100] * masked + ids[masked:]}
 
     return [row() for _ in range(count)]
 
 
-def tiny_pairs(count: int = 16, seed: int = 1) -> list[dict]:
-    rows = tiny_rows(2 * count, seed)
+def tiny_pairs(count: int = 16, seed: int = 1, equal: bool = False) -> list[dict]:
+    rows = tiny_rows(2 * count, seed, equal)
     chosen, rejected = rows[:count], rows[count:]
     return [
         {f"chosen_{k}": v for k, v in a.items()} | {f"rejected_{k}": v for k, v in b.items()} for a, b in zip(chosen, rejected, strict=True)
@@ -58,14 +93,19 @@ def tiny_pairs(count: int = 16, seed: int = 1) -> list[dict]:
 
 
 class StepBatches:
-    """Batches of step n for one rank: 8 sequences in micro-batches of 2, 4 pairs in micro-batches of 1."""
+    """Batches of step n for one rank: 8 sequences in micro-batches of 2 where not told otherwise, 4 pairs in micro-batches of 1."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, pairs: list[dict] | None = None):
-        self.rows, self.pair_rows = tiny_rows(), tiny_pairs() if pairs is None else pairs
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, pairs: list[dict] | None = None, rows: list[dict] | None = None,
+        batch_size: int = 8, micro_batch_size: int = 2,
+    ):  # fmt: skip
+        self.rows, self.pair_rows = tiny_rows() if rows is None else rows, tiny_pairs() if pairs is None else pairs
         self.rank, self.world_size = rank, world_size
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
 
     def useful(self, number: int) -> list:
-        return micro_batches(self.rows, BatchOrder(len(self.rows), 8, 0).step(number), 2, self.rank, self.world_size, 0, 0, number)
+        indices = BatchOrder(len(self.rows), self.batch_size, 0).step(number)
+        return micro_batches(self.rows, indices, self.micro_batch_size, self.rank, self.world_size, 0, 0, number)
 
     def pairs(self, number: int) -> list:
         return pair_batches(self.pair_rows, BatchOrder(len(self.pair_rows), 4, 0).step(number), 1, self.rank, self.world_size, 0, 0, number)
