@@ -100,14 +100,19 @@ def resolve_dtype(name: str) -> torch.dtype:
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
     """A causal language model on the CPU, in train mode, with the key-value cache off.
 
-    path: local folder or hub id. Raises ValueError where it cannot be had.
+    path: local folder or hub id. Raises ValueError where it cannot be had, or is not complete.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, use_safetensors=True
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
     except OSError as error:
         raise ValueError(unreachable(path, error)) from None
+    if report["missing_keys"]:
+        raise ValueError(
+            f"model.path '{path}' lacks the weight {min(report['missing_keys'])}, which transformers would draw at random: give a complete model"
+        )
     model.config.use_cache = False
     return model.train()
 

@@ -26,6 +26,8 @@ from tests.project import make_tokenizer
 from tests.tiny import FAMILY_HIDDEN, FAMILY_RANK, StepBatches
 
 LR, STEPS, WORLD = 1e-2, 3, 2
+# Adam divides a gradient that is almost zero by itself: at 1e-8 one such coordinate of 4840 moved by 4e-4 of its size with the order of a sum.
+ADAM_EPS = 1e-3
 LORA = LoraSection(r=FAMILY_RANK, alpha=10, target_modules=["q_proj", "v_proj", "down_proj"])
 SAP = SapSection(enabled=True, probe_step="rms", beta=0.02, noise_every=0, correction_every=0, safety_micro_batch_size=1)
 LOADS = [(adapter, dtype, tied) for adapter in ("lora", "full") for dtype in ("float32", "bfloat16") for tied in (True, False)]
@@ -39,7 +41,7 @@ def start(folder: Path, engine: str, adapter: str = "lora", tied: bool = True, c
     artifacts.write_json(config, {"zero_optimization": zero})
     train = TrainSection(
         engine=engine, adapter=adapter, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, lora=LORA, ds_config=config,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing, adam_eps=ADAM_EPS,
     )  # fmt: skip
     model, sources = open_model(ModelSection(path=location, **{"dtype": "float32", **section}), location, sharded=engine != "single")
     return open_engine(make_trainable(model, train, seed=0), train, sources)

@@ -53,6 +53,10 @@ CASES = {
     "missing ds_config": (["--train.ds_config", "nowhere.json"], ["train.ds_config nowhere.json does not exist"]),
     "adapter targets": (["--train.lora.target_modules", "[q_proj, w_proj]"], ["train.lora.target_modules names 'w_proj'", "q_proj"]),
     "adapter targets of align": (["--align.train.lora.target_modules", "[c_attn]"], ["align.train.lora.target_modules names 'c_attn'"]),
+    "4 bits and all weights": (
+        ["--model.quantization", "nf4", "--train.adapter", "full"], ["train.adapter full cannot train weights in 4 bits", "model.quantization to none"]
+    ),
+    "4 bits and all weights of align": (["--model.quantization", "nf4", "--align.train.adapter", "full"], ["align.train.adapter full cannot train"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }
 

@@ -43,8 +43,10 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
         ("--align.train.lr=0.5", ALL - {"prepare"} | {"evaluate aligned"}),
         ("--model.dtype=bfloat16", ALL - {"prepare"} | BASELINES),
         ("--model.attention=eager", ALL - {"prepare"} | BASELINES),
+        ("--model.quantization=nf4", ALL - {"prepare"} | BASELINES),
         ("--sap.eps=0.5", {"train sap", "evaluate sap", "report"}),
         ("--sap.contrastive=logsigmoid", {"direction sft", "direction sap", "train sap", "evaluate sap", "report"}),
+        ("--train.adapter=full", ALL - {"prepare", "align"}),
         ("--train.lr=0.5", {"train sft", "train sap", "evaluate sft", "evaluate sap", "report"}),
         ("--evaluate.max_new_tokens=9", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
         ("--evaluate.split=validation", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
@@ -56,6 +58,17 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
 )
 def test_a_setting_changes_what_depends_on_it(project, argument, expected):
     assert changed(project, argument) == expected
+
+
+def test_what_is_evaluated_is_what_was_trained(project):
+    """An adapter on the start model, or a model of its own; both belong to the train stage's folder."""
+    for adapter in ("lora", "full"):
+        layout = Layout(recipe.load(project, strict_yaml.parse_overrides([f"--train.adapter={adapter}"])))
+        cell = next(layout.experiment.cells())
+        subject, folder = layout.subject(cell), layout.train(cell)
+        assert subject.trained == folder
+        expected = (layout.start_model(), folder / "adapter") if adapter == "lora" else (str(folder / "model"), None)
+        assert (subject.model, subject.adapter) == expected
 
 
 def test_the_resolved_dtype_counts_and_not_the_word_auto(project, monkeypatch):
