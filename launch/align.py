@@ -12,9 +12,11 @@ def main() -> None:
     _, experiment = entry.arguments(__doc__)
 
     from pipeline import stages
+    from pipeline.sharding.launch import leave
 
     stages.check(experiment, "align")
     stages.align(experiment)
+    leave()
 
 
 if __name__ == "__main__":

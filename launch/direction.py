@@ -13,9 +13,11 @@ def main() -> None:
     cell = entry.choose_cell(experiment, options.method, options.seed)
 
     from pipeline import stages
+    from pipeline.sharding.launch import leave
 
     stages.check(experiment, cell)
     stages.direction(experiment, cell)
+    leave()
 
 
 if __name__ == "__main__":

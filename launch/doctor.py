@@ -20,11 +20,10 @@ def main() -> int:
     if own.json is not None and not own.json.absolute().parent.is_dir():
         raise ValueError(f"--json {own.json}: its folder does not exist")
 
-    import torch
-
     from pipeline import artifacts
     from pipeline.doctor.case import choose_cell, open_case
     from pipeline.doctor.checks import diagnose
+    from pipeline.sharding.launch import leave
 
     case = open_case(experiment, choose_cell(experiment, options.method, options.seed))
     report = diagnose(case.engine, case.probe, case.sap, case.useful, case.pairs, case.facts)
@@ -32,9 +31,8 @@ def main() -> int:
         print(report.table(), flush=True)
         if own.json is not None:
             artifacts.write_json(own.json, report.as_json())
-    if torch.distributed.is_initialized() and report.completed:
-        torch.distributed.barrier()  # a rank that leaves first may abort the others' communication threads, and with them the exit code
-        torch.distributed.destroy_process_group()
+    if report.completed:
+        leave()
     return report.exit_code
 
 

@@ -117,7 +117,7 @@ def align(experiment: Experiment) -> bool:
     rows = complete_answers(
         lambda: load_whole(base.model, source).to(device()), tokenizer, read_rows(layout.prepare(), "align"), base, answered
     )
-    engine = _engine(base.model, source, base.align.train, seed=0)
+    engine = start_engine(base.model, source, base.align.train, seed=0)
     data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
         loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align")
@@ -283,10 +283,11 @@ def _open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
     init_distributed(train_section)
     _claim(target)
     tokenizer = load_tokenizer(base.model)
-    return _engine(base.model, layout.start_model(), train_section, cell.seed), tokenizer
+    return start_engine(base.model, layout.start_model(), train_section, cell.seed), tokenizer
 
 
-def _engine(section: ModelSection, location: str, train_section: TrainSection, seed: int) -> Engine:
+def start_engine(section: ModelSection, location: str, train_section: TrainSection, seed: int) -> Engine:
+    """The engine of a training that starts from the model at `location`; adapter and dropout are drawn from `seed`."""
     model, sources = open_model(section, location, sharded=train_section.engine != "single")
     return open_engine(make_trainable(model, train_section, seed), train_section, sources)
 

@@ -63,7 +63,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     aligned = base.align.enabled and artifacts.complete(layout.align())
     source = layout.start_model() if aligned else resolve_model_path(base.model)
     dtype = resolve_dtype(base.model.dtype)
-    engine = stages._engine(base.model, source, train, cell.seed)
+    engine = stages.start_engine(base.model, source, train, cell.seed)
     silenced = _silence_dropout(engine.module)
     layers = decoder_layers(engine.module)
     config = engine.module.config.get_text_config()

@@ -67,6 +67,13 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
 
 
+def leave() -> None:
+    """Leave the process group together: a rank that is gone first may abort the others' communication threads, and with them the exit code."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None = None) -> Engine:
     """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before.
 
