@@ -79,10 +79,10 @@ def _skeleton(location: str, dtype: torch.dtype, attention: str, revision: str |
     for name, buffer in model.state_dict().items():
         if not buffer.is_meta:
             buffer.copy_(files[name])
-    return model.train(), _placeholders(model, files, dtype)
+    return model.train(), _placeholders(model, files)
 
 
-def _placeholders(model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype) -> Sources:
+def _placeholders(model: PreTrainedModel, files: WeightFiles) -> Sources:
     """Put a placeholder in every parameter's places (two where weights are tied); sources in the files' order."""
     places: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
     for prefix, owner in model.named_modules():
@@ -95,7 +95,7 @@ def _placeholders(model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype
         for _, owner, name in held:
             owner._parameters[name] = new
         by_name[next(full for full, _, _ in held if full in files)] = new
-    return {by_name[name]: file_source(files, name, dtype) for name in files if name in by_name}
+    return {by_name[name]: file_source(files, name) for name in files if name in by_name}
 
 
 def _differs(model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype) -> str | None:

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 MAX_FILE_BYTES = 5 * 10**9  # transformers' own default
+_CHUNK = 2**20  # elements read at a time
 
 Source = Callable[[int, int], torch.Tensor]
-"""Elements start..stop of a parameter's flattened value, in the parameter's dtype."""
+"""Elements start..stop of a parameter's flattened value, in any dtype: `read` casts them to the parameter's."""
 Sources = dict[nn.Parameter, Source]
 """Where parameters without memory get their values, in the order in which the files hold them."""
 
@@ -92,9 +93,9 @@ def _names(file: Path) -> list[str]:
         return sorted(opened.keys())
 
 
-def file_source(files: WeightFiles, name: str, dtype: torch.dtype) -> Source:
-    """A tensor of the files as a source of values in `dtype`."""
-    return lambda start, stop: files.flat(name, start, stop).to(dtype)
+def file_source(files: WeightFiles, name: str) -> Source:
+    """A tensor of the files as a source."""
+    return lambda start, stop: files.flat(name, start, stop)
 
 
 def tensor_source(tensor: torch.Tensor) -> Source:
@@ -107,11 +108,20 @@ def placeholder(shape: Iterable[int], dtype: torch.dtype, requires_grad: bool = 
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(*shape), requires_grad=requires_grad)
 
 
+def read(source: Source, start: int, target: torch.Tensor, dtype: torch.dtype) -> None:
+    """Fill the flat `target` with a source's elements from `start` on, rounded to `dtype`; some at a time, so that no copy in between is large."""
+    for low in range(0, target.numel(), _CHUNK):
+        part = target[low : low + _CHUNK]
+        value = source(start + low, start + low + part.numel())
+        # copy_ casts without a temporary tensor; a float32 master of bfloat16 weights is rounded first.
+        part.copy_(value if part.dtype == dtype else value.to(dtype))
+
+
 def fill(sources: Sources) -> None:
     """Give every placeholder its whole value: for a process that holds the whole model."""
     for parameter, source in sources.items():
         value = torch.empty(parameter.shape, dtype=parameter.dtype)
-        value.view(-1).copy_(source(0, parameter.numel()))
+        read(source, 0, value.view(-1), parameter.dtype)
         parameter.data = value
 
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard as RowShard
 
 from pipeline.sharding.engine import Engine, LossFunction, Shard, clip_factor, stacked_gradients
-from pipeline.weights import Source, Sources
+from pipeline.weights import Source, Sources, read
 
 Places = list[tuple[nn.Module, str]]
 
@@ -52,8 +52,8 @@ class Fsdp2Engine(Engine):
             sharded = fully_shard(block, mesh=self.mesh, mp_policy=policy)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
-        for places, source in waiting:
-            self._read(places, source)
+        for places, source, held in waiting:
+            self._read(places, source, held)
         self.module = module.to(device).train()
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
@@ -159,14 +159,14 @@ class Fsdp2Engine(Engine):
             total += loss.detach().double()
         return self.sum_over_ranks(total).item()
 
-    def _read(self, places: Places, source: Source) -> None:
-        """Put this rank's rows of a parameter, read from its source, where the sharded one without memory is."""
+    def _read(self, places: Places, source: Source, dtype: torch.dtype) -> None:
+        """Put this rank's rows of a parameter of `dtype`, read from its source, where the sharded one without memory is."""
         owner, name = places[0]
         p = owner._parameters[name]
         local = torch.empty(p.to_local().shape, dtype=p.dtype, device=self.device)
         row = p.numel() // p.shape[0]
         start = min(-(-p.shape[0] // self.world_size) * self.rank, p.shape[0]) * row
-        local.view(-1).copy_(source(start, start + local.numel()))
+        read(source, start, local.view(-1), dtype)
         whole = DTensor.from_local(local, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride())
         new = nn.Parameter(whole, requires_grad=p.requires_grad)
         for owner, name in places:
@@ -189,8 +189,8 @@ class Fsdp2Engine(Engine):
         return distribute_tensor(whole.to(self.device), self.mesh, [RowShard(0)], src_data_rank=None).to_local()
 
 
-def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source]]:
-    """Replace placeholders by meta parameters, which fully_shard cuts without moving anything; returns where they are, and their sources."""
+def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, torch.dtype]]:
+    """Replace placeholders by meta parameters, which fully_shard cuts without moving anything; returns where they are, sources and dtypes."""
     found: dict[nn.Parameter, Places] = {parameter: [] for parameter in sources}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
@@ -200,4 +200,4 @@ def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source]]
         empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=parameter.requires_grad)
         for owner, name in places:
             owner._parameters[name] = empty
-    return [(found[parameter], source) for parameter, source in sources.items()]
+    return [(found[parameter], source, parameter.dtype) for parameter, source in sources.items()]

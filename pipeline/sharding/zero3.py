@@ -30,7 +30,7 @@ from torch import nn
 
 from pipeline.recipe import TrainSection
 from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
-from pipeline.weights import Sources, fill
+from pipeline.weights import Sources, fill, read
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, cut as the weights are
 
@@ -226,7 +226,7 @@ def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) ->
         start = init._partition_rank(parameter) * size
         valid = max(min(start + size, parameter.ds_numel) - start, 0)
         shard = torch.zeros(size, dtype=parameter.dtype, device=init.local_device if parameter.ds_persist else init.remote_device)
-        shard[:valid].copy_(source(start, start + valid))
+        read(source, start, shard[:valid], parameter.dtype)
         shard = shard.pin_memory() if init.pin_memory and shard.device.type == "cpu" else shard
         shard.ds_numel, shard.status, shard.final_location = size, PartitionedParamStatus.AVAILABLE, None
         parameter.ds_tensor, parameter.ds_numel_aligned = shard, init._aligned_size(parameter)
