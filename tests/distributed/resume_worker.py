@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -46,19 +45,15 @@ def go_on(engine: Engine, schedule: str, root: Path, save: bool) -> dict:
     return {"done": done, "ages": ages, "weights": engine.gather(engine.weights())}
 
 
-def main(rank: int, world_size: int, port: int, folder: str, save: bool) -> None:
-    """Entry of one rank (torch.multiprocessing.spawn)."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in environment.items()}
-    torch.set_num_threads(1)
-    shared = Path(folder)
-    init_distributed(train_section(shared, "zero3", 0))
+def main(rank: int, folder: Path, world_size: int, save: bool) -> None:
+    """What one rank does (tests.distributed.ranks)."""
+    init_distributed(train_section(folder, "zero3", 0))
     results = {}
     for case in CASES:
         engine, adapter, schedule = case
-        root = shared / name_of(case)
+        root = folder / name_of(case)
         if save:
-            results[f"{name_of(case)}-straight"] = go_on(open_case(shared, engine, adapter), schedule, root, save=True)
-        results[name_of(case)] = go_on(open_case(shared, engine, adapter), schedule, root, save=False)
+            results[f"{name_of(case)}-straight"] = go_on(open_case(folder, engine, adapter), schedule, root, save=True)
+        results[name_of(case)] = go_on(open_case(folder, engine, adapter), schedule, root, save=False)
     if rank == 0:
-        torch.save(results, shared / f"found-{world_size}{'-save' if save else ''}.pt")
+        torch.save(results, folder / f"found-{world_size}{'-save' if save else ''}.pt")

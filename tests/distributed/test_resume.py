@@ -1,11 +1,10 @@
 """A run goes on from its checkpoint: bit for bit at the same number of ranks, within float32 parity at another (ZeRO-3, FSDP2)."""
 
-import socket
-
 import pytest
 import torch
 
 from tests.distributed import resume_worker
+from tests.distributed.ranks import spawn
 from tests.distributed.resume_worker import CASES, SAVED, STEPS, name_of
 from tests.tiny import tiny_lora, tiny_model
 
@@ -15,14 +14,11 @@ TOLERANCE = {"lora": 1e-5, "full": 1e-4}  # shares of the whole update, as in do
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """Findings of two ranks, which save, and of three and one, which go on from what those saved."""
-    folder = str(tmp_path_factory.mktemp("resume"))
+    folder = tmp_path_factory.mktemp("resume")
     results = {}
     for world_size, save in ((2, True), (3, False), (1, False)):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        torch.multiprocessing.spawn(resume_worker.main, args=(world_size, port, folder, save), nprocs=world_size)
-        results[world_size] = torch.load(f"{folder}/found-{world_size}{'-save' if save else ''}.pt", weights_only=True)
+        spawn(world_size, resume_worker.main, folder, world_size, save)
+        results[world_size] = torch.load(folder / f"found-{world_size}{'-save' if save else ''}.pt", weights_only=True)
     return results
 
 

@@ -1,8 +1,8 @@
-"""What two ZeRO-3 ranks do for the tests; results go to the parent as one dictionary of rank 0's (and some rank-wise) findings."""
+"""What two ranks do for tests/distributed/test_sharded.py; each kind of finding goes to the parent as one file of rank 0's."""
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +15,12 @@ from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
 from pipeline.sharding.engine import Engine
+from pipeline.sharding.fsdp2 import Fsdp2Engine
 from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training.plain import PlainStep
-from tests.tiny import HIDDEN, StepBatches, tiny_lora
+from tests.tiny import HIDDEN, StepBatches, tiny_lora, tiny_model
 
-LR, STEPS, WORLD = 1e-2, 5, 2
+LR, STEPS = 1e-2, 5
 SAP = {
     "enabled": True,
     "probe_step": "rms",
@@ -31,21 +32,17 @@ SAP = {
 }
 
 
-def train_section(folder: Path, engine: str, persistence: int) -> TrainSection:
-    path = folder / f"ds-{persistence}.json"
+def train_section(folder: Path, engine: str, persistence: int, offload: bool = False) -> TrainSection:
+    path = folder / f"ds-{persistence}-{offload}.json"
     zero = {
         "stage": 3, "overlap_comm": False, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 1_000,
         "stage3_param_persistence_threshold": persistence, "stage3_max_reuse_distance": persistence,
     }  # fmt: skip
-    artifacts.write_json(path, {"zero_optimization": zero})  # atomically: both ranks write it, and read it at once
+    config = {"zero_optimization": zero}
+    if offload:
+        config = {"zero_optimization": {**zero, "offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
+    artifacts.write_json(path, config)  # atomically: both ranks write it, and read it at once
     return TrainSection(engine=engine, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, ds_config=path)
-
-
-def open_tiny(folder: Path, engine: str = "zero3", persistence: int = 0, checkpointing: bool = False, dropout: float = 0.1) -> Engine:
-    model = tiny_lora(dropout=dropout)
-    if checkpointing:
-        enable_checkpointing(model)
-    return open_engine(model, train_section(folder, engine, persistence))
 
 
 def make_step(engine: Engine, schedule: str | None) -> SapStep | PlainStep:
@@ -66,44 +63,72 @@ def run_steps(engine: Engine, step: SapStep | PlainStep, steps: int = STEPS) -> 
     return engine.gather(engine.weights())
 
 
-def parity(folder: Path) -> dict:
-    """Weights after five steps, for every schedule, with gathered copies kept or not."""
+@dataclass(frozen=True)
+class Setting:
+    """persistence: ZeRO-3's threshold and reuse distance, whether gathered copies outlive a pass. offload: of its optimizer."""
+
+    engine: str
+    persistence: int = 0
+    offload: bool = False
+    adapter: str = "lora"
+
+
+SETTINGS = {
+    "zero3-0": Setting("zero3"),
+    "zero3-1000000": Setting("zero3", persistence=10**6),
+    "zero3-offload": Setting("zero3", offload=True),
+    "zero3-full": Setting("zero3", persistence=10**6, adapter="full"),
+    "fsdp2": Setting("fsdp2"),
+    "fsdp2-full": Setting("fsdp2", adapter="full"),
+}
+
+
+def open_setting(folder: Path, name: str, checkpointing: bool = False) -> Engine:
+    setting = SETTINGS[name]
+    model = tiny_lora(dropout=0.1) if setting.adapter == "lora" else tiny_model().train()
+    if checkpointing:
+        enable_checkpointing(model)
+    return open_engine(model, train_section(folder, setting.engine, setting.persistence, setting.offload))
+
+
+def stored(engine: Engine) -> list[torch.Tensor]:
+    """Everything of the weights that this rank keeps: views, not copies."""
+    return engine._locals() if isinstance(engine, Fsdp2Engine) else [*engine._compute_shards(), *engine._masters()]
+
+
+def parity(folder: Path, name: str) -> dict:
+    """Weights after five steps, for either schedule; with dropout, with and without recomputation."""
     results = {}
     for schedule in ("exact", "lagged"):
-        for persistence in (0, 10**6):
-            engine = open_tiny(folder, persistence=persistence, checkpointing=persistence == 0)
-            results[f"{schedule}-{persistence}"] = run_steps(engine, make_step(engine, schedule))
+        engine = open_setting(folder, name, checkpointing=name != "zero3-1000000")
+        results[schedule] = run_steps(engine, make_step(engine, schedule))
     return results
 
 
-def restore(folder: Path) -> dict:
+def restore(folder: Path, name: str) -> dict:
     """Perturb after warm steps: the loss must move, and every shard must come back bit for bit."""
-    results = {}
-    for persistence in (0, 10**6):
-        engine = open_tiny(folder, persistence=persistence)
-        run_steps(engine, make_step(engine, "exact"), 3)
-        batches = StepBatches(engine.rank, engine.world_size).useful(3)
-        _, g = engine.gradient(useful_loss, batches)
-        before = [*(t.clone() for t in engine._compute_shards()), *(t.clone() for t in engine._masters())]
-        loss = engine.loss(useful_loss, batches)
-        norm, slope = engine.norm(g), None
-        with engine.perturbed(g, 1e-2 / norm):
-            moved = engine.loss(useful_loss, batches)
-            slope = (moved - loss) / (1e-2 * norm)
-        after = [*engine._compute_shards(), *engine._masters()]
-        try:
-            with engine.perturbed(g, 1.0):
-                raise RuntimeError("inside")
-        except RuntimeError:
-            pass
-        again = [*engine._compute_shards(), *engine._masters()]
-        same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, after, again, strict=True))
-        results[str(persistence)] = {
-            "bitwise": not engine.any_rank(not same),
-            "slope": slope,
-            "loss_back": engine.loss(useful_loss, batches) == loss,
-        }
-    return results
+    engine = open_setting(folder, name)
+    run_steps(engine, make_step(engine, "exact"), 3)
+    batches = StepBatches(engine.rank, engine.world_size).useful(3)
+    _, g = engine.gradient(useful_loss, batches)
+    before = [t.clone() for t in stored(engine)]
+    # A forward pass without backward comes first, as validation does: it is what leaves gathered weights behind.
+    loss = engine.loss(useful_loss, batches)
+    norm = engine.norm(g)
+    with engine.perturbed(g, 1e-2 / norm):
+        moved = engine.loss(useful_loss, batches)
+    after = [t.clone() for t in stored(engine)]
+    try:
+        with engine.perturbed(g, 1.0):
+            raise RuntimeError("inside")
+    except RuntimeError:
+        pass
+    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, after, stored(engine), strict=True))
+    return {
+        "bitwise": not engine.any_rank(not same),
+        "slope": (moved - loss) / (1e-2 * norm),
+        "loss_back": engine.loss(useful_loss, batches) == loss,
+    }
 
 
 class SometimesMore(nn.Module):
@@ -120,92 +145,79 @@ class SometimesMore(nn.Module):
         return output
 
 
-def traces(folder: Path) -> dict:
+def counters(engine: Engine) -> tuple[int, int]:
+    """Steps done as the engine and the optimizer count them; no auxiliary pass may move them."""
+    if isinstance(engine, Fsdp2Engine):
+        done = int(max((state["step"].item() for state in engine.optimizer.state.values()), default=0))
+        return done, done
+    return engine.ds.global_steps, engine.ds.micro_steps
+
+
+def clean(engine: Engine) -> bool:
+    """No gradient is left anywhere."""
+    buffered = not isinstance(engine, Fsdp2Engine) and engine.optimizer.grad_partitions_flat_buffer.any()
+    return not buffered and all(p.grad is None for p in engine.module.parameters())
+
+
+def traces(folder: Path, name: str) -> dict:
     """Auxiliary passes between steps must change nothing that a later step can see, also for a parameter that only they use."""
-    results = {}
-    for auxiliary in (False, True):
-        model = SometimesMore(tiny_lora(dropout=0.1))
-        engine = open_engine(model, train_section(folder, "zero3", 0))
-        probe = Probe(decoder_layers(engine.module), [1, 2], HIDDEN)
-        batches = StepBatches(engine.rank, engine.world_size)
-        counters, clean = [], True
-        for number in range(3):
-            if auxiliary:
-                with_more = lambda m, b: useful_loss(lambda **k: m(use_more=True, **k), b)  # noqa: E731
-                _, g = engine.gradient(with_more, batches.useful(number))
-                assert engine.gather(g).get("more.weight", torch.ones(1)).any(), (
-                    "the control: the safety pass does reach the extra parameter"
-                )
-                engine.gradient(safety_loss("difference"), batches.pairs(number))
-                with probe.active(probe.zeros()) as rows, engine.perturbed(g, 1e-3):
-                    engine.probe_gradient(useful_loss, batches.useful(number), rows)
-                clean &= not engine.optimizer.grad_partitions_flat_buffer.any() and all(p.grad is None for p in engine.module.parameters())
-                counters.append((engine.ds.global_steps, engine.ds.micro_steps))
-            engine.forward_backward(useful_loss, batches.useful(number))
-            engine.step(LR)
-        results[str(auxiliary)] = {"weights": engine.gather(engine.weights()), "counters": counters, "clean": clean}
-    return results
+    return {key: _traces(folder, name, auxiliary) for key, auxiliary in (("without", False), ("with", True))}
 
 
-def vectors(folder: Path) -> dict:
-    """gather and shard are inverse; norms ignore the padding, which here is poisoned."""
-    engine = open_tiny(folder)
-    for shards in (engine._compute_shards(), engine._masters()):
-        for shard, mask in zip(shards, engine._padding, strict=True):
-            shard.masked_fill_(mask, float("nan"))
+def _traces(folder: Path, name: str, auxiliary: bool) -> dict:
+    setting = SETTINGS[name]
+    engine = open_engine(SometimesMore(tiny_lora(dropout=0.1)), train_section(folder, setting.engine, setting.persistence, setting.offload))
+    probe = Probe(decoder_layers(engine.module), [1, 2], HIDDEN)
+    batches = StepBatches(engine.rank, engine.world_size)
+    counted, left_clean = [], True
+    for number in range(3):
+        if auxiliary:
+            with_more = lambda m, b: useful_loss(lambda **k: m(use_more=True, **k), b)  # noqa: E731
+            _, g = engine.gradient(with_more, batches.useful(number))
+            reached = engine.gather(g).get("more.weight", torch.ones(1)).any()
+            assert reached, "the control: the safety pass does reach the extra parameter"
+            engine.gradient(safety_loss("difference"), batches.pairs(number))
+            with probe.active(probe.zeros()) as rows, engine.perturbed(g, 1e-3):
+                engine.probe_gradient(useful_loss, batches.useful(number), rows)
+            left_clean &= clean(engine)
+            counted.append(counters(engine))
+        engine.forward_backward(useful_loss, batches.useful(number))
+        engine.step(LR)
+    return {"weights": engine.gather(engine.weights()), "counters": counted, "clean": left_clean}
+
+
+def vectors(folder: Path, name: str) -> dict:
+    """gather and shard are inverse; norms ignore the padding, which here is poisoned (FSDP2 keeps none: its shards are uneven)."""
+    engine = open_setting(folder, name)
+    if isinstance(engine, Fsdp2Engine):
+        missing = sum(-(-p.shape[0] // engine.world_size) - p.to_local().shape[0] for p in engine.parameters)
+    else:
+        for shards in (engine._compute_shards(), engine._masters()):
+            for shard, mask in zip(shards, engine._padding, strict=True):
+                shard.masked_fill_(mask, float("nan"))
+        missing = sum(int(mask.sum()) for mask in engine._padding)
     named = engine.gather(engine.weights())
     shared = [named if engine.rank == 0 else None]
     torch.distributed.broadcast_object_list(shared)
     back = engine.shard(shared[0])
     same = all(torch.equal(a, b) for a, b in zip(back, engine.weights(), strict=True))
-    padding = sum(int(mask.sum()) for mask in engine._padding)
-    total = engine.sum_over_ranks(torch.tensor(float(padding)))
-    return {"named": named, "norm": engine.norm(engine.weights()), "round_trip": not engine.any_rank(not same), "padding": total.item()}
-
-
-def resume(folder: Path) -> dict:
-    """Save after three steps, load into a fresh engine, go on: the bits of six steps in one go."""
-    from pipeline.training import checkpoint
-
-    results = {}
-    for schedule in ("exact", "lagged"):
-        engine = open_tiny(folder)
-        step = make_step(engine, schedule)
-        batches = StepBatches(engine.rank, engine.world_size)
-        root = folder / f"checkpoints-{schedule}"
-        for number in range(6):
-            if number == 3:
-                checkpoint.save(engine, step, root, 3, "same")
-            one_step(engine, step, batches, number)
-        straight = engine.gather(engine.weights())
-        engine = open_tiny(folder)
-        step = make_step(engine, schedule)
-        done = checkpoint.load_latest(engine, step, root, "same")
-        for number in range(done, 6):
-            one_step(engine, step, batches, number)
-        resumed = engine.gather(engine.weights())
-        results[schedule] = {"done": done, "equal": all(torch.equal(straight[name], resumed[name]) for name in straight)}
-    return results
-
-
-CASES = (parity, restore, traces, vectors, resume)
-
-
-def main(rank: int, port: int, folder: str) -> None:
-    """Entry of one rank (torch.multiprocessing.spawn)."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+    return {
+        "named": named,
+        "norm": engine.norm(engine.weights()),
+        "round_trip": not engine.any_rank(not same),
+        "missing": engine.sum_over_ranks(torch.tensor(float(missing))).item(),
     }
-    torch.set_num_threads(1)
-    path = Path(folder) / f"rank{rank}"
-    path.mkdir()
-    init_distributed(train_section(path, "zero3", 0))
-    shared = Path(folder) / "shared"
+
+
+CASES = {case.__name__: case for case in (parity, restore, traces, vectors)}
+
+
+def main(rank: int, folder: Path, wanted: list[tuple[str, str]]) -> None:
+    """What one rank does (tests.distributed.ranks). wanted: names of CASES and SETTINGS."""
+    shared = folder / "shared"
     shared.mkdir(exist_ok=True)
-    results = {case.__name__: case(shared) for case in CASES}
-    if rank == 0:
-        torch.save(results, Path(folder) / "results.pt")
+    init_distributed(train_section(shared, "zero3", 0))
+    for name, setting in wanted:
+        found = CASES[name](shared, setting)
+        if rank == 0:
+            torch.save(found, folder / f"{name}-{setting}.pt")

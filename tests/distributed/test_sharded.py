@@ -1,0 +1,95 @@
+"""ZeRO-3 and FSDP2 on two gloo ranks against the single process, in float32: parity, restore, traces, vectors.
+
+Everything runs in one warm pair of processes (tests/distributed/worker.py), started once; only what the selected tests ask for.
+tests/distributed/equivalence.py has the systematic matrix, test_resume.py what survives a checkpoint.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.sharding.launch import open_engine
+from tests.distributed import worker
+from tests.distributed.ranks import spawn
+from tests.distributed.worker import make_step, run_steps, train_section
+from tests.tiny import tiny_lora
+
+SHARDED = ["zero3-0", "zero3-1000000", "fsdp2"]
+
+
+def finds(name: str, engines: list[str]):
+    """Gives a test the finding worker.CASES[name] of each of the engines, which worker.SETTINGS describes."""
+
+    def mark(test):
+        test.finds = name
+        return pytest.mark.parametrize("engine", engines)(test)
+
+    return mark
+
+
+@pytest.fixture(scope="module")
+def found(request, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("ranks")
+    asking = [item for item in request.session.items if hasattr(getattr(item, "function", None), "finds")]
+    wanted = sorted({(item.function.finds, item.callspec.params["engine"]) for item in asking})
+    spawn(2, worker.main, folder, wanted)
+    return {(name, engine): torch.load(folder / f"{name}-{engine}.pt", weights_only=True) for name, engine in wanted}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> dict:
+    """The specification's weights after the same steps, per schedule; None: plain."""
+    folder = Path(tmp_path_factory.mktemp("single"))
+    result = {}
+    for schedule in ("exact", "lagged", None):
+        engine = open_engine(tiny_lora(dropout=0.1), train_section(folder, "single", 0))
+        result[schedule] = run_steps(engine, make_step(engine, schedule))
+    return result
+
+
+def start() -> dict:
+    return {name: p.detach() for name, p in tiny_lora(dropout=0.1).named_parameters() if p.requires_grad}
+
+
+def distance(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return torch.sqrt(sum((a[name].double() - b[name].double()).square().sum() for name in a)).item()
+
+
+@finds("parity", SHARDED)
+@pytest.mark.parametrize("schedule", ["exact", "lagged"])
+def test_two_ranks_equal_the_single_process(found, single, schedule, engine):
+    update = distance(single[schedule], start())
+    assert distance(found["parity", engine][schedule], single[schedule]) / update < 1e-5
+
+
+@pytest.mark.parametrize("schedule", ["exact", "lagged"])
+def test_leaving_sap_out_would_be_caught(single, schedule):
+    update = distance(single[schedule], start())
+    assert distance(single[None], single[schedule]) / update > 1e-2
+
+
+@finds("restore", [*SHARDED, "zero3-full", "fsdp2-full"])
+def test_perturbation_is_seen_and_undone_bit_for_bit(found, engine):
+    result = found["restore", engine]
+    assert result["bitwise"] and result["loss_back"]
+    assert result["slope"] == pytest.approx(1.0, abs=0.15)  # first order: the loss moves by |g| times the distance
+
+
+@finds("traces", ["zero3-0", "zero3-offload", "fsdp2"])
+def test_auxiliary_passes_leave_no_trace(found, engine):
+    plain, with_passes = found["traces", engine]["without"], found["traces", engine]["with"]
+    assert with_passes["clean"]
+    assert with_passes["counters"] == [(0, 0), (1, 1), (2, 2)]
+    assert distance(plain["weights"], with_passes["weights"]) == 0.0
+
+
+@finds("vectors", ["zero3-0", "fsdp2"])
+def test_vectors_survive_sharding_with_poisoned_padding(found, engine):
+    result, expected = found["vectors", engine], start()
+    assert result["missing"] > 0, "the sizes must not divide, or the test shows nothing"
+    assert result["round_trip"]
+    assert all(torch.equal(result["named"][name], expected[name]) for name in expected)
+    norm = torch.sqrt(sum(t.double().square().sum() for t in expected.values())).item()
+    assert result["norm"] == pytest.approx(norm, rel=1e-12)
