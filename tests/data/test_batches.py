@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pipeline.data.batches import BatchOrder, check_divides, micro_batches, pair_batches
-from pipeline.sap.losses import _token_losses, useful_loss
+from pipeline.sap.losses import safety_loss, useful_loss
 from tests.tiny import tiny_lora, tiny_model, tiny_pairs, tiny_rows
 
 
@@ -69,17 +68,11 @@ def test_what_suffices_is_shared_without_fillers(samples, size, ranks):
     assert sum(len(batch.labels) for batch in useful) == samples and all((batch.labels != -100).any(dim=1).all() for batch in useful)
 
 
-def weighted_logsigmoid(model, batch):
-    """What pipeline/sap/losses.py does to a pair, times its weight."""
-    tokens, rows = _token_losses(model, batch.input_ids, batch.attention_mask, batch.labels)
-    pairs = len(batch.weights)
-    sums = tokens.new_zeros(2 * pairs).index_add(0, rows, tokens)
-    chosen, rejected = (sums / torch.bincount(rows, minlength=2 * pairs).clamp(min=1)).split(pairs)
-    return (-F.logsigmoid(rejected - chosen) * batch.weights).sum() / batch.global_pairs
+FILLED = [(micro_batches, useful_loss), (pair_batches, safety_loss("logsigmoid")), (pair_batches, safety_loss("difference"))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make, loss_fn", [(micro_batches, useful_loss), (pair_batches, weighted_logsigmoid)])
+@pytest.mark.parametrize("make, loss_fn", FILLED)
 def test_a_filler_is_a_differentiable_zero(make, loss_fn, dtype):
     """Its backward runs through every layer, so that its rank takes part in the collectives, and gives exact zeros."""
     rows = tiny_rows(3) if make is micro_batches else tiny_pairs(3)
@@ -92,7 +85,7 @@ def test_a_filler_is_a_differentiable_zero(make, loss_fn, dtype):
         assert all(gradient is not None and not gradient.any() for gradient in gradients), "zeros, not absent and not NaN"
 
 
-@pytest.mark.parametrize("make, loss_fn", [(micro_batches, useful_loss), (pair_batches, weighted_logsigmoid)])
+@pytest.mark.parametrize("make, loss_fn", FILLED)
 def test_the_loss_does_not_depend_on_the_fillers(make, loss_fn):
     rows = tiny_rows(3) if make is micro_batches else tiny_pairs(3)
     model = tiny_model(torch.float64)
