@@ -1,0 +1,269 @@
+"""The faults that `make mutants` plants, each with the tests that must notice it. Every text to replace occurs exactly once in its file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tests.distributed.cases import matrix_cases
+
+STEP, ENGINE, ZERO3, FSDP2 = (
+    "pipeline/sap/step.py",
+    "pipeline/sharding/engine.py",
+    "pipeline/sharding/zero3.py",
+    "pipeline/sharding/fsdp2.py",
+)
+LOSSES, BATCHES = "pipeline/sap/losses.py", "pipeline/data/batches.py"
+
+DENSE = "tests/sap/test_step.py::test_step_equals_the_dense_reference"
+SIGN = "tests/sap/test_step.py::test_the_correction_descends_the_safety_loss"
+MASKS = "tests/sap/test_step.py::test_all_passes_see_the_same_dropout_masks"
+RESUMED = "tests/sap/test_resumed_step.py"
+SHARED = "tests/data/test_batches.py"
+RESTORE, TRACES, VECTORS = (
+    "tests/distributed/test_sharded.py::test_perturbation_is_seen_and_undone_bit_for_bit",
+    "tests/distributed/test_sharded.py::test_auxiliary_passes_leave_no_trace",
+    "tests/distributed/test_sharded.py::test_vectors_survive_sharding_with_poisoned_padding",
+)
+ON_ZERO3, ON_FSDP2 = "[zero3-0]", "[fsdp2]"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """edits: (file, old text, new text), all applied together."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+
+
+def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant(name, ((file, old, new),), tests)
+
+
+def parity(**wanted: Any) -> str:
+    """The test of the first matrix case with these factors."""
+    case = next(case for case in matrix_cases() if asdict(case) | wanted == asdict(case))
+    return f"tests/distributed/equivalence.py::test_case[{case}]"
+
+
+ZERO3_EXACT, FSDP2_EXACT = (
+    parity(engine=engine, ranks=2, schedule="exact", adapter="lora", accumulation=1) for engine in ("zero3", "fsdp2")
+)
+
+OF_THE_STEP = (
+    mutant(
+        "SAP left out, exact",
+        STEP,
+        "with self.probe.active(self.v, requires_grad=False):\n            probed",
+        "with self.probe.active(zero, requires_grad=False):\n            probed",
+        DENSE,
+    ),
+    mutant(
+        "SAP left out, lagged",
+        STEP,
+        "with self.probe.active(v) as rows:\n            loss, p0",
+        "with self.probe.active(torch.zeros_like(v)) as rows:\n            loss, p0",
+        DENSE,
+    ),
+    mutant("V's sign flipped, exact", STEP, "self._probe_step(p1 - p0)  # V_safe", "self._probe_step(p0 - p1)", SIGN),
+    mutant("V's sign flipped, lagged", STEP, "self._probe_step(p1 - p0)  # V_t:", "self._probe_step(p0 - p1)  # V_t:", DENSE),
+    mutant(
+        "V added up over steps",
+        STEP,
+        "self.v = self._probe_step(p1 - p0)  # V_t:",
+        "self.v = self.v + self._probe_step(p1 - p0)  # V_t:",
+        DENSE,
+    ),
+    mutant("exact starts from the last V", STEP, "zero = self.probe.zeros(self.engine.device)", "zero = self.v", DENSE),
+    mutant("perturbation downhill", STEP, "return self.section.eps * weight_norm", "return -self.section.eps * weight_norm", SIGN),
+    mutant(
+        "p(1) and p(0) on different batches",
+        STEP,
+        "shifted, p1 = self._probe_gradient(useful, zero)",
+        "shifted, p1 = self._probe_gradient(useful[:-1], zero)",
+        DENSE,
+    ),
+    mutant(
+        "norms per tensor",
+        STEP,
+        "        return self.direction\n",
+        "        return [part / part.norm().clamp(min=1e-30) for part in self.direction]\n",
+        DENSE,
+    ),
+    mutant(
+        "direction counted younger after resume",
+        STEP,
+        "self.direction_step, self.adam_count = int(direction_step),",
+        "self.direction_step, self.adam_count = int(direction_step) + 1,",
+        RESUMED,
+    ),
+    mutant(
+        "direction lost on resume",
+        STEP,
+        'return {} if self.direction is None else {"direction": self.direction}',
+        "return {}",
+        RESUMED,
+    ),
+    mutant(
+        "V lost on resume",
+        STEP,
+        "self.v, self.adam_mean, self.adam_square = (state",
+        "_, self.adam_mean, self.adam_square = (state",
+        RESUMED,
+    ),
+)
+
+OF_THE_LOSSES = (
+    mutant(
+        "dropout masks differing",
+        LOSSES,
+        "    with torch.random.fork_rng(devices=devices):\n        torch.manual_seed(seed)\n        yield",
+        "    yield",
+        MASKS,
+    ),
+    mutant("no causal shift", LOSSES, "targets = logits[keep], labels[:, 1:]", "targets = logits[keep], labels[:, :-1]", DENSE),
+    mutant("safety loss summed over tokens", LOSSES, "(sums / counts).split", "sums.split", DENSE),
+    mutant(
+        "loss not weighted by tokens",
+        BATCHES,
+        "batches.append(MicroBatch(*padded, global_tokens,",
+        "batches.append(MicroBatch(*padded, sum(map(_supervised, labels)) * len(indices) // len(chunk),",
+        DENSE,
+    ),
+    mutant("fillers counted as pairs", LOSSES, "(values * batch.weights).sum()", "values.sum()", SHARED),
+)
+
+OF_THE_ENGINES = (
+    mutant(
+        "norms of one rank only",
+        ENGINE,
+        "zip(a, b, strict=True)), self.zero())\n        return self.sum_over_ranks(total).item()",
+        "zip(a, b, strict=True)), self.zero())\n        return total.item()",
+        VECTORS + ON_ZERO3,
+    ),
+    mutant(
+        "zero3: gathered copies not dropped",
+        ZERO3,
+        "self.optimizer.parameter_offload.partition_all_parameters()",
+        "pass",
+        parity(engine="zero3", persistence=True, adapter="lora", ranks=2),
+    ),
+    mutant(
+        "zero3: padding not masked",
+        ZERO3,
+        "valid = min(max(parameter.ds_numel - self.rank * size, 0), size)",
+        "valid = size",
+        VECTORS + ON_ZERO3,
+    ),
+    mutant(
+        "zero3: auxiliary gradients not cleared",
+        ZERO3,
+        "        self.optimizer.grad_partitions_flat_buffer.zero_()\n",
+        "",
+        TRACES + ON_ZERO3,
+    ),
+    mutant(
+        "zero3: probe gradients not reduced",
+        ZERO3,
+        "return self.sum_over_ranks(total).item(), self.sum_over_ranks(gradient)",
+        "return self.sum_over_ranks(total).item(), gradient",
+        ZERO3_EXACT,
+    ),
+    mutant(
+        "zero3: world size missing in the loss",
+        ZERO3,
+        "self.ds.backward(loss * self.world_size,",
+        "self.ds.backward(loss,",
+        ZERO3_EXACT,
+    ),
+    mutant(
+        "zero3: world size missing in the lagged V",
+        ZERO3,
+        "[row.grad for row in v]) / self.world_size",
+        "[row.grad for row in v])",
+        parity(engine="zero3", ranks=2, schedule="lagged", adapter="lora", accumulation=1),
+    ),
+    mutant(
+        "zero3: restored by subtracting",
+        ZERO3,
+        "for lp, saved in zip(self._compute_shards(), stash, strict=True):\n                lp.copy_(saved)",
+        "for lp, d in zip(self._compute_shards(), direction, strict=True):\n                lp.sub_(scale * d.to(lp.device))",
+        RESTORE + ON_ZERO3,
+    ),
+    mutant(
+        "zero3: auxiliary pass taken for the step's end",
+        ZERO3,
+        "set_gradient_accumulation_boundary(ends_step and number",
+        "set_gradient_accumulation_boundary(number",
+        TRACES + "[zero3-offload]",
+    ),
+    # Either alone changes nothing, and where a safety gradient comes between not even both: whoever clears, clears for the next.
+    Mutant(
+        "zero3: probe pass through the engine, main pass without clearing",
+        (
+            (
+                ZERO3,
+                "loss = loss_fn(self.module, batch.to(self.device))\n            # Scaled",
+                "loss = loss_fn(self.ds, batch.to(self.device))\n            # Scaled",
+            ),
+            (
+                ZERO3,
+                "        self._clear_gradient()\n        loss = self._backward(loss_fn, batches, ends_step=True)",
+                "        loss = self._backward(loss_fn, batches, ends_step=True)",
+            ),
+        ),
+        (parity(engine="zero3", ranks=2, schedule="reused"),),
+    ),
+    mutant(
+        "fsdp2: not resharded",
+        FSDP2,
+        "                module.reshard()",
+        "                pass",
+        RESTORE + "[fsdp2-full]",
+    ),
+    mutant(
+        "fsdp2: auxiliary gradients not cleared",
+        FSDP2,
+        "        shard = self.accumulated_gradient()\n        self.optimizer.zero_grad(set_to_none=True)\n",
+        "        shard = self.accumulated_gradient()\n",
+        FSDP2_EXACT,
+    ),
+    mutant(
+        "fsdp2: probe gradients not reduced",
+        FSDP2,
+        "return self.sum_over_ranks(total).item(), self.sum_over_ranks(gradient)",
+        "return self.sum_over_ranks(total).item(), gradient",
+        FSDP2_EXACT,
+    ),
+    mutant(
+        "fsdp2: gradients averaged",
+        FSDP2,
+        "sharded.set_gradient_divide_factor(1.0)",
+        "sharded.set_gradient_divide_factor(2.0)",
+        FSDP2_EXACT,
+    ),
+    mutant(
+        "fsdp2: restored by subtracting",
+        FSDP2,
+        "for local, saved in zip(self._locals(), stash, strict=True):\n                local.copy_(saved)",
+        "for local, d in zip(self._locals(), direction, strict=True):\n                local.sub_(d.view_as(local), alpha=scale)",
+        RESTORE + ON_FSDP2,
+    ),
+    mutant(
+        "fsdp2: not clipped",
+        FSDP2,
+        "factor = clip_factor(self.gradient_norm(), self.max_grad_norm)",
+        "factor = 1.0",
+        parity(engine="fsdp2", ranks=2, clipping=True),
+    ),
+    mutant(
+        "every rank takes the same micro-batches",
+        BATCHES,
+        "if number % world_size == rank:\n            labels",
+        "if number % world_size == 0:\n            labels",
+        SHARED + "::test_small_sets_are_filled_up_with_what_weighs_nothing",
+    ),
+)
+
+MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES
