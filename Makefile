@@ -4,10 +4,12 @@ VENV := .venv
 SEEDS ?= 1
 RUN := $(VENV)/bin/python -m pipeline.cli
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test matrix test-all mutants lint clean
 help:
 	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
 	@echo "make test             set up with test dependencies, run the tests"
+	@echo "make test-all         the tests, then sharded training against one process in every pair of factors (FULL=1: every combination, hours)"
+	@echo "make mutants          plant faults and see that the tests notice"
 	@echo "make lint             ruff"
 	@echo "make clean            remove .venv and runs"
 
@@ -25,6 +27,14 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	@$(VENV)/bin/python -m pytest $(TESTS)
+
+matrix: $(VENV)/ready
+	@FULL=$(FULL) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -s tests/distributed/equivalence.py
+
+test-all: test matrix
+
+mutants: $(VENV)/ready
+	@$(VENV)/bin/python -m tests.mutants
 
 lint: $(VENV)/ready
 	@$(VENV)/bin/ruff check .
