@@ -101,7 +101,8 @@ def test_tokenizer_without_chat_template(project, capsys, tmp_path):
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ["data_types", "model.dtype"]),
         ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage to 3"]),
         ({"zero_optimization": True}, ["zero_optimization.stage to 3"]),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ["offload_param", "take it out"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param", "device cpu", "take it out"]),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer", "device cpu", "take it out"]),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size", '"auto"']),
     ],
 )

@@ -279,9 +279,13 @@ def read_ds_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise ValueError(f"train.ds_config {path} must set zero_optimization.stage to 3 for engine zero3")
-    offloaded = zero.get("offload_param")
-    if offloaded and (not isinstance(offloaded, dict) or offloaded.get("device", "none") != "none"):
-        raise ValueError(f"train.ds_config {path} sets zero_optimization.offload_param, which the perturbation was never tested with: take it out")
+    for key in ("offload_param", "offload_optimizer"):
+        offloaded = zero.get(key) or {}
+        if not isinstance(offloaded, dict) or offloaded.get("device", "none") not in ("none", "cpu"):
+            raise ValueError(
+                f"train.ds_config {path} sets zero_optimization.{key} to something else than device cpu, which the perturbation was never "
+                'tested with: take it out, or write {"device": "cpu"}'
+            )
     owned = {
         "train_batch_size": ("train.batch_size", train.batch_size),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
