@@ -1,8 +1,8 @@
 """The measured equivalence matrix as Markdown, as docs/correctness.md shows it.
 
-    python -m tests.distributed.table                 # trains all cases (minutes), prints the tables
-    python -m tests.distributed.table --results DIR   # prints what `EQUIVALENCE_RESULTS=DIR make matrix` measured
-    python -m tests.distributed.table --write         # either, and puts the tables into docs/correctness.md
+python -m tests.distributed.table                 # trains all cases (minutes), prints the tables
+python -m tests.distributed.table --results DIR   # prints what `EQUIVALENCE_RESULTS=DIR make matrix` measured
+python -m tests.distributed.table --write         # either, and puts the tables into docs/correctness.md
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ def details(cases: Sequence[Case], results: Results) -> list[str]:
     ]
     for case in cases:
         row = results[str(case)]
-        also = ", ".join(flag.replace("_", " ") for flag in _FLAGS if getattr(case, flag)) or "-"
-        tied = "tied" if case.tied else "untied"
-        factors = f"{case.engine} | {case.ranks} | {case.adapter} | {case.schedule} | {case.family} | {tied} | {case.accumulation} | {also}"
-        lines.append(f"| {factors} | {row['difference']:.1e} | {row['logged']:.1e} | {row['control']:.2f} |")
+        lines.append(f"| {factors(case)} | {row['difference']:.1e} | {row['logged']:.1e} | {row['control']:.2f} |")
     return lines
+
+
+def factors(case: Case) -> str:
+    """The first columns of the case's row."""
+    also = ", ".join(flag.replace("_", " ") for flag in _FLAGS if getattr(case, flag)) or "-"
+    tied = "tied" if case.tied else "untied"
+    return f"{case.engine} | {case.ranks} | {case.adapter} | {case.schedule} | {case.family} | {tied} | {case.accumulation} | {also}"
 
 
 def markdown(cases: Sequence[Case], results: Results) -> str:
