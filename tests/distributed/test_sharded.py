@@ -70,7 +70,7 @@ def test_leaving_sap_out_would_be_caught(single, schedule):
     assert distance(single[None], single[schedule]) / update > 1e-2
 
 
-@finds("restore", [*SHARDED, "zero3-full", "fsdp2-full"])
+@finds("restore", [*SHARDED, "zero3-offload", "zero3-full", "fsdp2-full"])
 def test_perturbation_is_seen_and_undone_bit_for_bit(found, engine):
     result = found["restore", engine]
     assert result["bitwise"] and result["loss_back"]

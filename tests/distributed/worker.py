@@ -40,7 +40,8 @@ def train_section(folder: Path, engine: str, persistence: int, offload: bool = F
     }  # fmt: skip
     config = {"zero_optimization": zero}
     if offload:
-        config = {"zero_optimization": {**zero, "offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
+        offloaded = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+        config = {"zero_optimization": zero | offloaded, "zero_force_ds_cpu_optimizer": False}
     artifacts.write_json(path, config)  # atomically: both ranks write it, and read it at once
     return TrainSection(engine=engine, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, ds_config=path)
 
@@ -65,7 +66,7 @@ def run_steps(engine: Engine, step: SapStep | PlainStep, steps: int = STEPS) -> 
 
 @dataclass(frozen=True)
 class Setting:
-    """persistence: ZeRO-3's threshold and reuse distance, whether gathered copies outlive a pass. offload: of its optimizer."""
+    """persistence: ZeRO-3's threshold and reuse distance, whether gathered copies outlive a pass. offload: of its weights and optimizer."""
 
     engine: str
     persistence: int = 0
