@@ -54,17 +54,18 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
     layers = len(decoder_layers(model))
     world_size = environment()[1]
     if base.align.enabled:
-        _check_training("align.train", base.align.train, base, model, world_size if here == "align" else base.align.train.ranks)
+        check_training("align.train", base.align.train, base, model, world_size if here == "align" else base.align.train.ranks)
     for cell in experiment.cells():
         ranks = world_size if cell == here else cell.recipe.train.ranks
-        _check_training("train", cell.recipe.train, base, model, ranks)
+        check_training("train", cell.recipe.train, base, model, ranks)
         sap = cell.recipe.sap
         if sap.enabled:
             resolve_layers(sap.layers, layers)
             check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
 
 
-def _check_training(field: str, train: TrainSection, base: Recipe, model: nn.Module, ranks: int) -> None:
+def check_training(field: str, train: TrainSection, base: Recipe, model: nn.Module, ranks: int) -> None:
+    """ValueError where a training section does not go with the model (its outline), its quantization or the number of ranks."""
     check_engine(train, ranks)
     check_divides(field, train.batch_size, train.micro_batch_size, ranks)
     if base.model.quantization == "nf4":

@@ -17,12 +17,12 @@ from torch import nn
 from pipeline import artifacts, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, check_divides, micro_batches, pair_batches
 from pipeline.layout import Layout
-from pipeline.models import check_targets, decoder_layers, load_tokenizer, outline, resolve_dtype, resolve_model_path
+from pipeline.models import decoder_layers, load_tokenizer, outline, resolve_dtype, resolve_model_path
 from pipeline.recipe import Cell, Experiment, SapSection
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe, resolve_layers
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import check_engine, environment, init_distributed
+from pipeline.sharding.launch import environment, init_distributed
 
 WARM_UP = 3  # ordinary steps first: a fresh LoRA's B is 0, and stale gathered copies only appear on a warm engine
 Rows = list[dict[str, Any]]
@@ -93,12 +93,9 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
 def _check(experiment: Experiment, cell: Cell) -> None:
     """What can be known to be wrong before weights are read. Data sources are left alone: they may not be there yet."""
     train, sap, ranks = cell.recipe.train, cell.recipe.sap, environment()[1]
-    check_engine(train, ranks)
-    check_divides("train", train.batch_size, train.micro_batch_size, ranks)
-    check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
     model = outline(experiment.base.model)
-    if train.adapter == "lora":
-        check_targets(model, train.lora, "train")
+    stages.check_training("train", train, experiment.base, model, ranks)
+    check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
     resolve_layers(sap.layers, len(decoder_layers(model)))
 
 
