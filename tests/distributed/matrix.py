@@ -220,8 +220,8 @@ def group_main(rank: int, ranks: int, cases: list[Case], folder: Path) -> None:
     """What one rank of a warm process group does."""
     _quiet()
     if ranks > 1:
-        # A minute: a rank that waits for one that has failed must not wait for long. Engine zero3's group serves fsdp2 too.
-        init_distributed(TrainSection(engine="zero3", steps=1), timeout=timedelta(minutes=1))
+        # Ranks that wait for one that has failed must not wait for long, but a busy machine may starve one. Engine zero3's group serves fsdp2 too.
+        init_distributed(TrainSection(engine="zero3", steps=1), timeout=timedelta(minutes=3))
     for case in cases:
         found = run_case(case, rank, folder)
         if rank == 0:
