@@ -18,7 +18,7 @@ from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import init_distributed, open_engine
+from pipeline.sharding.launch import init_distributed, leave, open_engine
 from pipeline.training.plain import PlainStep
 from pipeline.training.product import save_gathered, save_merged, save_model
 from pipeline.weights import WeightFiles
@@ -163,3 +163,4 @@ def main(rank: int, port: int, engine: str, folder: str) -> None:
     results = {case.__name__: case(Path(folder), engine) for case in CASES}
     if rank == 0:
         torch.save(results, Path(folder) / f"{engine}.pt")
+    leave()

@@ -306,7 +306,8 @@ def read_ds_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     automatic = _auto_paths(config)
     if automatic:
         raise ValueError(f'train.ds_config {path} sets {automatic[0]} to "auto", which plain DeepSpeed drops silently: write a value')
-    return {**config, **{key: value for key, (_, value) in owned.items()}}
+    # With an offloaded optimizer DeepSpeed insists on its own CPU Adam, which compiles for minutes, unless it is told.
+    return {"zero_force_ds_cpu_optimizer": False, **config, **{key: value for key, (_, value) in owned.items()}}
 
 
 def _auto_paths(value: Any, prefix: str = "") -> list[str]:

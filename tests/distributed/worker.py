@@ -41,7 +41,7 @@ def train_section(folder: Path, engine: str, persistence: int, offload: bool = F
     config = {"zero_optimization": zero}
     if offload:
         offloaded = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-        config = {"zero_optimization": zero | offloaded, "zero_force_ds_cpu_optimizer": False}
+        config = {"zero_optimization": zero | offloaded}
     artifacts.write_json(path, config)  # atomically: both ranks write it, and read it at once
     return TrainSection(engine=engine, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, ds_config=path)
 
