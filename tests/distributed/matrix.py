@@ -42,7 +42,7 @@ CONTROL_BOUND = 1e-2
 REFERENCE_ACCUMULATION = 2
 # AdamW divides by the gradient's running size, so an element whose gradient passes through zero multiplies its rounding: with the default
 # 1e-8 two runs of the *single process* that cut the batch otherwise differ by up to 9e-5 (LoRA) and 3e-3 (full), nearly all of it in one
-# element. 1e-3 is a fifteenth of a typical gradient element here. |dW| is a tenth of |W|: p(1) - p(0) too is far above its rounding.
+# element (tests/distributed/rounding.py). 1e-3 is far above that rounding. |dW| is a tenth of |W|: p(1) - p(0) too is far above its rounding.
 ADAM_EPS = 1e-3
 SAP = {"enabled": True, "probe_step": "rms", "beta": 0.2, "eps": 0.1, "safety_micro_batch_size": 1, "noise_every": 3, "correction_every": 2}
 SCHEDULES = {
@@ -107,11 +107,11 @@ def ds_config(folder: Path, case: Case) -> Path:
     return path
 
 
-def trajectory(engine: Engine, of: Reference, data: StepData) -> dict[str, Any]:
-    """The weights after STEPS steps (on rank 0) and what was logged on the way."""
+def trajectory(engine: Engine, of: Reference, data: StepData, **sap: Any) -> dict[str, Any]:
+    """The weights after STEPS steps (on rank 0) and what was logged on the way. sap: settings other than SAP's."""
     step: SapStep | PlainStep = PlainStep(engine)
     if of.schedule != "none":
-        step = SapStep(engine, Probe(decoder_layers(engine.module), PROBED, FAMILY_HIDDEN), SapSection(**SAP, **SCHEDULES[of.schedule]))
+        step = SapStep(engine, Probe(decoder_layers(engine.module), PROBED, FAMILY_HIDDEN), SapSection(**SAP | SCHEDULES[of.schedule] | sap))
     logged = []
     for number in range(STEPS):
         metrics = step(data.useful(number), lambda number=number: data.pairs(number), number)
@@ -209,14 +209,14 @@ def _record(case: Case, ranks: int, found: dict[str, Any], folder: Path) -> None
 
 def references_main(rank: int, processes: int, references: list[Reference], folder: Path) -> None:
     """What one of some independent processes does."""
-    _quiet()
+    quiet()
     for of in references[rank::processes]:
         run_reference(of, folder)
 
 
 def group_main(rank: int, ranks: int, cases: list[Case], folder: Path) -> None:
     """What one rank of a warm process group does."""
-    _quiet()
+    quiet()
     if ranks > 1:
         # Ranks that wait for one that has failed must not wait for long, but a busy machine may starve one. Engine zero3's group serves fsdp2 too.
         init_distributed(TrainSection(engine="zero3", steps=1), timeout=timedelta(minutes=3))
@@ -226,5 +226,5 @@ def group_main(rank: int, ranks: int, cases: list[Case], folder: Path) -> None:
             _record(case, ranks, found, folder)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     warnings.filterwarnings("ignore", message="SAP's signal")  # a perturbation this large is for measuring, not for training
