@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tracking
+from pipeline import mlflow_store, tracking
 from pipeline.tracking import open_run
 from tests.project import ROOT, quiet
 from tests.stores import Store, closed_port, layout_in, outbox, tracked_project, until
@@ -100,7 +100,7 @@ def test_another_store_gets_everything_and_the_first_one_nothing_twice(project, 
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sent: list[int] = []
-    monkeypatch.setattr(tracking._Client, "_send", spy(tracking._Client._send, sent))
+    monkeypatch.setattr(mlflow_store.Store, "_send", spy(mlflow_store.Store._send, sent))
     with open_run(layout, "report", "report-1"):
         pass
     assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5), (4, 0.25), (9, 9.0)]
@@ -117,6 +117,42 @@ def spy(send: Callable, sent: list[int]) -> Callable:
     return noting
 
 
+def test_every_store_gets_every_event_once(project, tmp_path, monkeypatch):
+    """To another store, after a kill between a request and its mark, and for a run that was deleted: the same number, the same time."""
+    layout, other = layout_in(project, tmp_path / "out"), shutil.copy(project[0] / "empty.db", tmp_path / "other.db")
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.log_metrics({"train/loss": 1.0}, 2)
+        run.event("stopped at step 2")
+    first = events(Store(layout))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    time.sleep(1.1)  # a time that was taken at delivery would be another one
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.event("resumed at step 2")
+    second = events(Store(layout, other))
+    assert list(first) == ["event.001"] and list(second) == ["event.001", "event.002"] and second.items() > first.items()
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with open_run(layout, "report", "report-1"):
+        pass
+    assert events(Store(layout)) == second
+    outbox(layout, "train-1").with_suffix(".delivered").unlink()
+    with open_run(layout, "report", "report-1"):
+        pass
+    store = Store(layout)
+    assert events(store) == second and store.history("train-1", "train/loss") == [(2, 1.0)], "what is sent again changes nothing"
+
+    store.client.delete_run(store.run("train-1").info.run_id)
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.event("stopped at step 3")
+    third = events(Store(layout))
+    assert list(third) == ["event.001", "event.002", "event.003"] and third.items() > second.items()
+
+
+def events(store: Store) -> dict[str, str]:
+    """The events of train-1, by the names of their tags."""
+    return {name: value for name, value in sorted(store.run("train-1").data.tags.items()) if name.startswith("event.")}
+
+
 @pytest.mark.parametrize("database", ["deleted", "moved along"])
 def test_a_database_that_is_gone_is_filled_again(project, tmp_path, monkeypatch, database):
     """A moved experiment is a store at another address: its own database is known again, a missing one is filled from the start."""
@@ -128,7 +164,7 @@ def test_a_database_that_is_gone_is_filled_again(project, tmp_path, monkeypatch,
     if database == "deleted":
         (tmp_path / "moved" / "mlflow.db").unlink()
     sent: list[int] = []
-    monkeypatch.setattr(tracking._Client, "_send", spy(tracking._Client._send, sent))
+    monkeypatch.setattr(mlflow_store.Store, "_send", spy(mlflow_store.Store._send, sent))
     with open_run(moved, "sft-s0", "train-1") as run:
         run.log_metrics({"train/loss": 0.5}, 2)
     store = Store(moved)
@@ -206,10 +242,10 @@ def test_a_server_that_never_answers_is_waited_for_once(project, tmp_path, monke
 
 
 def test_a_secret_at_the_end_of_a_long_reason_is_hidden_before_it_is_cut(project, tmp_path, monkeypatch, capfd):
-    def failing(base):
+    def failing(*arguments):
         raise ConnectionError("x" * 175 + " " + TOKEN)  # cut after 200 characters, that is inside the token
 
-    monkeypatch.setattr(tracking, "_Client", failing)
+    monkeypatch.setattr(tracking, "Store", failing)
     with open_run(layout_in(project, tmp_path), "prepare", "prepare-1"):
         pass
     error = capfd.readouterr().err

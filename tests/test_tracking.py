@@ -4,7 +4,10 @@ import contextlib
 import copy
 import io
 import json
+import re
 import shutil
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from pipeline import artifacts, recipe
 from pipeline.cli import main
 from pipeline.layout import Layout
 from pipeline.tracking import describe_store, open_run
-from tests.project import write_recipe
+from tests.project import ROOT, write_recipe
 from tests.stores import Store, closed_port, layout_in, outbox, tracked_project, until
 
 TOKEN, PASSWORD, KEY = "hf_PLANTEDsecret0123456789", "pl4nted-passw0rd", "planted-api-key"
@@ -95,6 +98,7 @@ def test_other_ranks_and_a_switched_off_tracker_write_nothing(project, tmp_path,
         run.log_facts({"a": 1})
         run.log_evaluation({"test_loss": 1.0})
         run.log_artifact(tmp_path / "nothing")
+        run.event("resumed at step 3")
     assert not (tmp_path / "out").exists()
 
 
@@ -126,6 +130,34 @@ def test_a_stopped_stage_is_killed_not_finished(project, tmp_path):
     with open_run(layout, "sft-s0", "train-1"):
         pass
     assert Store(layout).run("train-1").info.status == "FINISHED", "it went on and came to its end"
+
+
+def test_events_are_numbered_tags_and_a_resumed_run_counts_on(project, tmp_path):
+    layout, started = layout_in(project, tmp_path), int(time.time())
+    with open_run(layout, "sap-s0", "train-1") as run:
+        run.event("stopped at step 3 by SIGTERM")
+        run.event("requeued")
+        run.stopped()
+    with open_run(layout, "sap-s0", "train-1") as run:
+        run.event("resumed at step 3")
+    with open_run(layout, "sft-s0", "train-2") as run:
+        run.event("stopped at step 1 by SIGTERM")
+    store = Store(layout)
+    tags = {name: value.partition(" ") for name, value in store.run("train-1").data.tags.items() if name.startswith("event.")}
+    assert {name: text for name, (_, _, text) in tags.items()} == {
+        "event.001": "stopped at step 3 by SIGTERM",
+        "event.002": "requeued",
+        "event.003": "resumed at step 3",
+    }
+    assert "event.001" in store.run("train-2").data.tags, "every run has numbers of its own"
+    times = [datetime.fromisoformat(tags[name][0]) for name in sorted(tags)]
+    assert times == sorted(times) and all(at.utcoffset().total_seconds() == 0 for at in times)
+    assert started <= times[0].timestamp() <= times[-1].timestamp() <= time.time()
+
+
+def test_one_module_imports_mlflow():
+    importing = [path.name for path in (ROOT / "pipeline").rglob("*.py") if re.search(r"^\s*(from|import) mlflow\b", path.read_text(), re.M)]
+    assert importing == ["mlflow_store.py"]
 
 
 def test_the_parent_ends_with_its_last_running_child(project, tmp_path):
@@ -180,8 +212,8 @@ def planted(project, tmp_path_factory) -> tuple[Path, Path, str]:
         assert main(["prepare", str(path)]) == 0, printed.getvalue()
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
         layout = Layout(recipe.load(path))
-        with open_run(layout, "sft-s0", "train-1", cell=layout.experiment.cell("sft", 0)):
-            pass
+        with open_run(layout, "sft-s0", "train-1", cell=layout.experiment.cell("sft", 0)) as run:
+            run.event(f"requeued by http://ann:{PASSWORD}@queue:80 with {TOKEN}")
     return path, folder / "runs", printed.getvalue()
 
 
@@ -202,6 +234,7 @@ def test_no_secret_is_in_params_or_tags_but_what_surrounds_it_is(planted):
     assert len(texts) > 100 and not [text for text in texts if TOKEN in text or PASSWORD in text]
     params = store.run("train-1").data.params
     assert params["data.task.source"].endswith("/[redacted]/task.jsonl") and "[redacted]@127.0.0.1" in params["tracking.uri"]
+    assert store.run("train-1").data.tags["event.001"].endswith(" requeued by http://[redacted]@queue:80 with [redacted]")
 
 
 def test_no_secret_is_in_the_dump_the_dry_run_or_the_stores_description(planted, capsys):
