@@ -9,12 +9,14 @@ from pipeline import entry
 
 
 def main() -> None:
-    _, experiment = entry.arguments(__doc__)
+    options, experiment = entry.arguments(__doc__)
 
     from pipeline import stages
     from pipeline.sharding.launch import leave
 
     stages.check(experiment, "align")
+    if options.check:
+        return stages.check_upstream(experiment, "align")
     stages.align(experiment)
     leave()
 

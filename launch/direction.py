@@ -16,6 +16,8 @@ def main() -> None:
     from pipeline.sharding.launch import leave
 
     stages.check(experiment, cell)
+    if options.check:
+        return stages.check_upstream(experiment, "direction", cell)
     stages.direction(experiment, cell)
     leave()
 

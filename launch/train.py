@@ -18,6 +18,8 @@ def main() -> None:
     from pipeline.sharding.launch import leave
 
     stages.check(experiment, cell)
+    if options.check:
+        return stages.check_upstream(experiment, "train", cell)
     stages.train(experiment, cell)
     leave()
 

@@ -29,6 +29,10 @@ FACTS = "facts.json"
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "mlflow")
 
 
+class Busy(ValueError):
+    """Another process is writing the folder: no fault of the input, and over some time."""
+
+
 def digest(value: Any) -> str:
     """sha256 (hex, 64 characters) of a JSON-serialisable value; key order does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
@@ -60,13 +64,19 @@ def complete(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+def require(*folders: Path) -> None:
+    """ValueError naming the first folder that is not complete."""
+    for folder in folders:
+        if not complete(folder):
+            raise ValueError(f"{folder} is not complete: run the stage that writes it again")
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a published folder, after checking every file's size and sha256 against it.
 
     Raises ValueError where the folder is incomplete or a file does not match.
     """
-    if not complete(folder):
-        raise ValueError(f"{folder} is not complete: run the stage that writes it again")
+    require(folder)
     found = damage(folder)
     if found:
         raise ValueError(f"{found}: delete {folder} and run its stage again")
@@ -97,7 +107,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def claim(target: Path) -> Callable[[], None]:
-    """Keep other processes from writing `target`; returns what gives it up. ValueError where another one holds it."""
+    """Keep other processes from writing `target`; returns what gives it up. Busy (a ValueError) where another one holds it."""
     path = target.with_name(f".{target.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.open("w")
@@ -110,7 +120,7 @@ def claim(target: Path) -> Callable[[], None]:
         taken = False  # a file system without locks
     if taken:
         lock.close()
-        raise ValueError(f"another process is writing {target}: wait for it to end, or stop it")
+        raise Busy(f"another process is writing {target}: wait for it to end, or stop it")
 
     def release() -> None:
         path.unlink(missing_ok=True)

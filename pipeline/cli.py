@@ -3,7 +3,7 @@
     sap run launch/recipes/demo.yaml
     sap train launch/recipes/demo.yaml --method sap --seed 1 --train.lr 2e-4
 
-`run` does all stages that are not complete yet; the others do one. `doctor` checks the SAP step on this model and these ranks, writes nothing,
+`run` does all stages that are not complete yet; the others do one. `status` says how far each is. `doctor` checks the SAP step on this model and these ranks, writes nothing,
 and exits with 1 where a check fails. Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again to go on), anything else a stage's
 own failure.
 """
@@ -22,8 +22,7 @@ from pathlib import Path
 from pipeline import artifacts, entry, recipe, redaction, runner, strict_yaml
 from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
-
-STAGES = ("prepare", "align", "direction", "train", "evaluate", "report")
+from pipeline.status import STAGES, check_portable, status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +34,12 @@ def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
-    parser.add_argument("stage", choices=(*STAGES, "run", "doctor"), help="what to do; run: everything that is missing")
+    parser.add_argument("stage", choices=(*STAGES, "run", "status", "doctor"), help="what to do; run: everything that is missing")
     parser.add_argument("recipe", help="path of the recipe, e.g. launch/recipes/demo.yaml")
     parser.add_argument("--method", help="only this method of the recipe")
+    parser.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap: a report of its own")
+    parser.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")
+    parser.add_argument("--portable", action="store_true", help="for status: refuse a recipe whose folders differ from machine to machine")
     parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run, and stop")
     if not argv or "--help" in argv or "-h" in argv:
@@ -49,6 +51,15 @@ def _main(argv: list[str]) -> int:
     if options.seed is not None:
         overrides["seeds"] = [options.seed]
     experiment = recipe.load(options.recipe, overrides)
+    if options.methods:
+        experiment = experiment.only(options.methods.split(","))
+    if options.stage == "status":
+        if options.portable:
+            check_portable(experiment)
+        print(status(experiment, options.of_stage, options.method, options.seed))
+        return 0
+    if options.of_stage or options.portable:
+        raise ValueError("--stage and --portable belong to `sap status`: name a stage as in `sap train RECIPE`")
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
     if options.stage == "doctor":

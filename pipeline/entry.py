@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from pipeline import recipe, strict_yaml
+from pipeline import artifacts, recipe, strict_yaml
+from pipeline.batch_job import report_error
 from pipeline.recipe import Cell, Experiment
 
 BAD_INPUT = 2
@@ -22,6 +23,7 @@ def arguments(description: str, argv: list[str] | None = None) -> tuple[argparse
     parser.add_argument("--config", required=True, help="path of the recipe")
     parser.add_argument("--method", help="method of the recipe; needed where it has several")
     parser.add_argument("--seed", type=int, help="seed of the recipe; needed where it has several")
+    parser.add_argument("--check", action="store_true", help="check what can be checked before weights are read or ranks meet, and stop")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     options, rest = parser.parse_known_args(argv)
     if options.local_rank is not None and options.local_rank >= 0:
@@ -44,6 +46,8 @@ def guarded(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except ValueError as error:
+        if not isinstance(error, artifacts.Busy):
+            report_error(str(error))
         if os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK", "0")
             print(f"error: {error}" if rank == "0" else f"error: {error} (rank {rank})", file=sys.stderr, flush=True)

@@ -16,10 +16,11 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.data import builtin, contrastive
+from pipeline.model_files import model_location
 from pipeline.recipe import Cell, Experiment, ModelSection, Recipe, SourceSection
 
 _FORMAT = 1  # raise when prepared data, checkpoints or products change shape
-_NEUTRAL = {"ranks", "ds_config", "save_every"}
+_NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds"}
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,17 @@ class Layout:
         section = self.base.evaluate.model_dump(mode="json", exclude={"batch_size", "baselines"})
         return self.root / f"evaluate-{subject.name}{seed}-{_short([_FORMAT, subject.identity, self._prepare_hash(), section])}"
 
+    def shard(self, target: Path, index: int, count: int) -> Path:
+        """Where one of `count` processes that share an evaluation leaves its part until all are merged."""
+        return self.work(target) / f"shard-{index}-of-{count}"
+
     def report(self) -> Path:
         folders = [self.evaluate(subject).name for subject in self.subjects()]
         return self.root / f"report-{_short([_FORMAT, folders])}"
 
     def start_model(self) -> str:
         """What every method starts from: the aligned model, or the recipe's own."""
-        return str(self.align() / "model") if self.base.align.enabled else _location(self.base.model)
+        return str(self.align() / "model") if self.base.align.enabled else model_location(self.base.model)
 
     def needs_direction(self, cell: Cell) -> bool:
         return cell.recipe.sap.enabled
@@ -79,7 +84,7 @@ class Layout:
     def subjects(self) -> Iterator[Subject]:
         """Everything the report compares, in its order."""
         if self.base.evaluate.baselines:
-            yield Subject("shipped", None, _location(self.base.model), None, _short(self._weights()))
+            yield Subject("shipped", None, model_location(self.base.model), None, _short(self._weights()))
             if self.base.align.enabled:
                 yield Subject("aligned", None, self.start_model(), None, self._align_hash())
         for cell in self.experiment.cells():
@@ -121,10 +126,14 @@ class Layout:
 
     def _weights(self) -> list[Any]:
         """The model and how it is computed: `dtype: auto` is another dtype on another machine."""
-        from pipeline.models import resolve_dtype
+        model = self.base.model
+        dtype = f"torch.{model.dtype}"
+        if model.dtype == "auto":
+            from pipeline.models import resolve_dtype  # here: it brings in torch and transformers, seconds that a named dtype need not cost
 
-        quantized = [] if self.base.model.quantization == "none" else [self.base.model.quantization]
-        return [*self._model, str(resolve_dtype(self.base.model.dtype)), self.base.model.attention, *quantized]
+            dtype = str(resolve_dtype("auto"))
+        quantized = [] if model.quantization == "none" else [model.quantization]
+        return [*self._model, dtype, model.attention, *quantized]
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
@@ -152,12 +161,6 @@ def _contents(recipe: Recipe) -> dict[str, str]:
         elif path.is_file():
             digests[source.source] = artifacts.file_digest(path)
     return digests
-
-
-def _location(model: ModelSection) -> str:
-    from pipeline.models import model_location  # here, because it brings in transformers and most questions to a layout need no model
-
-    return model_location(model)
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -128,6 +128,9 @@ class TrainSection(Section):
     export_merged: bool = Field(False, description="Whether a LoRA run also writes merged/: the model with its adapter added, for vLLM")
     save_every: Positive = Field(50, description="Steps between checkpoints")
     validate_every: Positive = Field(20, description="Steps between validation losses (task and harmful opening)")
+    watchdog_seconds: Annotated[float, Field(ge=0)] = Field(
+        1800, description="Seconds without a finished step, validation or checkpoint after which a rank says where it is and ends; 0: never"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSection:
@@ -291,6 +294,13 @@ class Experiment:
             raise ValueError(f"no method '{method}' in {self.path}: it has {', '.join(self.base.methods)}")
         merged = merge(merge(self.raw, self.base.methods[method]), self.overrides)
         return Cell(method, seed, _validate(merged, f"{self.path} (method {method})"))
+
+    def only(self, methods: list[str]) -> Experiment:
+        """The same experiment with some of its methods. ValueError for one that it lacks."""
+        for method in methods:
+            self.cell(method, self.base.seeds[0])
+        chosen = {name: overrides for name, overrides in self.base.methods.items() if name in methods}
+        return replace(self, base=self.base.model_copy(update={"methods": chosen}))
 
     def cells(self) -> Iterator[Cell]:
         for method in self.base.methods:

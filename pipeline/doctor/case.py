@@ -17,7 +17,8 @@ from torch import nn
 from pipeline import artifacts, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, check_divides, micro_batches, pair_batches
 from pipeline.layout import Layout
-from pipeline.models import decoder_layers, load_tokenizer, outline, resolve_dtype, resolve_model_path
+from pipeline.model_files import resolve_model_path
+from pipeline.models import decoder_layers, load_tokenizer, outline, resolve_dtype
 from pipeline.recipe import Cell, Experiment, SapSection
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe, resolve_layers

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch_job import circumstances
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
 from pipeline.recipe import TrainSection
 from pipeline.sap.losses import useful_loss
 from pipeline.sharding.engine import Engine
 from pipeline.training import checkpoint
 from pipeline.training.stopping import StopRequest
+from pipeline.training.watchdog import Watchdog
 
 Rows = Sequence[dict[str, Any]]
 
@@ -43,9 +45,10 @@ class Loop:
     def __init__(
         self, engine: Engine, step: Any, data: TrainingData, train: TrainSection, seed: int, folder: Path, identity: str,
         on_metrics: Callable[[dict[str, float], int], None] = lambda metrics, number: None, label: str = "train",
+        on_event: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
         self.engine, self.step, self.data, self.train, self.seed = engine, step, data, train, seed
-        self.folder, self.identity, self.on_metrics, self.label = folder, identity, on_metrics, label
+        self.folder, self.identity, self.on_metrics, self.label, self.on_event = folder, identity, on_metrics, label, on_event
         self.steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch_size)
         self.order = BatchOrder(len(data.train), train.batch_size, seed)
         self.pair_order = BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
@@ -58,20 +61,22 @@ class Loop:
         checkpoints = self.folder / "checkpoints"
         done = checkpoint.load_latest(self.engine, self.step, checkpoints, self.identity)
         self._rewind_metrics(done)
-        if done:
-            self._say(f"resumed after step {done}")
-        elif self.data.validation:
-            self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
-        with StopRequest(self.folder / "STOP") as stop:
+        if done or circumstances():
+            self._event((f"resumed after step {done}" if done else "started") + circumstances())
+        with StopRequest(self.folder / "STOP") as stop, Watchdog(self.train.watchdog_seconds, self.engine.rank) as watchdog:
+            if not done and self.data.validation:
+                self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
             for number in range(done, self.steps):
                 self._one_step(number)
+                watchdog.progress(f"step {number + 1}")
                 last = number + 1 == self.steps
                 stopping = not last and self.engine.any_rank(stop.requested())
                 if stopping or last or (number + 1) % self.train.save_every == 0:
                     checkpoint.save(self.engine, self.step, checkpoints, number + 1, self.identity)
+                    watchdog.progress(f"the checkpoint of step {number + 1}")
                 if stopping:
                     stop.obeyed(self.engine.rank)
-                    self._say(f"stopped after step {number + 1} ({stop.reason or 'another rank'}), saved in {checkpoints}")
+                    self._event(f"stopped after step {number + 1} ({stop.reason or 'another rank'})", f", saved in {checkpoints}")
                     return False
         return True
 
@@ -136,6 +141,10 @@ class Loop:
         if self.engine.rank == 0:
             with self.metrics_file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
+
+    def _event(self, text: str, where: str = "") -> None:
+        self._say(text + where)
+        self.on_event(text)
 
     def _say(self, text: str) -> None:
         if self.engine.rank == 0:
