@@ -1,0 +1,308 @@
+# shellcheck shell=bash
+# What the job scripts here share; they source it. Nothing in it belongs to one site: that comes from the environment or site.env.
+#
+# A job runs one step and decides what its end means (`supervise`):
+#   the work is done                        exit 0; jobs that wait for it start
+#   near the time limit, or preempted       USR1: a stop file asks the ranks to save at the end of their step; then requeue
+#   slurm/stop.sh                           USR2: the same without the requeue; exit 75
+#   scancel                                 TERM: never comes back
+#   bad input                               exit 2 with the sentence; never tried again
+#   anything else (crash, hang, lost node)  requeue; given up after SAP_MAX_FRUITLESS runs that brought no new checkpoint
+# Exit codes of ranks do not come through srun (the others are killed with the first that fails, and codes are rewritten): hence files.
+set -Eeuo pipefail
+trap 'echo "error: $BASH_COMMAND failed with $? (${BASH_SOURCE[0]##*/}, line $LINENO)" >&2' ERR # no job may end without a word
+
+export SAP_HOME
+cd "$SAP_HOME"
+SAP_SITE_ENV=${SAP_SITE_ENV:-$SAP_HOME/slurm/site.env}
+if [ -r "$SAP_SITE_ENV" ]; then
+  set -a
+  # shellcheck source=slurm/site.env.example
+  source "$SAP_SITE_ENV"
+  set +a
+fi
+
+: "${SAP_PYTHON:=$SAP_HOME/.venv/bin/python}" # of the environment that holds the project's packages
+: "${SAP_EXEC:=}"                             # command before it, e.g. apptainer exec --nv /images/sap.sif
+: "${SAP_LAUNCHER:=srun}"                     # srun: one task per rank; torchrun, deepspeed: one task per node
+: "${SAP_SRUN_ARGS:=}"                        # further arguments of srun
+: "${SAP_MAX_FRUITLESS:=5}"                   # runs in a row that may end without a new checkpoint
+: "${SAP_MAX_UNSTARTED:=10}"                  # runs whose step may not even start
+: "${SAP_RETRY_SECONDS:=30}"                  # between a failure and the requeue: Slurm may not know yet that a node is lost
+export SAP_PYTHON SAP_EXEC SAP_LAUNCHER
+NTASKS=${SLURM_NTASKS:-$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))}
+
+say() { echo "[$(date +%FT%T)] job ${SLURM_JOB_ID:-?}, restart ${SLURM_RESTART_COUNT:-0}: $*" >&2; }
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+sap() {
+  local command
+  read -ra command <<<"$SAP_EXEC $SAP_PYTHON"
+  "${command[@]}" -m pipeline.cli "$@"
+}
+
+# job_arguments DEFAULT [RECIPE] [--dotted.override value]...: sets RECIPE and OVERRIDES.
+job_arguments() {
+  RECIPE=${SAP_RECIPE:-$1}
+  shift
+  if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+    RECIPE=$1
+    shift
+  fi
+  if [[ $RECIPE != /* ]] && [ -r "$SLURM_SUBMIT_DIR/$RECIPE" ]; then
+    RECIPE=$SLURM_SUBMIT_DIR/$RECIPE
+  fi
+  OVERRIDES=("$@")
+}
+
+# look_at STAGE [--method M] [--seed S]: which folder this job is about; INDEX chooses among several. Then UNIT is the prefix of the job's own files.
+look_at() {
+  LOOK=(--stage "$@" ${SAP_METHODS:+--methods "$SAP_METHODS"})
+  look
+  mkdir -p "$(dirname "$FOLDER")/slurm"
+  UNIT=$(dirname "$FOLDER")/slurm/$(basename "$FOLDER")-$SLURM_JOB_ID
+  rm -f "$UNIT.error"
+}
+
+# look: sets STATE (complete, step N, missing), FOLDER, WORK, METHOD and SEED by what is there now.
+look() {
+  local lines line
+  lines=$(sap status "$RECIPE" --portable "${LOOK[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}) || give_up "the recipe $RECIPE is refused: see above" 2
+  [ -n "$lines" ] || give_up "$RECIPE has nothing to do for ${LOOK[*]}" 2
+  if [ -n "${INDEX:-}" ]; then
+    line=$(sed -n "$((INDEX + 1))p" <<<"$lines")
+    [ -n "$line" ] || give_up "$RECIPE has no cell number $INDEX for ${LOOK[*]}: it has $(wc -l <<<"$lines")" 2
+  else
+    line=$lines
+    [ "$(wc -l <<<"$lines")" = 1 ] || give_up "$RECIPE has several cells for ${LOOK[*]}: choose one with SAP_METHOD and SAP_SEED" 2
+  fi
+  # shellcheck disable=SC2034 # evaluate.sh reads METHOD and SEED
+  IFS=$'\t' read -r _ METHOD SEED STATE FOLDER WORK <<<"$line"
+}
+
+# Steps that are safe in a checkpoint; 0 for stages without.
+progress() {
+  look
+  case $STATE in step*) echo "${STATE#step }" ;; *) echo 0 ;; esac
+}
+
+# run_on_ranks STAGE: align, direction or train one cell on all ranks of the job.
+run_on_ranks() {
+  local arguments=(--config "$RECIPE") choice=()
+  [ "$1" = align ] || choice=(--method "${SAP_METHOD:-sap}" --seed "${SAP_SEED:-0}")
+  look_at "$1" ${choice[@]+"${choice[@]}"}
+  leave_if_complete
+  [ "$1" = direction ] || SAVES=yes
+  arguments+=(${choice[@]+"${choice[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+  step_command "$SAP_HOME/launch/$1.py" "${arguments[@]}"
+  local command
+  read -ra command <<<"$SAP_EXEC $SAP_PYTHON"
+  CHECK=(env "WORLD_SIZE=$NTASKS" "${command[@]}" "$SAP_HOME/launch/$1.py" "${arguments[@]}" --check)
+  supervise
+}
+
+# run_single ARGUMENTS...: python ARGUMENTS in the job's one task; its exit code says whether the work is done.
+run_single() {
+  SAP_LAUNCHER=srun CHECK=()
+  step_command "$@"
+  supervise
+}
+
+leave_if_complete() {
+  if [ "$STATE" = complete ]; then
+    say "complete already: $FOLDER"
+    exit 0
+  fi
+}
+
+# ---- one step: from start to end ----------------------------------------------------------------------------------------------------------
+
+# A rank left over on a lost node must never meet the next run: the port differs by job and by restart. All are below the ephemeral ports.
+master_port() { echo $((10000 + SLURM_JOB_ID % 1400 * 16 + ${SLURM_RESTART_COUNT:-0} % 16)); }
+
+# step_command ARGUMENTS...: sets COMMAND to run python ARGUMENTS on every rank of the job.
+step_command() {
+  local ranks_per_node=$((NTASKS / SLURM_JOB_NUM_NODES)) options
+  read -ra options <<<"$SAP_SRUN_ARGS"
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since Slurm 22.05 srun does not take it over from sbatch
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+  MASTER_PORT=$(master_port)
+  export MASTER_ADDR MASTER_PORT SAP_RANKS_PER_NODE=$ranks_per_node
+  case $SAP_LAUNCHER in
+    srun) ;;
+    torchrun | deepspeed)
+      options+=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+      export SRUN_CPUS_PER_TASK=$((ranks_per_node * SRUN_CPUS_PER_TASK)) SAP_HOSTFILE=$UNIT.hosts
+      scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$ranks_per_node/" >"$SAP_HOSTFILE"
+      ;;
+    *) fail "SAP_LAUNCHER is '$SAP_LAUNCHER': it takes srun, torchrun or deepspeed" ;;
+  esac
+  # Without these a crashed rank leaves the others waiting, and the nodes with them.
+  COMMAND=(srun --kill-on-bad-exit=1 --wait=60 ${options[@]+"${options[@]}"} bash "$SAP_HOME/slurm/rank.sh" "$@")
+}
+
+WANT=""   # why the job is to leave: requeue, stop, cancel
+STEP=""   # pid of srun
+SAVES=no  # whether the stage saves on request (training); others are ended, and start again
+
+trap 'asked requeue "time limit or preemption"' USR1
+trap 'asked stop "slurm/stop.sh"' USR2
+trap 'asked cancel "SIGTERM (scancel, or the time limit itself)"' TERM
+
+asked() {
+  say "asked to leave by $2"
+  [ "$WANT" = cancel ] || WANT=$1
+  [ -z "$STEP" ] || pass_on
+}
+
+# Ask the running step to leave. A cancelled job's ranks have had their own TERM.
+pass_on() {
+  if [ "$WANT" = cancel ]; then
+    return
+  elif [ "$SAVES" = yes ]; then
+    mkdir -p "$WORK" && : >"$WORK/STOP"
+  else
+    kill -TERM "$STEP" 2>/dev/null || true
+  fi
+}
+
+# run_step: runs COMMAND; sets CODE. A trap ends `wait` early, so it waits again.
+run_step() {
+  "${COMMAND[@]}" &
+  STEP=$!
+  [ -z "$WANT" ] || pass_on
+  while kill -0 "$STEP" 2>/dev/null; do
+    if [ -z "$WANT" ]; then
+      wait "$STEP" || true
+    else
+      sleep 1 || true
+      case $WANT in
+        requeue) [ "$(seconds_left)" -ge 5 ] || { say "the step has not left in time: its work since the last checkpoint is lost"; break; } ;;
+        # The limit has struck without the warning. Slurm kills everything in seconds, this shell too: ask before.
+        cancel) [ "$(job_field Reason)" != TimeLimit ] || requeue "time limit, without the time to save" ;;
+      esac
+    fi
+  done
+  CODE=0
+  kill -0 "$STEP" 2>/dev/null || wait "$STEP" || CODE=$?
+}
+
+# Seconds until the job's time limit; many where there is none.
+seconds_left() {
+  local end
+  end=$(job_field EndTime)
+  end=$(date -d "$end" +%s 2>/dev/null) || end=$(($(date +%s) + 86400))
+  echo $((end - $(date +%s)))
+}
+
+job_field() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | sed -n 1p; }
+
+# ---- what its end means --------------------------------------------------------------------------------------------------------------------
+
+# supervise: check, run COMMAND, and decide what its end means.
+supervise() {
+  local name
+  name=$(basename "$FOLDER")
+  export SAP_ERROR_FILE=$UNIT.error SAP_RUNS_FILE=$UNIT.runs SAP_RESTART_REASON="" SAP_PROGRESS
+  rm -f "$SAP_ERROR_FILE" "$WORK/STOP"
+  if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
+    SAP_RESTART_REASON=$(cat "$UNIT.reason" 2>/dev/null || echo "requeued by Slurm (lost node, preemption or an operator)")
+  fi
+  rm -f "$UNIT.reason"
+  echo start >>"$UNIT.starts"
+  SAP_PROGRESS=$(progress)
+  give_up_if_fruitless "$SAP_RESTART_REASON"
+  CODE=1
+  if [ -z "$WANT" ] && { [ ${#CHECK[@]} = 0 ] || "${CHECK[@]}"; }; then
+    say "$name on $SLURM_JOB_NODELIST, $NTASKS tasks, from step $SAP_PROGRESS${SAP_RESTART_REASON:+ ($SAP_RESTART_REASON)}"
+    run_step
+  fi
+  [ "$CODE" != 0 ] || look
+  if [ "$CODE" = 0 ] && { [ ${#CHECK[@]} = 0 ] || [ "$STATE" = complete ]; }; then
+    rm -f "$UNIT".*
+    if [ -e "$WORK/STOP" ]; then # it came with the last step
+      rm -r "$WORK"
+    fi
+    say "$name: done"
+    exit 0
+  fi
+  decide
+}
+
+decide() {
+  if [ "$WANT" = cancel ] || [[ ! "$(job_field JobState)" =~ ^(RUNNING|SIGNALING)$ ]]; then
+    # After a cancellation a requeue would still be obeyed. Where Slurm itself requeues, it has counted the restart by now.
+    if [ "$(job_field Restarts)" = "${SLURM_RESTART_COUNT:-0}" ]; then
+      say "cancelled; what was saved stays: submit again to go on"
+    else
+      say "Slurm requeues this job"
+    fi
+    exit 143
+  elif [ -s "$SAP_ERROR_FILE" ]; then
+    give_up "$(cat "$SAP_ERROR_FILE")" 2
+  elif [ "$WANT" = stop ]; then
+    give_up "stopped on request after step $(progress): submit again to go on" 75
+  elif [ "$WANT" = requeue ]; then
+    requeue "time limit or preemption"
+  fi
+  local reason="exit code $CODE: a crash, a hang or a lost node"
+  [ "$CODE" != 0 ] || reason="the ranks were asked to leave" # by a SIGTERM of their own: preemption where the job asks for no signal
+  say "the step ended before the work was done: $reason"
+  give_up_if_fruitless "$reason"
+  sleep "$SAP_RETRY_SECONDS" || true
+  [ -z "$WANT" ] || decide
+  requeue "$reason"
+}
+
+# Runs are counted when their step starts, with the checkpoint they start from, so that ends nobody saw (a lost batch node) count too.
+give_up_if_fruitless() {
+  local now fruitless unstarted
+  now=$(progress)
+  touch "$SAP_RUNS_FILE"
+  fruitless=$(grep -cx "$now" "$SAP_RUNS_FILE" || true)
+  unstarted=$(($(wc -l <"$UNIT.starts") - $(wc -l <"$SAP_RUNS_FILE")))
+  if [ "$fruitless" -ge "$SAP_MAX_FRUITLESS" ]; then
+    give_up "$fruitless runs in a row brought no checkpoint after step $now; the last ended by: $1" 1
+  elif [ "$unstarted" -gt "$SAP_MAX_UNSTARTED" ]; then
+    give_up "the step could not be started $unstarted times; the last reason: $1" 1
+  fi
+}
+
+# The job id of an array's last task is the array's: requeueing by it would restart every task.
+requeue() {
+  local id=$SLURM_JOB_ID
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  echo "$1" >"$UNIT.reason"
+  say "requeue, from step $(progress): $1"
+  trap - TERM # which the requeue sends to this shell too
+  for _ in 1 2 3; do
+    if scontrol requeue "$id"; then
+      sleep 600 # Slurm ends this shell
+    fi
+    sleep 5
+  done
+  give_up "scontrol requeue $id was refused" 1
+}
+
+# give_up REASON CODE: the jobs that wait for this one would never start; they are cancelled, with the reason in their logs and comments.
+give_up() {
+  local gone=" ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} " id after what log
+  say "gives up: $1"
+  if [ -r "${SAP_CHAIN:-}" ]; then
+    while IFS=$'\t' read -r id after what log; do
+      for parent in ${after//:/ }; do
+        if [[ $gone == *" $parent "* ]] && [[ $gone != *" $id "* ]]; then
+          gone+="$id "
+          echo "[$(date +%FT%T)] job $id ($what) was cancelled, because job $SLURM_JOB_ID ($SLURM_JOB_NAME) gave up: $1" >>"${log//%j/$id}"
+          scontrol update JobId="$id" Comment="cancelled: job $SLURM_JOB_ID gave up: ${1//\"/}" || true
+          scancel "$id" || true
+        fi
+      done
+    done <"$SAP_CHAIN"
+  fi
+  exit "$2"
+}

@@ -1,0 +1,27 @@
+#!/bin/bash
+# One task of a job's step; srun starts it (common.sh). It becomes a rank or, with the other launchers, the launcher of its node.
+# A script of its own, because the batch shell would put its own SLURM_PROCID, 0, into a command line for every rank.
+#
+#   srun bash slurm/rank.sh launch/train.py --config RECIPE --method sap
+set -euo pipefail
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+if [ "$SLURM_PROCID" = 0 ]; then
+  echo "$SAP_PROGRESS" >>"$SAP_RUNS_FILE" # this run has started; common.sh counts such lines
+fi
+read -ra command <<<"${SAP_EXEC:-} $SAP_PYTHON"
+
+case $SAP_LAUNCHER in
+  srun)
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    exec "${command[@]}" "$@"
+    ;;
+  torchrun)
+    exec "${command[@]}" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$SAP_RANKS_PER_NODE" \
+      --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "$@"
+    ;;
+  deepspeed)
+    exec "${command[@]}" -m deepspeed.launcher.runner --no_ssh --hostfile="$SAP_HOSTFILE" --node_rank="$SLURM_NODEID" \
+      --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" "$@"
+    ;;
+esac
