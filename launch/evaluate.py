@@ -2,15 +2,27 @@
 
 python launch/evaluate.py --config launch/recipes/demo.yaml --method sap --seed 0
 python launch/evaluate.py --config launch/recipes/demo.yaml --method aligned
+python launch/evaluate.py --config launch/recipes/demo.yaml --method sap --seed 0 --shard 0/4    # a quarter; the others are 1/4, 2/4, 3/4
+
+Shards may run at once or one after the other, on any node that sees output_dir; the last to end merges them. Where more than one GPU is
+visible the model is spread over all of them.
 """
 
+import argparse
 import sys
 
 from pipeline import entry
+from pipeline.evaluation.shards import WHOLE, Shard
 
 
 def main() -> None:
-    options, experiment = entry.arguments(__doc__)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--shard")
+    own, rest = parser.parse_known_args()
+    shard = WHOLE if own.shard is None else Shard.parse(own.shard)
+    options, experiment = entry.arguments(__doc__, rest)
+    if options.check:
+        raise ValueError("--check is for align, direction and train: an evaluation has no ranks that meet, leave it out")
 
     from pipeline import stages
     from pipeline.layout import Layout
@@ -18,7 +30,7 @@ def main() -> None:
     layout = Layout(experiment)
     baselines = {subject.name: subject for subject in layout.subjects() if subject.seed is None}
     subject = baselines.get(options.method) or layout.subject(entry.choose_cell(experiment, options.method, options.seed))
-    stages.evaluate(experiment, subject)
+    stages.evaluate(experiment, subject, shard)
 
 
 if __name__ == "__main__":

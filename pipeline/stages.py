@@ -12,6 +12,7 @@ import atexit
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,13 @@ from torch import nn
 
 from pipeline import artifacts, recipe
 from pipeline.data.batches import check_divides, micro_batches, pair_batches
+from pipeline.evaluation.evaluate import Measured, conclude, measure
+from pipeline.evaluation.placement import place
+from pipeline.evaluation.shards import WHOLE, Shard
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
-from pipeline.models import check_targets, decoder_layers, load_tokenizer, make_trainable, outline, resolve_dtype, resolve_model_path
+from pipeline.model_files import resolve_model_path
+from pipeline.models import check_targets, decoder_layers, load_tokenizer, make_trainable, outline, resolve_dtype
 from pipeline.quantization import check_quantisable
 from pipeline.recipe import Cell, Experiment, ModelSection, Recipe, TrainSection
 from pipeline.sap.diagnostics import safety_direction
@@ -62,6 +67,20 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
         if sap.enabled:
             resolve_layers(sap.layers, layers)
             check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
+
+
+def check_upstream(experiment: Experiment, stage: Literal["align", "direction", "train"], cell: Cell | None = None) -> None:
+    """ValueError where a folder that the stage reads is not complete (its files are verified when they are read)."""
+    layout = Layout(experiment)
+    artifacts.require(layout.prepare())
+    if experiment.base.align.enabled and stage != "align":
+        artifacts.require(layout.align())
+    if stage == "train" and cell is not None and _direction_given(cell):
+        artifacts.require(layout.direction(cell))
+
+
+def _direction_given(cell: Cell) -> bool:
+    return cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"
 
 
 def check_training(field: str, train: TrainSection, base: Recipe, model: nn.Module, ranks: int) -> None:
@@ -121,7 +140,7 @@ def align(experiment: Experiment) -> bool:
     engine = start_engine(base.model, source, base.align.train, seed=0)
     data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
-        loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align")
+        loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align", run.event)
         if not loop.run():
             run.stopped()
             return False
@@ -169,7 +188,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     if artifacts.complete(target):
         return True
     _verify_upstream(layout)
-    if cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed":
+    if _direction_given(cell):
         artifacts.verify(layout.direction(cell))
     resolved, prepared = cell.recipe, layout.prepare()
     engine, tokenizer = _open_start(layout, cell, target)
@@ -180,7 +199,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     )  # fmt: skip
     label = f"{cell.method} s{cell.seed}"
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
-        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), target.name, run.log_metrics, label)
+        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), target.name, run.log_metrics, label, run.event)
         if not loop.run():
             run.stopped()
             return False
@@ -191,32 +210,83 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     return True
 
 
-def evaluate(experiment: Experiment, subject: Subject) -> bool:
-    """Answers to harmful, harmless and task prompts; refusal, over-refusal, exact match, test loss. One process."""
-    from pipeline.evaluation.evaluate import evaluate as evaluate_model
+def evaluate(experiment: Experiment, subject: Subject, shard: Shard = WHOLE) -> bool:
+    """Answers to harmful, harmless and task prompts; refusal, over-refusal, exact match, test loss. One process.
 
-    layout, base = Layout(experiment), experiment.base
+    shard: do this share of the prompts only. Whoever then finds all shares done merges them, so True says that the share is done, not that the
+    evaluation is complete. ValueError where there are more shards than harmful prompts.
+    """
+    layout = Layout(experiment)
     target = layout.evaluate(subject)
     if artifacts.complete(target):
         return True
+    if shard.count == 1:
+        checked = _check_evaluation(layout, subject, shard)
+        _conclude(layout, subject, lambda: [_measure(layout, subject, shard, *checked)])
+        return True
+    part = layout.shard(target, shard.index, shard.count)
+    if not artifacts.complete(part):
+        checked = _check_evaluation(layout, subject, shard)
+        with artifacts.building(part, {"subject": subject.identity}) as folder:
+            _measure(layout, subject, shard, *checked).write(folder)
+    _merge(layout, subject, shard.count)
+    return True
+
+
+def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
+    """Tokenizer and sets of the evaluation. ValueError for all that can be known to be wrong before a weight is read."""
     _verify_upstream(layout)
-    tokenizer = load_tokenizer(base.model)
     if subject.trained is not None:
         artifacts.verify(subject.trained)
+    sets = _evaluation_sets(layout)
+    shard.check(len(sets["harmful"]))
+    return load_tokenizer(layout.base.model), sets
+
+
+def _measure(layout: Layout, subject: Subject, shard: Shard, tokenizer: Any, sets: dict[str, list[dict[str, Any]]]) -> Measured:
+    """Load the subject and let it answer the shard's rows of the sets."""
+    base = layout.base
     model: nn.Module = load_whole(base.model, subject.model)  # quantised as in training
     if subject.adapter is not None:
         model = load_adapter(model, subject.adapter)
-    model.to(device())
-    name = subject.name if subject.seed is None else f"{subject.name}-s{subject.seed}"
-    cell = None if subject.trained is None else experiment.cell(subject.name, subject.seed or 0)
+    label = _run_name(subject) if shard.count == 1 else f"{_run_name(subject)} {shard}"
+    return measure(place(model), tokenizer, shard.of(sets), base.evaluate, label)
+
+
+def _merge(layout: Layout, subject: Subject, count: int) -> None:
+    """Make the evaluation of its `count` shards where all are complete, unless another process is at it; the work folder goes."""
+    target = layout.evaluate(subject)
+    work, parts = layout.work(target), [layout.shard(target, index, count) for index in range(count)]
+    # The target may be complete, and the other shards gone: merged while this process repeated a shard.
+    if not artifacts.complete(target) and not all(map(artifacts.complete, parts)):
+        return
+    try:
+        release = artifacts.claim(work)
+    except artifacts.Busy:
+        return  # several finished at once, and another one merges
+    try:
+        if not artifacts.complete(target):  # it may have been merged since we looked
+            _conclude(layout, subject, lambda: [Measured.read(part) for part in parts])
+        shutil.rmtree(work, ignore_errors=True)
+    finally:
+        release()
+
+
+def _conclude(layout: Layout, subject: Subject, measured: Callable[[], list[Measured]]) -> None:
+    """Publish the evaluation of what `measured` returns (its shards, or the one that is the whole), and log it."""
+    target = layout.evaluate(subject)
+    cell = None if subject.trained is None else layout.experiment.cell(subject.name, subject.seed or 0)
     key = target.name if subject.trained is None else subject.trained.name  # a cell's scores stand beside its parameters
-    with open_run(layout, name, key, cell=cell) as run:
+    with open_run(layout, _run_name(subject), key, cell=cell) as run:
         with artifacts.building(target, {"subject": subject.identity}) as folder:
-            metrics = evaluate_model(model, tokenizer, _evaluation_sets(layout), base.evaluate, folder, name)
+            metrics = conclude(measured(), folder)
         run.log_evaluation(metrics)
-        if base.tracking.log_answers:
+        if layout.base.tracking.log_answers:
             run.log_artifact(target / "answers.jsonl")
-    return True
+
+
+def _run_name(subject: Subject) -> str:
+    return subject.name if subject.seed is None else f"{subject.name}-s{subject.seed}"
 
 
 def report(experiment: Experiment) -> Path:
@@ -270,12 +340,12 @@ def _claim(target: Path) -> None:
     if environment()[0] == 0:
         try:
             atexit.register(artifacts.claim(target))
-        except ValueError as error:
+        except artifacts.Busy as error:
             problem = [str(error)]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(problem)
     if problem[0]:
-        raise ValueError(problem[0])
+        raise artifacts.Busy(problem[0])
 
 
 def _open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:

@@ -2,7 +2,8 @@
 
     sap evaluate launch/recipes/demo.yaml --method sap --seed 0
 
-Writes answers.jsonl (every answer; it stays on this machine) and metrics.json.
+Leaves answers.jsonl (every answer; it stays on this machine) and metrics.json. Several processes may share the prompts (shards.py): each
+measures its share, and one of them concludes from all shares what a single process would have.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +25,59 @@ from pipeline.data.chat import Messages, prompt_ids
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.judges import is_empty, is_incoherent, keyword_judge
 from pipeline.evaluation.metrics import exact_match, share
+from pipeline.evaluation.shards import interleaved
 from pipeline.recipe import EvaluateSection
 from pipeline.sap.losses import useful_loss
 
 Row = dict[str, Any]
 
 
-def evaluate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: dict[str, list[Row]], section: EvaluateSection, folder: Path, label: str
-) -> dict[str, Any]:
-    """Measure `model`. sets: prepared rows of harmful, harmless (may be empty) and task prompts.
+@dataclass(frozen=True)
+class Measured:
+    """What a model said to all prompts, or to one shard's, judged; its mean loss over `tokens`, the supervised tokens of the task."""
 
-    Returns the metrics (each share with its 95% interval, see README) after writing answers.jsonl and metrics.json below `folder`.
-    """
+    answers: list[Row]
+    test_loss: float
+    tokens: int
+
+    def write(self, folder: Path) -> None:
+        """Leave it in `folder` for `read`, nothing rounded."""
+        _write_answers(folder, self.answers)
+        artifacts.write_json(folder / "test_loss.json", {"mean": self.test_loss, "tokens": self.tokens})
+
+    @classmethod
+    def read(cls, folder: Path) -> Measured:
+        """What was written into a published folder, verified by its manifest. ValueError where it is damaged."""
+        artifacts.verify(folder)
+        loss = json.loads((folder / "test_loss.json").read_text())
+        return cls([json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()], loss["mean"], loss["tokens"])
+
+
+def measure(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: dict[str, list[Row]], section: EvaluateSection, label: str
+) -> Measured:
+    """Let `model` answer and judge the answers. sets: prepared rows of harmful, harmless and task prompts, each may be empty."""
     started, answers = time.time(), []
     for name, rows in sets.items():
         prompts = [prompt_ids(tokenizer, _messages(row)) for row in rows]
         responses = generate(model, tokenizer, prompts, section.max_new_tokens, section.batch_size, _progress(label, name, started))
         answers += [_judged(name, row, response) for row, response in zip(rows, responses, strict=True)]
-    with (folder / "answers.jsonl").open("w") as stream:
-        stream.writelines(json.dumps(answer) + "\n" for answer in answers)
-    metrics = summarise(answers) | {"test_loss": token_loss(model, sets["task"], tokenizer.pad_token_id, section.batch_size)}
+    return Measured(answers, *token_loss(model, sets["task"], tokenizer.pad_token_id, section.batch_size))
+
+
+def conclude(parts: list[Measured], folder: Path) -> dict[str, Any]:
+    """The metrics (each share with its 95% interval, see README), after writing answers.jsonl and metrics.json below `folder`.
+
+    parts: the one that is the whole, or those of shards 0 to N-1. Answers stand in the order of the whole, whatever N.
+    """
+    names = dict.fromkeys(answer["set"] for answer in parts[0].answers)  # shard 0 has a row of every set that is not empty
+    shares = {name: [[answer for answer in part.answers if answer["set"] == name] for part in parts] for name in names}
+    answers = [answer for name in names for answer in interleaved(shares[name])]
+    _write_answers(folder, answers)
+    tokens = sum(part.tokens for part in parts)
+    # By weight, not by sum and quotient: the one part of an unsharded evaluation keeps every bit.
+    test_loss = sum(part.test_loss * (part.tokens / tokens) for part in parts if part.tokens)
+    metrics = summarise(answers) | {"test_loss": test_loss}
     artifacts.write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -61,14 +95,19 @@ def summarise(answers: list[Row]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def token_loss(model: nn.Module, rows: list[Row], pad_id: int, batch_size: int) -> float:
-    """Cross entropy per supervised token over all rows."""
+def token_loss(model: nn.Module, rows: list[Row], pad_id: int, batch_size: int) -> tuple[float, int]:
+    """Cross entropy per supervised token over all rows, and the number of these tokens; (0, 0) without rows."""
+    if not rows:
+        return 0.0, 0
     model.eval()
     device = next(model.parameters()).device
-    size = max(1, batch_size // 4)
-    return sum(
-        useful_loss(model, batch.to(device)).item() for batch in micro_batches(rows, list(range(len(rows))), size, 0, 1, pad_id, 0, 0)
-    )
+    batches = micro_batches(rows, list(range(len(rows))), max(1, batch_size // 4), 0, 1, pad_id, 0, 0)
+    return sum(useful_loss(model, batch.to(device)).item() for batch in batches), batches[0].global_tokens
+
+
+def _write_answers(folder: Path, answers: list[Row]) -> None:
+    with (folder / "answers.jsonl").open("w") as stream:
+        stream.writelines(json.dumps(answer) + "\n" for answer in answers)
 
 
 def _messages(row: Row) -> Messages:
