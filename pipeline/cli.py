@@ -3,9 +3,9 @@
     sap run launch/recipes/demo.yaml
     sap train launch/recipes/demo.yaml --method sap --seed 1 --train.lr 2e-4
 
-`run` does all stages that are not complete yet; the others do one. `status` says how far each is. `doctor` checks the SAP step on this model and these ranks, writes nothing,
-and exits with 1 where a check fails. Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again to go on), anything else a stage's
-own failure.
+`run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
+training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
+Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again to go on), anything else a stage's own failure.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
-    parser.add_argument("stage", choices=(*STAGES, "run", "status", "doctor"), help="what to do; run: everything that is missing")
+    parser.add_argument("stage", choices=(*STAGES, "run", "status", "plan", "doctor"), help="what to do; run: everything that is missing")
     parser.add_argument("recipe", help="path of the recipe, e.g. launch/recipes/demo.yaml")
     parser.add_argument("--method", help="only this method of the recipe")
     parser.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap: a report of its own")
     parser.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")
     parser.add_argument("--portable", action="store_true", help="for status: refuse a recipe whose folders differ from machine to machine")
     parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
+    parser.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
+    parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run, and stop")
     if not argv or "--help" in argv or "-h" in argv:
         parser.print_help()
@@ -62,6 +64,8 @@ def _main(argv: list[str]) -> int:
         raise ValueError("--stage and --portable belong to `sap status`: name a stage as in `sap train RECIPE`")
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
+    if options.stage == "plan":
+        return _plan(experiment, options)
     if options.stage == "doctor":
         return _doctor(experiment, [options.recipe, *_as_arguments(overrides)], options)
     if options.dry_run:
@@ -199,6 +203,17 @@ def _doctor(experiment: Experiment, arguments: list[str], options: argparse.Name
     cell = choose_cell(experiment, options.method, options.seed)
     arguments = ["--config", *arguments, "--method", cell.method, "--seed", str(cell.seed)]
     return runner.run_ranks("doctor.py", arguments, cell.recipe.train.ranks)
+
+
+def _plan(experiment: Experiment, options: argparse.Namespace) -> int:
+    from pipeline.planner import plan_cell
+
+    if (options.ranks is not None and options.ranks < 1) or options.gpu_gb <= 0:
+        raise ValueError("--ranks takes a number from 1, --gpu-gb one above 0")
+    for cell in Chain(experiment, [], options.method).cells:
+        if cell.seed == experiment.base.seeds[0]:  # seeds change nothing here
+            print(plan_cell(experiment, cell, options.ranks or cell.recipe.train.ranks, options.gpu_gb), end="\n\n")
+    return 0
 
 
 def _dry_run(experiment: Experiment, stage: str, method: str | None) -> int:

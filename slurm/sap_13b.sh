@@ -1,8 +1,15 @@
 #!/bin/bash
-# Trains one cell of a recipe, 13b.
+# Trains one cell (method, seed) of a recipe for a 13B model on all ranks of the job. What it does on each fault: docs/slurm.md.
 #
 #   sbatch slurm/sap_13b.sh                                        # launch/recipes/llama_13b_sap.yaml, method sap, seed 0
 #   SAP_METHOD=sft SAP_SEED=1 sbatch slurm/sap_13b.sh RECIPE --train.lr 2e-4
+#
+# Why one node of 8 GPUs, each of 24 GB or more; per GPU, in GB (`sap plan launch/recipes/llama_13b_sap.yaml`; arithmetic, not run on a GPU):
+#   weights 26.0 / 8                  3.3     logits, 4 x 512 tokens x 32,000                0.8
+#   LoRA, AdamW, SAP's vectors        0.02    activations: 40 hidden states, one layer       1.4
+#   gradients being reduced           0.2     CUDA and NCCL (assumed)                        2.0
+#   weights that ZeRO-3 has gathered  3.1     together 10.8: 45% of 24 GB, 14% of 80 GB
+# A step takes 2.8 times the FLOPs of plain fine-tuning, about 4 s at 35% of an A100.
 #
 #SBATCH --job-name=sap_13b
 #SBATCH --nodes=1

@@ -1,0 +1,398 @@
+"""Memory and time of a recipe on N GPUs, by arithmetic on the model's config. Nothing in it was measured on a GPU.
+
+    experiment = recipe.load("launch/recipes/llama_7b_sap.yaml")
+    print(plan_cell(experiment, experiment.cell("sap", 0), ranks=8, gpu_gb=80))
+
+The model's modules are built without memory and counted. What the engines hold is read off pipeline/sharding and DeepSpeed 0.19's ZeRO-3;
+activations off transformers' decoders (gated MLP, RMSNorm in float32) and PEFT's LoRA. Sequences count at full length with every token
+supervised, so the sums lie above what happens; tests/test_planner.py holds them against engines, graphs and FLOP counts on a CPU. Not
+counted: fragmentation of the allocator's memory (leave headroom), offloading to CPUs, ZeRO++, experts, what a run does once, and what a
+validation leaves gathered for the pass after it (ZeRO-3 has prefetched for a backward pass that does not come).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from pipeline.data.batches import check_divides
+from pipeline.model_files import BUILTIN, model_location, resolve_model_path
+from pipeline.models import check_targets, decoder_layers, unreachable
+from pipeline.quantization import BLOCK, check_quantisable
+from pipeline.recipe import Cell, Experiment, SapSection, TrainSection
+from pipeline.sap.probe import resolve_layers
+
+CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
+TFLOPS, UTILISATION = 312.0, 0.35  # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
+# DeepSpeed's defaults of what is read here (deepspeed/runtime/zero/config.py).
+ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000, "stage3_max_reuse_distance": 1_000_000_000, "sub_group_size": 1_000_000_000,
+}  # fmt: skip
+Moment = Literal["always", "in a pass", "between"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of a GPU's memory. moment: all the time, while a pass runs, or between passes (norms, differences, the update)."""
+
+    part: str
+    formula: str
+    bytes: float
+    moment: Moment
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor as it is stored: shape, bytes per element, whether it belongs to a decoder layer, whether it is trained."""
+
+    shape: tuple[int, ...]
+    width: float
+    in_layer: bool
+    trained: bool
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def held(self, engine: str, ranks: int) -> int:
+        """Elements on the rank that holds the most: ZeRO-3 cuts the flat tensor, FSDP2 its rows."""
+        if engine == "single":
+            return self.numel
+        return -(-self.numel // ranks) if engine == "zero3" else -(-self.shape[0] // ranks) * prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a config says: stored tensors, and the sizes that activations and FLOPs depend on."""
+
+    weights: tuple[Weight, ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    queries: int  # heads x dimension of a head
+    keys: int  # the same of the key heads, which several queries may share
+    vocabulary: int
+    linears: tuple[tuple[int, int], ...]  # (out, in) of one decoder layer's
+    adapted: tuple[tuple[int, int], ...]
+    eager: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of one training cell on `ranks` GPUs; see `estimate`."""
+
+    model: Counted
+    train: TrainSection
+    sap: SapSection
+    zero: dict[str, Any]
+    dtype_bytes: int
+    quantized: bool
+    ranks: int
+    max_length: int
+    safety_max_length: int
+
+    def rows(self) -> list[Row]:
+        """Every part, in bytes per GPU on the rank that holds the most."""
+        rows = [*_state(self), Row("CUDA and NCCL", "an allowance, assumed", CUDA_ALLOWANCE, "always"), *_gathered(self), *_activations(self)]
+        return sorted(rows, key=lambda row: get_args(Moment).index(row.moment))
+
+    def total(self) -> float:
+        """Bytes per GPU at one time: what is always there, and the larger of a pass and what comes between passes."""
+        always, in_a_pass, between = (sum(row.bytes for row in self.rows() if row.moment == moment) for moment in get_args(Moment))
+        return always + max(in_a_pass, between)
+
+    def table(self, gpu_gb: float) -> str:
+        """All parts in GB (1e9 bytes); the last line is the total and its share of a GPU of `gpu_gb`."""
+        lines = [f"{'GB per GPU':<24}{'':>6}  {'when':<9}  from"]
+        lines += [f"{row.part:<24}{row.bytes / 1e9:>6.2f}  {row.moment:<9}  {row.formula}" for row in self.rows()]
+        total = self.total() / 1e9
+        return "\n".join([*lines, f"{'most at one time':<24}{total:>6.2f}  {'':<9}  {total / gpu_gb:.0%} of a GPU of {gpu_gb:g} GB"])
+
+    def smallest_ranks(self, gpu_gb: float, headroom: float = 0.7, per_node: int = 8, most: int = 512) -> int | None:
+        """Fewest ranks (powers of two in a node, then whole nodes) whose total stays below headroom x gpu_gb; None above `most`.
+
+        Numbers of ranks by which the batch sizes do not divide are passed over.
+        """
+        for ranks in [*(n for n in (1, 2, 4, 8, 16) if n < per_node), *range(per_node, most + 1, per_node)]:
+            plan = replace(self, ranks=ranks)
+            try:
+                plan.check()
+            except ValueError:
+                continue
+            if plan.total() <= headroom * gpu_gb * 1e9:
+                return ranks
+        return None
+
+    def check(self) -> None:
+        """ValueError where the batch sizes do not divide by the ranks, the engine takes one only, or probed layers lie outside the model."""
+        if self.train.engine == "single" and self.ranks > 1:
+            raise ValueError(f"train.engine single runs one process, not {self.ranks}: use engine zero3 or fsdp2")
+        check_divides("train", self.train.batch_size, self.train.micro_batch_size, self.ranks)
+        if self.sap.enabled:
+            resolve_layers(self.sap.layers, self.model.layers)
+            check_divides("sap.safety", self.sap.safety_batch_size, self.sap.safety_micro_batch_size, self.ranks)
+
+    def flops(self) -> tuple[float, float]:
+        """FLOPs of a step on one rank: (as planned, averaged over what is not done at every step; plain fine-tuning)."""
+        return sum(count * flops for count, flops, _ in _passes(self)), _passes(self)[0][1]
+
+    def received(self) -> float:
+        """Bytes of weights that a GPU receives in a step, averaged likewise; the reduction of gradients is not in it."""
+        return sum(count * received for count, _, received in _passes(self))
+
+    def time(self, tflops: float = TFLOPS, utilisation: float = UTILISATION) -> str:
+        """What a step costs, in two lines. tflops: peak of a GPU; utilisation: the share of it assumed to be reached."""
+        step, plain = self.flops()
+        return (
+            f"A step: {step / 1e12:,.0f} TFLOP a GPU, {step / plain:.1f} times plain fine-tuning's: {step / (tflops * 1e12 * utilisation):.1f} s "
+            f"at {utilisation:.0%} of {tflops:g} TFLOP/s (assumed),\nhad gathering taken no time; a GPU receives {self.received() / 1e9:,.0f} GB "
+            "of weights in it."
+        )
+
+
+def estimate(
+    config: PretrainedConfig, train: TrainSection, sap: SapSection, ds_config: dict[str, Any] | None, dtype_bytes: int, quantization: str,
+    ranks: int, max_length: int, safety_max_length: int,
+) -> Plan:  # fmt: skip
+    """The plan of a training cell; reads no weights.
+
+    ds_config: DeepSpeed's, for engine zero3. dtype_bytes: of a weight that is not quantised. quantization: none | nf4. Lengths: tokens.
+    Raises ValueError where adapter, quantization, batch sizes or probed layers do not go with the model or the ranks.
+    """
+    nf4, zero = quantization == "nf4", (ds_config or {}).get("zero_optimization", {})
+    plan = Plan(_count(config, train, dtype_bytes, nf4), train, sap, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length)
+    plan.check()
+    return plan
+
+
+def estimate_cell(experiment: Experiment, cell: Cell, ranks: int) -> Plan:
+    """`estimate` of a recipe's cell, from the model's config alone; dtype auto counts as bfloat16. ValueError where the config cannot be had."""
+    from pipeline.sharding.zero3 import read_ds_config
+
+    section, data, train = experiment.base.model, cell.recipe.data, cell.recipe.train
+    location = resolve_model_path(section) if section.path == BUILTIN else model_location(section)
+    try:
+        config = AutoConfig.from_pretrained(location, revision=section.revision, trust_remote_code=False, attn_implementation=section.attention)
+    except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
+        raise ValueError(unreachable(location, error)) from None
+    ds_config = read_ds_config(train, ranks) if train.engine == "zero3" else None
+    width = 4 if section.dtype == "float32" else 2
+    return estimate(config, train, cell.recipe.sap, ds_config, width, section.quantization, ranks, data.max_length, data.safety_max_length)
+
+
+def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> str:
+    """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text. Raises as `estimate_cell`."""
+    plan = estimate_cell(experiment, cell, ranks)
+    head = f"{experiment.base.name}, method {cell.method}, {plan.train.engine} on {ranks} GPUs. Arithmetic: nothing here was run on a GPU."
+    return "\n".join([head, plan.table(gpu_gb), plan.time()])
+
+
+def _count(config: PretrainedConfig, train: TrainSection, dtype_bytes: int, nf4: bool) -> Counted:
+    """Build the modules without memory and count them."""
+    text = config.get_text_config()
+    lacking = next((name for name in ("intermediate_size", "num_attention_heads") if getattr(text, name, None) is None), None)
+    if lacking:
+        raise ValueError(f"the model's config has no {lacking}: the planner knows decoders with attention and a gated MLP only")
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if nf4 and train.adapter == "full":
+        raise ValueError("train.adapter full cannot train weights in 4 bits: set model.quantization to none, or train.adapter to lora")
+    if nf4:
+        check_quantisable(module, config.name_or_path)
+    if train.adapter == "lora":
+        check_targets(module, train.lora, "train")
+    layers, targets = decoder_layers(module), set(train.lora.target_modules) if train.adapter == "lora" else set()
+    linears = {name.rpartition(".")[2]: (m.out_features, m.in_features) for name, m in layers[0].named_modules() if isinstance(m, nn.Linear)}
+    dimension = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Counted(
+        weights=tuple(_weights(module, layers, train, dtype_bytes, nf4)),
+        layers=len(layers),
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        queries=text.num_attention_heads * dimension,
+        keys=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * dimension,
+        vocabulary=text.vocab_size,
+        linears=tuple(linears.values()),
+        adapted=tuple(shape for name, shape in linears.items() if name in targets),
+        eager=module.config._attn_implementation == "eager",
+    )
+
+
+def _weights(module: nn.Module, layers: Sequence[nn.Module], train: TrainSection, width: int, nf4: bool) -> list[Weight]:
+    inside, head, full = {id(part) for layer in layers for part in layer.modules()}, module.get_output_embeddings(), train.adapter == "full"
+    seen: set[nn.Parameter] = set()
+    found: list[Weight] = []
+    for path, owner in module.named_modules():
+        in_layer, linear = id(owner) in inside, isinstance(owner, nn.Linear)
+        for name, parameter in owner.named_parameters(recurse=False):
+            numel = parameter.numel()
+            if nf4 and linear and owner is not head and name == "weight":
+                # As quantization.py stores them: codes of half a byte, and a float32 scale for every block.
+                found += [Weight((-(-numel // 2),), 1, in_layer, False), Weight((-(-numel // BLOCK),), 4, in_layer, False)]
+            elif parameter not in seen:  # else tied
+                found.append(Weight(tuple(parameter.shape), width, in_layer, full))
+            seen.add(parameter)
+        if not full and linear and path.rpartition(".")[2] in train.lora.target_modules:
+            found += [Weight((train.lora.r, owner.in_features), 4, in_layer, True), Weight((owner.out_features, train.lora.r), 4, in_layer, True)]
+    return found
+
+
+def _state(plan: Plan) -> list[Row]:
+    """What is held all the time: weights, gradients, AdamW's moments, SAP's vectors, the buffer in which gradients are reduced.
+
+    ZeRO-3 keeps trained weights and gradients in the model's dtype where all weights are trained, and a float32 master. SAP keeps the
+    direction and, while passes run, the perturbed weights' old values or, after those, g(0) for the correction. Between passes a norm takes
+    a float32 copy, and float64 ones of two flat tensors (Engine.dot); the correction one more gradient. AdamW's update takes less.
+    """
+    engine, ranks = plan.train.engine, plan.ranks
+    trained, frozen = ([weight for weight in plan.model.weights if weight.trained is which] for which in (True, False))
+    numel, local = sum(weight.numel for weight in trained), sum(weight.held(engine, ranks) for weight in trained)
+    width = plan.dtype_bytes if engine == "zero3" and plan.train.adapter == "full" else 4
+    master = 4 if engine == "zero3" else 0
+    how = f"0.5 + 4/{BLOCK} bytes a weight in nf4, else {plan.dtype_bytes}" if plan.quantized else f"{plan.dtype_bytes} bytes a weight"
+    count, held = f"{_short(numel)} / {ranks}", sum(weight.held(engine, ranks) * weight.width for weight in frozen)
+    flat = min(local, _zero(plan, "sub_group_size")) if engine == "zero3" else max(weight.held(engine, ranks) for weight in trained)
+    copies = 2 if plan.sap.enabled and plan.sap.correction_every else 1
+    rows = [
+        Row("frozen weights", f"{sum(_split(frozen)) / 1e9:.2f} GB ({how}) / {ranks}", held, "always"),
+        Row("trained weights", f"{count} x ({width}{' + 4 of a float32 master' if master else ''}) bytes", local * (width + master), "always"),
+        Row("gradients", f"{count} x {width} bytes", local * width, "always"),
+        Row("AdamW's moments", f"{count} x 2 x 4 bytes", local * 8, "always"),
+        Row("norms, update", f"{count} x {copies} x 4 bytes, {_short(flat)} x 2 x 8 bytes", copies * 4 * local + 16 * flat, "between"),
+    ]
+    if plan.sap.enabled:
+        second, probed = max(width, 4 if plan.sap.correction_every else 0), len(resolve_layers(plan.sap.layers, plan.model.layers))
+        formula = f"{count} x (direction 4 + old values or g(0) {second}) bytes; V, its gradients and moments"
+        rows.append(Row("SAP's vectors", formula, local * (4 + second) + 6 * 4 * probed * plan.model.hidden, "always"))
+    if engine == "zero3":
+        bucket = _zero(plan, "reduce_bucket_size")
+        copied = max(min(bucket, numel), max(weight.numel for weight in trained))
+        formula = f"reduce_bucket_size {_short(bucket)} + {_short(copied)} copied out of it, x {width} bytes"
+        rows.append(Row("gradients reduced", formula, (bucket + copied) * width, "always"))
+    elif engine == "fsdp2":
+        inner = sum(weight.numel for weight in trained if weight.in_layer)
+        group = max(inner // plan.model.layers, numel - inner)
+        rows.append(Row("gradients reduced", f"{_short(group)} of the largest group, twice, x 4 bytes", group * 8, "in a pass"))
+    return rows
+
+
+def _gathered(plan: Plan) -> list[Row]:
+    """Weights that are whole on a GPU while a pass runs, beside its shards.
+
+    ZeRO-3 prefetches until stage3_max_live_parameters are live; it keeps what recurs within stage3_max_reuse_distance, of which forward and
+    backward make half, and a layer that is recomputed. To the largest of these come a tensor that overfills it and one fetched on demand. A
+    prefetched bucket, overfilled likewise, arrives in a buffer and is copied out. Tensors up to the persistence threshold stay whole. FSDP2
+    holds the layer at work, the next one, a third in the buffer of the all-gather, and embeddings and head all along.
+    """
+    rows: list[Row] = []
+    (others, small), layers = _moving(plan), plan.model.layers
+    inner, outer = _split(others)
+    if plan.train.engine == "zero3" and plan.ranks > 1:
+        everything, first = sum(w.numel for w in others), sum(w.numel for w in others if not w.in_layer)
+        largest = max((w.numel for w in others), default=0)
+        reach = max(_zero(plan, "stage3_max_live_parameters"), _zero(plan, "stage3_max_reuse_distance") // 2, (everything - first) // layers)
+        live, bucket = min(reach + 2 * largest, everything), min(_zero(plan, "stage3_prefetch_bucket_size") + largest, everything)
+        # Embeddings and head first: they are the widest where layers are in 4 bits.
+        size = sum(min(part / max(first, 1), 1) * outer + max(part - first, 0) * inner / max(everything - first, 1) for part in (live, bucket))
+        formula = f"{_short(live)} live + {_short(bucket)} in the bucket that arrives; {small / 1e9:.2f} GB persistent"
+        rows.append(Row("gathered weights", formula, size + small, "in a pass"))
+    elif plan.train.engine == "fsdp2" and plan.ranks > 1:
+        formula = f"3 layers of {inner / layers / 1e9:.2f} GB + {outer / 1e9:.2f} GB of the others"
+        rows.append(Row("gathered weights", formula, 3 * inner / layers + outer, "in a pass"))
+    if plan.quantized:
+        largest = max(out * into for out, into in plan.model.linears)
+        rows.append(Row("dequantised weight", f"{_short(largest)} x {plan.dtype_bytes} bytes", largest * plan.dtype_bytes, "in a pass"))
+    return rows
+
+
+def _activations(plan: Plan) -> list[Row]:
+    """What the larger micro-batch (the task's, or the safety pairs' of two sequences each) leaves for its backward pass, and its logits.
+
+    In a layer, per token: a float32 copy in either norm; queries, keys and values, repeated for the attention, its result and normaliser;
+    gate, up and activation of the MLP; a row of the mask; then with LoRA a float32 copy of every adapted module's input (PEFT) and A's
+    output, else the norms' outputs before and after their weights, and the inputs of the two projections. Backward adds the gradients of the
+    MLP's three. Logits: log-probabilities, their gradient and the cross entropy's, in float32, to which losses.py casts.
+    """
+    model, b = plan.model, plan.dtype_bytes
+    sizes = [(plan.train.micro_batch_size * plan.max_length, plan.max_length)]
+    if plan.sap.enabled:
+        sizes.append((2 * plan.sap.safety_micro_batch_size * plan.safety_max_length, plan.safety_max_length))
+    tokens, length = max(sizes)
+    scores = model.heads * length * (6 if b == 2 else 4) if model.eager else 0  # softmax in float32, then the dtype again
+    saved = 8 * model.hidden + b * (4 * model.queries + 3 * model.intermediate + length) + 4 * model.heads + scores
+    if plan.train.adapter == "full":
+        saved += b * (4 * model.hidden + model.queries + model.intermediate)
+    else:
+        saved += sum(4 * (into + plan.train.lora.r) for _, into in model.adapted)
+    moving = 3 * b * model.intermediate + scores
+    rows = [Row("logits", f"{tokens} tokens x {model.vocabulary} x 3 copies of 4 bytes", tokens * model.vocabulary * 12, "in a pass")]
+    if plan.train.gradient_checkpointing:
+        kept, moving = model.hidden * b, saved + moving
+        formula = f"{model.layers} layers x {tokens} tokens x {model.hidden} x {b} bytes"
+    else:
+        kept, formula = saved, f"{model.layers} layers x {tokens} tokens x {saved:,} bytes"
+    rows.append(Row("kept for backward", formula, model.layers * tokens * kept, "in a pass"))
+    return [*rows, Row("one layer in backward", f"{tokens} tokens x {moving:,} bytes", tokens * moving, "in a pass")]
+
+
+def _passes(plan: Plan) -> list[tuple[float, float, float]]:
+    """(times a step, FLOPs, bytes received) of a step's passes on one rank: main, probe, safety (pipeline/sap/step.py)."""
+    train, sap, layers = plan.train, plan.sap, plan.model.layers
+    share, steps = train.batch_size / plan.ranks, train.batch_size / (train.micro_batch_size * plan.ranks)
+    main = _pass(plan, share, plan.max_length, steps, layers, True)
+    if not sap.enabled:
+        return [(1, *main)]
+    probe = _pass(plan, share, plan.max_length, steps, layers - 1 - resolve_layers(sap.layers, layers)[0], False)
+    pairs = sap.safety_batch_size / plan.ranks
+    safety = _pass(plan, 2 * pairs, plan.safety_max_length, pairs / sap.safety_micro_batch_size, layers, True)
+    noise, correction, refresh = (1 / every if every else 0.0 for every in (sap.noise_every, sap.correction_every, sap.refresh_every))
+    return [(1 + correction, *main), ((2 if sap.schedule == "exact" else 1) + noise, *probe), (refresh, *safety)]
+
+
+def _pass(plan: Plan, sequences: float, length: int, micro_batches: float, layers: int, of_weights: bool) -> tuple[float, float]:
+    """(FLOPs, bytes received) of a forward pass and a backward pass through the last `layers`; of_weights: with the weights' gradients.
+
+    2 FLOPs a weight and token, forward and for the input's gradient, and for the gradient of those weights that are trained; attention's
+    products 4 x length x queries forward, twice that backward; once more forward where a layer is recomputed. ZeRO-3 gathers frozen weights
+    of a recomputed layer twice on the way back, whatever stage3_max_reuse_distance: it drops them when the first of its modules is done.
+    """
+    model, train = plan.model, plan.train
+    linear, adapter = sum(out * into for out, into in model.linears), sum(train.lora.r * (out + into) for out, into in model.adapted)
+    forward = 2 * (linear + adapter) + 4 * length * model.queries
+    learned = 2 * (linear if train.adapter == "full" else adapter) if of_weights else 0
+    backward = forward + 4 * length * model.queries + learned + (forward if train.gradient_checkpointing else 0)
+    head = 2 * model.vocabulary * model.hidden * (3 if of_weights and train.adapter == "full" else 2)
+    flops = sequences * length * (model.layers * forward + layers * backward + head)
+    inner, outer = _split(_moving(plan)[0])
+    twice = train.engine == "zero3" and train.gradient_checkpointing and train.adapter == "lora"
+    received = outer + inner * (1 + (2 if twice else 1) * layers / model.layers)
+    return flops, micro_batches * received * (plan.ranks - 1) / plan.ranks
+
+
+def _moving(plan: Plan) -> tuple[list[Weight], float]:
+    """The tensors that are gathered for every pass, and the bytes of those that ZeRO-3 leaves whole."""
+    bound = _zero(plan, "stage3_param_persistence_threshold") if plan.train.engine == "zero3" else 0
+    weights = plan.model.weights
+    return [w for w in weights if w.numel > bound], sum(w.numel * w.width for w in weights if w.numel <= bound)
+
+
+def _split(weights: Sequence[Weight]) -> tuple[float, float]:
+    """Bytes in decoder layers, and outside."""
+    return sum(w.numel * w.width for w in weights if w.in_layer), sum(w.numel * w.width for w in weights if not w.in_layer)
+
+
+def _zero(plan: Plan, key: str) -> int:
+    return int(plan.zero.get(key, plan.zero.get(key.removeprefix("stage3_"), ZERO_DEFAULTS[key])))
+
+
+def _short(count: float) -> str:
+    return f"{count / 1e9:.2f}e9" if count >= 1e8 else f"{count / 1e6:.1f}e6" if count >= 1e6 else f"{count:,.0f}"
