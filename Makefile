@@ -4,12 +4,13 @@ VENV := .venv
 SEEDS ?= 1
 RUN := $(VENV)/bin/python -m pipeline.cli
 
-.PHONY: help demo test matrix test-all mutants lint clean
+.PHONY: help demo test matrix test-all mutants slurm lint clean
 help:
 	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
 	@echo "make test             set up with test dependencies, run the tests"
 	@echo "make test-all         the tests, then sharded training against one process in every pair of factors (FULL=1: every combination, hours)"
 	@echo "make mutants          plant faults and see that the tests notice"
+	@echo "make slurm            job scripts on a real Slurm cluster, with faults (needs root and Slurm's programs)"
 	@echo "make lint             ruff"
 	@echo "make clean            remove .venv and runs"
 
@@ -35,6 +36,9 @@ test-all: test matrix
 
 mutants: $(VENV)/ready
 	@$(VENV)/bin/python -m tests.mutants
+
+slurm: $(VENV)/ready
+	@$(VENV)/bin/python -m pytest -q -s tests/slurm/faults.py
 
 lint: $(VENV)/ready
 	@$(VENV)/bin/ruff check .

@@ -41,6 +41,13 @@ def site() -> Iterator[Site]:
             shutil.rmtree(folder)
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_running(site) -> Iterator[None]:
+    """A test that failed leaves no job behind for the next."""
+    yield
+    site.shell("scancel", "--user=root", check=False)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(site) -> Path:
     """The whole chain through slurm/submit.sh, evaluation in two shards; what every fault's adapter is compared with."""
@@ -105,9 +112,10 @@ def test_afterok_alone_is_not_believed(site, undisturbed):
 
 
 def test_time_limit(site, undisturbed):
+    """Slurm looks every 30 s and rounds towards early: the signal comes in the first half of the minute."""
     output = site.output("time")
     clock = Stopwatch()
-    job = site.train(output, "--time=1", "--signal=B:USR1@35", overrides=(f"--train.save_every={10 * STEPS}",))
+    job = site.train(output, "--time=1", "--signal=B:USR1@1", overrides=(f"--train.save_every={10 * STEPS}",))
     site.wait(job)
     restarts = site.cluster.job(job)["Restarts"]
     assert int(restarts) >= 1, site.log(job)

@@ -121,6 +121,25 @@ def test_a_resumed_run_ends_as_the_straight_one(interrupted, straight):
     assert loop.run() and torch.equal(weights(loop), straight[1])
 
 
+def test_events_tell_of_every_stop_and_return(tmp_path, monkeypatch):
+    """On the same run, whichever process says it; a first start is one in a job only."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    events: list[str] = []
+
+    def run(stop_after: int | None = None) -> bool:
+        loop = build(tmp_path, on_metrics=lambda _, number: number == stop_after and (tmp_path / "STOP").touch())
+        loop.on_event = events.append
+        return loop.run()
+
+    assert not run(stop_after=3)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SAP_RESTART_REASON", "time limit or preemption")
+    assert run()
+    assert events[0].startswith("stopped after step 3 (stop file ")
+    assert events[1:] == ["resumed after step 3, Slurm job 7, restart 1: time limit or preemption"]
+
+
 def test_the_log_is_rewound_to_the_checkpoint(interrupted, straight):
     """Step 5 was logged and will run again, and the kill cut step 6's line short: each step stands there once, as in the straight run."""
     with (interrupted / "metrics.jsonl").open("a") as stream:

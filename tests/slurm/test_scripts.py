@@ -1,0 +1,133 @@
+"""The job scripts without a training: shellcheck, sbatch --test-only, and what slurm/submit.sh would submit or refuses."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.project import ROOT, write_recipe
+from tests.slurm.minicluster import Cluster, why_not
+from tests.slurm.site import make_recipe
+
+JOBS = ["sap_7b", "sap_13b", "sap_70b", "prepare", "direction", "evaluate", "report"]
+SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    return write_recipe(folder, make_recipe(folder))
+
+
+def submit(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SAP_", "SLURM_", "SBATCH_"))}
+    clean |= {"SAP_PYTHON": sys.executable, "SAP_SITE_ENV": "/nowhere", **environment}
+    return subprocess.run([str(ROOT / "slurm/submit.sh"), *map(str, arguments)], env=clean, capture_output=True, text=True, cwd="/", timeout=60)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck():
+    paths = [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "tests/slurm").glob("*.sh")]
+    assert len(paths) > 10
+    found = subprocess.run(["shellcheck", "-S", "warning", "-x", *map(str, paths)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_slurm_takes_every_script_where_the_nodes_suffice():
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        with Cluster(folder, nodes=2, gpus=8, cpus=64) as cluster:
+            for name in JOBS:
+                assert "to start at" in cluster.run(["sbatch", "--test-only", f"slurm/{name}.sh"], cwd=ROOT).stderr, name
+        shutil.rmtree(folder)
+        with Cluster(folder, nodes=1, gpus=8, cpus=64) as cluster:
+            refused = cluster.run(["sbatch", "--test-only", "slurm/sap_70b.sh"], cwd=ROOT, check=False)
+            assert refused.returncode and "not available" in refused.stderr
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_script_requeues_saves_in_time_appends_and_names_no_site(name):
+    text = (ROOT / f"slurm/{name}.sh").read_text()
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", text, re.M))
+    assert {"requeue", "open-mode", "signal", "time", "output", "job-name"} <= options.keys() and options["open-mode"] == "append"
+    assert options["signal"].startswith("B:USR1@")
+    assert not re.search(r"--(partition|account|qos|constraint|mail-user)|module load|/(home|scratch)/", text)
+    assert "SLURM_PROCID" not in text, "the batch shell's own is 0"
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_script_outside_a_job_says_how_to_submit_it(name):
+    found = subprocess.run(["bash", f"slurm/{name}.sh"], cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert found.returncode and f"sbatch slurm/{name}.sh" in found.stderr
+
+
+def test_dry_run_prints_the_chain_and_touches_nothing(recipe):
+    found = submit(recipe, "--dry-run", "--size", "13b", "--nodes", "4", "--shards", "3", "--", "--train.lr=1e-3", SAP_GPUS_PER_NODE="4", SAP_CPU_PARTITION="small")
+    assert found.returncode == 0, found.stderr
+    lines = {line.split()[0]: line for line in found.stdout.splitlines()}
+    assert list(lines) == ["prepare", "direction", "train", "evaluate", "report", "mlflow"]
+    assert "--partition=small" in lines["prepare"] and "--partition=small" in lines["report"] and "--partition" not in lines["train"]
+    assert "SAP_METHOD=sap SAP_SEED=0" in lines["direction"] and "afterok:<prepare-" in lines["direction"]
+    for part in ("slurm/sap_13b.sh", "--nodes=4", "--ntasks-per-node=4", "--gpus-per-node=4", "afterok:<direction-", "singleton", "--kill-on-invalid-dep=yes"):
+        assert part in lines["train"]
+    assert "--array=0,1,2,3,4,5,6,7,8" in lines["evaluate"] and lines["evaluate"].count("<train-") == 2
+    assert all("--train.lr=1e-3" in lines[stage] for stage in list(lines)[:-1])
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_methods_choose_cells_and_a_report_of_their_own(recipe):
+    both, one = submit(recipe, "--dry-run").stdout, submit(recipe, "--dry-run", "--methods", "sft").stdout
+    assert "train-sap-" in both and "train-sap-" not in one and "direction" not in one and "train-sft-" in one
+    report = re.compile(r"report-\w+")
+    assert report.search(both).group() != report.search(one).group()
+
+
+def test_what_is_complete_is_left_out(recipe, tmp_path):
+    first = submit(recipe, "--dry-run", "--", f"--output_dir={tmp_path}").stdout
+    folder = tmp_path / "tiny" / re.search(r"prepare-\w+", first).group()
+    folder.mkdir(parents=True)
+    (folder / "DONE").touch()
+    found = submit(recipe, "--dry-run", "--from", "direction", "--", f"--output_dir={tmp_path}")
+    lines = found.stdout.splitlines()
+    assert lines[0].startswith("direction") and "afterok" not in lines[0], found.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--from", "train"], "is not complete: leave --from train out, or begin with --from prepare"),
+        (["--from", "sing"], "--from is 'sing': it takes prepare align direction train evaluate report"),
+        (["--size", "8b"], "--size is '8b': it takes 7b, 13b or 70b"),
+        (["--shards", "0"], "--shards is '0': it takes a number from 1"),
+        (["--nodes"], "--nodes needs a value"),
+        (["--speed"], "unknown option --speed"),
+        (["--methods", "spa"], "no method 'spa'"),
+        (["again.yaml"], "two recipes"),
+        (["--", "--train.learning_rate=1"], "unknown key 'train.learning_rate'"),
+        (["--", "--model.dtype=auto"], "model.dtype auto is another dtype on another machine: set it to bfloat16 or float32"),
+    ],
+)
+def test_bad_submissions_are_one_sentence(recipe, arguments, sentence):
+    found = submit(recipe, "--dry-run", *arguments)
+    assert found.returncode == 2 and sentence in found.stderr and len(found.stderr.strip().splitlines()) == 1
+
+
+def test_no_recipe_is_told_how(recipe):
+    assert submit().returncode == 2 and "slurm/submit.sh RECIPE" in submit().stderr
+    assert "there is no recipe" in submit(recipe.parent / "none.yaml").stderr
+
+
+def test_size_follows_from_the_recipes_name():
+    for size in ("7b", "13b", "70b"):
+        found = submit(ROOT / f"launch/recipes/llama_{size}_sap.yaml", "--dry-run", HF_HUB_OFFLINE="1")
+        assert f"slurm/sap_{size}.sh" in found.stdout, found.stderr
+        assert yaml.safe_load((ROOT / f"launch/recipes/llama_{size}_sap.yaml").read_text())

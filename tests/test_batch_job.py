@@ -1,0 +1,45 @@
+"""What ranks tell the batch script, and what they take from it."""
+
+import pytest
+
+from pipeline import artifacts, entry
+from pipeline.batch_job import circumstances
+
+
+def fails(error: Exception):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_a_final_error_is_left_where_the_batch_script_looks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAP_ERROR_FILE", str(tmp_path / "error"))
+    assert entry.guarded(fails(ValueError("train.lr is wrong"))) == entry.BAD_INPUT
+    assert (tmp_path / "error").read_text() == "train.lr is wrong\n" and "train.lr is wrong" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [artifacts.Busy("another process is writing"), RuntimeError("a broken node")])
+def test_what_may_pass_is_not_final(tmp_path, monkeypatch, error):
+    monkeypatch.setenv("SAP_ERROR_FILE", str(tmp_path / "error"))
+    try:
+        entry.guarded(fails(error))
+    except RuntimeError:
+        pass
+    assert not (tmp_path / "error").exists()
+
+
+def test_without_a_batch_script_nothing_is_written(monkeypatch):
+    monkeypatch.delenv("SAP_ERROR_FILE", raising=False)
+    assert entry.guarded(fails(ValueError("x"))) == entry.BAD_INPUT
+
+
+def test_circumstances(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SAP_RESTART_REASON"):
+        monkeypatch.delenv(name, raising=False)
+    assert circumstances() == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert circumstances() == ", Slurm job 12"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("SAP_RESTART_REASON", "time limit or preemption")
+    assert circumstances() == ", Slurm job 12, restart 2: time limit or preemption"

@@ -1,0 +1,79 @@
+"""`sap status`: how far every folder is, for people and for the job scripts."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifacts, recipe
+from pipeline.cli import main
+from pipeline.layout import Layout
+from pipeline.status import units
+from tests.project import make_project, write_recipe
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("status")
+    return write_recipe(folder, make_project(folder))
+
+
+def lines(capsys, *arguments: str | Path) -> list[list[str]]:
+    assert main(["status", *map(str, arguments)]) == 0
+    return [line.split("\t") for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+
+
+def test_every_folder_stands_in_the_order_of_the_stages(project, capsys):
+    found = lines(capsys, project)
+    assert [(row[0], row[1], row[2]) for row in found] == [
+        ("prepare", "-", "-"), ("align", "-", "-"), ("direction", "sap", "0"), ("train", "sft", "0"), ("train", "sap", "0"),
+        ("evaluate", "shipped", "-"), ("evaluate", "aligned", "-"), ("evaluate", "sft", "0"), ("evaluate", "sap", "0"), ("report", "-", "-"),
+    ]  # fmt: skip
+    layout = Layout(recipe.load(project))
+    assert found[0][3:] == ["missing", str(layout.prepare()), str(layout.work(layout.prepare()))]
+
+
+def test_states(project, capsys, tmp_path):
+    experiment = recipe.load(project, {"output_dir": str(tmp_path)})
+    layout = Layout(experiment)
+    layout.prepare().mkdir(parents=True)
+    (layout.prepare() / artifacts.MARKER).touch()
+    work = layout.work(layout.train(experiment.cell("sap", 0)))
+    for number, marked in ((2, True), (10, True), (12, False)):
+        checkpoint = work / "checkpoints" / f"step-{number:06d}"
+        checkpoint.mkdir(parents=True)
+        if marked:
+            (checkpoint / artifacts.MARKER).touch()
+    states = {(row[0], row[1]): row[3] for row in lines(capsys, project, f"--output_dir={tmp_path}")}
+    assert states["prepare", "-"] == "complete" and states["train", "sap"] == "step 10" and states["train", "sft"] == "missing"
+
+
+def test_one_cell_one_stage_and_some_methods(project, capsys):
+    assert [row[:3] for row in lines(capsys, project, "--stage", "train", "--method", "sap", "--seed", "0")] == [["train", "sap", "0"]]
+    assert [row[1] for row in lines(capsys, project, "--stage", "evaluate", "--method", "aligned")] == ["aligned"]
+    assert [row[1] for row in lines(capsys, project, "--stage", "train", "--methods", "sft")] == ["sft"]
+
+
+def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(project):
+    experiment = recipe.load(project)
+    whole, part = ({(u.stage, u.method): u.folder for u in units(e)} for e in (experiment, experiment.only(["sap"])))
+    assert whole["report", "-"] != part["report", "-"] and ("train", "sft") not in part
+    assert all(whole[key] == part[key] for key in part if key[0] != "report")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["status", "RECIPE", "--methods", "sft,nothing"], "no method 'nothing'"),
+        (["status", "RECIPE", "--portable", "--model.dtype=auto"], "model.dtype auto is another dtype on another machine"),
+        (["train", "RECIPE", "--stage", "train"], "--stage and --portable belong to `sap status`"),
+    ],
+)
+def test_refusals(project, capsys, arguments, sentence):
+    assert main([str(project) if part == "RECIPE" else part for part in arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_store_is_named_for_people(project, capsys):
+    main(["status", str(project)])
+    comment = capsys.readouterr().out.splitlines()[-1]
+    assert comment.startswith("# mlflow") and "experiment tiny" in comment and "sap-s0" in comment
