@@ -17,13 +17,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.project import write_recipe
 from tests.slurm.minicluster import why_not
-from tests.slurm.site import NODES, RANKS_PER_NODE, SAVE_EVERY, STEPS, Site, Stopwatch, adapter, make_recipe, manifest, opened, steps_logged
+from tests.slurm.site import (
+    NODES,
+    RANKS_PER_NODE,
+    SAVE_EVERY,
+    SHAPE,
+    STEPS,
+    Site,
+    Stopwatch,
+    adapter,
+    make_recipe,
+    manifest,
+    opened,
+    steps_logged,
+)
 
 pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(600)]
 
+SHAPE_OF_ALL = [f"--nodes={NODES}", "--exclusive", f"--gpus-per-node={RANKS_PER_NODE}"]
 SEEN: list[tuple[str, str, float]] = []  # fault, what happened, seconds from the fault to the end of the job
 
 
@@ -101,6 +116,27 @@ def test_resubmission_runs_only_what_is_missing(site, undisturbed):
     assert one.is_dir() and {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_each_script_is_right_alone(site, undisturbed):
+    """Without submit.sh: the recipe as an argument or in SAP_RECIPE, evaluation of whatever is missing in one job."""
+    output = site.output("alone")
+    for folder in (undisturbed / "tiny").glob("train-*"):
+        shutil.copytree(folder, output / "tiny" / folder.name)
+    direction = next((output / "tiny").glob("direction-*"))
+    shutil.rmtree(direction)
+    where = f"--output_dir={output}"
+    site.wait(site.sbatch(*SHAPE, "slurm/direction.sh", where, SAP_RECIPE=str(site.recipe)))
+    again, first = (load_file(next((runs / "tiny").glob("direction-*/direction*.safetensors"))) for runs in (output, undisturbed))
+    assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+    site.wait(site.sbatch("slurm/evaluate.sh", site.recipe, where))
+    report = site.sbatch("slurm/report.sh", site.recipe, where)
+    site.wait(report)
+    tables = [next((runs / "tiny").glob("report-*/table.txt")).read_text() for runs in (output, undisturbed)]
+    assert tables[0] == tables[1] and tables[0].strip() in site.log(report)
+    done = site.sbatch("slurm/prepare.sh", site.recipe, where)
+    site.wait(done)
+    assert "complete already" in site.log(done)
+
+
 def test_afterok_alone_is_not_believed(site, undisturbed):
     """slurmctld forgets jobs, and takes what it has forgotten for done."""
     output = site.output("forgotten")
@@ -137,8 +173,6 @@ def test_preemption(site, undisturbed):
     assert any("time limit or preemption" in event for event in events(output, "sap-s0"))
     SEEN.append(("preemption", "saved at the step's end within the grace time, requeued, went on", clock()))
 
-
-SHAPE_OF_ALL = [f"--nodes={NODES}", "--exclusive", f"--gpus-per-node={RANKS_PER_NODE}"]
 
 
 def lose(site: Site, undisturbed: Path, name: str, node: str, what: str) -> None:
