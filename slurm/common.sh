@@ -59,7 +59,7 @@ job_arguments() {
   OVERRIDES=("$@")
 }
 
-# look_at STAGE [--method M] [--seed S]: which folder this job is about; INDEX chooses among several. Then UNIT is the prefix of the job's own files.
+# look_at STAGE [--method M] [--seed S]: which folder this job is about; INDEX chooses among several.
 look_at() {
   LOOK=(--stage "$@" ${SAP_METHODS:+--methods "$SAP_METHODS"})
   look
@@ -68,26 +68,30 @@ look_at() {
   rm -f "$UNIT.error"
 }
 
-# look: sets STATE (complete, step N, missing), FOLDER, WORK, METHOD and SEED by what is there now.
+# look: sets STATE (complete, step N, missing), STEPS (safe in a checkpoint), FOLDER, WORK, METHOD and SEED by what is there now.
 look() {
-  local lines line
-  lines=$(sap status "$RECIPE" --portable "${LOOK[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}) || give_up "the recipe $RECIPE is refused: see above" 2
+  local lines code line tries=0
+  until lines=$(sap status "$RECIPE" --portable "${LOOK[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}); do
+    code=$? tries=$((tries + 1))
+    [ "$code" != 2 ] || give_up "the recipe $RECIPE is refused: see above" 2
+    if [ "$tries" = 5 ]; then # no fault of the recipe: a file system that hangs, a broken node
+      [ -n "$UNIT" ] || give_up "sap status fails with exit code $code on $HOSTNAME: see above" 1
+      requeue "sap status failed with exit code $code on $HOSTNAME"
+    fi
+    sleep "$SAP_RETRY_SECONDS" || true
+  done
   [ -n "$lines" ] || give_up "$RECIPE has nothing to do for ${LOOK[*]}" 2
+  line=$lines
   if [ -n "${INDEX:-}" ]; then
     line=$(sed -n "$((INDEX + 1))p" <<<"$lines")
     [ -n "$line" ] || give_up "$RECIPE has no cell number $INDEX for ${LOOK[*]}: it has $(wc -l <<<"$lines")" 2
-  else
-    line=$lines
-    [ "$(wc -l <<<"$lines")" = 1 ] || give_up "$RECIPE has several cells for ${LOOK[*]}: choose one with SAP_METHOD and SAP_SEED" 2
+  elif [ "$(wc -l <<<"$lines")" != 1 ]; then
+    give_up "$RECIPE has several cells for ${LOOK[*]}: choose one with SAP_METHOD and SAP_SEED" 2
   fi
   # shellcheck disable=SC2034 # evaluate.sh reads METHOD and SEED
   IFS=$'\t' read -r _ METHOD SEED STATE FOLDER WORK <<<"$line"
-}
-
-# Steps that are safe in a checkpoint; 0 for stages without.
-progress() {
-  look
-  case $STATE in step*) echo "${STATE#step }" ;; *) echo 0 ;; esac
+  STEPS=0
+  [[ $STATE != step* ]] || STEPS=${STATE#step }
 }
 
 # run_on_ranks STAGE: align, direction or train one cell on all ranks of the job.
@@ -101,13 +105,15 @@ run_on_ranks() {
   step_command "$SAP_HOME/launch/$1.py" "${arguments[@]}"
   local command
   read -ra command <<<"$SAP_EXEC $SAP_PYTHON"
-  CHECK=(env "WORLD_SIZE=$NTASKS" "${command[@]}" "$SAP_HOME/launch/$1.py" "${arguments[@]}" --check)
+  BY_FOLDER=yes
+  # Once: a job that comes back was right before, and its ranks check again.
+  [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || CHECK=(env "WORLD_SIZE=$NTASKS" "${command[@]}" "$SAP_HOME/launch/$1.py" "${arguments[@]}" --check)
   supervise
 }
 
 # run_single ARGUMENTS...: python ARGUMENTS in the job's one task; its exit code says whether the work is done.
 run_single() {
-  SAP_LAUNCHER=srun CHECK=()
+  SAP_LAUNCHER=srun
   step_command "$@"
   supervise
 }
@@ -145,9 +151,12 @@ step_command() {
   COMMAND=(srun --kill-on-bad-exit=1 --wait=60 ${options[@]+"${options[@]}"} bash "$SAP_HOME/slurm/rank.sh" "$@")
 }
 
-WANT=""   # why the job is to leave: requeue, stop, cancel
-STEP=""   # pid of srun
-SAVES=no  # whether the stage saves on request (training); others are ended, and start again
+UNIT=""      # prefix of the job's own files, once its folder is known
+WANT=""      # why the job is to leave: requeue, stop, cancel
+STEP=""      # pid of srun
+CHECK=()     # command that says before the step whether its input is right
+BY_FOLDER=no # whether the folder says that the work is done (exit codes of several ranks do not come through srun), or the exit code
+SAVES=no     # whether the stage saves on request (training); others are ended, and start again
 
 trap 'asked requeue "time limit or preemption"' USR1
 trap 'asked stop "slurm/stop.sh"' USR2
@@ -199,7 +208,14 @@ seconds_left() {
   echo $((end - $(date +%s)))
 }
 
-job_field() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | sed -n 1p; }
+# job_field NAME: what Slurm says of this job; empty where it says nothing for a minute.
+job_field() {
+  local record=""
+  for _ in {1..12}; do
+    record=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null) && break || sleep 5
+  done
+  tr ' ' '\n' <<<"$record" | sed -n "s/^$1=//p" | sed -n 1p
+}
 
 # ---- what its end means --------------------------------------------------------------------------------------------------------------------
 
@@ -214,7 +230,8 @@ supervise() {
   fi
   rm -f "$UNIT.reason"
   echo start >>"$UNIT.starts"
-  SAP_PROGRESS=$(progress)
+  look
+  SAP_PROGRESS=$STEPS
   give_up_if_fruitless "$SAP_RESTART_REASON"
   CODE=1
   if [ -z "$WANT" ] && { [ ${#CHECK[@]} = 0 ] || "${CHECK[@]}"; }; then
@@ -222,7 +239,7 @@ supervise() {
     run_step
   fi
   [ "$CODE" != 0 ] || look
-  if [ "$CODE" = 0 ] && { [ ${#CHECK[@]} = 0 ] || [ "$STATE" = complete ]; }; then
+  if [ "$CODE" = 0 ] && { [ "$BY_FOLDER" = no ] || [ "$STATE" = complete ]; }; then
     rm -f "$UNIT".*
     if [ -e "$WORK/STOP" ]; then # it came with the last step
       rm -r "$WORK"
@@ -234,7 +251,7 @@ supervise() {
 }
 
 decide() {
-  if [ "$WANT" = cancel ] || [[ ! "$(job_field JobState)" =~ ^(RUNNING|SIGNALING)$ ]]; then
+  if [ "$WANT" = cancel ] || [[ ! "$(job_field JobState)" =~ ^(RUNNING|SIGNALING|)$ ]]; then
     # After a cancellation a requeue would still be obeyed. Where Slurm itself requeues, it has counted the restart by now.
     if [ "$(job_field Restarts)" = "${SLURM_RESTART_COUNT:-0}" ]; then
       say "cancelled; what was saved stays: submit again to go on"
@@ -245,7 +262,8 @@ decide() {
   elif [ -s "$SAP_ERROR_FILE" ]; then
     give_up "$(cat "$SAP_ERROR_FILE")" 2
   elif [ "$WANT" = stop ]; then
-    give_up "stopped on request after step $(progress): submit again to go on" 75
+    look
+    give_up "stopped on request after step $STEPS: submit again to go on" 75
   elif [ "$WANT" = requeue ]; then
     requeue "time limit or preemption"
   fi
@@ -260,13 +278,13 @@ decide() {
 
 # Runs are counted when their step starts, with the checkpoint they start from, so that ends nobody saw (a lost batch node) count too.
 give_up_if_fruitless() {
-  local now fruitless unstarted
-  now=$(progress)
+  local fruitless unstarted
+  look
   touch "$SAP_RUNS_FILE"
-  fruitless=$(grep -cx "$now" "$SAP_RUNS_FILE" || true)
+  fruitless=$(grep -cx "$STEPS" "$SAP_RUNS_FILE" || true)
   unstarted=$(($(wc -l <"$UNIT.starts") - $(wc -l <"$SAP_RUNS_FILE")))
   if [ "$fruitless" -ge "$SAP_MAX_FRUITLESS" ]; then
-    give_up "$fruitless runs in a row brought no checkpoint after step $now; the last ended by: $1" 1
+    give_up "$fruitless runs in a row brought no checkpoint after step $STEPS; the last ended by: $1" 1
   elif [ "$unstarted" -gt "$SAP_MAX_UNSTARTED" ]; then
     give_up "the step could not be started $unstarted times; the last reason: $1" 1
   fi
@@ -276,14 +294,14 @@ give_up_if_fruitless() {
 requeue() {
   local id=$SLURM_JOB_ID
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  echo "$1" >"$UNIT.reason"
-  say "requeue, from step $(progress): $1"
+  echo "$1" >"$UNIT.reason" || true
+  say "requeue: $1"
   trap - TERM # which the requeue sends to this shell too
-  for _ in 1 2 3; do
+  for _ in {1..12}; do # slurmctld may be away for a while
     if scontrol requeue "$id"; then
       sleep 600 # Slurm ends this shell
     fi
-    sleep 5
+    sleep 10
   done
   give_up "scontrol requeue $id was refused" 1
 }

@@ -105,7 +105,7 @@ submit() {
   JOB=$("${command[@]}")
   JOB=${JOB%%;*} # with several clusters sbatch prints JOB;CLUSTER
   log=${log//%[jA]/$JOB}
-  printf '%s\t%s\t%s\t%s\n' "$JOB" "$after" "$what" "${log//%a/0}" >>"$SAP_CHAIN"
+  printf '%s\t%s\t%s\t%s\n' "$JOB" "${after:--}" "$what" "${log//%a/0}" >>"$SAP_CHAIN"
   printf '%-10s job %-8s %s  %s\n' "$stage" "$JOB" "${after:+after ${after//:/, }}" "${log//%a/*}"
 }
 

@@ -360,14 +360,13 @@ def test_ranks_notice_a_lost_node_before_slurm_does(undisturbed, site):
     """Slurm waits five minutes by default. The ranks that are left end by their watchdog; the job requeues itself."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
-        with opened(folder, slurmd_timeout=300, first_job_id=5000) as slow:
-            slow.upstream = site.upstream
+        with opened(folder, site, slurmd_timeout=300, first_job_id=5000) as slow:
             output = slow.output("noticed")
             job = slow.train(output, overrides=("--train.watchdog_seconds=20",))
             slow.wait_for_step(output, SAVE_EVERY, job)
             clock = Stopwatch()
             slow.cluster.power_off("n2")
-            slow.cluster.wait_for(lambda: "requeue, from step" in slow.log(job), 200, "the ranks that are left end, and the script requeues")
+            slow.cluster.wait_for(lambda: "requeue: exit code" in slow.log(job), 200, "the ranks that are left end, and the script requeues")
             noticed = clock()
             slow.cluster.boot("n2")
             slow.wait(job)

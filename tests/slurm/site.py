@@ -41,15 +41,13 @@ def make_recipe(folder: Path) -> dict[str, Any]:
 class Site:
     """The cluster and the project on it. `output(name)`: a place of its own for a test's runs, where data and direction are ready."""
 
-    def __init__(self, cluster: Cluster, folder: Path):
-        self.cluster, self.folder = cluster, folder
-        self.recipe = write_recipe(folder, make_recipe(folder))
-        (folder / "logs").mkdir()
+    def __init__(self, cluster: Cluster, folder: Path, upstream: Path | None = None):
+        self.cluster, self.folder, self.upstream = cluster, folder, upstream
+        self.recipe = folder / "recipe.yaml"
         self.environment = {
             "SAP_PYTHON": sys.executable, "SAP_GPUS_PER_NODE": str(RANKS_PER_NODE), "SAP_CPUS_PER_GPU": "1", "SAP_RETRY_SECONDS": "1",
             "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "SAP_SITE_ENV": str(folder / "none"),
         }  # fmt: skip
-        self.upstream: Path | None = None
 
     def shell(self, *command: str | Path, check: bool = True, **environment: str):
         """Run on the login node, in the project's root."""
@@ -130,14 +128,17 @@ def steps_logged(output: Path, method: str = "sap") -> list[int]:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, **settings: int) -> Iterator[Site]:
-    """A cluster in folder/cluster and a project in folder/project, for as long as the block lasts."""
-    project = folder / "project"
-    project.mkdir(parents=True)
+def opened(folder: Path, other: Site | None = None, **settings: int) -> Iterator[Site]:
+    """A cluster in folder/cluster, for as long as the block lasts, and a project in folder/project, or that of another site."""
+    project = other.folder if other else folder / "project"
+    if other is None:
+        project.mkdir(parents=True)
+        write_recipe(project, make_recipe(project))
+        (project / "logs").mkdir()
     # Nodes have a /tmp of their own: a checkout or an environment that lies there is shared too.
     shared = [path for path in dict.fromkeys((project, ROOT, Path(sys.prefix))) if path.is_relative_to("/tmp") or path.is_relative_to("/dev/shm")]
     with Cluster(folder / "cluster", nodes=NODES, gpus=RANKS_PER_NODE, shared=shared, **settings) as cluster:
-        yield Site(cluster, project)
+        yield Site(cluster, project, other.upstream if other else None)
 
 
 class Stopwatch:
