@@ -11,12 +11,12 @@ from pipeline import entry
 def main() -> None:
     options, experiment = entry.arguments(__doc__)
 
-    from pipeline import stages
+    from pipeline import checks, stages
     from pipeline.sharding.launch import leave
 
-    stages.check(experiment, "align")
+    checks.check(experiment, "align")
     if options.check:
-        return stages.check_upstream(experiment, "align")
+        return checks.check_upstream(experiment, "align")
     stages.align(experiment)
     leave()
 

@@ -14,12 +14,12 @@ def main() -> None:
     options, experiment = entry.arguments(__doc__)
     cell = entry.choose_cell(experiment, options.method, options.seed)
 
-    from pipeline import stages
+    from pipeline import checks, stages
     from pipeline.sharding.launch import leave
 
-    stages.check(experiment, cell)
+    checks.check(experiment, cell)
     if options.check:
-        return stages.check_upstream(experiment, "train", cell)
+        return checks.check_upstream(experiment, "train", cell)
     stages.train(experiment, cell)
     leave()
 

@@ -71,9 +71,9 @@ def _main(argv: list[str]) -> int:
     if options.dry_run:
         return _dry_run(experiment, options.stage, options.method)
 
-    from pipeline import stages
+    from pipeline import checks
 
-    stages.check(experiment)
+    checks.check(experiment)
     chain = Chain(experiment, [options.recipe, *_as_arguments(overrides)], options.method)
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")

@@ -15,27 +15,27 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline import artifacts, recipe
-from pipeline.data.batches import check_divides, micro_batches, pair_batches
+from pipeline.checks import direction_given
+from pipeline.data.batches import micro_batches, pair_batches
 from pipeline.evaluation.evaluate import Measured, conclude, measure
 from pipeline.evaluation.placement import place
 from pipeline.evaluation.shards import WHOLE, Shard
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
 from pipeline.model_files import resolve_model_path
-from pipeline.models import check_targets, decoder_layers, load_tokenizer, make_trainable, outline, resolve_dtype
-from pipeline.quantization import check_quantisable
-from pipeline.recipe import Cell, Experiment, ModelSection, Recipe, TrainSection
+from pipeline.models import decoder_layers, load_tokenizer, make_trainable
+from pipeline.recipe import Cell, Experiment, ModelSection, TrainSection
 from pipeline.sap.diagnostics import safety_direction
 from pipeline.sap.probe import Probe, resolve_layers
 from pipeline.sap.step import SapStep
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import check_engine, device, environment, init_distributed, open_engine
+from pipeline.sharding.launch import device, environment, init_distributed, open_engine
 from pipeline.tracking import open_run
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.plain import PlainStep
@@ -43,61 +43,6 @@ from pipeline.training.product import load_adapter, save_gathered, save_product
 from pipeline.weights import WeightFiles
 
 _USEFUL_FOR_SUMMARY = 24  # samples behind the direction's cosine with the useful gradient
-
-
-def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -> None:
-    """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
-
-    here: what this process runs, under its launcher's world size; everything else will run on the ranks its recipe names.
-    """
-    from pipeline.data.prepare import check_sources
-
-    base = experiment.base
-    check_sources(base)
-    load_tokenizer(base.model)
-    model = outline(base.model)
-    layers = len(decoder_layers(model))
-    world_size = environment()[1]
-    if base.align.enabled:
-        check_training("align.train", base.align.train, base, model, world_size if here == "align" else base.align.train.ranks)
-    for cell in experiment.cells():
-        ranks = world_size if cell == here else cell.recipe.train.ranks
-        check_training("train", cell.recipe.train, base, model, ranks)
-        sap = cell.recipe.sap
-        if sap.enabled:
-            resolve_layers(sap.layers, layers)
-            check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
-
-
-def check_upstream(experiment: Experiment, stage: Literal["align", "direction", "train"], cell: Cell | None = None) -> None:
-    """ValueError where a folder that the stage reads is not complete (its files are verified when they are read)."""
-    layout = Layout(experiment)
-    artifacts.require(layout.prepare())
-    if experiment.base.align.enabled and stage != "align":
-        artifacts.require(layout.align())
-    if stage == "train" and cell is not None and _direction_given(cell):
-        artifacts.require(layout.direction(cell))
-
-
-def _direction_given(cell: Cell) -> bool:
-    return cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"
-
-
-def check_training(field: str, train: TrainSection, base: Recipe, model: nn.Module, ranks: int) -> None:
-    """ValueError where a training section does not go with the model (its outline), its quantization or the number of ranks."""
-    check_engine(train, ranks)
-    check_divides(field, train.batch_size, train.micro_batch_size, ranks)
-    if base.model.quantization == "nf4":
-        if train.adapter == "full":
-            raise ValueError(f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to none, or {field}.adapter to lora")
-        check_quantisable(model, base.model.path)
-    if train.adapter == "lora":
-        check_targets(model, train.lora, field)
-    elif train.engine == "single" and resolve_dtype(base.model.dtype) != torch.float32:
-        raise ValueError(
-            f"{field}.adapter full with engine single has no float32 master for {resolve_dtype(base.model.dtype)} weights: "
-            "set model.dtype to float32, or use engine zero3 or fsdp2"
-        )
 
 
 def prepare(experiment: Experiment) -> bool:
@@ -188,7 +133,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     if artifacts.complete(target):
         return True
     _verify_upstream(layout)
-    if _direction_given(cell):
+    if direction_given(cell):
         artifacts.verify(layout.direction(cell))
     resolved, prepared = cell.recipe, layout.prepare()
     engine, tokenizer = _open_start(layout, cell, target)

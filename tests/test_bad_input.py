@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, recipe, stages
+from pipeline import artifacts, checks, recipe
 from pipeline.cli import main
 from pipeline.data import builtin
 from pipeline.layout import Layout
@@ -169,9 +169,9 @@ def test_a_launcher_decides_for_its_own_stage_only(project):
     experiment = recipe.load(write_recipe(folder, content, "mixed.yaml"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        stages.check(experiment, experiment.cell("sap", 0))
+        checks.check(experiment, experiment.cell("sap", 0))
         with pytest.raises(ValueError, match="single runs one process, but there are 2 ranks"):
-            stages.check(experiment, experiment.cell("sft", 0))
+            checks.check(experiment, experiment.cell("sft", 0))
 
 
 def test_a_report_of_one_method_is_refused(project, capsys):

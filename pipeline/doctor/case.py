@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import artifacts, stages
+from pipeline import artifacts, checks, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, check_divides, micro_batches, pair_batches
 from pipeline.layout import Layout
 from pipeline.model_files import resolve_model_path
@@ -95,7 +95,7 @@ def _check(experiment: Experiment, cell: Cell) -> None:
     """What can be known to be wrong before weights are read. Data sources are left alone: they may not be there yet."""
     train, sap, ranks = cell.recipe.train, cell.recipe.sap, environment()[1]
     model = outline(experiment.base.model)
-    stages.check_training("train", train, experiment.base, model, ranks)
+    checks.check_training("train", train, experiment.base, model, ranks)
     check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
     resolve_layers(sap.layers, len(decoder_layers(model)))
 
