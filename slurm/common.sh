@@ -9,18 +9,64 @@
 #   bad input                               exit 2 with the sentence; never tried again
 #   anything else (crash, hang, lost node)  requeue; given up after SAP_MAX_FRUITLESS runs that brought no new checkpoint
 # Exit codes of ranks do not come through srun (the others are killed with the first that fails, and codes are rewritten): hence files.
-set -Eeuo pipefail
-trap 'echo "error: $BASH_COMMAND failed with $? (${BASH_SOURCE[0]##*/}, line $LINENO)" >&2' ERR # no job may end without a word
+set -euo pipefail
+
+say() { echo "[$(date +%FT%T)] job ${SLURM_JOB_ID:-?}, restart ${SLURM_RESTART_COUNT:-0}: $*" >&2; }
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# ---- being asked to leave: before anything that takes time ---------------------------------------------------------------------------------
+
+INDEX=""     # of the row of `sap status` that an array's task is about
+UNIT=""      # prefix of the job's own files, once its folder is known
+WANT=""      # why the job is to leave: requeue, stop, cancel
+STOPPED=no   # whether slurm/stop.sh has asked, whatever came after
+STEP=""      # pid of srun
+CHECK=()     # command that says before the step whether its input is right
+BY_FOLDER=no # whether the folder says that the work is done (exit codes of several ranks do not come through srun), or the exit code
+SAVES=no     # whether the stage saves on request (training); others are ended, and start again
+
+trap 'asked requeue "time limit or preemption"' USR1
+trap 'asked stop "slurm/stop.sh"' USR2
+trap 'asked cancel "SIGTERM (scancel, or the time limit itself)"' TERM
+
+asked() {
+  say "asked to leave by $2"
+  [ "$1" != stop ] || STOPPED=yes
+  case $WANT:$1 in
+    cancel:* | stop:requeue) ;; # a time limit does not bring back what somebody has stopped
+    *) WANT=$1 ;;
+  esac
+  [ -z "$STEP" ] || pass_on
+}
+
+# Ask the running step to leave. A cancelled job's ranks have had their own TERM.
+pass_on() {
+  if [ "$WANT" = cancel ]; then
+    return 0 # a bare return would hand on the status that the signal interrupted, and end this shell
+  elif [ "$SAVES" = yes ]; then
+    { mkdir -p "$WORK" && : >"$WORK/STOP"; } || say "$WORK/STOP cannot be written: the step will not save before it is ended"
+  else
+    kill -TERM "$STEP" 2>/dev/null || true
+  fi
+}
+
+# ---- settings --------------------------------------------------------------------------------------------------------------------------------
 
 export SAP_HOME
 cd "$SAP_HOME"
 SAP_SITE_ENV=${SAP_SITE_ENV:-$SAP_HOME/slurm/site.env}
 if [ -r "$SAP_SITE_ENV" ]; then
-  set -a
+  set +eu -a # modules and conda know neither -e nor -u
   # shellcheck source=slurm/site.env.example
   source "$SAP_SITE_ENV"
-  set +a
+  set -eu +a
 fi
+set -E
+trap 'echo "error: $BASH_COMMAND failed with $? (${BASH_SOURCE[0]##*/}, line $LINENO)" >&2' ERR # no job may end without a word
 
 : "${SAP_PYTHON:=$SAP_HOME/.venv/bin/python}" # of the environment that holds the project's packages
 : "${SAP_EXEC:=}"                             # command before it, e.g. apptainer exec --nv /images/sap.sif
@@ -32,18 +78,9 @@ fi
 export SAP_PYTHON SAP_EXEC SAP_LAUNCHER
 NTASKS=${SLURM_NTASKS:-$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))}
 
-say() { echo "[$(date +%FT%T)] job ${SLURM_JOB_ID:-?}, restart ${SLURM_RESTART_COUNT:-0}: $*" >&2; }
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-sap() {
-  local command
-  read -ra command <<<"$SAP_EXEC $SAP_PYTHON"
-  "${command[@]}" -m pipeline.cli "$@"
-}
+read -ra PYTHON <<<"$SAP_EXEC"
+PYTHON+=("$SAP_PYTHON")
+sap() { "${PYTHON[@]}" -m pipeline.cli "$@"; }
 
 # job_arguments DEFAULT [RECIPE] [--dotted.override value]...: sets RECIPE and OVERRIDES.
 job_arguments() {
@@ -64,6 +101,12 @@ look_at() {
   LOOK=(--stage "$@" ${SAP_METHODS:+--methods "$SAP_METHODS"})
   look
   mkdir -p "$(dirname "$FOLDER")/slurm"
+  local first
+  first=$(dirname "$FOLDER")/slurm/job-$SLURM_JOB_ID.folder
+  [ -e "$first" ] || echo "$FOLDER" >"$first"
+  if [ "$(cat "$first")" != "$FOLDER" ]; then # it would begin something else, from its first step
+    give_up "$RECIPE or its data have changed since this job first ran: its folder was $(cat "$first"), now it is $FOLDER" 2
+  fi
   UNIT=$(dirname "$FOLDER")/slurm/$(basename "$FOLDER")-$SLURM_JOB_ID
   rm -f "$UNIT.error"
 }
@@ -73,16 +116,19 @@ look() {
   local lines code line tries=0
   until lines=$(sap status "$RECIPE" --portable "${LOOK[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}); do
     code=$? tries=$((tries + 1))
-    [ "$code" != 2 ] || give_up "the recipe $RECIPE is refused: see above" 2
-    if [ "$tries" = 5 ]; then # no fault of the recipe: a file system that hangs, a broken node
-      [ -n "$UNIT" ] || give_up "sap status fails with exit code $code on $HOSTNAME: see above" 1
+    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && [ -z "$UNIT" ]; then
+      [ "$code" != 2 ] || give_up "the recipe $RECIPE is refused: see above" 2
+      [ "$code" != 127 ] || give_up "there is no ${PYTHON[*]}: set SAP_PYTHON in slurm/site.env" 2
+    fi
+    if [ "$tries" = 5 ]; then # it was right once: a file system that hangs, a broken node
+      [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] || give_up "sap status fails with exit code $code, also on $HOSTNAME: see above" 1
       requeue "sap status failed with exit code $code on $HOSTNAME"
     fi
     sleep "$SAP_RETRY_SECONDS" || true
   done
   [ -n "$lines" ] || give_up "$RECIPE has nothing to do for ${LOOK[*]}" 2
   line=$lines
-  if [ -n "${INDEX:-}" ]; then
+  if [ -n "$INDEX" ]; then
     line=$(sed -n "$((INDEX + 1))p" <<<"$lines")
     [ -n "$line" ] || give_up "$RECIPE has no cell number $INDEX for ${LOOK[*]}: it has $(wc -l <<<"$lines")" 2
   elif [ "$(wc -l <<<"$lines")" != 1 ]; then
@@ -103,11 +149,9 @@ run_on_ranks() {
   [ "$1" = direction ] || SAVES=yes
   arguments+=(${choice[@]+"${choice[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})
   step_command "$SAP_HOME/launch/$1.py" "${arguments[@]}"
-  local command
-  read -ra command <<<"$SAP_EXEC $SAP_PYTHON"
   BY_FOLDER=yes
   # Once: a job that comes back was right before, and its ranks check again.
-  [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || CHECK=(env "WORLD_SIZE=$NTASKS" "${command[@]}" "$SAP_HOME/launch/$1.py" "${arguments[@]}" --check)
+  [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || CHECK=(env "WORLD_SIZE=$NTASKS" "${PYTHON[@]}" "$SAP_HOME/launch/$1.py" "${arguments[@]}" --check)
   supervise
 }
 
@@ -118,9 +162,13 @@ run_single() {
   supervise
 }
 
+# forget: the job is done, and so are its own files.
+forget() { rm -f "$UNIT".* "$(dirname "$FOLDER")/slurm/job-$SLURM_JOB_ID.folder"; }
+
 leave_if_complete() {
   if [ "$STATE" = complete ]; then
     say "complete already: $FOLDER"
+    forget
     exit 0
   fi
 }
@@ -151,34 +199,6 @@ step_command() {
   COMMAND=(srun --kill-on-bad-exit=1 --wait=60 ${options[@]+"${options[@]}"} bash "$SAP_HOME/slurm/rank.sh" "$@")
 }
 
-UNIT=""      # prefix of the job's own files, once its folder is known
-WANT=""      # why the job is to leave: requeue, stop, cancel
-STEP=""      # pid of srun
-CHECK=()     # command that says before the step whether its input is right
-BY_FOLDER=no # whether the folder says that the work is done (exit codes of several ranks do not come through srun), or the exit code
-SAVES=no     # whether the stage saves on request (training); others are ended, and start again
-
-trap 'asked requeue "time limit or preemption"' USR1
-trap 'asked stop "slurm/stop.sh"' USR2
-trap 'asked cancel "SIGTERM (scancel, or the time limit itself)"' TERM
-
-asked() {
-  say "asked to leave by $2"
-  [ "$WANT" = cancel ] || WANT=$1
-  [ -z "$STEP" ] || pass_on
-}
-
-# Ask the running step to leave. A cancelled job's ranks have had their own TERM.
-pass_on() {
-  if [ "$WANT" = cancel ]; then
-    return
-  elif [ "$SAVES" = yes ]; then
-    mkdir -p "$WORK" && : >"$WORK/STOP"
-  else
-    kill -TERM "$STEP" 2>/dev/null || true
-  fi
-}
-
 # run_step: runs COMMAND; sets CODE. A trap ends `wait` early, so it waits again.
 run_step() {
   "${COMMAND[@]}" &
@@ -192,27 +212,38 @@ run_step() {
       case $WANT in
         requeue) [ "$(seconds_left)" -ge 5 ] || { say "the step has not left in time: its work since the last checkpoint is lost"; break; } ;;
         # The limit has struck without the warning. Slurm kills everything in seconds, this shell too: ask before.
-        cancel) [ "$(job_field Reason)" != TimeLimit ] || requeue "time limit, without the time to save" ;;
+        cancel)
+          if [ "$STOPPED" = no ] && [ "$(job_field Reason 1)" = TimeLimit ]; then
+            WANT=requeue
+            requeue "time limit, without the time to save"
+          fi
+          ;;
       esac
     fi
   done
-  CODE=0
-  kill -0 "$STEP" 2>/dev/null || wait "$STEP" || CODE=$?
+  CODE=143 # of one that is still there
+  if ! kill -0 "$STEP" 2>/dev/null; then
+    CODE=0
+    wait "$STEP" || CODE=$?
+  fi
 }
 
-# Seconds until the job's time limit; many where there is none.
+# Seconds until the job's time limit; many where there is none, or Slurm does not answer.
 seconds_left() {
   local end
-  end=$(job_field EndTime)
-  end=$(date -d "$end" +%s 2>/dev/null) || end=$(($(date +%s) + 86400))
+  end=$(job_field EndTime 1)
+  { [ -n "$end" ] && end=$(date -d "$end" +%s 2>/dev/null); } || end=$(($(date +%s) + 86400))
   echo $((end - $(date +%s)))
 }
 
-# job_field NAME: what Slurm says of this job; empty where it says nothing for a minute.
+# job_field NAME [TRIES]: what Slurm says of this job; empty where it says nothing, for a minute where TRIES is not given.
 job_field() {
-  local record=""
-  for _ in {1..12}; do
-    record=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null) && break || sleep 5
+  local record="" try
+  for ((try = 1; try <= ${2:-12}; try++)); do
+    if record=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null); then
+      break
+    fi
+    [ "$try" = "${2:-12}" ] || sleep 5 || true
   done
   tr ' ' '\n' <<<"$record" | sed -n "s/^$1=//p" | sed -n 1p
 }
@@ -229,8 +260,7 @@ supervise() {
     SAP_RESTART_REASON=$(cat "$UNIT.reason" 2>/dev/null || echo "requeued by Slurm (lost node, preemption or an operator)")
   fi
   rm -f "$UNIT.reason"
-  echo start >>"$UNIT.starts"
-  look
+  echo start >>"$UNIT.starts" || true
   SAP_PROGRESS=$STEPS
   give_up_if_fruitless "$SAP_RESTART_REASON"
   CODE=1
@@ -238,9 +268,9 @@ supervise() {
     say "$name on $SLURM_JOB_NODELIST, $NTASKS tasks, from step $SAP_PROGRESS${SAP_RESTART_REASON:+ ($SAP_RESTART_REASON)}"
     run_step
   fi
-  [ "$CODE" != 0 ] || look
-  if [ "$CODE" = 0 ] && { [ "$BY_FOLDER" = no ] || [ "$STATE" = complete ]; }; then
-    rm -f "$UNIT".*
+  [ "$WANT" = cancel ] || look # a cancelled shell has no time left
+  if { [ "$BY_FOLDER" = yes ] && [ "$STATE" = complete ]; } || { [ "$BY_FOLDER" = no ] && [ "$CODE" = 0 ]; }; then
+    forget
     if [ -e "$WORK/STOP" ]; then # it came with the last step
       rm -r "$WORK"
     fi
@@ -262,7 +292,6 @@ decide() {
   elif [ -s "$SAP_ERROR_FILE" ]; then
     give_up "$(cat "$SAP_ERROR_FILE")" 2
   elif [ "$WANT" = stop ]; then
-    look
     give_up "stopped on request after step $STEPS: submit again to go on" 75
   elif [ "$WANT" = requeue ]; then
     requeue "time limit or preemption"
@@ -279,13 +308,12 @@ decide() {
 # Runs are counted when their step starts, with the checkpoint they start from, so that ends nobody saw (a lost batch node) count too.
 give_up_if_fruitless() {
   local fruitless unstarted
-  look
-  touch "$SAP_RUNS_FILE"
+  touch "$SAP_RUNS_FILE" "$UNIT.starts" || true
   fruitless=$(grep -cx "$STEPS" "$SAP_RUNS_FILE" || true)
-  unstarted=$(($(wc -l <"$UNIT.starts") - $(wc -l <"$SAP_RUNS_FILE")))
+  unstarted=$(($(wc -l <"$UNIT.starts") - $(wc -l <"$SAP_RUNS_FILE") - 1)) # without the present one
   if [ "$fruitless" -ge "$SAP_MAX_FRUITLESS" ]; then
     give_up "$fruitless runs in a row brought no checkpoint after step $STEPS; the last ended by: $1" 1
-  elif [ "$unstarted" -gt "$SAP_MAX_UNSTARTED" ]; then
+  elif [ "$unstarted" -ge "$SAP_MAX_UNSTARTED" ]; then
     give_up "the step could not be started $unstarted times; the last reason: $1" 1
   fi
 }
@@ -294,9 +322,13 @@ give_up_if_fruitless() {
 requeue() {
   local id=$SLURM_JOB_ID
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  echo "$1" >"$UNIT.reason" || true
-  say "requeue: $1"
+  [ -z "$UNIT" ] || echo "$1" >"$UNIT.reason" || true
   trap - TERM # which the requeue sends to this shell too
+  if [ "$WANT" = cancel ]; then
+    say "cancelled; what was saved stays: submit again to go on"
+    exit 143
+  fi
+  say "requeue: $1"
   for _ in {1..12}; do # slurmctld may be away for a while
     if scontrol requeue "$id"; then
       sleep 600 # Slurm ends this shell
@@ -315,7 +347,7 @@ give_up() {
       for parent in ${after//:/ }; do
         if [[ $gone == *" $parent "* ]] && [[ $gone != *" $id "* ]]; then
           gone+="$id "
-          echo "[$(date +%FT%T)] job $id ($what) was cancelled, because job $SLURM_JOB_ID ($SLURM_JOB_NAME) gave up: $1" >>"${log//%j/$id}"
+          echo "[$(date +%FT%T)] job $id ($what) was cancelled, because job $SLURM_JOB_ID ($SLURM_JOB_NAME) gave up: $1" >>"${log//%j/$id}" || true
           scontrol update JobId="$id" Comment="cancelled: job $SLURM_JOB_ID gave up: ${1//\"/}" || true
           scancel "$id" || true
         fi

@@ -5,11 +5,14 @@
 #   srun bash slurm/rank.sh launch/train.py --config RECIPE --method sap
 set -euo pipefail
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+cpus=${SLURM_CPUS_PER_TASK:-1}
+[ "$SAP_LAUNCHER" = srun ] || cpus=$((cpus / SAP_RANKS_PER_NODE)) # there a task has the cores of all ranks of its node
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 if [ "$SLURM_PROCID" = 0 ]; then
   echo "$SAP_PROGRESS" >>"$SAP_RUNS_FILE" # this run has started; common.sh counts such lines
 fi
-read -ra command <<<"${SAP_EXEC:-} $SAP_PYTHON"
+read -ra command <<<"${SAP_EXEC:-}"
+command+=("$SAP_PYTHON")
 
 case $SAP_LAUNCHER in
   srun)

@@ -11,10 +11,10 @@ state() { scontrol show job -o "$1" 2>/dev/null | tr ' ' '\n' | sed -n 's/^JobSt
 case $(state "$1") in
   "") echo "error: Slurm knows no job $1" >&2; exit 2 ;;
   PENDING) scancel "$1"; echo "job $1 had not started: cancelled" ;;
-  RUNNING | COMPLETING)
+  RUNNING | COMPLETING | CONFIGURING | SUSPENDED)
     scancel --batch --signal=USR2 "$1"
     echo "job $1 was asked to save and leave; waiting (Ctrl-C ends the waiting only)"
-    while [[ $(state "$1") =~ RUNNING|COMPLETING ]]; do sleep 1; done
+    while [[ $(state "$1") =~ ^(|RUNNING|COMPLETING|CONFIGURING|SUSPENDED|SIGNALING)$ ]]; do sleep 1; done # "": Slurm did not answer
     echo "job $1: $(state "$1")"
     ;;
   *) echo "job $1 has ended: $(state "$1")" ;;

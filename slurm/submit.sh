@@ -43,10 +43,10 @@ STAGES=(prepare align direction train evaluate report)
 
 SAP_HOME=${SAP_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
 [ ! -r "${SAP_SITE_ENV:-$SAP_HOME/slurm/site.env}" ] || {
-  set -a
+  set +eu -a # modules and conda know neither -e nor -u
   # shellcheck source=slurm/site.env.example
   source "${SAP_SITE_ENV:-$SAP_HOME/slurm/site.env}"
-  set +a
+  set -eu +a
 }
 export SAP_HOME
 [ -r "$RECIPE" ] || fail "there is no recipe $RECIPE"
@@ -59,7 +59,8 @@ TRAIN=slurm/sap_$SIZE.sh
 cd "$SAP_HOME"
 [ -r "$TRAIN" ] || fail "--size is '$SIZE': it takes 7b, 13b or 70b"
 
-read -ra PYTHON <<<"${SAP_EXEC:-} ${SAP_PYTHON:-$SAP_HOME/.venv/bin/python}"
+read -ra PYTHON <<<"${SAP_EXEC:-}"
+PYTHON+=("${SAP_PYTHON:-$SAP_HOME/.venv/bin/python}")
 export SAP_METHODS=$METHODS SAP_EVALUATE_SHARDS=$SHARDS
 STATUS=$("${PYTHON[@]}" -m pipeline.cli status "$RECIPE" --portable ${METHODS:+--methods "$METHODS"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}) || exit 2
 ROOT=$(dirname "$(awk -F'\t' '$1 == "prepare" { print $5 }' <<<"$STATUS")")
@@ -93,16 +94,15 @@ submit() {
   log=$LOGS/$what-%j.log
   [ "$stage" != evaluate ] || log=$LOGS/$what-%A_%a.log
   # The same stage of an earlier submission may still be running: wait for its end, and find its folder complete.
-  dependency=${after:+afterok:$after}
-  [ "$stage" = evaluate ] || dependency=${dependency:+$dependency,}singleton
-  command=(sbatch --parsable --export=ALL --kill-on-invalid-dep=yes --job-name="$NAME.$what" --output="$log" ${dependency:+"--dependency=$dependency"}
+  dependency=${after:+afterok:$after,}singleton
+  command=(${CLEAN[@]+"${CLEAN[@]}"} sbatch --parsable --export=ALL --kill-on-invalid-dep=yes --job-name="$NAME.$what" --output="$log" ${dependency:+"--dependency=$dependency"}
     "$@" "$script" "$RECIPE" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
   if [ "$DRY" = yes ]; then
     JOB="<$what>"
     printf '%-10s %s\n' "$stage" "${SAP_METHOD:+SAP_METHOD=$SAP_METHOD }${SAP_SEED:+SAP_SEED=$SAP_SEED }${command[*]}"
     return
   fi
-  JOB=$("${command[@]}")
+  JOB=$("${command[@]}") || fail "sbatch refused stage $stage; to undo what was submitted: scancel $(cut -f 1 "$SAP_CHAIN" 2>/dev/null | paste -sd' ')"
   JOB=${JOB%%;*} # with several clusters sbatch prints JOB;CLUSTER
   log=${log//%[jA]/$JOB}
   printf '%s\t%s\t%s\t%s\n' "$JOB" "${after:--}" "$what" "${log//%a/0}" >>"$SAP_CHAIN"
@@ -120,13 +120,20 @@ todo() {
 }
 
 BEFORE="" # what the next stage waits for
-GPU=("${SHAPE[@]}") CPU=(${SAP_CPU_PARTITION:+"--partition=$SAP_CPU_PARTITION"})
+GPU=("${SHAPE[@]}") CPU=() CLEAN=()
+if [ -n "${SAP_CPU_PARTITION:-}" ]; then
+  CPU=("--partition=$SAP_CPU_PARTITION")
+fi
 
 stage_of_one() { # STAGE SCRIPT OPTIONS...
   local rows
   rows=$(todo "$1")
   if [ -n "$rows" ]; then
-    SAP_STAGE=$1 submit "$1" "$(cut -f 5 <<<"$rows" | xargs basename)" "$BEFORE" "$2" "${@:3}"
+    # What GPU jobs ask of nodes and of the queue is not what the CPU partition has.
+    CLEAN=()
+    [ ${#CPU[@]} = 0 ] || [ "$1" = align ] || CLEAN=(env -u SBATCH_CONSTRAINT -u SBATCH_QOS)
+    SAP_STAGE=$1 submit "$1" "$(basename "$(cut -f 5 <<<"$rows")")" "$BEFORE" "$2" "${@:3}"
+    CLEAN=()
     BEFORE=$JOB
   fi
 }

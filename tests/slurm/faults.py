@@ -160,6 +160,42 @@ def test_time_limit(site, undisturbed):
     SEEN.append(("time limit", f"saved at the step's end, requeued ({restarts} times), went on", clock()))
 
 
+def test_time_limit_without_a_warning(site, undisturbed):
+    """A job whose signal was changed: Slurm's SIGTERM at the limit is the first it hears."""
+    output = site.output("late")
+    python = crashing_python(site, "exec sleep 300")
+    job = site.train(output, "--time=1", "--signal=B:CONT@1", SAP_PYTHON=str(python), SAP_MAX_FRUITLESS="1")
+    site.wait(job, "FAILED")
+    assert site.restarted(job) and "requeue: time limit, without the time to save" in site.log(job)
+    assert "1 runs in a row brought no checkpoint after step 0; the last ended by: time limit" in site.log(job)
+
+
+def test_a_stage_without_checkpoints_starts_again_and_a_stop_is_final(site, undisturbed):
+    """An evaluation's array task; then slurm/stop.sh and, while the job leaves, the warning of the time limit."""
+    output = site.output("again")
+    for folder in (undisturbed / "tiny").glob("train-*"):
+        shutil.copytree(folder, output / "tiny" / folder.name)
+    slow = crashing_python(site, 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then exec sleep 300; fi', "launch/evaluate.py")
+    array = site.sbatch("--array=0-1", "slurm/evaluate.sh", site.recipe, f"--output_dir={output}", SAP_PYTHON=str(slow))
+    for task in (f"{array}_0", f"{array}_1"):
+        site.cluster.wait_for(lambda task=task: "evaluate-" in task_log(site, task), 60, f"the start of task {task}")
+        site.shell("scancel", "--batch", "--signal=USR1", task)
+        site.wait(task)
+        assert int(site.cluster.job(task)["Restarts"]) == 1, "its own requeue, not the array's"
+    assert len(list((output / "tiny").glob("evaluate-*/DONE"))) == 2
+    job = site.train(output, "--nodes=1", "--ntasks-per-node=1", overrides=("--train.lr=0.02",), SAP_METHOD="sft", SAP_PYTHON=str(crashing_python(site, "trap '' TERM; sleep 8; exit 0")))
+    site.cluster.wait_for(lambda: "1 tasks, from step 0" in site.log(job), 60, "the step's start")
+    for number in ("USR2", "USR1"):
+        site.shell("scancel", "--batch", f"--signal={number}", job)
+    site.wait(job, "FAILED")
+    assert site.cluster.job(job)["ExitCode"] == "75:0" and not site.restarted(job)
+
+
+def task_log(site: Site, task: str) -> str:
+    """Log of an array's task: %j is the task's own job id."""
+    return site.log(site.cluster.job(task)["JobId"])
+
+
 def test_preemption(site, undisturbed):
     output = site.output("preempted")
     job = site.train(output, overrides=(f"--train.save_every={10 * STEPS}",))
@@ -227,10 +263,10 @@ def test_hung_rank(site, undisturbed):
     SEEN.append(("a rank hangs (watchdog 20 s)", "the others said so, with stacks, and ended; requeued, went on", clock()))
 
 
-def crashing_python(site: Site, body: str) -> Path:
-    """A python that runs `body` (shell) in place of ranks."""
+def crashing_python(site: Site, body: str, script: str = "launch/train.py") -> Path:
+    """A python that runs `body` (shell) before what it was asked for, where that is a rank of this script."""
     path = site.folder / f"python-{abs(hash(body))}"
-    path.write_text(f'#!/bin/bash\nif [[ "$*" == *launch/train.py* && "$*" != *--check* ]]; then {body}; fi\nexec {site.environment["SAP_PYTHON"]} "$@"\n')
+    path.write_text(f'#!/bin/bash\nif [[ "$*" == *{script}* && "$*" != *--check* ]]; then {body}; fi\nexec {site.environment["SAP_PYTHON"]} "$@"\n')
     path.chmod(0o755)
     return path
 
@@ -260,8 +296,9 @@ def test_failing_stage_cancels_what_waits_for_it(site, undisturbed):
     jobs = site.chain(output, recipe=recipe)
     site.wait(jobs["prepare"], "FAILED", 60)
     assert "error: " in site.log(jobs["prepare"]) and "gives up" in site.log(jobs["prepare"])
-    for waiting in set(jobs) - {"prepare", "evaluate"}:
+    for waiting in set(jobs) - {"prepare"}:
         site.wait(jobs[waiting], "CANCELLED", 30)
+        assert f"job {jobs['prepare']} gave up: " in site.cluster.job(jobs[waiting])["Comment"]
     SEEN.append(("a stage refuses its input", "not tried again; the chain cancelled with the reason", clock()))
 
 
@@ -279,6 +316,7 @@ def test_scancel_never_comes_back_and_the_work_is_kept(site, undisturbed):
     site.shell("scancel", job)
     site.wait(job, "CANCELLED", 60)
     ended = clock()
+    assert "asked to leave by SIGTERM" in site.log(job) and "(common.sh, line" not in site.log(job), "the shell's own end is in order too"
     again = site.train(output)
     site.wait(again)
     assert not site.restarted(job) and site.cluster.state(job) == "CANCELLED"
@@ -326,20 +364,20 @@ def test_launcher(site, undisturbed, launcher):
     same_adapter(output, undisturbed)
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
 def test_every_rank_is_distinct_and_ports_differ_by_job_and_restart(site, undisturbed, launcher):
-    """Ranks write who they are; the first run of the job then fails, the second ends the training as usual."""
+    """Ranks write who they are and end; two such runs, and the job gives up."""
     output, seen = site.output(f"ranks-{launcher}"), site.folder / f"seen-{launcher}"
     seen.mkdir()
     (site.folder / "ranks.py").write_text(
         "import json, os, pathlib, runpy, sys\n"
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'CUDA_VISIBLE_DEVICES', 'SLURMD_NODENAME')\n"
         "restart = os.environ.get('SLURM_RESTART_COUNT', '0')\n"
-        f"pathlib.Path({str(seen)!r} if {launcher!r} == 'srun' else {str(seen)!r}, f\"{{os.environ['SLURM_JOB_ID']}}-{{restart}}-{{os.environ['RANK']}}\")"
+        f"pathlib.Path({str(seen)!r}, f\"{{os.environ['SLURM_JOB_ID']}}-{{restart}}-{{os.environ['RANK']}}\")"
         ".write_text(json.dumps({name: os.environ.get(name) for name in names}))\n"
         "sys.exit(7 if restart == '0' else 0)\n"
     )
-    own = f'for last; do :; done; set -- "${{@/*launch\\/train.py/{site.folder}/ranks.py}}"'
+    own = f'set -- "${{@/*launch\\/train.py/{site.folder}/ranks.py}}"'
     python = crashing_python(site, own)
     job = site.train(output, SAP_LAUNCHER=launcher, SAP_PYTHON=str(python), SAP_MAX_FRUITLESS="2")
     site.wait(job, "FAILED")
