@@ -1,6 +1,6 @@
 #!/bin/bash
 # The chain on a real Slurm cluster of two nodes, which loses one of them on the way. As root, with Debian's slurmctld slurmd slurm-client munge
-# iproute2 (the cluster lives in namespaces and leaves nothing behind); about three minutes on two cores.
+# iproute2 (the cluster lives in namespaces and leaves nothing behind); about four minutes on two cores.
 #
 #   tests/slurm/demo.sh
 set -euo pipefail
@@ -26,7 +26,7 @@ write_recipe(folder, make_recipe(folder))' "$project" 2>/dev/null
 
 say "a cluster of two nodes with two GPUs each"
 cluster up --nodes 2 --gpus 2 --owner $$ "${shared[@]}"
-cluster run sinfo -N -o '%N %T %G'
+cluster run sinfo -N -p gpu -o '%N %T %G'
 
 say "slurm/submit.sh recipe.yaml"
 export SAP_GPUS_PER_NODE=2 SAP_CPUS_PER_GPU=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore SAP_RETRY_SECONDS=1 SAP_SITE_ENV=$place/none
@@ -40,7 +40,7 @@ until compgen -G "$runs/.train-sap-s0-*.work/checkpoints/step-*/DONE" >/dev/null
 done
 cluster power-off n2
 until [[ $(cluster run sinfo -h -n n2 -o %T) == down* ]]; do sleep 0.5; done
-cluster run sinfo -N -o '%N %T'
+cluster run sinfo -N -p gpu -o '%N %T'
 cluster run squeue -o '%.4i %.34j %.10T %.20r'
 
 say "n2 is back"
