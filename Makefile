@@ -38,7 +38,7 @@ mutants: $(VENV)/ready
 	@$(VENV)/bin/python -m tests.mutants
 
 slurm: $(VENV)/ready
-	@$(VENV)/bin/python -m pytest -q -s tests/slurm/faults.py
+	@$(VENV)/bin/python -m pytest -q -s tests/slurm/chains.py tests/slurm/faults.py
 
 lint: $(VENV)/ready
 	@$(VENV)/bin/ruff check .

@@ -9,7 +9,7 @@ from pipeline import entry
 
 
 def main() -> None:
-    options, experiment = entry.arguments(__doc__)
+    options, experiment = entry.arguments(__doc__, checkable=True)
 
     from pipeline import checks, stages
     from pipeline.sharding.launch import leave

@@ -11,7 +11,7 @@ from pipeline import entry
 
 
 def main() -> None:
-    options, experiment = entry.arguments(__doc__)
+    options, experiment = entry.arguments(__doc__, checkable=True)
     cell = entry.choose_cell(experiment, options.method, options.seed)
 
     from pipeline import checks, stages

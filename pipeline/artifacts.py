@@ -99,10 +99,10 @@ def damage(folder: Path) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest without checking the files. ValueError where it cannot be read."""
+    """The manifest without checking the files. ValueError where it is missing or no manifest; OSError where this machine cannot read it."""
     try:
         return json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (FileNotFoundError, ValueError) as error:  # other OSErrors pass: they say nothing of the file
         raise ValueError(f"{folder / MANIFEST} cannot be read ({type(error).__name__})") from None
 
 

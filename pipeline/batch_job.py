@@ -4,6 +4,7 @@ The Slurm scripts (slurm/common.sh) set these variables of the environment for t
 
     SAP_ERROR_FILE       where to write the sentence of an error that running again cannot mend (bad input); exit codes do not come through srun
     SAP_RESTART_REASON   why the run before this one ended, e.g. "time limit or preemption"
+    SAP_PROGRESS         steps that were safe in a checkpoint when the batch script looked
 """
 
 from __future__ import annotations
@@ -27,3 +28,8 @@ def circumstances() -> str:
     restart, reason = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SAP_RESTART_REASON")
     again = f", restart {restart}" if restart != "0" else ""
     return f", Slurm job {job}{again}" + (f": {reason}" if reason else "")
+
+
+def saved_before() -> int:
+    """Steps that are safe in a checkpoint, as the batch script saw it; 0 without one."""
+    return int(os.environ.get("SAP_PROGRESS") or 0)

@@ -17,13 +17,14 @@ from pipeline.recipe import Cell, Experiment
 BAD_INPUT = 2
 
 
-def arguments(description: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, Experiment]:
-    """Parse a launch script's command line and load its recipe."""
+def arguments(description: str, argv: list[str] | None = None, checkable: bool = False) -> tuple[argparse.Namespace, Experiment]:
+    """Parse a launch script's command line and load its recipe. checkable: whether the script knows --check."""
     parser = argparse.ArgumentParser(description=description, epilog="Any field of the recipe can be overridden: --train.lr 2e-4")
     parser.add_argument("--config", required=True, help="path of the recipe")
     parser.add_argument("--method", help="method of the recipe; needed where it has several")
     parser.add_argument("--seed", type=int, help="seed of the recipe; needed where it has several")
-    parser.add_argument("--check", action="store_true", help="check what can be checked before weights are read or ranks meet, and stop")
+    if checkable:
+        parser.add_argument("--check", action="store_true", help="check what can be checked before weights are read or ranks meet, and stop")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     options, rest = parser.parse_known_args(argv)
     if options.local_rank is not None and options.local_rank >= 0:

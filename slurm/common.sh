@@ -6,7 +6,7 @@
 #   near the time limit, or preempted       USR1: a stop file asks the ranks to save at the end of their step; then requeue
 #   slurm/stop.sh                           USR2: the same without the requeue; exit 75
 #   scancel                                 TERM: never comes back
-#   bad input                               exit 2 with the sentence; never tried again
+#   bad input, when the job first runs      exit 2 with the sentence; never tried again
 #   anything else (crash, hang, lost node)  requeue; given up after SAP_MAX_FRUITLESS runs that brought no new checkpoint
 # Exit codes of ranks do not come through srun (the others are killed with the first that fails, and codes are rewritten): hence files.
 set -euo pipefail
@@ -15,7 +15,7 @@ say() { echo "[$(date +%FT%T)] job ${SLURM_JOB_ID:-?}, restart ${SLURM_RESTART_C
 
 fail() {
   echo "error: $*" >&2
-  exit 2
+  leave 2
 }
 
 # ---- being asked to leave: before anything that takes time ---------------------------------------------------------------------------------
@@ -24,6 +24,7 @@ INDEX=""     # of the row of `sap status` that an array's task is about
 UNIT=""      # prefix of the job's own files, once its folder is known
 WANT=""      # why the job is to leave: requeue, stop, cancel
 STOPPED=no   # whether slurm/stop.sh has asked, whatever came after
+DECIDED=no   # whether this shell ends because it has decided to
 STEP=""      # pid of srun
 CHECK=()     # command that says before the step whether its input is right
 BY_FOLDER=no # whether the folder says that the work is done (exit codes of several ranks do not come through srun), or the exit code
@@ -32,6 +33,20 @@ SAVES=no     # whether the stage saves on request (training); others are ended, 
 trap 'asked requeue "time limit or preemption"' USR1
 trap 'asked stop "slurm/stop.sh"' USR2
 trap 'asked cancel "SIGTERM (scancel, or the time limit itself)"' TERM
+trap 'at_exit $?' EXIT
+
+# leave CODE: end this shell, as decided.
+leave() {
+  DECIDED=yes
+  exit "$1"
+}
+
+# A command that failed without anybody expecting it: a full disk, a folder that is not mounted here. What has run before is worth another node.
+at_exit() {
+  if [ "$DECIDED" = no ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
+    requeue "the job's script failed with exit code $1 on $HOSTNAME"
+  fi
+}
 
 asked() {
   say "asked to leave by $2"
@@ -64,6 +79,7 @@ if [ -r "$SAP_SITE_ENV" ]; then
   # shellcheck source=slurm/site.env.example
   source "$SAP_SITE_ENV"
   set -eu +a
+  cd "$SAP_HOME" # the file may name it
 fi
 set -E
 trap 'echo "error: $BASH_COMMAND failed with $? (${BASH_SOURCE[0]##*/}, line $LINENO)" >&2' ERR # no job may end without a word
@@ -103,8 +119,10 @@ look_at() {
   mkdir -p "$(dirname "$FOLDER")/slurm"
   local first
   first=$(dirname "$FOLDER")/slurm/job-$SLURM_JOB_ID.folder
-  [ -e "$first" ] || echo "$FOLDER" >"$first"
-  if [ "$(cat "$first")" != "$FOLDER" ]; then # it would begin something else, from its first step
+  if [ ! -s "$first" ]; then
+    echo "$FOLDER" >"$first.tmp"
+    mv "$first.tmp" "$first"
+  elif ! grep -qxF "$FOLDER" "$first"; then # it would begin something else, from its first step
     give_up "$RECIPE or its data have changed since this job first ran: its folder was $(cat "$first"), now it is $FOLDER" 2
   fi
   UNIT=$(dirname "$FOLDER")/slurm/$(basename "$FOLDER")-$SLURM_JOB_ID
@@ -169,7 +187,7 @@ leave_if_complete() {
   if [ "$STATE" = complete ]; then
     say "complete already: $FOLDER"
     forget
-    exit 0
+    leave 0
   fi
 }
 
@@ -210,21 +228,20 @@ run_step() {
     else
       sleep 1 || true
       case $WANT in
-        requeue) [ "$(seconds_left)" -ge 5 ] || { say "the step has not left in time: its work since the last checkpoint is lost"; break; } ;;
-        # The limit has struck without the warning. Slurm kills everything in seconds, this shell too: ask before.
-        cancel)
-          if [ "$STOPPED" = no ] && [ "$(job_field Reason 1)" = TimeLimit ]; then
-            WANT=requeue
-            requeue "time limit, without the time to save"
-          fi
-          ;;
+        requeue) [ "$(seconds_left)" -ge 10 ] || requeue "time limit or preemption, the step has not left in time: its work since the last checkpoint is lost" ;;
+        cancel) requeue_at_the_limit ;;
       esac
     fi
   done
-  CODE=143 # of one that is still there
-  if ! kill -0 "$STEP" 2>/dev/null; then
-    CODE=0
-    wait "$STEP" || CODE=$?
+  CODE=0
+  wait "$STEP" || CODE=$?
+}
+
+# The limit has struck without the warning, or while this shell was busy. Slurm kills everything in seconds, this shell too: ask before.
+requeue_at_the_limit() {
+  if [ "$STOPPED" = no ] && [ "$(job_field Reason 1)" = TimeLimit ]; then
+    WANT=requeue
+    requeue "time limit, without the time to save"
   fi
 }
 
@@ -260,7 +277,7 @@ supervise() {
     SAP_RESTART_REASON=$(cat "$UNIT.reason" 2>/dev/null || echo "requeued by Slurm (lost node, preemption or an operator)")
   fi
   rm -f "$UNIT.reason"
-  echo start >>"$UNIT.starts" || true
+  echo "$STEPS" >>"$UNIT.starts" || true
   SAP_PROGRESS=$STEPS
   give_up_if_fruitless "$SAP_RESTART_REASON"
   CODE=1
@@ -275,12 +292,13 @@ supervise() {
       rm -r "$WORK"
     fi
     say "$name: done"
-    exit 0
+    leave 0
   fi
   decide
 }
 
 decide() {
+  [ "$WANT" != cancel ] || requeue_at_the_limit
   if [ "$WANT" = cancel ] || [[ ! "$(job_field JobState)" =~ ^(RUNNING|SIGNALING|)$ ]]; then
     # After a cancellation a requeue would still be obeyed. Where Slurm itself requeues, it has counted the restart by now.
     if [ "$(job_field Restarts)" = "${SLURM_RESTART_COUNT:-0}" ]; then
@@ -288,8 +306,8 @@ decide() {
     else
       say "Slurm requeues this job"
     fi
-    exit 143
-  elif [ -s "$SAP_ERROR_FILE" ]; then
+    leave 143
+  elif [ -s "$SAP_ERROR_FILE" ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
     give_up "$(cat "$SAP_ERROR_FILE")" 2
   elif [ "$WANT" = stop ]; then
     give_up "stopped on request after step $STEPS: submit again to go on" 75
@@ -298,6 +316,7 @@ decide() {
   fi
   local reason="exit code $CODE: a crash, a hang or a lost node"
   [ "$CODE" != 0 ] || reason="the ranks were asked to leave" # by a SIGTERM of their own: preemption where the job asks for no signal
+  [ ! -s "$SAP_ERROR_FILE" ] || reason=$(cat "$SAP_ERROR_FILE") # the input was right when the job first ran: a file that this node cannot read?
   say "the step ended before the work was done: $reason"
   give_up_if_fruitless "$reason"
   sleep "$SAP_RETRY_SECONDS" || true
@@ -310,28 +329,33 @@ give_up_if_fruitless() {
   local fruitless unstarted
   touch "$SAP_RUNS_FILE" "$UNIT.starts" || true
   fruitless=$(grep -cx "$STEPS" "$SAP_RUNS_FILE" || true)
-  unstarted=$(($(wc -l <"$UNIT.starts") - $(wc -l <"$SAP_RUNS_FILE") - 1)) # without the present one
+  unstarted=$(($(grep -cx "$STEPS" "$UNIT.starts" || true) - fruitless - 1)) # without the present one
   if [ "$fruitless" -ge "$SAP_MAX_FRUITLESS" ]; then
     give_up "$fruitless runs in a row brought no checkpoint after step $STEPS; the last ended by: $1" 1
   elif [ "$unstarted" -ge "$SAP_MAX_UNSTARTED" ]; then
-    give_up "the step could not be started $unstarted times; the last reason: $1" 1
+    give_up "the step could not be started $unstarted times in a row; the last reason: $1" 1
   fi
 }
 
-# The job id of an array's last task is the array's: requeueing by it would restart every task.
+# requeue REASON: never returns. The job id of an array's last task is the array's: requeueing by it would restart every task.
 requeue() {
-  local id=$SLURM_JOB_ID
+  local id=$SLURM_JOB_ID refused=0
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   [ -z "$UNIT" ] || echo "$1" >"$UNIT.reason" || true
   trap - TERM # which the requeue sends to this shell too
   if [ "$WANT" = cancel ]; then
     say "cancelled; what was saved stays: submit again to go on"
-    exit 143
+    leave 143
+  elif [ "$STOPPED" = yes ]; then
+    give_up "stopped on request: submit again to go on" 75
   fi
+  DECIDED=yes
   say "requeue: $1"
-  for _ in {1..12}; do # slurmctld may be away for a while
+  while [ "$refused" -lt 3 ]; do
     if scontrol requeue "$id"; then
       sleep 600 # Slurm ends this shell
+    elif [ -n "$(job_field JobState 1)" ]; then # slurmctld answers; else it is away, and comes back
+      refused=$((refused + 1))
     fi
     sleep 10
   done
@@ -354,5 +378,5 @@ give_up() {
       done
     done <"$SAP_CHAIN"
   fi
-  exit "$2"
+  leave "$2"
 }

@@ -64,3 +64,12 @@ def test_writes_of_small_files_are_atomic(tmp_path):
     artifacts.write_json(tmp_path / "a.json", {"b": 1})
     artifacts.write_json(tmp_path / "a.json", {"b": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": 2} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_manifest_that_this_machine_cannot_read_is_not_called_damaged(tmp_path):
+    folder = published(tmp_path / "stage")
+    (folder / artifacts.MANIFEST).unlink()
+    assert "cannot be read (FileNotFoundError)" in artifacts.damage(folder)
+    (folder / artifacts.MANIFEST).mkdir()  # stands for an I/O error: open() fails, and not because the file is missing
+    with pytest.raises(OSError):
+        artifacts.damage(folder)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch_job import circumstances
+from pipeline.batch_job import circumstances, saved_before
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
 from pipeline.recipe import TrainSection
 from pipeline.sap.losses import useful_loss
@@ -60,20 +60,23 @@ class Loop:
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self.folder / "checkpoints"
         done = checkpoint.load_latest(self.engine, self.step, checkpoints, self.identity)
+        if not done and saved_before():
+            # Every checkpoint is damaged, or this node does not see them: to begin again without a word would throw all of that work away.
+            raise RuntimeError(f"the job had saved step {saved_before()} in {checkpoints}, but no checkpoint there can be read: delete it to begin again")
         self._rewind_metrics(done)
         if done or circumstances():
             self._event((f"resumed after step {done}" if done else "started") + circumstances())
-        with StopRequest(self.folder / "STOP") as stop, Watchdog(self.train.watchdog_seconds, self.engine.rank) as watchdog:
+        with StopRequest(self.folder / "STOP") as stop, Watchdog(self.train.watchdog_seconds, self.engine.rank) as self._watchdog:
             if not done and self.data.validation:
                 self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
             for number in range(done, self.steps):
                 self._one_step(number)
-                watchdog.progress(f"step {number + 1}")
+                self._watchdog.progress(f"step {number + 1}")
                 last = number + 1 == self.steps
                 stopping = not last and self.engine.any_rank(stop.requested())
                 if stopping or last or (number + 1) % self.train.save_every == 0:
                     checkpoint.save(self.engine, self.step, checkpoints, number + 1, self.identity)
-                    watchdog.progress(f"the checkpoint of step {number + 1}")
+                    self._watchdog.progress(f"the checkpoint of step {number + 1}")
                 if stopping:
                     stop.obeyed(self.engine.rank)
                     self._event(f"stopped after step {number + 1} ({stop.reason or 'another rank'})", f", saved in {checkpoints}")
@@ -112,13 +115,12 @@ class Loop:
         )
 
     def _validate(self) -> dict[str, float]:
-        engine, size = self.engine, self.train.micro_batch_size
-        return {
-            f"validation/{name}_loss": engine.loss(
-                useful_loss, micro_batches(rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0)
-            )
-            for name, rows in self.data.validation.items()
-        }
+        engine, size, losses = self.engine, self.train.micro_batch_size, {}
+        for name, rows in self.data.validation.items():
+            batches = micro_batches(rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0)
+            losses[f"validation/{name}_loss"] = engine.loss(useful_loss, batches)
+            self._watchdog.progress(f"the validation of {name}")
+        return losses
 
     def _log(self, metrics: dict[str, float], number: int) -> None:
         if self.engine.rank != 0:

@@ -1,6 +1,6 @@
 """What the job scripts do when things go wrong, on a real Slurm cluster with ZeRO-3 over two nodes x two ranks (make slurm).
 
-    python -m pytest -s tests/slurm/faults.py
+    python -m pytest -s tests/slurm/chains.py tests/slurm/faults.py
 
 Every fault hits the project's own scripts, submitted with sbatch, while a training is under way. Whatever happens, the adapter that comes out
 equals, bit for bit, the one of the chain that nobody disturbed. The table printed at the end is the one in docs/slurm.md.
@@ -8,80 +8,16 @@ equals, bit for bit, the one of the chain that nobody disturbed. The table print
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.project import write_recipe
 from tests.slurm.minicluster import why_not
-from tests.slurm.site import (
-    NODES,
-    RANKS_PER_NODE,
-    SAVE_EVERY,
-    SHAPE,
-    STEPS,
-    Site,
-    Stopwatch,
-    adapter,
-    make_recipe,
-    manifest,
-    opened,
-    steps_logged,
-)
+from tests.slurm.site import SAVE_EVERY, SEEN, SHAPE_OF_ALL, STEPS, Site, Stopwatch, crashing_python, make_recipe_in, opened, same_adapter
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(600)]
-
-SHAPE_OF_ALL = [f"--nodes={NODES}", "--exclusive", f"--gpus-per-node={RANKS_PER_NODE}"]
-SEEN: list[tuple[str, str, float]] = []  # fault, what happened, seconds from the fault to the end of the job
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's own paths are too long for sockets
-    try:
-        with opened(folder) as site:
-            yield site
-        print("\n" + "\n".join(f"| {fault} | {what} | {seconds:.0f} s |" for fault, what, seconds in SEEN))
-    finally:
-        if os.environ.get("KEEP_SLURM"):
-            print(f"kept: {folder}")
-        else:
-            shutil.rmtree(folder)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_running(site) -> Iterator[None]:
-    """A test that failed leaves no job behind for the next."""
-    yield
-    site.shell("scancel", "--user=root", check=False)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(site) -> Path:
-    """The whole chain through slurm/submit.sh, evaluation in two shards; what every fault's adapter is compared with."""
-    output = site.output("undisturbed")
-    clock = Stopwatch()
-    jobs = site.chain(output, "--shards", "2")
-    site.wait(jobs["report"], seconds=560)
-    SEEN.append(("none: the whole chain", "prepare, direction, two trainings, eight evaluation tasks, report", clock()))
-    site.upstream = output / "tiny"
-    site.jobs, site.submitted = jobs, site.printed
-    return output
-
-
-def same_adapter(output: Path, undisturbed: Path) -> None:
-    found, wanted = adapter(output), adapter(undisturbed)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert manifest(output, "train-sap-")["world_size"] == NODES * RANKS_PER_NODE
-    assert steps_logged(output) == list(range(STEPS + 1)), "every step once, whatever was repeated"
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(600), pytest.mark.usefixtures("nothing_left")]
 
 
 def events(output: Path, run: str) -> list[str]:
@@ -93,58 +29,6 @@ def events(output: Path, run: str) -> list[str]:
     assert len(found) == 1, "one run, however often the job came back"
     tags = found[0].data.tags
     return [tags[name] for name in sorted(tags) if name.startswith("event.")]
-
-
-def test_chain(site, undisturbed):
-    report = next((undisturbed / "tiny").glob("report-*"))
-    assert "sap" in (report / "table.txt").read_text() and (report / "report.html").is_file()
-    assert manifest(undisturbed, "train-sap-")["world_size"] == manifest(undisturbed, "train-sft-")["world_size"] == NODES * RANKS_PER_NODE
-    for what in ("prepare", "direction", "train", "evaluate", "report", "mlflow", *site.jobs.values()):
-        assert what in site.submitted
-    assert str(report) in site.log(site.jobs["report"])
-
-
-def test_resubmission_runs_only_what_is_missing(site, undisturbed):
-    assert site.chain(undisturbed, "--shards", "2") == {} and "complete: " in site.printed
-    one = next((undisturbed / "tiny").glob("evaluate-sft-*"))
-    shutil.rmtree(one)
-    (next((undisturbed / "tiny").glob("report-*")) / "DONE").unlink()
-    before = {path: path.stat().st_mtime_ns for path in (undisturbed / "tiny").glob("train-*/manifest.json")}
-    jobs = site.chain(undisturbed, "--shards", "2")
-    assert jobs.keys() == {"evaluate", "report"}
-    site.wait(jobs["report"])
-    assert one.is_dir() and {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_each_script_is_right_alone(site, undisturbed):
-    """Without submit.sh: the recipe as an argument or in SAP_RECIPE, evaluation of whatever is missing in one job."""
-    output = site.output("alone")
-    for folder in (undisturbed / "tiny").glob("train-*"):
-        shutil.copytree(folder, output / "tiny" / folder.name)
-    direction = next((output / "tiny").glob("direction-*"))
-    shutil.rmtree(direction)
-    where = f"--output_dir={output}"
-    site.wait(site.sbatch(*SHAPE, "slurm/direction.sh", where, SAP_RECIPE=str(site.recipe)))
-    again, first = (load_file(next((runs / "tiny").glob("direction-*/direction*.safetensors"))) for runs in (output, undisturbed))
-    assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
-    site.wait(site.sbatch("slurm/evaluate.sh", site.recipe, where))
-    report = site.sbatch("slurm/report.sh", site.recipe, where)
-    site.wait(report)
-    tables = [next((runs / "tiny").glob("report-*/table.txt")).read_text() for runs in (output, undisturbed)]
-    assert tables[0] == tables[1] and tables[0].strip() in site.log(report)
-    done = site.sbatch("slurm/prepare.sh", site.recipe, where)
-    site.wait(done)
-    assert "complete already" in site.log(done)
-
-
-def test_afterok_alone_is_not_believed(site, undisturbed):
-    """slurmctld forgets jobs, and takes what it has forgotten for done."""
-    output = site.output("forgotten")
-    for folder in (output / "tiny").glob("prepare-*"):
-        shutil.rmtree(folder)
-    job = site.train(output, "--dependency=afterok:4242")
-    site.wait(job, "FAILED")
-    assert "is not complete: run the stage that writes it again" in site.log(job)
 
 
 def test_time_limit(site, undisturbed):
@@ -160,14 +44,19 @@ def test_time_limit(site, undisturbed):
     SEEN.append(("time limit", f"saved at the step's end, requeued ({restarts} times), went on", clock()))
 
 
-def test_time_limit_without_a_warning(site, undisturbed):
-    """A job whose signal was changed: Slurm's SIGTERM at the limit is the first it hears."""
-    output = site.output("late")
+@pytest.mark.parametrize(
+    ("signal", "reason"),
+    [("CONT", "time limit, without the time to save"), ("USR1", "time limit or preemption, the step has not left in time")],
+    ids=["no warning", "ranks that do not leave"],
+)
+def test_time_limit_without_time_to_save(site, undisturbed, signal, reason):
+    """A job whose signal was changed, so that the SIGTERM at the limit is the first it hears; ranks that see no stop file."""
+    output = site.output(f"late-{signal}")
     python = crashing_python(site, "exec sleep 300")
-    job = site.train(output, "--time=1", "--signal=B:CONT@1", SAP_PYTHON=str(python), SAP_MAX_FRUITLESS="1")
+    job = site.train(output, "--time=1", f"--signal=B:{signal}@1", SAP_PYTHON=str(python), SAP_MAX_FRUITLESS="1")
     site.wait(job, "FAILED")
-    assert site.restarted(job) and "requeue: time limit, without the time to save" in site.log(job)
-    assert "1 runs in a row brought no checkpoint after step 0; the last ended by: time limit" in site.log(job)
+    assert site.restarted(job) and f"requeue: {reason}" in site.log(job)
+    assert f"1 runs in a row brought no checkpoint after step 0; the last ended by: {reason}" in site.log(job)
 
 
 def test_a_stage_without_checkpoints_starts_again_and_a_stop_is_final(site, undisturbed):
@@ -263,14 +152,6 @@ def test_hung_rank(site, undisturbed):
     SEEN.append(("a rank hangs (watchdog 20 s)", "the others said so, with stacks, and ended; requeued, went on", clock()))
 
 
-def crashing_python(site: Site, body: str, script: str = "launch/train.py") -> Path:
-    """A python that runs `body` (shell) before what it was asked for, where that is a rank of this script."""
-    path = site.folder / f"python-{abs(hash(body))}"
-    path.write_text(f'#!/bin/bash\nif [[ "$*" == *{script}* && "$*" != *--check* ]]; then {body}; fi\nexec {site.environment["SAP_PYTHON"]} "$@"\n')
-    path.chmod(0o755)
-    return path
-
-
 def test_crash_loop_gives_up_and_cancels_the_chain_with_the_reason(site, undisturbed):
     output = site.output("loop")
     clock = Stopwatch()
@@ -300,12 +181,6 @@ def test_failing_stage_cancels_what_waits_for_it(site, undisturbed):
         site.wait(jobs[waiting], "CANCELLED", 30)
         assert f"job {jobs['prepare']} gave up: " in site.cluster.job(jobs[waiting])["Comment"]
     SEEN.append(("a stage refuses its input", "not tried again; the chain cancelled with the reason", clock()))
-
-
-def make_recipe_in(site: Site, name: str) -> Path:
-    folder = site.folder / name
-    folder.mkdir()
-    return write_recipe(folder, make_recipe(folder))
 
 
 def test_scancel_never_comes_back_and_the_work_is_kept(site, undisturbed):
@@ -340,6 +215,28 @@ def test_stop_saves_first(site, undisturbed):
     SEEN.append(("slurm/stop.sh", f"saved at the step's end and gone after {ended:.0f} s; submitted again it went on", clock()))
 
 
+def test_stop_ends_every_task_of_an_array_also_those_that_wait(site, undisturbed):
+    array = site.sbatch("--array=0-3%2", "--wrap=sleep 300 & wait")
+    site.cluster.wait_for(lambda: site.shell("squeue", "-h", "-r", "-t", "RUNNING", "-j", array).stdout.count("\n") == 2, 30, "two tasks run")
+    site.shell("slurm/stop.sh", array)
+    states = [site.cluster.state(f"{array}_{task}") for task in range(4)]
+    assert sorted(states) == ["CANCELLED", "CANCELLED", "FAILED", "FAILED"], states
+
+
+def test_what_may_pass_is_tried_again(site, undisturbed):
+    """A job that has run before meets a node where nothing can be read: first the batch shell's own question fails, then the ranks' input is "wrong"."""
+    output = site.output("passes")
+    body = 'case ${SLURM_RESTART_COUNT:-0} in 0) exit 7 ;; 2) echo "prepare is not complete" >"$SAP_ERROR_FILE"; exit 2 ;; esac'
+    ranks = crashing_python(site, body)
+    python = crashing_python(site, 'if [ "${SLURM_RESTART_COUNT:-0}" = 1 ]; then exit 1; fi', "pipeline.cli status", ranks)
+    job = site.train(output, SAP_PYTHON=str(python))
+    site.wait(job)
+    for reason in ("exit code 7", "sap status failed with exit code 1 on n1", "prepare is not complete"):
+        assert f"requeue: {reason}" in site.log(job)
+    assert int(site.cluster.job(job)["Restarts"]) == 3
+    same_adapter(output, undisturbed)
+
+
 def test_wrong_recipe_fails_in_the_first_seconds(site, undisturbed):
     recipe = site.folder / "wrong.yaml"
     recipe.write_text(site.recipe.read_text() + "\nlearning_rat: 1\n")
@@ -354,44 +251,6 @@ def test_batch_size_that_does_not_divide_by_the_ranks_fails_before_any_rank(site
     job = site.train(site.output("divide"), overrides=("--train.batch_size=6",))
     site.wait(job, "FAILED", 90)
     assert "does not divide" in site.log(job) and site.cluster.job(job)["ExitCode"] == "2:0" and not site.restarted(job)
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_launcher(site, undisturbed, launcher):
-    output = site.output(launcher)
-    job = site.train(output, SAP_LAUNCHER=launcher)
-    site.wait(job)
-    same_adapter(output, undisturbed)
-
-
-@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
-def test_every_rank_is_distinct_and_ports_differ_by_job_and_restart(site, undisturbed, launcher):
-    """Ranks write who they are and end; two such runs, and the job gives up."""
-    output, seen = site.output(f"ranks-{launcher}"), site.folder / f"seen-{launcher}"
-    seen.mkdir()
-    (site.folder / "ranks.py").write_text(
-        "import json, os, pathlib, runpy, sys\n"
-        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'CUDA_VISIBLE_DEVICES', 'SLURMD_NODENAME')\n"
-        "restart = os.environ.get('SLURM_RESTART_COUNT', '0')\n"
-        f"pathlib.Path({str(seen)!r}, f\"{{os.environ['SLURM_JOB_ID']}}-{{restart}}-{{os.environ['RANK']}}\")"
-        ".write_text(json.dumps({name: os.environ.get(name) for name in names}))\n"
-        "sys.exit(7 if restart == '0' else 0)\n"
-    )
-    own = f'set -- "${{@/*launch\\/train.py/{site.folder}/ranks.py}}"'
-    python = crashing_python(site, own)
-    job = site.train(output, SAP_LAUNCHER=launcher, SAP_PYTHON=str(python), SAP_MAX_FRUITLESS="2")
-    site.wait(job, "FAILED")
-    runs: dict[str, list[dict[str, str]]] = {}
-    for path in seen.iterdir():
-        runs.setdefault(path.name.rpartition("-")[0], []).append(json.loads(path.read_text()))
-    assert len(runs) == 2
-    for ranks in runs.values():
-        assert sorted(rank["RANK"] for rank in ranks) == ["0", "1", "2", "3"]
-        assert {(rank["SLURMD_NODENAME"], rank["LOCAL_RANK"]) for rank in ranks} == {(n, r) for n in ("n1", "n2") for r in "01"}
-        assert {rank["CUDA_VISIBLE_DEVICES"] for rank in ranks} == {"0,1"}, "every rank sees its node's GPUs; LOCAL_RANK is the index"
-        assert {rank["WORLD_SIZE"] for rank in ranks} == {"4"} and {rank["MASTER_ADDR"] for rank in ranks} == {"n1"}
-    ports = [{rank["MASTER_PORT"] for rank in ranks} for ranks in runs.values()]
-    assert all(len(port) == 1 for port in ports) and ports[0] != ports[1]
 
 
 def test_ranks_notice_a_lost_node_before_slurm_does(undisturbed, site):

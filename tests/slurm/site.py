@@ -24,7 +24,10 @@ from tests.slurm.minicluster import Cluster
 
 NODES, RANKS_PER_NODE = 2, 2
 STEPS, SAVE_EVERY = 60, 10
+SHAPE_OF_ALL = [f"--nodes={NODES}", "--exclusive", f"--gpus-per-node={RANKS_PER_NODE}"]
 SHAPE = [f"--nodes={NODES}", f"--ntasks-per-node={RANKS_PER_NODE}", f"--gpus-per-node={RANKS_PER_NODE}", "--cpus-per-task=1", "--mem=8G"]
+
+SEEN: list[tuple[str, str, float]] = []  # fault, what happened, seconds from the fault to the end of the job
 
 
 def make_recipe(folder: Path) -> dict[str, Any]:
@@ -125,6 +128,28 @@ def manifest(output: Path, prefix: str) -> dict[str, Any]:
 def steps_logged(output: Path, method: str = "sap") -> list[int]:
     path = next((output / "tiny").glob(f"train-{method}-s0-*/metrics.jsonl"))
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def same_adapter(output: Path, undisturbed: Path) -> None:
+    found, wanted = adapter(output), adapter(undisturbed)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert manifest(output, "train-sap-")["world_size"] == NODES * RANKS_PER_NODE
+    assert steps_logged(output) == list(range(STEPS + 1)), "every step once, whatever was repeated"
+
+
+def crashing_python(site: Site, body: str, script: str = "launch/train.py", python: Path | None = None) -> Path:
+    """A python that runs `body` (shell) before what it was asked for, where that is a rank of this script. python: what it then runs."""
+    path = site.folder / f"python-{abs(hash((body, script, python)))}"
+    path.write_text(f'#!/bin/bash\nif [[ "$*" == *"{script}"* && "$*" != *--check* ]]; then {body}; fi\nexec {python or site.environment["SAP_PYTHON"]} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def make_recipe_in(site: Site, name: str) -> Path:
+    folder = site.folder / name
+    folder.mkdir()
+    return write_recipe(folder, make_recipe(folder))
 
 
 @contextlib.contextmanager

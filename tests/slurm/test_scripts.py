@@ -121,6 +121,19 @@ def test_bad_submissions_are_one_sentence(recipe, arguments, sentence):
     assert found.returncode == 2 and sentence in found.stderr and len(found.stderr.strip().splitlines()) == 1
 
 
+def test_ports_differ_between_jobs_and_restarts_and_lie_below_the_ephemeral_ones():
+    function = re.search(r"^master_port\(\) .*$", (ROOT / "slurm/common.sh").read_text(), re.M).group()
+    loop = f"{function}; for SLURM_JOB_ID in {{99990..100009}}; do for SLURM_RESTART_COUNT in {{0..15}}; do master_port; done; done"
+    ports = [int(line) for line in subprocess.run(["bash", "-c", loop], capture_output=True, text=True, check=True).stdout.split()]
+    assert len(set(ports)) == len(ports) == 320 and 10000 <= min(ports) and max(ports) < 32768
+
+
+def test_a_site_file_may_be_as_loose_as_modules_are(recipe, tmp_path):
+    (tmp_path / "site.env").write_text('purge() { [ -n "$NOT_SET_ANYWHERE" ] && true; }; purge\nSAP_CPU_PARTITION=small\n')
+    found = submit(recipe, "--dry-run", SAP_SITE_ENV=str(tmp_path / "site.env"))
+    assert found.returncode == 0 and "--partition=small" in found.stdout, found.stderr
+
+
 def test_no_recipe_is_told_how(recipe):
     assert submit().returncode == 2 and "slurm/submit.sh RECIPE" in submit().stderr
     assert "there is no recipe" in submit(recipe.parent / "none.yaml").stderr

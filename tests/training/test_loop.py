@@ -140,6 +140,16 @@ def test_events_tell_of_every_stop_and_return(tmp_path, monkeypatch):
     assert events[1:] == ["resumed after step 3, Slurm job 7, restart 1: time limit or preemption"]
 
 
+def test_a_job_whose_checkpoints_cannot_be_read_does_not_begin_again(interrupted, monkeypatch):
+    """The batch script saw step 4; this node sees none, or damaged ones only: hours of work are not thrown away without a word."""
+    for checkpoint in (interrupted / "checkpoints").glob("step-*"):
+        (checkpoint / "manifest.json").write_text("{")
+    monkeypatch.setenv("SAP_PROGRESS", "4")
+    with pytest.raises(RuntimeError, match="the job had saved step 4 in .*, but no checkpoint there can be read"), pytest.warns(UserWarning, match="damaged"):
+        build(interrupted).run()
+    assert len(log(interrupted)) == 5, "the log is as it was"
+
+
 def test_the_log_is_rewound_to_the_checkpoint(interrupted, straight):
     """Step 5 was logged and will run again, and the kill cut step 6's line short: each step stands there once, as in the straight run."""
     with (interrupted / "metrics.jsonl").open("a") as stream:
