@@ -3,8 +3,6 @@
 torchrun --nproc-per-node 2 launch/align.py --config launch/recipes/demo.yaml
 """
 
-import sys
-
 from pipeline import entry
 
 
@@ -22,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    entry.run(main)

@@ -3,8 +3,6 @@
 torchrun --nproc-per-node 8 launch/direction.py --config launch/recipes/llama_7b_sap.yaml --method sap
 """
 
-import sys
-
 from pipeline import entry
 
 
@@ -23,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    entry.run(main)

@@ -6,7 +6,6 @@ python launch/doctor.py --config launch/recipes/demo.yaml --train.ranks 1
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from pipeline import entry
@@ -37,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    entry.run(main)

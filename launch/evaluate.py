@@ -9,7 +9,6 @@ visible the model is spread over all of them.
 """
 
 import argparse
-import sys
 
 from pipeline import entry
 from pipeline.evaluation.shards import WHOLE, Shard
@@ -32,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    entry.run(main)

@@ -5,8 +5,6 @@ torchrun --nproc-per-node 8 launch/train.py --config launch/recipes/llama_7b_sap
 python launch/train.py --config launch/recipes/demo.yaml --method sft --train.ranks 1
 """
 
-import sys
-
 from pipeline import entry
 
 
@@ -25,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    entry.run(main)
