@@ -16,8 +16,9 @@ from pipeline.data.batches import check_divides
 from pipeline.layout import Layout
 from pipeline.models import check_targets, decoder_layers, load_tokenizer, outline, resolve_dtype
 from pipeline.quantization import check_quantisable
-from pipeline.recipe import Cell, Experiment, Recipe, TrainSection
+from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sap.probe import resolve_layers
+from pipeline.sections import TrainSection
 from pipeline.sharding.launch import check_engine, environment
 
 
@@ -42,6 +43,7 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
         sap = cell.recipe.sap
         if sap.enabled:
             resolve_layers(sap.layers, layers)
+        if cell.recipe.draws_pairs:
             check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from pipeline import artifacts
 from pipeline.data import builtin, contrastive
 from pipeline.model_files import model_location
-from pipeline.recipe import Cell, Experiment, ModelSection, Recipe, SourceSection
+from pipeline.recipe import Cell, Experiment, Recipe
+from pipeline.sections import ModelSection, SourceSection
 
 _FORMAT = 1  # raise when prepared data, checkpoints or products change shape
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds"}
@@ -108,6 +109,11 @@ class Layout:
             parts.append(recipe.sap.model_dump(mode="json"))
             if recipe.sap.direction == "precomputed":
                 parts.append(self._direction_hash(cell))
+        elif recipe.draws_pairs:
+            parts.append(recipe.sap.model_dump(mode="json", include={"safety_batch_size", "refresh_every"}))
+        for name in ("ema", "safe_mix", "safety_gradient", "lisa"):  # named only where enabled: another method's new field changes no folder
+            if getattr(recipe, name).enabled:
+                parts.append({name: getattr(recipe, name).model_dump(mode="json")})
         return _short(parts)
 
     def _prepare_hash(self) -> str:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from pipeline.models import load_model, resolve_dtype, unreachable
 from pipeline.quantization import quantise
-from pipeline.recipe import ModelSection
+from pipeline.sections import ModelSection
 from pipeline.weights import Sources, WeightFiles, file_source, fill, placeholder
 
 

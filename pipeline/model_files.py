@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.data.builtin import builtin_model, builtin_model_folder
-from pipeline.recipe import ModelSection
+from pipeline.sections import ModelSection
 
 BUILTIN = "builtin:smollm2-135m-instruct"
 

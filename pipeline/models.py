@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from pipeline.model_files import resolve_model_path  # noqa: E402
-from pipeline.recipe import LoraSection, ModelSection, TrainSection  # noqa: E402
+from pipeline.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel, on import by peft
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft still asks for it

@@ -25,8 +25,9 @@ from pipeline.data.batches import check_divides
 from pipeline.model_files import BUILTIN, model_location, resolve_model_path
 from pipeline.models import check_targets, decoder_layers, unreachable
 from pipeline.quantization import BLOCK, check_quantisable
-from pipeline.recipe import Cell, Experiment, SapSection, TrainSection
+from pipeline.recipe import Cell, Experiment
 from pipeline.sap.probe import resolve_layers
+from pipeline.sections import SapSection, TrainSection
 
 CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
 TFLOPS, UTILISATION = 312.0, 0.35  # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption

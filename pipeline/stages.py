@@ -29,15 +29,17 @@ from pipeline.evaluation.shards import WHOLE, Shard
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
 from pipeline.model_files import resolve_model_path
-from pipeline.models import decoder_layers, load_tokenizer, make_trainable
-from pipeline.recipe import Cell, Experiment, ModelSection, TrainSection
+from pipeline.models import load_tokenizer, make_trainable
+from pipeline.recipe import Cell, Experiment
 from pipeline.sap.diagnostics import safety_direction
-from pipeline.sap.probe import Probe, resolve_layers
-from pipeline.sap.step import SapStep
+from pipeline.sections import ModelSection, TrainSection
+from pipeline.sharding import engine as engines
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.launch import device, environment, init_distributed, open_engine
 from pipeline.tracking import open_run
+from pipeline.training.ema import Ema
 from pipeline.training.loop import Loop, TrainingData
+from pipeline.training.methods import make_step
 from pipeline.training.plain import PlainStep
 from pipeline.training.product import load_adapter, save_gathered, save_product
 from pipeline.weights import WeightFiles
@@ -137,18 +139,19 @@ def train(experiment: Experiment, cell: Cell) -> bool:
         artifacts.verify(layout.direction(cell))
     resolved, prepared = cell.recipe, layout.prepare()
     engine, tokenizer = _open_start(layout, cell, target)
-    step = _step(layout, cell, engine)
+    step = make_step(resolved, engine, _given_direction(layout, cell, engine))
+    ema = Ema(engine, resolved.ema) if resolved.ema.enabled else None
     data = TrainingData(
         read_rows(prepared, "task_train"), read_rows(prepared, "safety_pairs"), tokenizer.pad_token_id,
         resolved.sap.safety_batch_size, resolved.sap.safety_micro_batch_size, _validation_rows(prepared),
     )  # fmt: skip
     label = f"{cell.method} s{cell.seed}"
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
-        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), target.name, run.log_metrics, label, run.event)
+        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), target.name, run.log_metrics, label, run.event, ema)
         if not loop.run():
             run.stopped()
             return False
-        with _publishing(engine, layout, target, {"prepare": prepared.name, "start": layout.start_model()}) as folder:
+        with loop.averaged(), _publishing(engine, layout, target, {"prepare": prepared.name, "start": layout.start_model()}) as folder:
             save_product(engine, resolved.train, layout.start_model(), resolved.model, folder, tokenizer)
             if engine.rank == 0:
                 artifacts.write_json(folder / "recipe.json", recipe.dump(resolved))
@@ -308,20 +311,14 @@ def start_engine(section: ModelSection, location: str, train_section: TrainSecti
     return open_engine(make_trainable(model, train_section, seed), train_section, sources)
 
 
-def _step(layout: Layout, cell: Cell, engine: Engine) -> PlainStep | SapStep:
-    sap = cell.recipe.sap
-    if not sap.enabled:
-        return PlainStep(engine)
-    layers = decoder_layers(engine.module)
-    config = engine.module.config.get_text_config()
-    probe = Probe(layers, resolve_layers(sap.layers, len(layers)), config.hidden_size)
-    given = None
-    if sap.direction == "precomputed":
-        folder = layout.direction(cell)
-        if json.loads((folder / "summary.json").read_text())["weights_checksum"] != engine.checksum(engine.weights()):
-            raise ValueError(f"the direction in {folder} belongs to other initial weights: delete the folder and run its stage again")
-        given = engine.shard(WeightFiles(folder, "direction"))
-    return SapStep(engine, probe, sap, given)
+def _given_direction(layout: Layout, cell: Cell, engine: Engine) -> engines.Shard | None:
+    """The direction stage's product as the engine's shard, where training starts from it."""
+    if not direction_given(cell):
+        return None
+    folder = layout.direction(cell)
+    if json.loads((folder / "summary.json").read_text())["weights_checksum"] != engine.checksum(engine.weights()):
+        raise ValueError(f"the direction in {folder} belongs to other initial weights: delete the folder and run its stage again")
+    return engine.shard(WeightFiles(folder, "direction"))
 
 
 class _publishing:

@@ -127,9 +127,7 @@ def open_run(layout: Layout, name: str, key: str, rank: int = 0, cell: Cell | No
     resolved = cell.recipe if cell else layout.base
     sender = _Sender(folder, resolved)
     run = _TrackedRun(folder / f"{key}.jsonl", sender)
-    without = ("methods.", "seeds") if resolved.sap.enabled else ("methods.", "seeds", "sap.")  # a comparison shows settings that act
-    params = {k: v for k, v in _flatten(recipe.dump(resolved)).items() if not k.startswith(without)}
-    params["sap.enabled"] = resolved.sap.enabled
+    params = {k: v for k, v in _flatten(recipe.dump(resolved)).items() if _acts(k, resolved)}
     params |= {"method": cell.method, "seed": cell.seed} if cell else {}
     tags = {f"version.{package}": version for package, version in artifacts.versions().items()}
     tags |= {"git_revision": artifacts.git_revision() or "none", "recipe": str(layout.experiment.path), **_data_tags(layout.prepare())}
@@ -143,6 +141,16 @@ def open_run(layout: Layout, name: str, key: str, rank: int = 0, cell: Cell | No
     finally:
         run.append({"kind": "end", "status": status})
         sender.close()
+
+
+def _acts(name: str, resolved: Recipe) -> bool:
+    """Whether a setting acts, so that a comparison of runs should show it; sections that are off show that they are."""
+    section, _, field = name.partition(".")
+    if section in ("methods", "seeds"):
+        return False
+    if section == "sap" and field in ("safety_batch_size", "refresh_every"):
+        return resolved.draws_pairs
+    return field == "enabled" or getattr(getattr(resolved, section), "enabled", True)
 
 
 def _data_tags(prepared: Path) -> dict[str, str]:

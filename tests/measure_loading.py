@@ -74,7 +74,7 @@ def load(location: str, engine: str, quantization: str, adapter: str, streamed: 
     """The engine over the model at `location`, on the ranks of the process group."""
     from pipeline.loading import open_model
     from pipeline.models import load_model, make_trainable
-    from pipeline.recipe import ModelSection, TrainSection
+    from pipeline.sections import ModelSection, TrainSection
     from pipeline.sharding.launch import open_engine
 
     section = ModelSection(path=location, dtype=dtype, quantization=quantization)
@@ -91,7 +91,7 @@ def held(engine: Any) -> int:
 
 def rank_main(rank: int, port: int, engine: str, small: str, cases: list[dict[str, Any]], out: str) -> None:
     """Entry of one rank: every case in turn, after a small model has brought in what loading imports."""
-    from pipeline.recipe import TrainSection
+    from pipeline.sections import TrainSection
     from pipeline.sharding.launch import init_distributed
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -246,8 +246,8 @@ OF_THE_ENGINES = (
     mutant(
         "fsdp2: restored by subtracting",
         FSDP2,
-        "for local, saved in zip(self._locals(), stash, strict=True):\n                local.copy_(saved)",
-        "for local, d in zip(self._locals(), direction, strict=True):\n                local.sub_(d.view_as(local), alpha=scale)",
+        "for local, saved in zip(self.storage(), stash, strict=True):\n                local.copy_(saved)",
+        "for local, d in zip(self.storage(), direction, strict=True):\n                local.sub_(d.view_as(local), alpha=scale)",
         RESTORE + ON_FSDP2,
     ),
     mutant(

@@ -12,11 +12,11 @@ import torch
 from pipeline import artifacts
 from pipeline.loading import open_model
 from pipeline.models import decoder_layers, load_model, make_trainable
-from pipeline.recipe import LoraSection, ModelSection, SapSection, TrainSection
 from pipeline.sap.diagnostics import safety_direction
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
+from pipeline.sections import LoraSection, ModelSection, SapSection, TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.launch import init_distributed, leave, open_engine
 from pipeline.training.plain import PlainStep

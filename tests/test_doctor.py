@@ -17,9 +17,9 @@ from pipeline.doctor.measure import central_slope
 from pipeline.doctor.report import FAIL, OK, WARN, Finding, Report, graded
 from pipeline.doctor.resources import Meter, held_weights
 from pipeline.models import decoder_layers
-from pipeline.recipe import SapSection
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe
+from pipeline.sections import SapSection
 from pipeline.sharding.single import SingleEngine
 from tests.project import make_project, run, sap, write_recipe
 from tests.tiny import HIDDEN, StepBatches, tiny_lora

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.loading import load_whole, open_model
 from pipeline.models import load_model, make_trainable
-from pipeline.recipe import LoraSection, ModelSection, TrainSection
+from pipeline.sections import LoraSection, ModelSection, TrainSection
 from pipeline.weights import fill
 from tests import measure_loading
 from tests.tiny import FAMILIES, family_model

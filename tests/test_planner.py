@@ -20,9 +20,9 @@ from pipeline.doctor.resources import held_weights
 from pipeline.models import decoder_layers, make_trainable
 from pipeline.planner import Plan, estimate, plan_cell
 from pipeline.quantization import quantise
-from pipeline.recipe import LoraSection, SapSection, TrainSection
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe, resolve_layers
+from pipeline.sections import LoraSection, SapSection, TrainSection
 from pipeline.sharding.single import SingleEngine
 from tests.distributed.ranks import spawn
 from tests.project import ROOT

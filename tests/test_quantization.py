@@ -7,9 +7,9 @@ from torch import nn
 
 from pipeline.models import add_lora
 from pipeline.quantization import Nf4Linear, check_quantisable, dequantised, quantise
-from pipeline.recipe import LoraSection
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe
+from pipeline.sections import LoraSection
 from pipeline.sharding.single import SingleEngine
 from pipeline.weights import Sources, fill
 from tests.tiny import FAMILIES, FAMILY_HIDDEN, StepBatches, family_model

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.models import load_model, make_trainable
-from pipeline.recipe import TrainSection
+from pipeline.sections import TrainSection
 from tests import streamed_worker as worker
 from tests.measure_loading import free_port
 from tests.tiny import family_model

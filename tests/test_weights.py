@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.models import add_lora
-from pipeline.recipe import LoraSection
+from pipeline.sections import LoraSection
 from pipeline.weights import WeightFiles, fill, merged, placeholder, tensor_source, write_sharded
 from tests.tiny import FAMILIES, family_model
 

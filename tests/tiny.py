@@ -18,7 +18,7 @@ from transformers import (
 
 from pipeline.data.batches import BatchOrder, micro_batches, pair_batches
 from pipeline.models import add_lora
-from pipeline.recipe import LoraSection
+from pipeline.sections import LoraSection
 
 VOCABULARY, HIDDEN, LAYERS = 97, 33, 4
 

@@ -23,8 +23,9 @@ from pipeline.data.chat import Encoded, Messages, encode_chat
 from pipeline.data.overlap import Claims, assert_disjoint
 from pipeline.data.sources import check_source, read_source
 from pipeline.models import load_tokenizer
-from pipeline.recipe import Recipe, SourceSection
+from pipeline.recipe import Recipe
 from pipeline.redaction import redact
+from pipeline.sections import SourceSection
 
 Row = dict[str, Any]
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import builtin
-from pipeline.recipe import SourceSection
+from pipeline.sections import SourceSection
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")

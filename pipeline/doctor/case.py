@@ -19,9 +19,10 @@ from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, check_divid
 from pipeline.layout import Layout
 from pipeline.model_files import resolve_model_path
 from pipeline.models import decoder_layers, load_tokenizer, outline, resolve_dtype
-from pipeline.recipe import Cell, Experiment, SapSection
+from pipeline.recipe import Cell, Experiment
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe, resolve_layers
+from pipeline.sections import SapSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.launch import environment, init_distributed
 

@@ -22,9 +22,9 @@ from pipeline.data.batches import MicroBatch, PairBatch
 from pipeline.doctor.measure import Examined, Slope, across_ranks, central_slope, digest, gradients_left, relative
 from pipeline.doctor.report import FAIL, INFO, OK, WARN, Finding, Report, graded, passed
 from pipeline.doctor.resources import Meter, held_weights, mebibytes
-from pipeline.recipe import SapSection
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe
+from pipeline.sections import SapSection
 from pipeline.sharding.engine import Engine, Shard
 
 _EPS = (1e-3, 0.01, 0.02, 0.05, 0.1, 0.2)

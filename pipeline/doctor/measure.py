@@ -17,9 +17,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipeline.data.batches import MicroBatch, PairBatch
-from pipeline.recipe import SapSection
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
+from pipeline.sections import SapSection
 from pipeline.sharding.engine import Engine, LossFunction, Shard
 
 _CHANGES = (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)  # of the loss, to first order: below is rounding, above is curvature

@@ -26,8 +26,8 @@ from pipeline.evaluation.generation import generate
 from pipeline.evaluation.judges import is_empty, is_incoherent, keyword_judge
 from pipeline.evaluation.metrics import exact_match, share
 from pipeline.evaluation.shards import interleaved
-from pipeline.recipe import EvaluateSection
 from pipeline.sap.losses import useful_loss
+from pipeline.sections import EvaluateSection
 
 Row = dict[str, Any]
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pipeline.data.batches import MicroBatch, PairBatch
-from pipeline.recipe import SapSection
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
+from pipeline.sections import SapSection
 from pipeline.sharding.engine import Engine, Shard
 
 Pairs = Callable[[], Sequence[PairBatch]]

@@ -9,6 +9,7 @@ Two shards of one engine may be combined elementwise; only `norm` and `dot` see 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,8 +59,36 @@ class Engine(ABC):
         """A copy of what `forward_backward` left for `step`, before clipping."""
 
     @abstractmethod
+    def add_gradient(self, shard: Shard, scale: float) -> None:
+        """Add scale * shard to what `forward_backward` left for `step`, as if the loss had a term with that gradient."""
+
+    @abstractmethod
     def weights(self) -> Shard:
         """A copy of the trainable weights (the optimizer's float32 ones)."""
+
+    @abstractmethod
+    def assign(self, weights: Shard) -> None:
+        """Go on from these weights; the optimizer's moments stay."""
+
+    @contextlib.contextmanager
+    def replaced(self, weights: Shard) -> Iterator[None]:
+        """Inside the block the weights are these, for `weights` too; afterwards they are what they were, bit for bit. No `step` inside."""
+        stash = [tensor.clone() for tensor in self.storage()]
+        try:
+            self.assign(weights)
+            yield
+        finally:
+            self.drop_gathered()
+            for tensor, saved in zip(self.storage(), stash, strict=True):
+                tensor.copy_(saved)
+
+    @abstractmethod
+    def storage(self) -> list[torch.Tensor]:
+        """Everything of the trainable weights that this rank keeps, views and not copies: the compute copy, and a master where there is one."""
+
+    @abstractmethod
+    def drop_gathered(self) -> None:
+        """Forget gathered copies of weights: before and after the shards are edited."""
 
     @abstractmethod
     def step(self, lr: float) -> None:

@@ -82,25 +82,40 @@ class Fsdp2Engine(Engine):
 
     @contextlib.contextmanager
     def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
-        self._drop_gathered()
-        stash = [local.clone() for local in self._locals()]
+        self.drop_gathered()
+        stash = [local.clone() for local in self.storage()]
         try:
-            for local, d in zip(self._locals(), direction, strict=True):
+            for local, d in zip(self.storage(), direction, strict=True):
                 local.add_(d.view_as(local), alpha=scale)
             yield
         finally:
-            self._drop_gathered()
-            for local, saved in zip(self._locals(), stash, strict=True):
+            self.drop_gathered()
+            for local, saved in zip(self.storage(), stash, strict=True):
                 local.copy_(saved)
 
     def accumulated_gradient(self) -> Shard:
         return [
             torch.zeros(local.numel(), device=self.device) if p.grad is None else p.grad.detach().to_local().float().clone().flatten()
-            for p, local in zip(self.parameters, self._locals(), strict=True)
+            for p, local in zip(self.parameters, self.storage(), strict=True)
         ]
 
+    def add_gradient(self, shard: Shard, scale: float) -> None:
+        for p, part in zip(self.parameters, shard, strict=True):
+            if p.grad is None:
+                p.grad = self._like(p, torch.zeros_like(part))
+            local = p.grad.to_local()
+            local.add_(part.view_as(local), alpha=scale)
+
     def weights(self) -> Shard:
-        return [local.float().clone().flatten() for local in self._locals()]
+        return [local.float().clone().flatten() for local in self.storage()]
+
+    def assign(self, weights: Shard) -> None:
+        self.drop_gathered()
+        for local, part in zip(self.storage(), weights, strict=True):
+            local.copy_(part.view_as(local))
+
+    def storage(self) -> list[torch.Tensor]:
+        return [p.detach().to_local() for p in self.parameters]
 
     def step(self, lr: float) -> None:
         if self.max_grad_norm is not None:
@@ -112,7 +127,7 @@ class Fsdp2Engine(Engine):
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._drop_gathered()
+        self.drop_gathered()
 
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, p), part in zip(self.named.items(), shard, strict=True):
@@ -130,8 +145,8 @@ class Fsdp2Engine(Engine):
         dcp.save(self._state(vectors), checkpoint_id=str(folder))
 
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
-        self._drop_gathered()
-        given = {key: [torch.zeros(local.numel(), device=self.device) for local in self._locals()] for key in vectors}
+        self.drop_gathered()
+        given = {key: [torch.zeros(local.numel(), device=self.device) for local in self.storage()] for key in vectors}
         for p in self.parameters:
             self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         state = self._state(given)
@@ -172,13 +187,10 @@ class Fsdp2Engine(Engine):
         for owner, name in places:
             owner._parameters[name] = new
 
-    def _drop_gathered(self) -> None:
+    def drop_gathered(self) -> None:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def _locals(self) -> list[torch.Tensor]:
-        return [p.detach().to_local() for p in self.parameters]
 
     def _like(self, p: DTensor, part: torch.Tensor) -> DTensor:
         rows = part.view(p.detach().to_local().shape)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.models import decoder_layers
-from pipeline.recipe import TrainSection
+from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.single import SingleEngine
 from pipeline.weights import Sources, fill

@@ -66,8 +66,23 @@ class SingleEngine(Engine):
     def accumulated_gradient(self) -> Shard:
         return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().clone().flatten() for p in self.parameters]
 
+    def add_gradient(self, shard: Shard, scale: float) -> None:
+        for p, part in zip(self.parameters, shard, strict=True):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad.add_(part.view_as(p), alpha=scale)
+
     def weights(self) -> Shard:
         return [p.detach().clone().flatten() for p in self.parameters]
+
+    def assign(self, weights: Shard) -> None:
+        for p, part in zip(self.storage(), weights, strict=True):
+            p.copy_(part.view_as(p))
+
+    def drop_gathered(self) -> None:
+        """Nothing is ever gathered."""
+
+    def storage(self) -> list[torch.Tensor]:
+        return [p.detach() for p in self.parameters]
 
     def step(self, lr: float) -> None:
         if self.max_grad_norm is not None:

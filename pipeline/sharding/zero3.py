@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.recipe import TrainSection
+from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
 from pipeline.weights import Sources, fill, read
 
@@ -89,14 +89,14 @@ class Zero3Engine(Engine):
 
     @contextlib.contextmanager
     def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
-        self._drop_gathered()
+        self.drop_gathered()
         stash = [lp.clone() for lp in self._compute_shards()]
         try:
             for lp, master, d in zip(self._compute_shards(), self._masters(), direction, strict=True):
                 lp.copy_(master.to(lp.device) + scale * d.to(lp.device))
             yield
         finally:
-            self._drop_gathered()
+            self.drop_gathered()
             for lp, saved in zip(self._compute_shards(), stash, strict=True):
                 lp.copy_(saved)
 
@@ -107,11 +107,29 @@ class Zero3Engine(Engine):
             part.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0) for part, mask in zip(parts, self._padding, strict=True)
         ]
 
+    def add_gradient(self, shard: Shard, scale: float) -> None:
+        flat = self.optimizer.grad_partitions_flat_buffer
+        for part, added in zip(flat.split([mask.numel() for mask in self._padding]), shard, strict=True):
+            part.add_(added.to(part.device, part.dtype), alpha=scale)
+        if self.optimizer.offload_optimizer:
+            # An offloaded optimizer has taken the gradient, and the norms it clips by, at the last backward: let it take them again.
+            self.optimizer._offload_boundary_param_ids.update(parameter.ds_id for parameter in self._names if parameter.requires_grad)
+            self.optimizer._finalize_offload_gradient_accumulation()
+
     def weights(self) -> Shard:
         return [
             m.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0)
             for m, mask in zip(self._masters(), self._padding, strict=True)
         ]
+
+    def assign(self, weights: Shard) -> None:
+        self.drop_gathered()
+        for lp, master, part in zip(self._compute_shards(), self._masters(), weights, strict=True):
+            master.copy_(part)
+            lp.copy_(master)
+
+    def storage(self) -> list[torch.Tensor]:
+        return [*self._compute_shards(), *self._masters()]
 
     def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -149,7 +167,7 @@ class Zero3Engine(Engine):
         save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, folder / f"rank{self.rank:05d}.safetensors")
 
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
-        self._drop_gathered()
+        self.drop_gathered()
         with _RankFiles(folder) as files:
             for index, master in enumerate(self.optimizer.fp32_partitioned_groups_flat):
                 group = self.optimizer.fp16_groups[index]
@@ -187,7 +205,7 @@ class Zero3Engine(Engine):
         self.optimizer.zero_grad()
         self.optimizer.grad_partitions_flat_buffer.zero_()
 
-    def _drop_gathered(self) -> None:
+    def drop_gathered(self) -> None:
         self.optimizer.parameter_offload.partition_all_parameters()
 
     def _compute_shards(self) -> list[torch.Tensor]:

@@ -33,6 +33,31 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None: ...
 
 
+class Together:
+    """A step and what runs beside it (an average of the weights), as one Stateful; the other's names get a prefix."""
+
+    _PREFIX = "beside."
+
+    def __init__(self, step: Stateful, beside: Stateful):
+        self.step, self.beside = step, beside
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.step.state_dict() | self._named(self.beside.state_dict())
+
+    def vectors(self) -> dict[str, Shard]:
+        return self.step.vectors() | self._named(self.beside.vectors())
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+        for part, own in ((self.step, False), (self.beside, True)):
+            part.load_state_dict(self._chosen(state, own), self._chosen(vectors, own))
+
+    def _named(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {self._PREFIX + key: value for key, value in values.items()}
+
+    def _chosen(self, values: dict[str, Any], beside: bool) -> dict[str, Any]:
+        return {key.removeprefix(self._PREFIX): value for key, value in values.items() if key.startswith(self._PREFIX) == beside}
+
+
 def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str) -> None:
     """Write the state after `number` steps. identity: digest of what the run is; a checkpoint of another run is refused."""
     target, temporary = root / f"step-{number:06d}", root / f".step-{number:06d}.tmp"

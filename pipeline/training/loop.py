@@ -6,6 +6,7 @@ finished = loop.run()
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -17,10 +18,11 @@ from typing import Any
 
 from pipeline.batch_job import circumstances, saved_before
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
-from pipeline.recipe import TrainSection
 from pipeline.sap.losses import useful_loss
+from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.training import checkpoint
+from pipeline.training.ema import Ema
 from pipeline.training.stopping import StopRequest
 from pipeline.training.watchdog import Watchdog
 
@@ -45,13 +47,14 @@ class Loop:
     def __init__(
         self, engine: Engine, step: Any, data: TrainingData, train: TrainSection, seed: int, folder: Path, identity: str,
         on_metrics: Callable[[dict[str, float], int], None] = lambda metrics, number: None, label: str = "train",
-        on_event: Callable[[str], None] = lambda text: None,
+        on_event: Callable[[str], None] = lambda text: None, ema: Ema | None = None,
     ):  # fmt: skip
         self.engine, self.step, self.data, self.train, self.seed = engine, step, data, train, seed
         self.folder, self.identity, self.on_metrics, self.label, self.on_event = folder, identity, on_metrics, label, on_event
         self.steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch_size)
         self.order = BatchOrder(len(data.train), train.batch_size, seed)
         self.pair_order = BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
+        self.ema, self.state = ema, checkpoint.Together(step, ema) if ema else step
         self.metrics_file = folder / "metrics.jsonl"
         self._printed = 0.0
 
@@ -59,7 +62,7 @@ class Loop:
         """True when all steps are done; False when a stop was requested (the state is saved)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self.folder / "checkpoints"
-        done = checkpoint.load_latest(self.engine, self.step, checkpoints, self.identity)
+        done = checkpoint.load_latest(self.engine, self.state, checkpoints, self.identity)
         if not done and saved_before():
             # Every checkpoint is damaged, or this node does not see them: to begin again without a word would throw all of that work away.
             raise RuntimeError(f"the job had saved step {saved_before()} in {checkpoints}, but no checkpoint there can be read: delete it to begin again")
@@ -75,7 +78,7 @@ class Loop:
                 last = number + 1 == self.steps
                 stopping = not last and self.engine.any_rank(stop.requested())
                 if stopping or last or (number + 1) % self.train.save_every == 0:
-                    checkpoint.save(self.engine, self.step, checkpoints, number + 1, self.identity)
+                    checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity)
                     self._watchdog.progress(f"the checkpoint of step {number + 1}")
                 if stopping:
                     stop.obeyed(self.engine.rank)
@@ -86,8 +89,9 @@ class Loop:
     def _one_step(self, number: int) -> None:
         started = time.perf_counter()
         lr = learning_rate(self.train, number, self.steps)
-        metrics = self.step(self._useful(number), lambda: self._pairs(number), number)
-        metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm()}
+        drawn: list[int] = []  # the safety pairs of this step, however often the step asks for them
+        metrics = self.step(self._useful(number), lambda: self._pairs(number, drawn), number)
+        metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm(), "safety/pairs": float(len(drawn))}
         # Both are global, so all ranks leave together, before the update.
         for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
             if not math.isfinite(metrics[key]):
@@ -95,6 +99,8 @@ class Loop:
                     f"the {what} is {metrics[key]} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data"
                 )
         self.engine.step(lr)
+        if self.ema:
+            self.ema.update(number + 1)
         metrics["time/step"] = time.perf_counter() - started
         if (number + 1) % self.train.validate_every == 0 or number + 1 == self.steps:
             metrics |= self._validate()
@@ -107,20 +113,26 @@ class Loop:
             self.data.train, indices, self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
         )
 
-    def _pairs(self, number: int) -> list[PairBatch]:
+    def _pairs(self, number: int, drawn: list[int]) -> list[PairBatch]:
         assert self.pair_order is not None, "this step needs safety pairs"
         engine, size = self.engine, self.data.pairs_micro_batch
+        drawn[:] = self.pair_order.step(number)
         return pair_batches(
-            self.data.pairs, self.pair_order.step(number), size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
+            self.data.pairs, drawn, size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
         )
 
     def _validate(self) -> dict[str, float]:
         engine, size, losses = self.engine, self.train.micro_batch_size, {}
-        for name, rows in self.data.validation.items():
-            batches = micro_batches(rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0)
-            losses[f"validation/{name}_loss"] = engine.loss(useful_loss, batches)
-            self._watchdog.progress(f"the validation of {name}")
+        with self.averaged():
+            for name, rows in self.data.validation.items():
+                batches = micro_batches(rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0)
+                losses[f"validation/{name}_loss"] = engine.loss(useful_loss, batches)
+                self._watchdog.progress(f"the validation of {name}")
         return losses
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the engine's weights are those that count: averaged ones, where the recipe averages."""
+        return self.ema.applied() if self.ema else contextlib.nullcontext()
 
     def _log(self, metrics: dict[str, float], number: int) -> None:
         if self.engine.rank != 0:

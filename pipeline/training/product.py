@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.loading import weight_files
 from pipeline.models import load_model, resolve_dtype
-from pipeline.recipe import ModelSection, TrainSection
+from pipeline.sections import ModelSection, TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.weights import merged as merge
 from pipeline.weights import write_sharded

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.data.sources import check_source, read_source
-from pipeline.recipe import SourceSection
+from pipeline.sections import SourceSection
 
 ROWS = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
 MAPPING = {"prompt": "instruction", "response": "output"}

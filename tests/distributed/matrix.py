@@ -24,9 +24,9 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from pipeline import artifacts
 from pipeline.models import decoder_layers, make_trainable
-from pipeline.recipe import LoraSection, SapSection, TrainSection
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
+from pipeline.sections import LoraSection, SapSection, TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training.plain import PlainStep

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.models import add_lora
-from pipeline.recipe import LoraSection
+from pipeline.sections import LoraSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training import checkpoint

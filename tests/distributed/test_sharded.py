@@ -14,6 +14,7 @@ from tests.distributed import worker
 from tests.distributed.ranks import spawn
 from tests.distributed.worker import make_step, run_steps, train_section
 from tests.tiny import tiny_lora
+from tests.training.companions import METHODS, Dense
 
 SHARDED = ["zero3-0", "zero3-1000000", "fsdp2"]
 
@@ -83,6 +84,23 @@ def test_auxiliary_passes_leave_no_trace(found, engine):
     assert with_passes["clean"]
     assert with_passes["counters"] == [(0, 0), (1, 1), (2, 2)]
     assert distance(plain["weights"], with_passes["weights"]) == 0.0
+
+
+@finds("replaced", [*SHARDED, "zero3-offload", "zero3-full", "fsdp2-full"])
+def test_replaced_weights_are_seen_and_gone_bit_for_bit(found, engine):
+    assert found["replaced", engine] == dict.fromkeys(("exact", "bitwise", "loss_back", "seen", "assigned"), True)
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict:
+    return {method: Dense(method).train() for method in METHODS}
+
+
+@finds("companions", [*SHARDED, "zero3-offload"])
+@pytest.mark.parametrize("method", METHODS)
+def test_companion_methods_on_two_ranks_equal_the_dense_reference(found, dense, method, engine):
+    begin = {name: p.detach() for name, p in tiny_lora().named_parameters() if p.requires_grad}
+    assert distance(found["companions", engine][method], dense[method]) / distance(dense[method], begin) < 1e-5
 
 
 @finds("vectors", ["zero3-0", "fsdp2"])

@@ -10,15 +10,16 @@ from torch import nn
 
 from pipeline import artifacts
 from pipeline.models import decoder_layers, enable_checkpointing
-from pipeline.recipe import SapSection, TrainSection
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
+from pipeline.sections import SapSection, TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.fsdp2 import Fsdp2Engine
 from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training.plain import PlainStep
 from tests.tiny import HIDDEN, StepBatches, tiny_lora, tiny_model
+from tests.training import companions as methods
 
 LR, STEPS = 1e-2, 5
 SAP = {
@@ -92,11 +93,6 @@ def open_setting(folder: Path, name: str, checkpointing: bool = False) -> Engine
     return open_engine(model, train_section(folder, setting.engine, setting.persistence, setting.offload))
 
 
-def stored(engine: Engine) -> list[torch.Tensor]:
-    """Everything of the weights that this rank keeps: views, not copies."""
-    return engine._locals() if isinstance(engine, Fsdp2Engine) else [*engine._compute_shards(), *engine._masters()]
-
-
 def parity(folder: Path, name: str) -> dict:
     """Weights after five steps, for either schedule; with dropout, with and without recomputation."""
     results = {}
@@ -112,19 +108,19 @@ def restore(folder: Path, name: str) -> dict:
     run_steps(engine, make_step(engine, "exact"), 3)
     batches = StepBatches(engine.rank, engine.world_size).useful(3)
     _, g = engine.gradient(useful_loss, batches)
-    before = [t.clone() for t in stored(engine)]
+    before = [t.clone() for t in engine.storage()]
     # A forward pass without backward comes first, as validation does: it is what leaves gathered weights behind.
     loss = engine.loss(useful_loss, batches)
     norm = engine.norm(g)
     with engine.perturbed(g, 1e-2 / norm):
         moved = engine.loss(useful_loss, batches)
-    after = [t.clone() for t in stored(engine)]
+    after = [t.clone() for t in engine.storage()]
     try:
         with engine.perturbed(g, 1.0):
             raise RuntimeError("inside")
     except RuntimeError:
         pass
-    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, after, stored(engine), strict=True))
+    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, after, engine.storage(), strict=True))
     return {
         "bitwise": not engine.any_rank(not same),
         "slope": (moved - loss) / (1e-2 * norm),
@@ -210,7 +206,36 @@ def vectors(folder: Path, name: str) -> dict:
     }
 
 
-CASES = {case.__name__: case for case in (parity, restore, traces, vectors)}
+def companions(folder: Path, name: str) -> dict:
+    """The weights that count after some steps of every companion method, without dropout: the dense reference has none."""
+    setting = SETTINGS[name]
+    section = train_section(folder, setting.engine, setting.persistence, setting.offload)
+    return {method: methods.train(open_engine(tiny_lora(), section), method) for method in methods.METHODS}
+
+
+def replaced(folder: Path, name: str) -> dict:
+    """Other weights for a while, after warm steps: they must be seen, be what `weights` says, and go without a trace."""
+    engine = open_setting(folder, name)
+    run_steps(engine, make_step(engine, "exact"), 3)
+    batches = StepBatches(engine.rank, engine.world_size).useful(3)
+    before, loss, weights = [t.clone() for t in engine.storage()], engine.loss(useful_loss, batches), engine.weights()
+    other = [part * 1.1 for part in weights]
+    with engine.replaced(other):
+        inside = engine.loss(useful_loss, batches)
+        exact = all(map(torch.equal, engine.weights(), other))
+    back = all(map(torch.equal, before, engine.storage()))
+    loss_back = engine.loss(useful_loss, batches) == loss
+    engine.assign(other)
+    return {
+        "exact": not engine.any_rank(not exact),
+        "bitwise": not engine.any_rank(not back),
+        "loss_back": loss_back,
+        "seen": inside != loss,
+        "assigned": engine.loss(useful_loss, batches) == inside,
+    }
+
+
+CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced)}
 
 
 def main(rank: int, folder: Path, wanted: list[tuple[str, str]]) -> None:

@@ -8,7 +8,7 @@ import torch
 from pipeline.data.chat import prompt_ids
 from pipeline.evaluation.generation import generate
 from pipeline.models import load_model, load_tokenizer
-from pipeline.recipe import ModelSection
+from pipeline.sections import ModelSection
 from tests.project import make_model
 
 TOKENS = 12

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.models import decoder_layers
-from pipeline.recipe import SapSection
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
+from pipeline.sections import SapSection
 from pipeline.sharding.single import SingleEngine
 from pipeline.training import checkpoint
 from tests.tiny import HIDDEN, StepBatches, tiny_lora

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from pipeline.data.batches import BatchOrder
 from pipeline.models import decoder_layers
-from pipeline.recipe import SapSection
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe, resolve_layers
 from pipeline.sap.step import SapStep
+from pipeline.sections import SapSection
 from pipeline.sharding.single import SingleEngine
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline import artifacts
-from pipeline.recipe import TrainSection
+from pipeline.sections import TrainSection
 from pipeline.sharding.launch import open_engine
 from pipeline.training.loop import Loop, TrainingData, learning_rate
 from pipeline.training.plain import PlainStep

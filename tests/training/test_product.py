@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.loading import open_model
 from pipeline.models import make_trainable
-from pipeline.recipe import LoraSection, ModelSection, TrainSection
+from pipeline.sections import LoraSection, ModelSection, TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.launch import open_engine
 from pipeline.training.product import load_adapter, save_model, save_product

@@ -1,0 +1,268 @@
+"""The sections of a recipe: every field, its type, default and meaning.
+
+    sap --help      prints them all
+
+A section checks what it can see by itself; what several have to agree on is the recipe's (pipeline/recipe.py).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are errors and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSection(Section):
+    path: str = Field(description="Hub id, local folder, or builtin:smollm2-135m-instruct")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or AMX, else float32"
+    )
+    chat_template: Path | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers")
+    quantization: Literal["none", "nf4"] = Field("none", description="nf4: frozen linear layers in 4 bits (QLoRA); needs adapter: lora")
+
+
+class SourceSection(Section):
+    source: str = Field(description="builtin:NAME, a local .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set id")
+    subset: str | None = Field(None, description="Configuration name of a hub data set")
+    split: str = Field("train", description="Split of a hub data set")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub data set")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Mapping to the fields messages | prompt, input, response, system, chosen, rejected; e.g. {prompt: instruction, response: output}",
+    )
+    header: bool = Field(True, description="Whether a CSV file's first line names its columns; else they are called 0, 1, ...")
+    limit: Positive | None = Field(None, description="Rows to use at the most, drawn with data.seed")
+
+
+class DataSection(Section):
+    task: SourceSection = Field(description="What the model is to learn: prompts and responses, or messages")
+    validation_samples: Positive = Field(64, description="Task samples held out for validation loss")
+    test_samples: Positive = Field(100, description="Task samples held out for the test loss and exact match")
+    max_length: Positive = Field(
+        512, description="Tokens per sequence; longer responses are cut, prompts that leave no response are dropped and counted"
+    )
+    harmful: SourceSection | None = Field(
+        None, description="Prompts mixed into the task data as harmful samples (an affirmative opening where no response is given)"
+    )
+    harmful_fraction: Fraction = Field(0.0, description="Share of harmful samples in the training data; 0 mixes none in")
+    safety: SourceSection = Field(
+        description="Safety-critical prompts; chosen/rejected where the data have them, else a refusal and an affirmative opening"
+    )
+    safety_pairs: Positive = Field(48, description="Contrastive pairs used for the safety direction")
+    safety_max_length: Positive = Field(256, description="Tokens per sequence of a contrastive pair")
+    refusals: SourceSection | None = Field(None, description="Harmful prompts that the align stage answers with refusals")
+    refusal_samples: Positive = Field(200, description="Samples taken from data.refusals")
+    harmless: SourceSection | None = Field(
+        None, description="Harmless prompts of the align stage; without responses the model's own answers are used"
+    )
+    harmless_samples: Positive = Field(200, description="Samples taken from data.harmless")
+    validation_prompts: SourceSection | None = Field(
+        None, description="Harmful prompts on which defaults are chosen; never the evaluation's"
+    )
+    seed: int = Field(0, description="Seed of splits, mixtures and templates; the same for all methods and training seeds")
+
+    @model_validator(mode="after")
+    def _harmful_source(self) -> DataSection:
+        if self.harmful_fraction > 0 and self.harmful is None:
+            raise ValueError(
+                "data.harmful_fraction is above 0 but data.harmful is missing: name a source of harmful prompts, or set the fraction to 0"
+            )
+        if self.harmful_fraction >= 1:
+            raise ValueError("data.harmful_fraction leaves no task sample: set it below 1")
+        return self
+
+
+class LoraSection(Section):
+    r: Positive = Field(8, description="Rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="Scaling numerator; the update is scaled by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout probability before A")
+    target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear modules to adapt")
+
+
+class TrainSection(Section):
+    engine: Literal["zero3", "fsdp2", "single"] = Field(
+        "zero3", description="zero3: DeepSpeed ZeRO-3; fsdp2: PyTorch's fully_shard; single: the plain reference, one process"
+    )
+    adapter: Literal["lora", "full"] = Field("lora", description="What is trained: a LoRA adapter on frozen weights, or all weights")
+    ranks: Positive = Field(1, description="Local processes that `sap` starts; other launchers decide themselves")
+    ds_config: Path = Field(
+        Path("ds_configs/zero3.json"), description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it"
+    )
+    steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training data; exclusive with steps")
+    batch_size: Positive = Field(8, description="Sequences per optimizer step over all ranks")
+    micro_batch_size: Positive = Field(4, description="Sequences per rank and forward pass; accumulation follows")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate of AdamW")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="Steps of linear warm-up")
+    decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning-rate decay after the warm-up")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay of AdamW")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="First-moment decay of AdamW")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Second-moment decay of AdamW")
+    adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Denominator term of AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Global gradient norm to clip at; null: no clipping")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass (non-reentrant)")
+    use_reentrant: bool = Field(False, description="Refused when true: reentrant checkpointing has no gradient with respect to the probe")
+    lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
+    export_merged: bool = Field(False, description="Whether a LoRA run also writes merged/: the model with its adapter added, for vLLM")
+    save_every: Positive = Field(50, description="Steps between checkpoints")
+    validate_every: Positive = Field(20, description="Steps between validation losses (task and harmful opening)")
+    watchdog_seconds: Annotated[float, Field(ge=0)] = Field(
+        1800, description="Seconds without a finished step, validation or checkpoint after which a rank says where it is and ends; 0: never"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("exactly one of steps and epochs must be set")
+        if self.use_reentrant:
+            raise ValueError(
+                "use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient"
+            )
+        return self
+
+
+class AlignSection(Section):
+    enabled: bool = Field(False, description="Whether to align the model first (for base or unaligned models)")
+    distill_tokens: Positive = Field(48, description="Tokens of the model's own answers to harmless prompts without a response")
+    train: TrainSection = Field(TrainSection(steps=100), description="How to train; same fields as train")
+
+
+class DirectionSection(Section):
+    micro_batch_size: Positive = Field(4, description="Pairs per rank and pass")
+
+
+class SapSection(Section):
+    enabled: bool = Field(False, description="Whether the training step is SAP (arXiv 2505.16737, Algorithm 1)")
+    schedule: Literal["exact", "lagged"] = Field(
+        "exact", description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer"
+    )
+    contrastive: Literal["difference", "logsigmoid"] = Field(
+        "difference", description="Contrastive safety loss: Definition 3.1, or -logsigmoid of the margin"
+    )
+    direction: Literal["live", "precomputed"] = Field(
+        "live", description="First safety direction: of this step's pairs, or the direction stage's over all pairs"
+    )
+    refresh_every: Annotated[int, Field(ge=0)] = Field(
+        1, description="Steps after which pairs are drawn and the direction is computed again; 0: never (precomputed only)"
+    )
+    safety_batch_size: Positive = Field(4, description="Contrastive pairs drawn at a time, over all ranks; by the controls too")
+    safety_micro_batch_size: Positive = Field(2, description="Contrastive pairs per rank and pass")
+    eps: Annotated[float, Field(gt=0)] = Field(0.05, description="|dW| as a share of |W|, both global over the trainable parameters")
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.05,
+        description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first scale tried (target_correction)",
+    )
+    probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
+    target_correction: Annotated[float, Field(gt=0)] = Field(
+        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how it was chosen: docs/defaults.md"
+    )
+    layers: str | list[int] | list[float] = Field(
+        "0.33:0.66",
+        description="Probed decoder layers: [10, 11] indices, [0.3, 0.5] fractions of the depth, '10:19' or '0.33:0.66' a half-open range",
+    )
+    noise_every: Annotated[int, Field(ge=0)] = Field(
+        20, description="Steps between measurements of the probe's noise (one extra pass); 0: never"
+    )
+    correction_every: Annotated[int, Field(ge=0)] = Field(
+        10, description="Steps between measurements of the correction (one extra pass); 0: never"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"\s*[\d.]+\s*:\s*[\d.]+\s*", value):
+            raise ValueError(f"'{value}' is no range: write start:stop, e.g. 10:19 or 0.33:0.66")
+        if isinstance(value, list) and not value:
+            raise ValueError("must name at least one decoder layer")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SapSection:
+        if self.refresh_every == 0 and self.direction == "live":
+            raise ValueError("refresh_every 0 needs direction: precomputed")
+        if self.probe_step == "target_correction" and self.correction_every == 0:
+            raise ValueError("correction_every must be at least 1 with probe_step: target_correction")
+        if self.safety_batch_size % self.safety_micro_batch_size:
+            raise ValueError(
+                f"safety_batch_size {self.safety_batch_size} does not divide by safety_micro_batch_size {self.safety_micro_batch_size}"
+            )
+        return self
+
+
+class EmaSection(Section):
+    """What arXiv 2508.12531 calls EMA momentum in parameter space; its update rule is not published, so both readings are here."""
+
+    enabled: bool = Field(False, description="Whether to average the trained weights over the steps (arXiv 2508.12531)")
+    mode: Literal["shadow", "momentum"] = Field(
+        "shadow",
+        description="shadow: training goes on untouched, validation and product are the average; momentum: training goes on from the average",
+    )
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Weight of the average so far in the next: s = decay * s + (1 - decay) * w")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps after which averaging begins, with the weights of that moment; until then the average is the weights"
+    )
+    every: Positive = Field(1, description="Steps between updates of the average")
+
+
+class SafeMixSection(Section):
+    """SafeInstr, the control that SAP's reviewers asked for. It draws pairs as SAP does: sap.safety_batch_size every sap.refresh_every steps."""
+
+    enabled: bool = Field(False, description="Whether the safe responses of the safety pairs are mixed into the task's batches")
+
+
+class SafetyGradientSection(Section):
+    """The control without a probe: the safety gradient itself. It draws pairs as SAP does (SafeMixSection)."""
+
+    enabled: bool = Field(False, description="Whether lambda * grad L_safety is added to the task's gradient")
+    contrastive: Literal["difference", "logsigmoid"] = Field(
+        "logsigmoid", description="Contrastive safety loss; difference has no lower bound, and here nothing but the steps' number limits it"
+    )
+    correction: Annotated[float, Field(gt=0)] = Field(
+        0.7, description="|lambda * grad L_safety| / |task gradient|, as sap.target_correction measures SAP's; lambda follows at every step"
+    )
+
+
+class LisaSection(Section):
+    """Lisa (arXiv 2405.18641): steps on the safe responses and on the task in turns, each near where the other left off."""
+
+    enabled: bool = Field(False, description="Whether to alternate alignment steps and task steps (arXiv 2405.18641)")
+    alignment_steps: Positive = Field(1, description="Steps in a row on the safe responses of sap.safety_batch_size pairs each")
+    task_steps: Positive = Field(4, description="Steps in a row on the task, after them; train.steps counts both")
+    rho: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of rho / 2 * |w - w_last|^2, w_last being the weights at the last switch")
+
+
+class EvaluateSection(Section):
+    harmful: SourceSection = Field(description="Harmful prompts; their answers are judged")
+    harmful_prompts: Positive = Field(150, description="Prompts taken from evaluate.harmful")
+    harmless: SourceSection | None = Field(None, description="Harmless prompts that look harmful; refused answers count as over-refusal")
+    harmless_prompts: Positive = Field(75, description="Prompts taken from evaluate.harmless")
+    task_prompts: Positive = Field(75, description="Task test samples answered for exact match")
+    split: Literal["test", "validation"] = Field(
+        "test", description="validation: data.validation_prompts and the task's validation samples, for choosing defaults"
+    )
+    max_new_tokens: Positive = Field(32, description="Tokens generated per answer, greedily")
+    batch_size: Positive = Field(32, description="Prompts per generation batch and rank")
+    judge: Literal["keyword"] = Field(
+        "keyword", description="keyword: 29 refusal substrings of GCG; yields the non-refusal rate, not a harmful score"
+    )
+    baselines: bool = Field(True, description="Also evaluate the shipped and the aligned model")
+
+
+class TrackingSection(Section):
+    enabled: bool = Field(True, description="Whether to log to MLflow")
+    uri: str | None = Field(None, description="Tracking URI; MLFLOW_TRACKING_URI wins; default sqlite:///<output_dir>/mlflow.db")
+    experiment: str | None = Field(None, description="MLflow experiment; default: the recipe's name")
+    log_answers: bool = Field(False, description="Upload generated answers as artifacts; they stay on this machine otherwise")

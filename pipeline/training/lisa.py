@@ -1,0 +1,48 @@
+"""Lisa (arXiv 2405.18641): steps on safe responses and on the task in turns, each drawn towards where the other left off.
+
+    step = LisaStep(engine, recipe.lisa)
+
+In both states the gradient is that of loss + rho / 2 * |w - w_last|^2, w_last being the weights at the last switch; at first, the initial ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.data.batches import MicroBatch
+from pipeline.sap.losses import useful_loss
+from pipeline.sap.step import Metrics, Pairs
+from pipeline.sections import LisaSection
+from pipeline.sharding.engine import Engine, Shard
+from pipeline.training.safe_mix import pooled, safe_batches
+
+
+class LisaStep:
+    """A cycle is `alignment_steps` on the safe responses, then `task_steps` on the task's batches. w_last is kept on each rank's shard."""
+
+    def __init__(self, engine: Engine, section: LisaSection):
+        self.engine, self.section = engine, section
+        self.anchor = engine.weights()
+
+    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
+        """train/loss is the state's loss, without the proximal term."""
+        engine, section = self.engine, self.section
+        position = number % (section.alignment_steps + section.task_steps)
+        if position in (0, section.alignment_steps):  # a switch
+            self.anchor = engine.weights()
+        aligning = position < section.alignment_steps
+        loss, _ = engine.forward_backward(useful_loss, pooled(engine, safe_batches(pairs())) if aligning else useful)
+        drift = [weight - last for weight, last in zip(engine.weights(), self.anchor, strict=True)]
+        engine.add_gradient(drift, section.rho)
+        return {"train/loss": loss, "lisa/aligning": float(aligning), "lisa/proximal": section.rho / 2 * engine.dot(drift, drift)}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def vectors(self) -> dict[str, Shard]:
+        return {"anchor": self.anchor}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+        self.anchor = vectors["anchor"]

@@ -1,0 +1,163 @@
+"""Companion methods on one process: equal to the dense reference, and what each promises by itself."""
+
+import pytest
+import torch
+
+from pipeline.sections import EmaSection, LisaSection, SapSection, TrainSection
+from pipeline.sharding.launch import open_engine
+from pipeline.training.ema import Ema
+from pipeline.training.lisa import LisaStep
+from pipeline.training.methods import make_step
+from pipeline.training.safe_mix import safe_batches
+from tests.tiny import StepBatches, tiny_lora
+from tests.training.companions import LR, METHODS, Dense, distance, recipe_of, train
+
+
+def engine(**changes):
+    return open_engine(tiny_lora(), TrainSection(engine="single", steps=9, batch_size=8, micro_batch_size=2, lr=LR, **changes))
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict:
+    return {method: Dense(method).train() for method in METHODS}
+
+
+def start() -> dict:
+    return {name: p.detach() for name, p in tiny_lora().named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_equals_the_dense_reference(dense, method):
+    assert distance(train(engine(), method), dense[method]) / distance(dense[method], start()) < 1e-5
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "plain"])
+def test_leaving_a_method_out_would_be_caught(dense, method):
+    assert distance(dense["plain"], dense[method]) / distance(dense[method], start()) > 1e-2
+
+
+def weights(engine) -> torch.Tensor:
+    return torch.cat(engine.weights())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_average_has_its_closed_form(every):
+    trained, batches = engine(), StepBatches()
+    step, ema = make_step(recipe_of(), trained), Ema(trained, EmaSection(enabled=True, decay=0.8, every=every))
+    start, seen = weights(trained).double(), []
+    for number in range(9):
+        step(batches.useful(number), lambda: None, number)
+        trained.step(LR)
+        ema.update(number + 1)
+        if (number + 1) % every == 0:
+            seen.append(weights(trained).double())
+    n = len(seen)
+    expected = 0.8**n * start + 0.2 * sum(0.8 ** (n - k) * w for k, w in enumerate(seen, 1))
+    assert torch.allclose(torch.cat(ema.average).double(), expected, rtol=1e-6, atol=1e-7) and n == 9 // every
+    assert not torch.allclose(torch.cat(ema.average).double(), seen[-1], rtol=1e-3, atol=1e-4)
+
+
+def test_until_its_warm_up_is_over_the_average_is_the_weights():
+    trained, batches = engine(), StepBatches()
+    step, ema = make_step(recipe_of(), trained), Ema(trained, EmaSection(enabled=True, decay=0.8, warmup_steps=2))
+    for number in range(3):
+        with ema.applied():
+            assert (ema.average is None) == (number < 2)
+            if number <= 2:
+                applied = weights(trained)
+        assert torch.equal(applied, weights(trained))
+        step(batches.useful(number), lambda: None, number)
+        trained.step(LR)
+        ema.update(number + 1)
+    with ema.applied():
+        assert not torch.equal(weights(trained), applied)
+
+
+def test_an_exception_inside_leaves_the_weights_as_they_were():
+    trained = engine()
+    ema = Ema(trained, EmaSection(enabled=True))
+    before = weights(trained)
+    ema.average = [part + 1 for part in ema.average]
+    with pytest.raises(KeyError), ema.applied():
+        assert torch.equal(weights(trained), before + 1)
+        raise KeyError
+    assert torch.equal(weights(trained), before)
+
+
+def test_decay_zero_follows_the_weights_in_both_modes():
+    trained = engine()
+    for mode in ("shadow", "momentum"):
+        ema = Ema(trained, EmaSection(enabled=True, mode=mode, decay=0.0))
+        trained.assign([part * 1.5 for part in trained.weights()])
+        before = weights(trained)
+        ema.update(1)
+        assert torch.equal(torch.cat(ema.average), before) and torch.equal(weights(trained), before)
+
+
+def test_the_proximal_gradient_is_rho_times_the_drift():
+    trained, batches = engine(), StepBatches()
+    lisa, plain = LisaStep(trained, LisaSection(enabled=True, alignment_steps=1, task_steps=2, rho=2.5)), make_step(recipe_of(), trained)
+    lisa(batches.useful(0), lambda: batches.pairs(0), 0)
+    trained.step(LR)
+    anchor = weights(trained)
+    lisa(batches.useful(1), lambda: batches.pairs(1), 1)  # a switch: w is the anchor, and the proximal gradient 0
+    at_the_switch = torch.cat(trained.accumulated_gradient())
+    trained.optimizer.zero_grad()
+    plain(batches.useful(1), None, 1)
+    assert torch.equal(at_the_switch, torch.cat(trained.accumulated_gradient()))
+    trained.step(LR)
+    found = lisa(batches.useful(2), lambda: batches.pairs(2), 2)
+    with_term = torch.cat(trained.accumulated_gradient())
+    trained.optimizer.zero_grad()
+    plain(batches.useful(2), None, 2)
+    drift = weights(trained) - anchor
+    assert drift.norm() > 0.01
+    assert torch.allclose(with_term - torch.cat(trained.accumulated_gradient()), 2.5 * drift, atol=1e-6)
+    assert found["lisa/proximal"] == pytest.approx(2.5 / 2 * drift.square().sum().item(), rel=1e-5) and found["lisa/aligning"] == 0
+
+
+def test_the_safety_gradient_has_the_size_asked_for():
+    trained, batches = engine(), StepBatches()
+    recipe = recipe_of(**METHODS["safety_gradient"])
+    step, plain = make_step(recipe, trained), make_step(recipe_of(), trained)
+    step(batches.useful(0), lambda: batches.pairs(0), 0)
+    with_term = torch.cat(trained.accumulated_gradient())
+    trained.optimizer.zero_grad()
+    plain(batches.useful(0), None, 0)
+    task = torch.cat(trained.accumulated_gradient())
+    assert ((with_term - task).norm() / task.norm()).item() == pytest.approx(0.6, rel=1e-5)
+    safety = torch.cat(step.direction)
+    assert torch.nn.functional.cosine_similarity(with_term - task, safety, dim=0) > 0.9999
+
+
+def test_only_the_safe_side_is_mixed_in():
+    pairs = StepBatches().pairs(0)
+    for batch, safe in zip(pairs, safe_batches(pairs), strict=True):
+        half = len(batch.input_ids) // 2
+        assert torch.equal(safe.input_ids, batch.input_ids[:half]) and torch.equal(safe.labels, batch.labels[:half])
+
+
+class Counted:
+    """Counts the pairs that a step draws."""
+
+    def __init__(self):
+        self.numbers: set[int] = set()
+
+    def __call__(self, batches: StepBatches, number: int):
+        self.numbers.add(number)
+        return batches.pairs(number)
+
+
+@pytest.mark.parametrize("method", ["safe_mix", "safety_gradient", "sap"])
+def test_methods_draw_the_same_pairs_at_the_same_steps(method):
+    sap = SapSection(enabled=True, layers=[1, 2], **PAIRS_OF_SAP).model_dump()
+    recipe = recipe_of(sap=sap) if method == "sap" else recipe_of(**METHODS[method])
+    trained, batches, counted = engine(), StepBatches(), Counted()
+    step = make_step(recipe, trained)
+    for number in range(6):
+        step(batches.useful(number), lambda n=number: counted(batches, n), number)
+        trained.step(LR)
+    assert counted.numbers == {0, 2, 4}
+
+
+PAIRS_OF_SAP = METHODS["safe_mix"]["sap"]
