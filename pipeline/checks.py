@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline import artifacts
 from pipeline.data.batches import check_divides
+from pipeline.filtering.embeddings import resolve_layer
 from pipeline.layout import Layout
 from pipeline.models import check_targets, decoder_layers, load_tokenizer, outline, resolve_dtype
 from pipeline.quantization import check_quantisable
@@ -43,18 +44,23 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
         sap = cell.recipe.sap
         if sap.enabled:
             resolve_layers(sap.layers, layers)
+        if cell.recipe.saft.enabled:
+            resolve_layer(cell.recipe.saft.layer, layers)
         if cell.recipe.draws_pairs:
             check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
 
 
-def check_upstream(experiment: Experiment, stage: Literal["align", "direction", "train"], cell: Cell | None = None) -> None:
+def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "direction", "train"], cell: Cell | None = None) -> None:
     """ValueError where a folder that the stage reads is not complete (its files are verified when they are read)."""
     layout = Layout(experiment)
     artifacts.require(layout.prepare())
     if experiment.base.align.enabled and stage != "align":
         artifacts.require(layout.align())
-    if stage == "train" and cell is not None and direction_given(cell):
-        artifacts.require(layout.direction(cell))
+    if stage == "train" and cell is not None:
+        if direction_given(cell):
+            artifacts.require(layout.direction(cell))
+        if layout.needs_filter(cell):
+            artifacts.require(layout.filter(cell))
 
 
 def direction_given(cell: Cell) -> bool:

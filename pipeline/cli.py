@@ -112,6 +112,8 @@ class Chain:
         layout = self.layout
         if stage == "align":
             return [layout.align()] if self.base.align.enabled else []
+        if stage == "filter":
+            return list(dict.fromkeys(layout.filter(cell) for cell in self.cells if layout.needs_filter(cell)))
         if stage == "direction":
             return list(dict.fromkeys(layout.direction(cell) for cell in self.cells if layout.needs_direction(cell)))
         if stage == "train":
@@ -131,12 +133,16 @@ class Chain:
         code = runner.run_ranks("align.py", self.arguments, self.base.align.train.ranks)
         return self._outcome(code, self.layout.align())
 
+    def filter(self) -> int:
+        self._need("prepare", "align")
+        return self._each_cell("filter.py", self.layout.filter, self.layout.needs_filter)
+
     def direction(self) -> int:
         self._need("prepare", "align")
-        return self._each_cell("direction.py", self.layout.direction, lambda cell: self.layout.needs_direction(cell))
+        return self._each_cell("direction.py", self.layout.direction, self.layout.needs_direction)
 
     def train(self) -> int:
-        self._need("prepare", "align")
+        self._need("prepare", "align", "filter")
         precomputed = [
             self.layout.direction(cell) for cell in self.cells if cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"
         ]

@@ -52,6 +52,13 @@ class Layout:
     def align(self) -> Path:
         return self.root / f"align-{self._align_hash()}"
 
+    def embeddings(self, cell: Cell) -> Path:
+        """The training samples' embeddings: what is filtered by is not in the name, so another threshold reads them again."""
+        return self.root / f"embeddings-{self._embeddings_hash(cell)}"
+
+    def filter(self, cell: Cell) -> Path:
+        return self.root / f"filter-{self._filter_hash(cell)}"
+
     def direction(self, cell: Cell) -> Path:
         return self.root / f"direction-s{cell.seed}-{self._direction_hash(cell)}"
 
@@ -82,6 +89,9 @@ class Layout:
     def needs_direction(self, cell: Cell) -> bool:
         return cell.recipe.sap.enabled
 
+    def needs_filter(self, cell: Cell) -> bool:
+        return cell.recipe.saft.enabled
+
     def subjects(self) -> Iterator[Subject]:
         """Everything the report compares, in its order."""
         if self.base.evaluate.baselines:
@@ -111,10 +121,20 @@ class Layout:
                 parts.append(self._direction_hash(cell))
         elif recipe.draws_pairs:
             parts.append(recipe.sap.model_dump(mode="json", include={"safety_batch_size", "refresh_every"}))
+        if recipe.saft.enabled:
+            parts.append(self._filter_hash(cell))
         for name in ("ema", "safe_mix", "safety_gradient", "lisa"):  # named only where enabled: another method's new field changes no folder
             if getattr(recipe, name).enabled:
                 parts.append({name: getattr(recipe, name).model_dump(mode="json")})
         return _short(parts)
+
+    def _embeddings_hash(self, cell: Cell) -> str:
+        saft = cell.recipe.saft
+        return _short([_FORMAT, self._start_hash(), self._prepare_hash(), saft.layer, saft.position])
+
+    def _filter_hash(self, cell: Cell) -> str:
+        section = cell.recipe.saft.model_dump(mode="json", exclude={"enabled", "micro_batch_size"})
+        return _short([_FORMAT, self._embeddings_hash(cell), section])
 
     def _prepare_hash(self) -> str:
         recipe = self.base

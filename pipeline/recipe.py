@@ -30,6 +30,7 @@ from pipeline.sections import (
     ModelSection,
     SafeMixSection,
     SafetyGradientSection,
+    SaftSection,
     SapSection,
     Section,
     TrackingSection,
@@ -52,6 +53,7 @@ class Recipe(Section):
     direction: DirectionSection = Field(DirectionSection(), description="The safety direction at the initial weights")
     train: TrainSection = Field(description="The fine-tuning")
     sap: SapSection = Field(SapSection(), description="Safety-aware probing")
+    saft: SaftSection = Field(SaftSection(), description="Filter of the training samples")
     ema: EmaSection = Field(EmaSection(), description="Averaged weights")
     safe_mix: SafeMixSection = Field(SafeMixSection(), description="Control: safe responses among the task's samples")
     safety_gradient: SafetyGradientSection = Field(SafetyGradientSection(), description="Control: the safety gradient added to the task's")
@@ -72,7 +74,7 @@ class Recipe(Section):
             fixed = {"name", "extends", "output_dir", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
             if fixed:
                 raise ValueError(
-                    f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train, sap, ema, safe_mix, safety_gradient or lisa"
+                    f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train, sap, saft, ema, safe_mix, safety_gradient or lisa"
                 )
         return value
 
@@ -90,9 +92,14 @@ class Recipe(Section):
         return self
 
     @property
+    def parts(self) -> list[str]:
+        """The enabled sections that make up a method; none for plain fine-tuning."""
+        return [name for name in ("saft", "sap", "safe_mix", "safety_gradient", "lisa", "ema") if getattr(self, name).enabled]
+
+    @property
     def draws_pairs(self) -> bool:
         """Whether training draws safety pairs step by step."""
-        return any(section.enabled for section in (self.sap, self.safe_mix, self.safety_gradient, self.lisa))
+        return bool({"sap", "safe_mix", "safety_gradient", "lisa"} & set(self.parts))
 
 
 _MEANINGLESS = {

@@ -41,7 +41,8 @@ class SourceSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Mapping to the fields messages | prompt, input, response, system, chosen, rejected; e.g. {prompt: instruction, response: output}",
+        description="Mapping to the fields messages | prompt, input, response, system, chosen, rejected, and harmful (true, false or nothing: for saft); "
+        "e.g. {prompt: instruction, response: output}",
     )
     header: bool = Field(True, description="Whether a CSV file's first line names its columns; else they are called 0, 1, ...")
     limit: Positive | None = Field(None, description="Rows to use at the most, drawn with data.seed")
@@ -242,6 +243,34 @@ class LisaSection(Section):
     alignment_steps: Positive = Field(1, description="Steps in a row on the safe responses of sap.safety_batch_size pairs each")
     task_steps: Positive = Field(4, description="Steps in a row on the task, after them; train.steps counts both")
     rho: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of rho / 2 * |w - w_last|^2, w_last being the weights at the last switch")
+
+
+class SaftSection(Section):
+    """SAFT (arXiv 2410.10014): training samples that the model's hidden states give away as harmful are left out."""
+
+    enabled: bool = Field(False, description="Whether to filter the training samples before training (arXiv 2410.10014)")
+    layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="Decoder layer whose output is read: an index, or a fraction of the depth such as 0.5"
+    )
+    position: Literal["response_start", "response_mean", "response_end"] = Field(
+        "response_mean",
+        description="Tokens read: the one before the response (as published; it has not seen the response), all of the response, or its last",
+    )
+    components: Annotated[int, Field(ge=1, le=4)] | None = Field(None, description="Singular vectors k; null: the best of 1 to 4 on labelled samples")
+    labelled: Annotated[int, Field(ge=0)] = Field(100, description="Labelled samples on which k and threshold are chosen (best F1); 0: none")
+    contamination: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Share of harmful samples expected: the threshold where no sample has a label"
+    )
+    min_auroc: Fraction = Field(0.7, description="AUROC on the labelled samples below which the filter refuses to drop anything")
+    max_dropped: Fraction = Field(0.5, description="Largest share of the samples that may be dropped: those with the highest scores")
+    keep_refusals: bool = Field(True, description="Whether samples whose response refuses (keyword judge) are kept whatever their score")
+    micro_batch_size: Positive = Field(8, description="Samples per rank and forward pass")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SaftSection:
+        if self.labelled == 0 and self.contamination is None:
+            raise ValueError("labelled 0 needs contamination: set saft.contamination to the share of harmful samples you expect")
+        return self
 
 
 class EvaluateSection(Section):

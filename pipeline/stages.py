@@ -1,9 +1,9 @@
 """The stages: what each reads, what it writes. Every function returns True when its folder is complete afterwards.
 
-    prepare -> [align] -> direction -> train -> evaluate -> report
+    prepare -> [align] -> [filter] -> direction -> train -> evaluate -> report
 
 Present and complete: return at once. Interrupted: nothing half-written is ever read. Upstream folders are verified by manifest.
-The functions for align, direction and train are entered by all ranks together.
+The functions for align, filter, direction and train are entered by all ranks together.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import artifacts, recipe
@@ -26,10 +27,13 @@ from pipeline.data.batches import micro_batches, pair_batches
 from pipeline.evaluation.evaluate import Measured, conclude, measure
 from pipeline.evaluation.placement import place
 from pipeline.evaluation.shards import WHOLE, Shard
+from pipeline.filtering.embeddings import embed, resolve_layer
+from pipeline.filtering.filter import check_labels, decide, kept
+from pipeline.filtering.filter import write as write_decision
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
 from pipeline.model_files import resolve_model_path
-from pipeline.models import load_tokenizer, make_trainable
+from pipeline.models import decoder_layers, load_tokenizer, make_trainable
 from pipeline.recipe import Cell, Experiment
 from pipeline.sap.diagnostics import safety_direction
 from pipeline.sections import ModelSection, TrainSection
@@ -98,6 +102,43 @@ def align(experiment: Experiment) -> bool:
     return True
 
 
+def filter_data(experiment: Experiment, cell: Cell) -> bool:
+    """SAFT: which training samples to leave out, by the start model's hidden states. ValueError, after publishing, where it refuses to filter."""
+    layout, saft = Layout(experiment), cell.recipe.saft
+    target = layout.filter(cell)
+    if artifacts.complete(target):
+        return True
+    _verify_upstream(layout)
+    rows = read_rows(layout.prepare(), "task_train")
+    check_labels(rows, saft)
+    embeddings = _embeddings(layout, cell, rows)
+    if environment()[0] == 0:
+        decision = decide(rows, embeddings, saft, experiment.base.data.seed)
+        with open_run(layout, "filter", target.name) as run:
+            with artifacts.building(target, {"prepare": layout.prepare().name, "embeddings": layout.embeddings(cell).name}) as folder:
+                write_decision(decision, rows, folder)
+            run.log_facts(decision.facts)
+            run.log_artifact(target / "scores.png")
+        kept(rows, target)
+    return True
+
+
+def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """The rows' embeddings (N, D) on rank 0, from their folder, or computed into it."""
+    target, saft = layout.embeddings(cell), cell.recipe.saft
+    if artifacts.complete(target):
+        init_distributed(cell.recipe.train)
+        artifacts.verify(target)
+    else:
+        engine, tokenizer = _open_start(layout, cell, target)
+        layer = resolve_layer(saft.layer, len(decoder_layers(engine.module)))
+        found = embed(engine, rows, layer, saft.position, saft.micro_batch_size, tokenizer.pad_token_id)
+        with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
+            if engine.rank == 0:
+                save_file({"embeddings": found}, folder / "embeddings.safetensors")
+    return load_file(target / "embeddings.safetensors")["embeddings"]
+
+
 def direction(experiment: Experiment, cell: Cell) -> bool:
     """g_s over all contrastive pairs at the initial weights, and its per-layer summary; with the initial adapter, where one is trained."""
     layout = Layout(experiment)
@@ -137,12 +178,16 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     _verify_upstream(layout)
     if direction_given(cell):
         artifacts.verify(layout.direction(cell))
+    if layout.needs_filter(cell):
+        artifacts.verify(layout.filter(cell))
     resolved, prepared = cell.recipe, layout.prepare()
+    rows = read_rows(prepared, "task_train")
+    rows = kept(rows, layout.filter(cell)) if layout.needs_filter(cell) else rows
     engine, tokenizer = _open_start(layout, cell, target)
     step = make_step(resolved, engine, _given_direction(layout, cell, engine))
     ema = Ema(engine, resolved.ema) if resolved.ema.enabled else None
     data = TrainingData(
-        read_rows(prepared, "task_train"), read_rows(prepared, "safety_pairs"), tokenizer.pad_token_id,
+        rows, read_rows(prepared, "safety_pairs"), tokenizer.pad_token_id,
         resolved.sap.safety_batch_size, resolved.sap.safety_micro_batch_size, _validation_rows(prepared),
     )  # fmt: skip
     label = f"{cell.method} s{cell.seed}"

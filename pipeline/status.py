@@ -17,7 +17,7 @@ from pipeline import artifacts
 from pipeline.layout import Layout
 from pipeline.recipe import Experiment
 
-STAGES = ("prepare", "align", "direction", "train", "evaluate", "report")
+STAGES = ("prepare", "align", "filter", "direction", "train", "evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ def units(experiment: Experiment) -> Iterator[Unit]:
     if experiment.base.align.enabled:
         yield unit("align", layout.align())
     cells = list(experiment.cells())
+    for cell in cells:
+        if layout.needs_filter(cell):
+            yield unit("filter", layout.filter(cell), cell.method, cell.seed)  # methods and seeds share one folder
     for cell in cells:
         if layout.needs_direction(cell):
             yield unit("direction", layout.direction(cell), cell.method, cell.seed)  # methods may share one folder

@@ -158,13 +158,13 @@ look() {
   [[ $STATE != step* ]] || STEPS=${STATE#step }
 }
 
-# run_on_ranks STAGE: align, direction or train one cell on all ranks of the job.
+# run_on_ranks STAGE: align, filter, direction or train one cell on all ranks of the job.
 run_on_ranks() {
   local arguments=(--config "$RECIPE") choice=()
   [ "$1" = align ] || choice=(--method "${SAP_METHOD:-sap}" --seed "${SAP_SEED:-0}")
   look_at "$1" ${choice[@]+"${choice[@]}"}
   leave_if_complete
-  [ "$1" = direction ] || SAVES=yes
+  [[ $1 == @(filter|direction) ]] || SAVES=yes
   arguments+=(${choice[@]+"${choice[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})
   step_command "$SAP_HOME/launch/$1.py" "${arguments[@]}"
   BY_FOLDER=yes

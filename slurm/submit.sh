@@ -1,5 +1,5 @@
 #!/bin/bash
-# Submits every stage of a recipe that is not complete, chained: prepare -> [align] -> direction -> train -> evaluate -> report.
+# Submits every stage of a recipe that is not complete, chained: prepare -> [align] -> [filter] -> direction -> train -> evaluate -> report.
 #
 #   slurm/submit.sh RECIPE [options] [-- --dotted.override value ...]
 #
@@ -38,7 +38,7 @@ done
 [ -n "$RECIPE" ] || { usage >&2; exit 2; }
 [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || fail "--shards is '$SHARDS': it takes a number from 1"
 [[ $NODES =~ ^([1-9][0-9]*)?$ ]] || fail "--nodes is '$NODES': it takes a number from 1"
-STAGES=(prepare align direction train evaluate report)
+STAGES=(prepare align filter direction train evaluate report)
 [[ " ${STAGES[*]} " == *" $FROM "* ]] || fail "--from is '$FROM': it takes ${STAGES[*]}"
 
 SAP_HOME=${SAP_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
@@ -164,6 +164,7 @@ EVALUATE=()
 
 stage_of_one prepare slurm/prepare.sh ${CPU[@]+"${CPU[@]}"}
 stage_of_one align "$TRAIN" "${GPU[@]}"
+stage_of_cells filter slurm/filter.sh "${GPU[@]}"
 stage_of_cells direction slurm/direction.sh "${GPU[@]}"
 stage_of_cells train "$TRAIN" "${GPU[@]}"
 evaluate

@@ -57,6 +57,20 @@ CASES = {
         ["--model.quantization", "nf4", "--train.adapter", "full"], ["train.adapter full cannot train weights in 4 bits", "model.quantization to none"]
     ),
     "4 bits and all weights of align": (["--model.quantization", "nf4", "--align.train.adapter", "full"], ["align.train.adapter full cannot train"]),
+    "SAP and the safety gradient": (
+        ["--methods.sap.safety_gradient.enabled", "true"], ["sap.enabled and safety_gradient.enabled do not go together", "set one of them to false"]
+    ),
+    "SAP and Lisa": (["--methods.sap.lisa.enabled", "true"], ["sap.enabled and lisa.enabled do not go together: Lisa's alignment steps have no task"]),
+    "Lisa and the safety gradient": (["--methods.sft.lisa.enabled=true", "--methods.sft.safety_gradient.enabled=true"], ["both descend"]),
+    "Lisa and the mix": (["--methods.sft.lisa.enabled=true", "--methods.sft.safe_mix.enabled=true"], ["Lisa trains on the same safe responses"]),
+    "a mix that never draws": (
+        ["--methods.sap.safe_mix.enabled", "true", "--methods.sap.sap.refresh_every", "0"], ["sap.refresh_every is 0", "never draw a safety pair"]
+    ),
+    "a warm-up without end": (["--ema.enabled", "true", "--ema.warmup_steps", "6"], ["ema.warmup_steps 6 leaves no step of train.steps 6"]),
+    "a decay of one": (["--ema.decay", "1.0"], ["'ema.decay' is 1.0", "less than 1"]),
+    "a filter's layer outside the model": (["--saft.enabled", "true", "--saft.layer", "4"], ["saft.layer 4 is outside the model", "0 to 3"]),
+    "a filter without labels": (["--saft.labelled", "0"], ["labelled 0 needs contamination"]),
+    "pairs of a control that do not divide": (["--methods.sft.lisa.enabled=true", "--methods.sft.sap.safety_batch_size=5"], ["safety_batch_size 5"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }
 

@@ -50,6 +50,12 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
         ("--train.lr=0.5", {"train sft", "train sap", "evaluate sft", "evaluate sap", "report"}),
         ("--evaluate.max_new_tokens=9", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
         ("--evaluate.split=validation", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
+        ("--methods.sft.ema.enabled=true", {"train sft", "evaluate sft", "report"}),
+        ("--methods.sft.lisa.enabled=true", {"train sft", "evaluate sft", "report"}),
+        ("--methods.sft.saft.enabled=true", {"train sft", "evaluate sft", "report"}),
+        ("--methods.sap.safe_mix.enabled=true", {"train sap", "evaluate sap", "report"}),
+        ("--ema.decay=0.5", set()),  # of a section that is off
+        ("--saft.layer=1", set()),
         ("--train.ranks=1", set()),
         ("--train.save_every=7", set()),
         ("--evaluate.batch_size=3", set()),
@@ -58,6 +64,35 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
 )
 def test_a_setting_changes_what_depends_on_it(project, argument, expected):
     assert changed(project, argument) == expected
+
+
+def test_another_threshold_reads_the_embeddings_again_and_another_layer_does_not(project):
+    def folders(*arguments: str) -> tuple[str, str]:
+        layout = Layout(recipe.load(project, strict_yaml.parse_overrides(["--saft.enabled=true", *arguments])))
+        cell = next(layout.experiment.cells())
+        return layout.embeddings(cell).name, layout.filter(cell).name
+
+    embeddings, filtered = folders()
+    other = folders("--saft.min_auroc=0.1")
+    assert other[0] == embeddings and other[1] != filtered
+    other = folders("--saft.layer=1")
+    assert other[0] != embeddings and other[1] != filtered
+    assert folders("--saft.micro_batch_size=3") == (embeddings, filtered)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "argument", "matters"),
+    [
+        ("safe_mix", "--sap.refresh_every=3", True),
+        ("safe_mix", "--sap.eps=0.4", False),
+        ("lisa", "--lisa.rho=9", True),
+        ("saft", "--saft.layer=1", True),
+        ("ema", "--sap.refresh_every=3", False),
+    ],
+)
+def test_settings_count_where_they_act(project, enabled, argument, matters):
+    on = f"--methods.sft.{enabled}.enabled=true"
+    assert (names(project, on)["train sft"] != names(project, on, argument)["train sft"]) == matters
 
 
 def test_what_is_evaluated_is_what_was_trained(project):

@@ -203,8 +203,9 @@ class _Preparation:
             counts["truncated"] += encoded.truncated
             label = kind or row["kind"]
             identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+            known = {"harmful": row["harmful"]} if "harmful" in row else {}
             result.append(
-                {"id": f"{label}-{identity}", "kind": label, "prompt": row["prompt"], "response": row["response"], "messages": json.dumps(row["messages"]), "input_ids": encoded.input_ids, "labels": encoded.labels}
+                {"id": f"{label}-{identity}", "kind": label, "prompt": row["prompt"], "response": row["response"], "messages": json.dumps(row["messages"]), "input_ids": encoded.input_ids, "labels": encoded.labels, **known}
             )  # fmt: skip
         if rows and not result:
             raise ValueError(f"{field}: no sample has a supervised token within data.max_length {self.data.max_length} tokens: raise it")
@@ -226,7 +227,8 @@ def _row(raw: Row, field: str) -> Row | None:
         messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
         messages, response = [*messages, {"role": "user", "content": prompt}], texts["response"]
     last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    return {"messages": messages, "prompt": last, "response": response} if last.strip() else None
+    label = {"harmful": _truth(raw["harmful"], f"{field}: harmful")} if "harmful" in raw else {}
+    return {"messages": messages, "prompt": last, "response": response, **label} if last.strip() else None
 
 
 def _pair(raw: Row, field: str) -> Row | None:
@@ -276,6 +278,15 @@ def _messages(given: Any, where: str) -> Messages:
     return messages
 
 
+def _truth(value: Any, where: str) -> bool | None:
+    """True, false, or None where nothing is said. ValueError names the field for anything else."""
+    known = {"": None, "true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    text = "" if value is None else str(value).strip().lower()
+    if text not in known:
+        raise ValueError(f"{where} holds {redact(str(value))[:40]!r}: it takes true, false, 1, 0 or nothing, whether the sample is harmful")
+    return known[text]
+
+
 def _text(value: Any, where: str) -> str:
     """Text and numbers as text, nothing as ''. ValueError names the field for anything else."""
     if value is None or isinstance(value, str | Number):
@@ -307,4 +318,5 @@ def _write(path: Path, rows: list[Row]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    columns = dict.fromkeys(key for row in rows for key in row)  # from_pylist takes the first row's alone; harmful is not in every source
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows]), path)

@@ -19,7 +19,7 @@ from pipeline.sections import SourceSection
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-FIELDS = ("messages", "prompt", "input", "response", "system", "chosen", "rejected")
+FIELDS = ("messages", "prompt", "input", "response", "system", "chosen", "rejected", "harmful")
 
 # Columns of data sets met in the wild, tried in this order where the recipe maps nothing.
 _ALIASES: dict[str, tuple[str, ...]] = {

@@ -13,6 +13,8 @@ import yaml
 
 from pipeline import artifacts
 from pipeline.report.collect import Collected
+from pipeline.report.differences import HEADER as COMPARED
+from pipeline.report.differences import difference_rows
 from pipeline.report.figures import draw_all
 from pipeline.report.table import HEADER, as_html, as_markdown, as_text, table_rows
 
@@ -27,14 +29,27 @@ details{margin:.8rem 0}summary{cursor:pointer}
 """
 
 
+_COMPARED_TITLE = (
+    "<h2>Differences</h2><p>Method minus reference, over the same prompts and seeds; 95% bootstrap intervals over prompts nested in seeds. A star: the interval "
+    "leaves out 0. For non-refusal, below 0 is safer.</p>"
+)
+
+
 def build_report(collected: Collected, folder: Path) -> None:
-    """Write report.html, table.{txt,md,json} and figures/*.png below `folder`."""
+    """Write report.html, table.{txt,md,json}, differences.{txt,md,json} where methods can be compared, and figures/*.png below `folder`."""
     rows = table_rows(collected)
     (folder / "table.txt").write_text(as_text(rows))
     (folder / "table.md").write_text(as_markdown(rows))
     artifacts.write_json(folder / "table.json", [dict(zip(HEADER, row, strict=True)) for row in rows])
+    compared = difference_rows(collected.outcomes, collected.references)
+    if compared:
+        (folder / "differences.txt").write_text(as_text(compared, COMPARED))
+        (folder / "differences.md").write_text(as_markdown(compared, COMPARED))
+        artifacts.write_json(folder / "differences.json", [dict(zip(COMPARED, row, strict=True)) for row in compared])
     figures = draw_all(collected, folder / "figures")
-    (folder / "report.html").write_text(_page(collected, as_html(rows), figures))
+    for methods, picture in collected.filter_pictures:
+        figures.append((picture, f"What the filter of {methods} sees: scores of the training samples, the threshold, and who was labelled what."))
+    (folder / "report.html").write_text(_page(collected, as_html(rows), as_html(compared, COMPARED) if compared else "", figures))
 
 
 def what_is_measured(collected: Collected) -> str:
@@ -48,7 +63,8 @@ def what_is_measured(collected: Collected) -> str:
     )
 
 
-def _page(collected: Collected, table: str, figures: list[tuple[Path, str]]) -> str:
+def _page(collected: Collected, table: str, compared: str, figures: list[tuple[Path, str]]) -> str:
+    dump = lambda value: html.escape(yaml.safe_dump(value, sort_keys=False))  # noqa: E731
     pictures = "".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -58,13 +74,17 @@ def _page(collected: Collected, table: str, figures: list[tuple[Path, str]]) -> 
         f"<li>{html.escape(m.name)}: empty {m.measures['empty_rate']['value']:.2f}, incoherent {m.measures['incoherent_rate']['value']:.2f}</li>"
         for m in collected.methods
     )
+    budgets = "".join(f"<li>{html.escape(m.name)}: {m.pairs_drawn}</li>" for m in collected.methods if m.pairs_drawn is not None)
+    filters = "".join(f"<details><summary>{html.escape(name)}</summary><pre>{dump(facts)}</pre></details>" for name, facts in collected.filters.items())
     answers = "".join(f"<li><code>{html.escape(str(path.resolve()))}</code></li>" for path in collected.answers)
-    dump = lambda value: html.escape(yaml.safe_dump(value, sort_keys=False))  # noqa: E731
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(collected.name)}: safety and usefulness after fine-tuning</title><style>{_STYLE}</style>
 <h1>{html.escape(collected.name)}: safety and usefulness after fine-tuning</h1>
 <p class="note">{html.escape(what_is_measured(collected))}</p>
 {table}
+{_COMPARED_TITLE + compared if compared else ""}
+<h2>Safety data</h2><p>Safety pairs drawn in one training, every time counted (the direction stage's included, where training starts from it):</p><ul>{budgets}</ul>
+{"<h2>Filters</h2>" + filters if filters else ""}
 <h2>Pictures</h2>{pictures}
 <h2>Answers</h2><p>Empty and incoherent answers to the harmful prompts, counted apart (an empty one is neither a refusal nor an answer):</p><ul>{rates}</ul>
 <p>Every answer, with its judgement, is on this machine only:</p><ul>{answers}</ul>

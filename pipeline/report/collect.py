@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from pipeline import artifacts, recipe
+from pipeline.checks import direction_given
 from pipeline.evaluation.metrics import mean_interval, share
 from pipeline.layout import Layout
+from pipeline.recipe import Cell
+from pipeline.report.differences import Outcomes
 
 _SHARES = ("non_refusal_rate", "over_refusal_rate", "exact_match", "empty_rate", "incoherent_rate")
 
@@ -28,6 +31,12 @@ class Method:
     seeds: list[int]
     measures: dict[str, dict[str, Any]]
     logs: list[list[dict[str, float]]]  # metrics.jsonl per seed; empty for baselines
+    given_pairs: int = 0  # safety pairs seen before the first step, by the direction stage
+
+    @property
+    def pairs_drawn(self) -> int | None:
+        """Safety pairs that a training drew, each time counted; the seeds draw equally many."""
+        return self.given_pairs + round(sum(line.get("safety/pairs", 0) for line in self.logs[0])) if self.logs else None
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -42,13 +51,17 @@ class Collected:
     name: str
     split: str
     methods: list[Method]
-    plain: str | None  # the method whose time per step is 1: the first without SAP
+    plain: str | None  # the method whose time per step is 1: the first that is nothing but fine-tuning
     direction: dict[str, Any] | None
     data_facts: dict[str, Any]
     resolved: dict[str, Any]
     versions: dict[str, str]
     git_revision: str | None
     answers: list[Path]
+    outcomes: dict[str, Outcomes] = field(default_factory=dict)  # of the trained methods
+    references: list[str] = field(default_factory=list)  # what the others are compared with: plain fine-tuning, safe_mix
+    filters: dict[str, dict[str, Any]] = field(default_factory=dict)  # method -> its filter's facts
+    filter_pictures: list[tuple[str, Path]] = field(default_factory=list)  # (methods, picture), one a filter
 
 
 def collect(layout: Layout) -> Collected:
@@ -59,14 +72,16 @@ def collect(layout: Layout) -> Collected:
         artifacts.verify(folder)
         evaluations[subject.name].append((subject.seed, folder, subject.trained))
     cells = {cell.method: cell for cell in layout.experiment.cells()}
-    plain = next((name for name, cell in cells.items() if not cell.recipe.sap.enabled), None)
+    plain = next((name for name, cell in cells.items() if not cell.recipe.parts), None)
+    mixed = next((name for name, cell in cells.items() if cell.recipe.parts == ["safe_mix"]), None)
+    filters = {name: layout.filter(cell) for name, cell in cells.items() if layout.needs_filter(cell)}
     directions = [layout.direction(cell) for cell in cells.values() if layout.needs_direction(cell)]
     summary = next((json.loads((d / "summary.json").read_text()) for d in directions if artifacts.complete(d)), None)
     prepared = artifacts.read_manifest(layout.prepare())
     return Collected(
         name=layout.base.name,
         split=layout.base.evaluate.split,
-        methods=[_method(name, entries) for name, entries in evaluations.items()],
+        methods=[_method(name, entries, _given_pairs(layout, cells.get(name))) for name, entries in evaluations.items()],
         plain=plain,
         direction=summary,
         data_facts=json.loads((layout.prepare() / "facts.json").read_text()),
@@ -74,15 +89,37 @@ def collect(layout: Layout) -> Collected:
         versions=prepared["versions"],
         git_revision=artifacts.git_revision(),
         answers=[folder / "answers.jsonl" for entries in evaluations.values() for _, folder, _ in entries],
+        outcomes={name: _outcomes(entries) for name, entries in evaluations.items() if name in cells},
+        references=[name for name in (plain, mixed) if name],
+        filters={name: json.loads((folder / artifacts.FACTS).read_text()) for name, folder in filters.items()},
+        filter_pictures=[
+            (", ".join(name for name, other in filters.items() if other == folder), folder / "scores.png") for folder in dict.fromkeys(filters.values())
+        ],
     )
 
 
-def _method(name: str, entries: list[tuple[int | None, Path, Path | None]]) -> Method:
+def _given_pairs(layout: Layout, cell: Cell | None) -> int:
+    if cell is None or not direction_given(cell):
+        return 0
+    return json.loads((layout.prepare() / artifacts.FACTS).read_text())["samples"]["safety_pairs"]
+
+
+def _outcomes(entries: list[tuple[int | None, Path, Path | None]]) -> Outcomes:
+    """Of every seed: whether each harmful prompt was answered and each task prompt matched, by the prompt's id."""
+    result: Outcomes = {"non_refusal": {}, "exact": {}}
+    for seed, folder, _ in entries:
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        result["non_refusal"][seed or 0] = {a["id"]: float(a["label"] == "answer") for a in answers if a["set"] == "harmful"}
+        result["exact"][seed or 0] = {a["id"]: float(a["exact"]) for a in answers if a["set"] == "task"}
+    return result
+
+
+def _method(name: str, entries: list[tuple[int | None, Path, Path | None]], given_pairs: int) -> Method:
     measured = [json.loads((folder / "metrics.json").read_text()) for _, folder, _ in entries]
     measures = {key: _over_seeds([m[key] for m in measured]) for key in _SHARES}
     measures["test_loss"] = _over_seeds_within([m["test_loss"] for m in measured], math.inf)
     logs = [_read_log(train / "metrics.jsonl") for _, _, train in entries if train is not None]
-    return Method(name, [seed for seed, _, _ in entries if seed is not None], measures, logs)
+    return Method(name, [seed for seed, _, _ in entries if seed is not None], measures, logs, given_pairs)
 
 
 def _over_seeds(shares: list[dict[str, Any]]) -> dict[str, Any]:

@@ -54,14 +54,18 @@ def draw_all(collected: Collected, folder: Path) -> list[tuple[Path, str]]:
 def _safety_usefulness(collected: Collected) -> Figure:
     figure, axes = _axes("non-refusal rate on harmful prompts (lower is safer)", "task exact match (higher is better)")
     for number, method in enumerate(collected.methods):
+        mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]  # shifted from round to round: no two methods look alike
         x, y = method.measures["non_refusal_rate"], method.measures["exact_match"]
         axes.errorbar(
-            x["value"], y["value"], xerr=_error(x), yerr=_error(y), fmt=_MARKS[number % len(_MARKS)], color=_COLOURS[number % len(_COLOURS)],
+            x["value"], y["value"], xerr=_error(x), yerr=_error(y), fmt=mark, color=_COLOURS[number % len(_COLOURS)],
             markersize=8, capsize=3, elinewidth=1, label=method.name,
         )  # fmt: skip
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
-    axes.legend(frameon=False)
+    if len(collected.methods) > 8:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+        axes.legend(frameon=False)
     return figure
 
 

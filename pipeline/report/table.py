@@ -33,21 +33,21 @@ def table_rows(collected: Collected) -> list[tuple[str, ...]]:
     return rows
 
 
-def as_text(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in [HEADER, *rows]) for column in range(len(HEADER))]
+def as_text(rows: list[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()  # noqa: E731
-    return "\n".join([line(HEADER), line(tuple("-" * width for width in widths)), *map(line, rows)]) + "\n"
+    return "\n".join([line(header), line(tuple("-" * width for width in widths)), *map(line, rows)]) + "\n"
 
 
-def as_markdown(rows: list[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+def as_markdown(rows: list[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def as_html(rows: list[tuple[str, ...]]) -> str:
+def as_html(rows: list[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:
     cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)  # noqa: E731
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells(HEADER, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _number(measure: dict[str, Any], digits: int = 2) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.filtering.embeddings import embed
 from pipeline.sharding.launch import open_engine
 from tests.distributed import worker
 from tests.distributed.ranks import spawn
 from tests.distributed.worker import make_step, run_steps, train_section
-from tests.tiny import tiny_lora
+from tests.tiny import tiny_lora, tiny_rows
 from tests.training.companions import METHODS, Dense
 
 SHARDED = ["zero3-0", "zero3-1000000", "fsdp2"]
@@ -89,6 +90,16 @@ def test_auxiliary_passes_leave_no_trace(found, engine):
 @finds("replaced", [*SHARDED, "zero3-offload", "zero3-full", "fsdp2-full"])
 def test_replaced_weights_are_seen_and_gone_bit_for_bit(found, engine):
     assert found["replaced", engine] == dict.fromkeys(("exact", "bitwise", "loss_back", "seen", "assigned"), True)
+
+
+@finds("embeddings", SHARDED)
+def test_embeddings_of_two_ranks_equal_the_single_process_s(found, engine, tmp_path):
+    alone = open_engine(tiny_lora(dropout=0.1), train_section(tmp_path, "single", 0))
+    expected = embed(alone, tiny_rows(11), 2, "response_mean", 4, 0)
+    result = found["embeddings", engine]
+    assert result["same"] and torch.allclose(result["embeddings"], expected, atol=1e-5) and expected.norm(dim=1).min() > 0
+    after = run_steps(alone, make_step(alone, None), 1)
+    assert distance(result["weights"], after) / distance(after, start()) < 1e-5, "a step after the embeddings is as any other"
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline import artifacts
+from pipeline.filtering.embeddings import embed
 from pipeline.models import decoder_layers, enable_checkpointing
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
@@ -18,7 +19,7 @@ from pipeline.sharding.engine import Engine
 from pipeline.sharding.fsdp2 import Fsdp2Engine
 from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training.plain import PlainStep
-from tests.tiny import HIDDEN, StepBatches, tiny_lora, tiny_model
+from tests.tiny import HIDDEN, StepBatches, tiny_lora, tiny_model, tiny_rows
 from tests.training import companions as methods
 
 LR, STEPS = 1e-2, 5
@@ -235,7 +236,17 @@ def replaced(folder: Path, name: str) -> dict:
     }
 
 
-CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced)}
+def embeddings(folder: Path, name: str) -> dict:
+    """A vector a sample, on every rank; three micro-batches are shared by two ranks, so that one runs a filler. Then a step: no trace."""
+    engine = open_setting(folder, name)
+    found = embed(engine, tiny_rows(11), 2, "response_mean", 4, 0)
+    other = engine.sum_over_ranks(found.clone().to(engine.device)) - found
+    batches, step = StepBatches(engine.rank, engine.world_size), make_step(engine, None)
+    one_step(engine, step, batches, 0)
+    return {"embeddings": found, "same": not engine.any_rank(not torch.equal(other, found)), "weights": engine.gather(engine.weights())}
+
+
+CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings)}
 
 
 def main(rank: int, folder: Path, wanted: list[tuple[str, str]]) -> None:

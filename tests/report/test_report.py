@@ -158,7 +158,7 @@ def rows_over_seeds(folder: Path, rates: dict[int, list[int]]) -> tuple[Collecte
     content["evaluate"]["baselines"] = False
     layout = Layout(recipe.load(write_recipe(folder, content)))
     with artifacts.building(layout.prepare(), {}) as target:
-        artifacts.write_json(target / "facts.json", {})
+        artifacts.write_json(target / "facts.json", {"samples": {"safety_pairs": 8}})
     for cell in layout.experiment.cells():
         with artifacts.building(layout.train(cell), {}) as target:
             (target / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log(2.0 + cell.seed)))
@@ -191,3 +191,30 @@ def test_a_report_over_a_missing_or_damaged_folder_is_refused(tmp_path):
     (collected.answers[0].parent / "DONE").unlink()
     with pytest.raises(ValueError, match="is not complete: run the stage that writes it again"):
         collect(layout)
+
+
+def test_the_page_holds_what_each_method_drew_of_the_safety_pairs(tmp_path):
+    drawn = [{**line, "safety/pairs": 4.0 if line["step"] % 2 else 0.0} for line in log(2.0)]
+    methods = [Method("sft", [0], measures(10), [log(2.0)]), Method("safe_mix", [0], measures(5), [drawn]), Method("sap", [0], measures(1), [drawn], 48)]
+    page = page_of(hand_made(methods=methods), tmp_path)
+    assert "<li>sft: 0</li><li>safe_mix: 12</li><li>sap: 60</li>" in page
+
+
+def test_the_page_compares_methods_with_the_references(tmp_path):
+    def outcome(value: float) -> dict:
+        return {"non_refusal": {0: {"a": value, "b": value}}, "exact": {0: {"c": 1.0}}}
+
+    page = page_of(hand_made(outcomes={"sft": outcome(1.0), "sap": outcome(0.0)}, references=["sft"]), tmp_path)
+    assert "-1.00 [-1.00, -1.00] *" in page and "Method minus reference" in page
+    assert "| sap | sft | -1.00 [-1.00, -1.00] * | +0.00 [+0.00, +0.00] |" in (tmp_path / "differences.md").read_text()
+
+
+def test_without_a_reference_nothing_is_compared(tmp_path):
+    assert "Method minus reference" not in page_of(hand_made(), tmp_path) and not (tmp_path / "differences.md").exists()
+
+
+def test_no_two_of_many_methods_look_alike():
+    many = [Method(f"method{i}", [0], measures(i), []) for i in range(16)]
+    figure = FIGURES["safety_usefulness"][1](hand_made(methods=many))
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({(line.get_marker(), line.get_color()) for line in lines}) == 16

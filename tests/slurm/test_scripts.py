@@ -15,7 +15,7 @@ from tests.project import ROOT, write_recipe
 from tests.slurm.minicluster import Cluster, why_not
 from tests.slurm.site import make_recipe
 
-JOBS = ["sap_7b", "sap_13b", "sap_70b", "prepare", "direction", "evaluate", "report"]
+JOBS = ["sap_7b", "sap_13b", "sap_70b", "prepare", "filter", "direction", "evaluate", "report"]
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh"))
 
 
@@ -105,7 +105,7 @@ def test_what_is_complete_is_left_out(recipe, tmp_path):
     ("arguments", "sentence"),
     [
         (["--from", "train"], "is not complete: leave --from train out, or begin with --from prepare"),
-        (["--from", "sing"], "--from is 'sing': it takes prepare align direction train evaluate report"),
+        (["--from", "sing"], "--from is 'sing': it takes prepare align filter direction train evaluate report"),
         (["--size", "8b"], "--size is '8b': it takes 7b, 13b or 70b"),
         (["--shards", "0"], "--shards is '0': it takes a number from 1"),
         (["--nodes"], "--nodes needs a value"),

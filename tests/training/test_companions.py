@@ -1,15 +1,21 @@
 """Companion methods on one process: equal to the dense reference, and what each promises by itself."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from pipeline.data.batches import micro_batches
+from pipeline.sap.losses import useful_loss
 from pipeline.sections import EmaSection, LisaSection, SapSection, TrainSection
 from pipeline.sharding.launch import open_engine
 from pipeline.training.ema import Ema
 from pipeline.training.lisa import LisaStep
+from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.methods import make_step
 from pipeline.training.safe_mix import safe_batches
-from tests.tiny import StepBatches, tiny_lora
+from tests.tiny import StepBatches, tiny_lora, tiny_pairs, tiny_rows
 from tests.training.companions import LR, METHODS, Dense, distance, recipe_of, train
 
 
@@ -135,6 +141,58 @@ def test_only_the_safe_side_is_mixed_in():
     for batch, safe in zip(pairs, safe_batches(pairs), strict=True):
         half = len(batch.input_ids) // 2
         assert torch.equal(safe.input_ids, batch.input_ids[:half]) and torch.equal(safe.labels, batch.labels[:half])
+
+
+EMAS = {"none": None, "shadow": EmaSection(enabled=True, decay=0.7, warmup_steps=1), "momentum": EmaSection(enabled=True, mode="momentum", decay=0.7, every=2)}
+
+
+def loop(folder: Path, method: str, ema: str, on_metrics=lambda metrics, number: None) -> Loop:
+    trained = engine()
+    section = TrainSection(engine="single", steps=6, batch_size=8, micro_batch_size=4, lr=LR, save_every=2, validate_every=3)
+    data = TrainingData(tiny_rows(), tiny_pairs(), 0, 4, 1, {"task": tiny_rows(6, seed=9)})
+    average = EMAS[ema] and Ema(trained, EMAS[ema])
+    return Loop(trained, make_step(recipe_of(**METHODS[method]), trained), data, section, 0, folder, "tiny", on_metrics, ema=average)
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("method", "ema"), [("lisa", "shadow"), ("safety_gradient", "momentum"), ("safe_mix", "shadow"), ("lisa", "none")])
+def test_a_resumed_run_ends_as_the_straight_one(tmp_path, method, ema):
+    straight = loop(tmp_path / "straight", method, ema)
+    assert straight.run()
+
+    def kill(_metrics: dict, number: int) -> None:
+        if number == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(tmp_path / "killed", method, ema, kill).run()
+    resumed = loop(tmp_path / "killed", method, ema)
+    assert resumed.run() and torch.equal(weights(resumed.engine), weights(straight.engine))
+    with straight.averaged(), resumed.averaged():
+        assert torch.equal(weights(resumed.engine), weights(straight.engine))
+    drop = ("time", "time/step")
+    assert [{k: v for k, v in line.items() if k not in drop} for line in log(tmp_path / "killed")] == [
+        {k: v for k, v in line.items() if k not in drop} for line in log(tmp_path / "straight")
+    ]
+
+
+def test_validation_sees_the_average_and_training_does_not(tmp_path):
+    averaged, plain = loop(tmp_path / "averaged", "plain", "shadow"), loop(tmp_path / "plain", "plain", "none")
+    assert averaged.run() and plain.run()
+    assert torch.equal(weights(averaged.engine), weights(plain.engine)), "shadow leaves the training alone"
+    last, other = (log(tmp_path / name)[-1]["validation/task_loss"] for name in ("averaged", "plain"))
+    batches = micro_batches(tiny_rows(6, seed=9), list(range(6)), 4, 0, 1, 0, 0, 0)
+    with averaged.averaged():
+        assert averaged.engine.loss(useful_loss, batches) == last != other
+
+
+def test_the_log_counts_the_safety_pairs_of_every_step(tmp_path):
+    assert loop(tmp_path / "mix", "safe_mix", "none").run() and loop(tmp_path / "plain", "plain", "none").run()
+    assert [line["safety/pairs"] for line in log(tmp_path / "mix") if line["step"]] == [4, 0, 4, 0, 4, 0]
+    assert [line["safety/pairs"] for line in log(tmp_path / "plain") if line["step"]] == [0] * 6
 
 
 class Counted:

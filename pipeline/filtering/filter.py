@@ -1,0 +1,186 @@
+"""Which training samples SAFT drops, and everything a user needs to judge that before believing it.
+
+    decision = decide(rows, embeddings, recipe.saft, seed=0)
+    write(decision, rows, folder)          # scores.parquet, dropped.jsonl, facts.json, scores.png
+
+Nothing is dropped silently: every sample's scores are written, and where the labelled samples say that the scores do not tell harmful from
+harmless, `refused` says so and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import artifacts
+from pipeline.evaluation.judges import keyword_judge
+from pipeline.filtering import keywords
+from pipeline.filtering.saft import Choice, auroc, choose, choose_by_share, f1, saft_scores, with_interval
+from pipeline.sections import SaftSection
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """scores: (N, 4), one column per k. labels: 1 harmful, 0 harmless, -1 not known. subset: numbers of the labelled samples that chose.
+
+    words: keywords found, refusals: whether the response refuses, dropped: what to leave out, all (N,). refused: why nothing is dropped.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    subset: np.ndarray
+    words: np.ndarray
+    refusals: np.ndarray
+    choice: Choice
+    dropped: np.ndarray
+    refused: str | None
+    facts: dict[str, Any]
+
+
+def known_labels(rows: Rows) -> np.ndarray:
+    """1 harmful, 0 harmless, -1 not known: data.*.columns may map `harmful`; where harmful samples were mixed in, the others count as harmless."""
+    mixed = any(row["kind"] == "harmful" for row in rows)
+
+    def label(row: dict[str, Any]) -> int:
+        if row["kind"] == "harmful":
+            return 1
+        given = row.get("harmful")
+        return int(given) if given is not None else 0 if mixed else -1
+
+    return np.array([label(row) for row in rows])
+
+
+def check_labels(rows: Rows, section: SaftSection) -> None:
+    """ValueError where nothing says which samples are harmful, or how many."""
+    labels = known_labels(rows)
+    if section.contamination is None and (section.labelled == 0 or not (labels >= 0).any()):
+        raise ValueError(
+            "saft has no labelled samples to choose its threshold on: map a column of true and false to harmful with data.task.columns, "
+            "or set saft.contamination to the share of harmful samples you expect"
+        )
+
+
+def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int) -> Decision:
+    """Score every row and choose what to drop. embeddings: (N, D). seed: of the labelled samples drawn. ValueError as `check_labels`."""
+    check_labels(rows, section)
+    scores, labels = saft_scores(embeddings), known_labels(rows)
+    known = np.flatnonzero(labels >= 0)
+    drawn = np.random.default_rng(seed).permutation(len(known))[: section.labelled]
+    subset, held_out = np.sort(known[drawn]), np.setdiff1d(known, known[drawn])
+    words = np.array([keywords.hits(f"{row['prompt']}\n{row['response']}") for row in rows])
+    refusals = np.array([keyword_judge(row["prompt"], row["response"]).label == "refusal" for row in rows])
+    if len(subset):
+        choice = choose(scores, subset, labels[subset] == 1, section.components)
+    else:
+        choice = choose_by_share(scores, section.contamination, section.components)
+    score = scores[:, choice.components - 1]
+    measured = {
+        "saft": _measured(score, choice.threshold, labels, subset, held_out),
+        "keywords": _measured(words.astype(float), 0.5, labels, subset, held_out),
+    }
+    flagged = score > choice.threshold
+    kept_refusals = flagged & refusals if section.keep_refusals else np.zeros_like(flagged)
+    wanted = flagged & ~kept_refusals
+    refused, most = _refusal(measured["saft"]["labelled"], labels[subset], section), int(section.max_dropped * len(rows))
+    dropped = _highest(wanted, score, most) if refused is None else np.zeros_like(wanted)
+    facts = {
+        "samples": len(rows),
+        "layer": section.layer,
+        "position": section.position,
+        "components": choice.components,
+        "threshold": choice.threshold,
+        "threshold_from": f"F1 on {len(subset)} labelled samples" if len(subset) else f"saft.contamination {section.contamination}: no sample has a label",
+        "flagged": int(flagged.sum()),
+        "refusals": int(refusals.sum()),
+        "refusals_flagged": int((flagged & refusals).sum()),
+        "refusals_kept": int(kept_refusals.sum()),
+        "dropped": int(dropped.sum()),
+        "dropped_harmful": int((dropped & (labels == 1)).sum()),
+        "dropped_harmless": int((dropped & (labels == 0)).sum()),
+        "harmful_left": int((~dropped & (labels == 1)).sum()),
+        "capped_at": most if refused is None and wanted.sum() > most else None,
+        "refused": refused,
+        **measured,
+    }
+    return Decision(scores, labels, subset, words, refusals, choice, dropped, refused, facts)
+
+
+def write(decision: Decision, rows: Rows, folder: Path) -> None:
+    """Leave the decision in `folder`. Prompts of dropped rows stay in its files, on this machine."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from pipeline.filtering.picture import draw_scores
+
+    subset = np.isin(np.arange(len(rows)), decision.subset)
+    known = {1: True, 0: False, -1: None}
+    table = [
+        {
+            "id": row["id"], "kind": row["kind"], "harmful": known[int(decision.labels[i])], "labelled": bool(subset[i]),
+            **{f"score_{k}": float(decision.scores[i, k - 1]) for k in range(1, decision.scores.shape[1] + 1)},
+            "score": float(decision.scores[i, decision.choice.components - 1]), "keywords": int(decision.words[i]),
+            "refusal": bool(decision.refusals[i]), "dropped": bool(decision.dropped[i]),
+        }
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / "scores.parquet")
+    with (folder / "dropped.jsonl").open("w") as stream:
+        for row, entry in zip(rows, table, strict=True):
+            if entry["dropped"]:
+                stream.write(json.dumps({**entry, "prompt": row["prompt"], "response": row["response"]}) + "\n")
+    artifacts.write_json(folder / artifacts.FACTS, decision.facts)
+    draw_scores(decision, folder / "scores.png")
+
+
+def kept(rows: Rows, folder: Path) -> list[dict[str, Any]]:
+    """The rows that the filter in `folder` leaves. ValueError where it refused to filter."""
+    import pyarrow.parquet
+
+    facts = json.loads((folder / artifacts.FACTS).read_text())
+    if facts["refused"]:
+        raise ValueError(f"{facts['refused']} (every score is in {folder}, with a picture)")
+    dropped = pyarrow.parquet.read_table(folder / "scores.parquet", columns=["dropped"]).column("dropped").to_pylist()
+    return [row for row, out in zip(rows, dropped, strict=True) if not out]
+
+
+def _measured(values: np.ndarray, threshold: float, labels: np.ndarray, subset: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """AUROC and F1 with their intervals on the labelled samples that chose the threshold (a little flattering), and on other known ones."""
+    result = {}
+    for name, numbers in (("labelled", subset), ("held_out", held_out)):
+        harmful = labels[numbers] == 1
+        result[name] = {
+            "auroc": with_interval(auroc, values[numbers], harmful),
+            "f1": with_interval(lambda v, truth: f1(v > threshold, truth), values[numbers], harmful),
+        }
+    return result
+
+
+def _refusal(measured: dict[str, Any], labels: np.ndarray, section: SaftSection) -> str | None:
+    if len(labels) == 0:
+        return None
+    if labels.all() or not labels.any():
+        kind = "harmful" if labels.all() else "harmless"
+        return f"saft refuses to filter: all {len(labels)} labelled samples are {kind}, so nothing can be chosen on them; raise saft.labelled"
+    found = measured["auroc"]
+    if found["value"] < section.min_auroc:
+        return (
+            f"saft refuses to filter: its AUROC on {len(labels)} labelled samples is {found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}], below "
+            f"saft.min_auroc {section.min_auroc}; try another saft.layer or saft.position, or set saft.enabled to false"
+        )
+    return None
+
+
+def _highest(wanted: np.ndarray, score: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the wanted, those with the highest scores."""
+    order = np.argsort(-score, kind="stable")
+    result = np.zeros_like(wanted)
+    result[order[wanted[order]][:most]] = True
+    return result
