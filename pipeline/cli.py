@@ -41,6 +41,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")
     parser.add_argument("--portable", action="store_true", help="for status: refuse a recipe whose folders differ from machine to machine")
     parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
+    parser.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
     parser.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run, and stop")
@@ -74,7 +75,9 @@ def _main(argv: list[str]) -> int:
     from pipeline import checks
 
     checks.check(experiment)
-    chain = Chain(experiment, [options.recipe, *_as_arguments(overrides)], options.method)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}: it takes a number from 1")
+    chain = Chain(experiment, [options.recipe, *_as_arguments(overrides)], options.method, options.jobs)
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")
     for stage in STAGES if options.stage == "run" else (options.stage,):
@@ -90,7 +93,8 @@ def _main(argv: list[str]) -> int:
 class Chain:
     """The stages of an experiment on this machine, one after the other."""
 
-    def __init__(self, experiment: Experiment, arguments: list[str], method: str | None):
+    def __init__(self, experiment: Experiment, arguments: list[str], method: str | None, jobs: int = 1):
+        self.jobs = jobs
         self.experiment, self.layout, self.base = experiment, Layout(experiment), experiment.base
         self.arguments = ["--config", *arguments]
         self.cells = [cell for cell in experiment.cells() if method in (None, cell.method)]
@@ -158,7 +162,7 @@ class Chain:
             if self._selected(subject.name) and not artifacts.complete(self.layout.evaluate(subject)):
                 seed = [] if subject.seed is None else ["--seed", str(subject.seed)]
                 jobs.append([*self.arguments, "--method", subject.name, *seed])
-        return runner.run_side_by_side("evaluate.py", jobs, max(1, min(self.base.train.ranks, len(jobs))))
+        return runner.run_side_by_side("evaluate.py", jobs, max(1, min(max(self.base.train.ranks, self.jobs), len(jobs))))
 
     def report(self) -> int:
         self._need("prepare", "align", "train", "evaluate")
@@ -176,15 +180,25 @@ class Chain:
         return len(self.cells) == len(list(self.experiment.cells())) or name in {cell.method for cell in self.cells}
 
     def _each_cell(self, script: str, target_of: Callable[[Cell], Path], wanted: Callable[[Cell], bool]) -> int:
+        todo: dict[Path, Cell] = {}  # methods may share a folder
         for cell in self.cells:
-            target = target_of(cell)
-            if not wanted(cell) or artifacts.complete(target):
+            if wanted(cell) and not artifacts.complete(target_of(cell)):
+                todo.setdefault(target_of(cell), cell)
+        alone = [cell for cell in todo.values() if self.jobs > 1 and cell.recipe.train.ranks == 1]
+        if alone:
+            code = runner.run_side_by_side(script, [self._arguments(cell) for cell in alone], min(self.jobs, len(alone)))
+            if code:
+                return self._outcome(code, next((target for target in todo if not artifacts.complete(target)), self.layout.root))
+        for target, cell in todo.items():
+            if artifacts.complete(target):
                 continue
-            arguments = [*self.arguments, "--method", cell.method, "--seed", str(cell.seed)]
-            code = self._outcome(runner.run_ranks(script, arguments, cell.recipe.train.ranks), target)
+            code = self._outcome(runner.run_ranks(script, self._arguments(cell), cell.recipe.train.ranks), target)
             if code:
                 return code
         return 0
+
+    def _arguments(self, cell: Cell) -> list[str]:
+        return [*self.arguments, "--method", cell.method, "--seed", str(cell.seed)]
 
     def _outcome(self, code: int, target: Path) -> int:
         if code in (0, runner.STOPPED) and not artifacts.complete(target):

@@ -27,7 +27,7 @@ from pipeline.models import check_targets, decoder_layers, unreachable
 from pipeline.quantization import BLOCK, check_quantisable
 from pipeline.recipe import Cell, Experiment
 from pipeline.sap.probe import resolve_layers
-from pipeline.sections import SapSection, TrainSection
+from pipeline.sections import LisaSection, SapSection, TrainSection
 
 CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
 TFLOPS, UTILISATION = 312.0, 0.35  # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
@@ -99,6 +99,8 @@ class Plan:
     ranks: int
     max_length: int
     safety_max_length: int
+    parts: tuple[str, ...] = ()  # Recipe.parts
+    lisa: LisaSection = LisaSection()
 
     def rows(self) -> list[Row]:
         """Every part, in bytes per GPU on the rank that holds the most."""
@@ -139,11 +141,16 @@ class Plan:
         check_divides("train", self.train.batch_size, self.train.micro_batch_size, self.ranks)
         if self.sap.enabled:
             resolve_layers(self.sap.layers, self.model.layers)
+        if self.draws_pairs:
             check_divides("sap.safety", self.sap.safety_batch_size, self.sap.safety_micro_batch_size, self.ranks)
+
+    @property
+    def draws_pairs(self) -> bool:
+        return self.sap.enabled or bool({"safe_mix", "safety_gradient", "lisa"} & set(self.parts))
 
     def flops(self) -> tuple[float, float]:
         """FLOPs of a step on one rank: (as planned, averaged over what is not done at every step; plain fine-tuning)."""
-        return sum(count * flops for count, flops, _ in _passes(self)), _passes(self)[0][1]
+        return sum(count * flops for count, flops, _ in _passes(self)), _passes(replace(self, parts=(), sap=self.sap.model_copy(update={"enabled": False})))[0][1]
 
     def received(self) -> float:
         """Bytes of weights that a GPU receives in a step, averaged likewise; the reduction of gradients is not in it."""
@@ -186,7 +193,10 @@ def estimate_cell(experiment: Experiment, cell: Cell, ranks: int) -> Plan:
         raise ValueError(unreachable(location, error)) from None
     ds_config = read_ds_config(train, ranks) if train.engine == "zero3" else None
     width = 4 if section.dtype == "float32" else 2
-    return estimate(config, train, cell.recipe.sap, ds_config, width, section.quantization, ranks, data.max_length, data.safety_max_length)
+    plan = estimate(config, train, cell.recipe.sap, ds_config, width, section.quantization, ranks, data.max_length, data.safety_max_length)
+    plan = replace(plan, parts=tuple(cell.recipe.parts), lisa=cell.recipe.lisa)
+    plan.check()
+    return plan
 
 
 def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> str:
@@ -274,6 +284,10 @@ def _state(plan: Plan) -> list[Row]:
         second, probed = max(width, 4 if plan.sap.correction_every else 0), len(resolve_layers(plan.sap.layers, plan.model.layers))
         formula = f"{count} x (direction 4 + old values or g(0) {second}) bytes; V, its gradients and moments"
         rows.append(Row("SAP's vectors", formula, local * (4 + second) + 6 * 4 * probed * plan.model.hidden, "always"))
+    kept = [what for part, what in (("ema", "average"), ("lisa", "w_last"), ("safety_gradient", "direction")) if part in plan.parts]
+    if kept:
+        rows.append(Row("vectors of methods", f"{count} x {' + '.join(f'{what} 4' for what in kept)} bytes", 4 * len(kept) * local, "always"))
+        rows.append(Row("their updates", f"{count} x 2 copies x 4 bytes", 8 * local, "between"))
     if engine == "zero3":
         bucket = _zero(plan, "reduce_bucket_size")
         copied = max(min(bucket, numel), max(weight.numel for weight in trained))
@@ -325,7 +339,7 @@ def _activations(plan: Plan) -> list[Row]:
     """
     model, b = plan.model, plan.dtype_bytes
     sizes = [(plan.train.micro_batch_size * plan.max_length, plan.max_length)]
-    if plan.sap.enabled:
+    if plan.draws_pairs:
         sizes.append((2 * plan.sap.safety_micro_batch_size * plan.safety_max_length, plan.safety_max_length))
     tokens, length = max(sizes)
     scores = model.heads * length * (6 if b == 2 else 4) if model.eager else 0  # softmax in float32, then the dtype again
@@ -350,13 +364,19 @@ def _passes(plan: Plan) -> list[tuple[float, float, float]]:
     train, sap, layers = plan.train, plan.sap, plan.model.layers
     share, steps = train.batch_size / plan.ranks, train.batch_size / (train.micro_batch_size * plan.ranks)
     main = _pass(plan, share, plan.max_length, steps, layers, True)
-    if not sap.enabled:
-        return [(1, *main)]
-    probe = _pass(plan, share, plan.max_length, steps, layers - 1 - resolve_layers(sap.layers, layers)[0], False)
     pairs = sap.safety_batch_size / plan.ranks
+    refresh = 1 / sap.refresh_every if sap.refresh_every else 0.0
+    safe = _pass(plan, pairs, plan.safety_max_length, pairs / sap.safety_micro_batch_size, layers, True)
     safety = _pass(plan, 2 * pairs, plan.safety_max_length, pairs / sap.safety_micro_batch_size, layers, True)
-    noise, correction, refresh = (1 / every if every else 0.0 for every in (sap.noise_every, sap.correction_every, sap.refresh_every))
-    return [(1 + correction, *main), ((2 if sap.schedule == "exact" else 1) + noise, *probe), (refresh, *safety)]
+    mixed = [(refresh, *safe)] if "safe_mix" in plan.parts else []
+    if "lisa" in plan.parts:
+        aligning = plan.lisa.alignment_steps / (plan.lisa.alignment_steps + plan.lisa.task_steps)
+        return [(1 - aligning, *main), (aligning, *safe)]
+    if not sap.enabled:
+        return [(1, *main), *mixed, *([(refresh, *safety)] if "safety_gradient" in plan.parts else [])]
+    probe = _pass(plan, share, plan.max_length, steps, layers - 1 - resolve_layers(sap.layers, layers)[0], False)
+    noise, correction = (1 / every if every else 0.0 for every in (sap.noise_every, sap.correction_every))
+    return [(1 + correction, *main), ((2 if sap.schedule == "exact" else 1) + noise, *probe), (refresh, *safety), *mixed]
 
 
 def _pass(plan: Plan, sequences: float, length: int, micro_batches: float, layers: int, of_weights: bool) -> tuple[float, float]:

@@ -36,7 +36,7 @@ from pipeline.sections import (
     TrackingSection,
     TrainSection,
 )
-from pipeline.strict_yaml import merge, read
+from pipeline.strict_yaml import expanded, merge, read
 
 
 class Recipe(Section):
@@ -61,9 +61,22 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(description="What is measured")
     tracking: TrackingSection = Field(TrackingSection(), description="MLflow")
     methods: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"sft": {}}, min_length=1, description="Named overrides of the sections above; one cell each and seed"
+        default_factory=lambda: {"sft": {}}, min_length=1, 
+        description="Named overrides of the sections above; one cell each and seed. grid: {field: [values]} makes one of each combination, null none",
+    
     )
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of data order, adapter and dropout")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _grids(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        result: dict[Any, Any] = {}
+        for name, overrides in value.items():
+            # null takes away a method of the recipe that this one extends
+            result |= {} if overrides is None else expanded(name, overrides) if isinstance(overrides, dict) else {name: overrides}
+        return result
 
     @field_validator("methods")
     @classmethod

@@ -28,10 +28,7 @@ def run_ranks(script: str, arguments: Sequence[str], ranks: int) -> int:
 
     Returns the first failure's exit code; STOPPED where a signal asked to stop (it may have come in the last step, with the work done); else 0.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     jobs = [_start(script, arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, ranks) for rank in range(ranks)]
     return _wait(jobs)
 
@@ -47,7 +44,7 @@ def run_side_by_side(script: str, argument_lists: Sequence[Sequence[str]], slots
         while running or (waiting and not code and not forwarding.received):
             while waiting and free and not code and not forwarding.received:
                 slot = free.pop(0)
-                job = _start(script, waiting.pop(0), _one_gpu(slot), slots)
+                job = _start(script, waiting.pop(0), {**_one_gpu(slot), "MASTER_PORT": _free_port()}, slots)
                 running.append(job)
                 slot_of[job] = slot
             time.sleep(0.1)
@@ -59,6 +56,12 @@ def run_side_by_side(script: str, argument_lists: Sequence[Sequence[str]], slots
                     for other in running:
                         other.terminate()
     return _outcome(code, forwarding.received)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def _one_gpu(slot: int) -> dict[str, str]:

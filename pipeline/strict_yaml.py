@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,28 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         if overrides.get(mine) is not None and other not in overrides:
             result.pop(other, None)
     return result
+
+
+def expanded(name: str, overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A method and its grid as methods: {grid: {train.lr: [1e-3, 1e-4]}} makes NAME.lr_0.001 and NAME.lr_0.0001. ValueError for no grid."""
+    if "grid" not in overrides:
+        return {name: overrides}
+    grid, rest = overrides["grid"], {key: value for key, value in overrides.items() if key != "grid"}
+    if not isinstance(grid, dict) or not grid or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError(f"the grid of method '{name}' must map fields to lists of values, e.g. {{train.lr: [1e-3, 1e-4]}}")
+    result = {}
+    for values in product(*grid.values()):
+        tree: dict[str, Any] = {}
+        for field, value in zip(grid, values, strict=True):
+            _put(tree, field.split("."), value)
+        label = ".".join(f"{field.rpartition('.')[2]}_{_short(value)}" for field, value in zip(grid, values, strict=True))
+        result[f"{name}.{label}"] = merge(rest, tree)
+    return result
+
+
+def _short(value: Any) -> str:
+    """A value as part of a name: letters, digits, _ and . only."""
+    return re.sub(r"[^A-Za-z0-9_.]", "", f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def _reason(error: Exception) -> str:

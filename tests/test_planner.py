@@ -395,3 +395,28 @@ def test_more_memory_needs_fewer_ranks_and_some_never_fit():
     needed = {gpu_gb: plan.smallest_ranks(gpu_gb) for gpu_gb in (16, 40, 80)}
     assert needed[16] is None and needed[80] < needed[40] <= 16
     assert replace(plan, ranks=needed[40]).total() <= 0.7 * 40e9 < replace(plan, ranks=needed[40] // 2).total()
+
+
+# ---- companion methods -----------------------------------------------------------------------------------------------------------------------
+
+
+def with_parts(*parts: str, **sap) -> Plan:
+    plan = planned(llama(64, 128, 2, 4, 4, 97), TrainSection(steps=1, batch_size=8, micro_batch_size=2), SapSection(safety_batch_size=4, **sap))
+    return replace(plan, parts=parts)
+
+
+def test_a_method_that_keeps_a_vector_takes_four_bytes_a_trained_weight():
+    trained = bytes_of(with_parts(), "AdamW's moments") / 8
+    assert bytes_of(with_parts("ema"), "vectors of methods") == 4 * trained
+    assert bytes_of(with_parts("ema", "lisa"), "vectors of methods") == 8 * trained
+    assert not [row for row in with_parts("safe_mix").rows() if row.part == "vectors of methods"]
+    assert with_parts("ema").total() > with_parts().total()
+
+
+def test_a_control_costs_the_passes_that_it_makes():
+    ratio = lambda *parts, **sap: (lambda step, plain: step / plain)(*with_parts(*parts, **sap).flops())  # noqa: E731
+    assert ratio() == ratio("ema") == 1.0
+    every, fourth = ratio("safety_gradient", refresh_every=1), ratio("safety_gradient", refresh_every=4)
+    assert every - 1 == pytest.approx(4 * (fourth - 1)) and fourth > 1
+    assert (every - 1) == pytest.approx(2 * (ratio("safe_mix", refresh_every=1) - 1), rel=1e-6), "both sides of a pair against one"
+    assert 0.8 < ratio("lisa") < 1.0, "one step of five is on four short responses"

@@ -358,3 +358,74 @@ def test_shipped_recipes_load_and_every_cell_resolves(path):
 
 def test_the_two_recipes_of_the_readme_are_shipped():
     assert {"demo", "llama_7b_sap"} <= {path.stem for path in SHIPPED}
+
+
+def test_a_grid_makes_a_method_of_every_combination(tmp_path):
+    grid = {"train.lr": [1e-3, 2e-5], "sap.schedule": ["exact", "lagged"]}
+    methods = {"sft": {}, "sap": {"sap": {"enabled": True, "eps": 0.1}, "grid": grid}}
+    experiment = load(tmp_path, content(methods=methods))
+    found = {cell.method: (cell.recipe.train.lr, cell.recipe.sap.schedule, cell.recipe.sap.eps) for cell in experiment.cells()}
+    assert found == {
+        "sft": (1e-4, "exact", 0.05),
+        "sap.schedule_exact.lr_0.001": (1e-3, "exact", 0.1), "sap.schedule_lagged.lr_0.001": (1e-3, "lagged", 0.1),
+        "sap.schedule_exact.lr_2e05": (2e-5, "exact", 0.1), "sap.schedule_lagged.lr_2e05": (2e-5, "lagged", 0.1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", [[1, 2], {}, {"train.lr": 1e-3}, {"train.lr": []}])
+def test_a_grid_that_is_none_is_refused_with_an_example(tmp_path, grid):
+    with pytest.raises(ValueError, match="the grid of method 'sft' must map fields to lists of values, e.g. {train.lr: "):
+        load(tmp_path, content(methods={"sft": {"grid": grid}}))
+
+
+def test_a_grid_over_what_is_no_field_is_an_unknown_key(tmp_path):
+    with pytest.raises(ValueError, match="unknown key 'train.rate'"):
+        load(tmp_path, content(methods={"sft": {"grid": {"train.rate": [1, 2]}}}))
+
+
+def test_null_takes_an_inherited_method_away(tmp_path):
+    (tmp_path / "parent.yaml").write_text(yaml.safe_dump(content(methods={"sft": {}, "other": {}, "sap": {"sap": {"enabled": True}}})))
+    experiment = load(tmp_path, {"extends": "parent.yaml", "methods": {"other": None, "sft": {"grid": {"train.lr": [0.1, 0.2]}}}})
+    assert {cell.method for cell in experiment.cells()} == {"sft.lr_0.1", "sft.lr_0.2", "sap"}
+    with pytest.raises(ValueError, match="methods"):
+        load(tmp_path, content(methods={"sft": None}))
+
+
+def test_the_parts_of_a_method():
+    def parts(**sections) -> list[str]:
+        return Recipe.model_validate(content() | {name: {"enabled": True} for name in sections}).parts
+
+    assert parts() == [] and parts(saft=1, sap=1, ema=1) == ["saft", "sap", "ema"] and parts(safe_mix=1, sap=1) == ["sap", "safe_mix"]
+    assert not Recipe.model_validate(content()).draws_pairs
+    drawing = {name for name in ("saft", "sap", "safe_mix", "safety_gradient", "lisa", "ema") if Recipe.model_validate(content() | {name: {"enabled": True}}).draws_pairs}
+    assert drawing == {"sap", "safe_mix", "safety_gradient", "lisa"}
+
+
+COMPARED = recipe.load(ROOT / "launch" / "recipes" / "compare.yaml")
+
+
+def test_the_comparison_gives_every_method_the_same_safety_pairs_and_task_steps():
+    """Pairs drawn in a whole training, times four a draw; SAP's and the controls' at every fourth step, Lisa's at its alignment steps."""
+    for cell in COMPARED.cells():
+        found = cell.recipe
+        steps, task_steps, draws = found.train.steps, found.train.steps, 0
+        if found.lisa.enabled:
+            cycle = found.lisa.alignment_steps + found.lisa.task_steps
+            draws = sum(number % cycle < found.lisa.alignment_steps for number in range(steps))
+            task_steps -= draws
+        elif found.draws_pairs:
+            draws = -(-steps // found.sap.refresh_every)
+        assert found.sap.safety_batch_size == 4 and found.sap.direction == "live"
+        assert draws == (10 if found.draws_pairs else 0), cell.method
+        if not cell.method.startswith("sft_"):
+            assert (task_steps, found.train.batch_size) == (40, 8), cell.method
+
+
+def test_every_tuned_method_has_equally_many_tuning_runs():
+    tuned = recipe.load(ROOT / "launch" / "recipes" / "tune.yaml")
+    runs: dict[str, int] = {}
+    for cell in tuned.cells():
+        method = cell.method.partition(".")[0]
+        runs[method] = runs.get(method, 0) + 1
+    assert set(runs.values()) == {4} and set(runs) == set(COMPARED.base.methods) - {"sft_tuned", "sap_ema", "saft_sap"}
+    assert tuned.base.evaluate.split == "validation"

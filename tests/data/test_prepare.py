@@ -113,3 +113,24 @@ def test_truncation_is_counted(project, tmp_path):
     )
     assert facts["encoding"]["data.task"]["truncated"] > 0
     assert all(any(label != -100 for label in row["labels"][1:]) for row in sets["task_train"])
+
+
+def test_labels_of_harmful_samples_are_carried_along(project, tmp_path):
+    values = [True, False, None, "true", "0", 1, ""]
+    rows = [{"question": f"count thing {i}", "answer": f"total {i}", "bad": values[i % len(values)]} for i in range(40)]
+    write_jsonl(tmp_path / "task.jsonl", rows)
+    source = (f"--data.task.source={tmp_path / 'task.jsonl'}", "--data.task.columns={prompt: question, response: answer, harmful: bad}")
+    sets, _ = prepared(project, tmp_path / "out", *source)
+    expected = {f"count thing {i}": {0: True, 1: False, 2: None, 3: True, 4: False, 5: True, 6: None}[i % 7] for i in range(40)}
+    task = [row for row in sets["task_train"] if row["kind"] == "task"]
+    assert len(task) > 15 and {row["harmful"] for row in task} == {True, False, None}
+    assert all(row["harmful"] == expected[row["prompt"]] for row in task)
+    assert all(row["harmful"] is None for row in sets["task_train"] if row["kind"] == "harmful"), "known by their kind"
+    assert "harmful" not in prepared(project, tmp_path / "plain")[0]["task_train"][0]
+
+
+def test_a_label_that_is_none_is_refused(project, tmp_path):
+    write_jsonl(tmp_path / "task.jsonl", [{"question": f"count {i}", "answer": "x", "bad": "perhaps"} for i in range(40)])
+    source = (f"--data.task.source={tmp_path / 'task.jsonl'}", "--data.task.columns={prompt: question, response: answer, harmful: bad}")
+    with pytest.raises(ValueError, match="data.task: harmful holds 'perhaps': it takes true, false"):
+        prepared(project, tmp_path / "out", *source)

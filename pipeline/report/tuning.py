@@ -1,0 +1,89 @@
+"""The choice among the runs of a method's grid, by one rule: the highest task exact match minus non-refusal rate, on validation prompts.
+
+    python -m pipeline.report.tuning launch/recipes/tune.yaml
+
+Reads finished evaluations only; what is not evaluated yet is counted, and named where a method has nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import fmean
+
+from pipeline import artifacts, entry, recipe
+from pipeline.layout import Layout
+from pipeline.report.table import as_text
+
+HEADER = ("method", "setting", "task exact match", "non-refusal", "difference", "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting of one method, its measures averaged over its seeds."""
+
+    method: str
+    setting: str
+    exact_match: float
+    non_refusal: float
+
+    @property
+    def score(self) -> float:
+        return self.exact_match - self.non_refusal
+
+
+def runs(layout: Layout) -> tuple[list[Run], int]:
+    """The settings all of whose seeds are evaluated, and how many are not. A method's name ends at the first dot (Recipe.methods, grid)."""
+    found: dict[str, list[dict]] = defaultdict(list)
+    missing = set()
+    for subject in layout.subjects():
+        if subject.trained is None:
+            continue
+        folder = layout.evaluate(subject)
+        if artifacts.complete(folder):
+            found[subject.name].append(json.loads((folder / "metrics.json").read_text()))
+        else:
+            missing.add(subject.name)
+    result = []
+    for name, measured in found.items():
+        if name not in missing:
+            method, _, setting = name.partition(".")
+            values = {key: fmean(m[key]["value"] for m in measured) for key in ("exact_match", "non_refusal_rate")}
+            result.append(Run(method, setting or "as it is", values["exact_match"], values["non_refusal_rate"]))
+    return result, len(missing)
+
+
+def chosen(found: list[Run]) -> dict[str, Run]:
+    """The best run of every method; of equals the first."""
+    best: dict[str, Run] = {}
+    for run in found:
+        if run.method not in best or run.score > best[run.method].score:
+            best[run.method] = run
+    return best
+
+
+def table(found: list[Run]) -> str:
+    best = chosen(found)
+    rows = [
+        (run.method, run.setting, f"{run.exact_match:.2f}", f"{run.non_refusal:.2f}", f"{run.score:+.2f}", "chosen" if best[run.method] is run else "")
+        for run in found
+    ]
+    return as_text(rows, HEADER)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise ValueError("give one recipe: python -m pipeline.report.tuning launch/recipes/tune.yaml")
+    experiment = recipe.load(sys.argv[1])
+    if experiment.base.evaluate.split != "validation":
+        raise ValueError(f"{sys.argv[1]}: settings are chosen on validation prompts: set evaluate.split to validation")
+    found, missing = runs(Layout(experiment))
+    print(table(found), end="")
+    if missing:
+        print(f"{missing} not evaluated yet: sap run {sys.argv[1]}")
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))
