@@ -266,4 +266,49 @@ OF_THE_ENGINES = (
     ),
 )
 
-MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES
+COMPANIONS = "tests/training/test_companions.py::"
+ON_TWO_RANKS = "tests/distributed/test_sharded.py::test_companion_methods_on_two_ranks_equal_the_dense_reference"
+REPLACED = "tests/distributed/test_sharded.py::test_replaced_weights_are_seen_and_gone_bit_for_bit"
+SAFE_MIX, SAFETY_GRADIENT, LISA, EMA = (
+    f"pipeline/training/{name}.py" for name in ("safe_mix", "safety_gradient", "lisa", "ema")
+)
+SAFT = "pipeline/filtering/saft.py"
+
+OF_THE_COMPANIONS = (
+    mutant(
+        "replaced weights not put back",
+        ENGINE,
+        "for tensor, saved in zip(self.storage(), stash, strict=True):\n                tensor.copy_(saved)",
+        "pass",
+        COMPANIONS + "test_an_exception_inside_leaves_the_weights_as_they_were",
+    ),
+    mutant("zero3: new weights in the master only", ZERO3, "            lp.copy_(master)\n\n    def storage", "\n    def storage", REPLACED + ON_ZERO3),
+    mutant(
+        "zero3: added gradient not offloaded again",
+        ZERO3,
+        "            self.optimizer._finalize_offload_gradient_accumulation()\n",
+        "",
+        ON_TWO_RANKS + "[lisa-zero3-offload]",
+    ),
+    mutant(
+        "tokens of a mix counted on one rank",
+        SAFE_MIX,
+        "total = engine.sum_over_ranks(torch.tensor(float(own), dtype=torch.float64, device=engine.device))",
+        "total = torch.tensor(float(own))",
+        ON_TWO_RANKS + "[safe_mix-fsdp2]",
+    ),
+    mutant("rejected responses mixed in", SAFE_MIX, "batch.labels[:n], 0", "batch.labels[n:], 0", COMPANIONS + "test_only_the_safe_side_is_mixed_in"),
+    mutant("Lisa's w_last never moves", LISA, "if position in (0, section.alignment_steps):", "if number == 0:", COMPANIONS + "test_a_method_equals_the_dense_reference[lisa]"),
+    mutant(
+        "safety gradient ascended",
+        SAFETY_GRADIENT,
+        "self.engine.add_gradient(self.direction, weight)",
+        "self.engine.add_gradient(self.direction, -weight)",
+        COMPANIONS + "test_the_safety_gradient_has_the_size_asked_for",
+    ),
+    mutant("average begins at zero", EMA, "None if section.warmup_steps else engine.weights()", "None if section.warmup_steps else [w * 0 for w in engine.weights()]", COMPANIONS + "test_the_average_has_its_closed_form"),
+    mutant("average lost on resume", EMA, 'self.average = vectors.get("average")', "self.average = self.engine.weights()", COMPANIONS + "test_a_resumed_run_ends_as_the_straight_one[lisa-shadow]"),
+    mutant("embeddings not centred", SAFT, "centred = embeddings.double() - embeddings.double().mean(dim=0)", "centred = embeddings.double()", "tests/filtering/test_saft.py::test_scores_equal_numpy_s"),
+)
+
+MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES + OF_THE_COMPANIONS

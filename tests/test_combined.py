@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from pipeline import recipe
@@ -65,10 +64,10 @@ def test_another_threshold_takes_the_embeddings_that_are_there(project, layout):
 
 def test_a_filter_that_cannot_tell_stops_the_chain_and_keeps_its_scores(project, layout):
     arguments = ("--methods.combined.saft.min_auroc=1.0", "--methods.combined.saft.position=response_start", "--methods.combined.saft.layer=0")
-    found = sap("run", project, "--method", "combined", *arguments)
+    found = sap("filter", project, *arguments)
     assert found.returncode == 2 and "saft refuses to filter: its AUROC on 50 labelled samples is" in found.stderr
-    again = sap("train", project, "--method", "combined", *arguments)
-    assert again.returncode == 2 and "saft refuses to filter" in again.stderr, "also once its folder is there"
+    again = sap("train", project, "--method", "combined", *arguments)  # its folder is there now
+    assert again.returncode == 2 and "saft refuses to filter" in again.stderr
     scores = sorted(layout.root.glob("filter-*/scores.parquet"), key=lambda path: path.stat().st_mtime_ns)[-1]
     assert not any(pyarrow.parquet.read_table(scores).column("dropped").to_pylist())
 
@@ -81,15 +80,6 @@ def test_the_product_is_the_average(layout):
         model = load_adapter(load_whole(base.model, subject.model), subject.adapter)
         loss, _ = token_loss(model, rows, 0, 8)
         assert loss == pytest.approx(log(layout, method)[-1]["validation/task_loss"], rel=1e-5)
-
-
-def test_the_momentum_holds_the_weights_back(project, layout):
-    found = sap("train", project, "--method", "mixed", "--methods.mixed.ema.enabled=false")
-    assert found.returncode == 0, found.stderr
-    cells = [layout.experiment.cell("mixed", 0), recipe.load(project, {"methods": {"mixed": {"ema": {"enabled": False}}}}).cell("mixed", 0)]
-    held, free = (load_file(layout.train(cell) / "adapter" / "adapter_model.safetensors") for cell in cells)
-    norm = lambda tensors: torch.sqrt(sum(t.square().sum() for name, t in tensors.items() if "lora_B" in name))  # noqa: E731
-    assert 0 < norm(held) < 0.7 * norm(free)
 
 
 def test_budgets_are_logged_and_stand_in_the_report(layout):
