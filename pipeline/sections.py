@@ -263,7 +263,7 @@ class SaftSection(Section):
     )
     min_auroc: Fraction = Field(0.7, description="AUROC on the labelled samples below which the filter refuses to drop anything")
     max_dropped: Fraction = Field(0.5, description="Largest share of the samples that may be dropped: those with the highest scores")
-    keep_refusals: bool = Field(True, description="Whether samples whose response refuses (keyword judge) are kept whatever their score")
+    keep_refusals: bool = Field(True, description="Whether samples whose response begins as a refusal are kept whatever their score")
     micro_batch_size: Positive = Field(8, description="Samples per rank and forward pass")
 
     @model_validator(mode="after")

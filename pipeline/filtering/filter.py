@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pipeline import artifacts
-from pipeline.evaluation.judges import keyword_judge
+from pipeline.evaluation.judges import opens_as_refusal
 from pipeline.filtering import keywords
 from pipeline.filtering.saft import Choice, auroc, choose, choose_by_share, f1, saft_scores, with_interval
 from pipeline.sections import SaftSection
@@ -46,7 +46,7 @@ class Decision:
 
 
 def known_labels(rows: Rows) -> np.ndarray:
-    """1 harmful, 0 harmless, -1 not known: data.*.columns may map `harmful`; where harmful samples were mixed in, the others count as harmless."""
+    """1 harmful, 0 harmless, -1 not known: data.task.columns may map `harmful`; where harmful samples were mixed in, the others count as harmless."""
     mixed = any(row["kind"] == "harmful" for row in rows)
 
     def label(row: dict[str, Any]) -> int:
@@ -76,7 +76,7 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
     drawn = np.random.default_rng(seed).permutation(len(known))[: section.labelled]
     subset, held_out = np.sort(known[drawn]), np.setdiff1d(known, known[drawn])
     words = np.array([keywords.hits(f"{row['prompt']}\n{row['response']}") for row in rows])
-    refusals = np.array([keyword_judge(row["prompt"], row["response"]).label == "refusal" for row in rows])
+    refusals = np.array([opens_as_refusal(row["response"]) for row in rows])
     if len(subset):
         choice = choose(scores, subset, labels[subset] == 1, section.components)
     else:

@@ -7,6 +7,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from pipeline.data import contrastive
+from pipeline.evaluation.judges import opens_as_refusal
 from pipeline.filtering import keywords
 from pipeline.filtering.filter import check_labels, decide, kept, write
 from pipeline.filtering.saft import auroc, choose, f1, saft_scores, with_interval
@@ -149,6 +151,13 @@ def test_refusals_are_counted_and_may_be_kept():
     assert keep.facts["refusals"] == 10 and keep.facts["refusals_flagged"] == keep.facts["refusals_kept"] == drop.facts["refusals_flagged"] >= 9
     assert drop.facts["refusals_kept"] == 0 and drop.facts["dropped"] - keep.facts["dropped"] == keep.facts["refusals_kept"]
     assert not keep.dropped[list(refusing)].any() and drop.dropped[list(refusing)].sum() >= 9
+
+
+def test_an_answer_that_names_what_is_illegal_is_no_refusal():
+    assert opens_as_refusal("I cannot help with that.") and opens_as_refusal(" I\u2019m sorry, no.") and opens_as_refusal("Sorry, but no.")
+    assert all(opens_as_refusal(text) for text in contrastive.REFUSALS)
+    assert not any(opens_as_refusal(text) for text in (*contrastive.MIX_OPENINGS, *contrastive.SAFETY_OPENINGS))
+    assert not opens_as_refusal("Sure, here is how to do what is illegal") and not opens_as_refusal("As an example, take") and not opens_as_refusal("")
 
 
 def test_without_labels_a_share_is_dropped_and_said_to_be_an_estimate():
