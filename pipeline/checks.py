@@ -14,6 +14,7 @@ from torch import nn
 from pipeline import artifacts
 from pipeline.data.batches import check_divides
 from pipeline.filtering.embeddings import resolve_layer
+from pipeline.filtering.filter import NO_LABELS, check_not_refused
 from pipeline.layout import Layout
 from pipeline.models import check_targets, decoder_layers, load_tokenizer, outline, resolve_dtype
 from pipeline.quantization import check_quantisable
@@ -46,6 +47,9 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
             resolve_layers(sap.layers, layers)
         if cell.recipe.saft.enabled:
             resolve_layer(cell.recipe.saft.layer, layers)
+            mixed, mapped = base.data.harmful_fraction > 0, "harmful" in base.data.task.columns
+            if cell.recipe.saft.contamination is None and not (mixed or mapped):
+                raise ValueError(NO_LABELS)
         if cell.recipe.draws_pairs:
             check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
 
@@ -61,6 +65,7 @@ def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "di
             artifacts.require(layout.direction(cell))
         if layout.needs_filter(cell):
             artifacts.require(layout.filter(cell))
+            check_not_refused(layout.filter(cell))
 
 
 def direction_given(cell: Cell) -> bool:

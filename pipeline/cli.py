@@ -139,7 +139,10 @@ class Chain:
 
     def filter(self) -> int:
         self._need("prepare", "align")
-        return self._each_cell("filter.py", self.layout.filter, self.layout.needs_filter)
+        # Filters may share embeddings: one of each sort computes them, and the others come after.
+        leaders = {self.layout.embeddings(cell): cell for cell in reversed(self.cells) if self.layout.needs_filter(cell)}
+        code = self._each_cell("filter.py", self.layout.filter, lambda cell: cell in leaders.values())
+        return code or self._each_cell("filter.py", self.layout.filter, self.layout.needs_filter)
 
     def direction(self) -> int:
         self._need("prepare", "align")
@@ -184,18 +187,21 @@ class Chain:
         for cell in self.cells:
             if wanted(cell) and not artifacts.complete(target_of(cell)):
                 todo.setdefault(target_of(cell), cell)
-        alone = [cell for cell in todo.values() if self.jobs > 1 and cell.recipe.train.ranks == 1]
+        alone = {target: cell for target, cell in todo.items() if self.jobs > 1 and cell.recipe.train.ranks == 1}
+        first = 0  # failure: cells have nothing to do with each other, so the others go on
         if alone:
-            code = runner.run_side_by_side(script, [self._arguments(cell) for cell in alone], min(self.jobs, len(alone)))
-            if code:
-                return self._outcome(code, next((target for target in todo if not artifacts.complete(target)), self.layout.root))
+            first = runner.run_side_by_side(script, [self._arguments(cell) for cell in alone.values()], min(self.jobs, len(alone)))
+            missing = next((target for target in alone if not artifacts.complete(target)), None)
+            if first == runner.STOPPED or missing:
+                first = self._outcome(first, missing or self.layout.root)
         for target, cell in todo.items():
-            if artifacts.complete(target):
+            if target in alone:
                 continue
+            if first == runner.STOPPED:
+                break
             code = self._outcome(runner.run_ranks(script, self._arguments(cell), cell.recipe.train.ranks), target)
-            if code:
-                return code
-        return 0
+            first = code if code == runner.STOPPED else first or code
+        return first
 
     def _arguments(self, cell: Cell) -> list[str]:
         return [*self.arguments, "--method", cell.method, "--seed", str(cell.seed)]

@@ -16,10 +16,13 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.data import builtin, contrastive
+from pipeline.evaluation import judges
+from pipeline.filtering import keywords
 from pipeline.model_files import model_location
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import ModelSection, SourceSection
 
+_REPORT = 2  # raise when the page shows something new
 _FORMAT = 1  # raise when prepared data, checkpoints or products change shape
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds"}
 
@@ -80,7 +83,7 @@ class Layout:
 
     def report(self) -> Path:
         folders = [self.evaluate(subject).name for subject in self.subjects()]
-        return self.root / f"report-{_short([_FORMAT, folders])}"
+        return self.root / f"report-{_short([_REPORT, folders])}"
 
     def start_model(self) -> str:
         """What every method starts from: the aligned model, or the recipe's own."""
@@ -120,7 +123,7 @@ class Layout:
             if recipe.sap.direction == "precomputed":
                 parts.append(self._direction_hash(cell))
         elif recipe.draws_pairs:
-            parts.append(recipe.sap.model_dump(mode="json", include={"safety_batch_size", "refresh_every"}))
+            parts.append(recipe.sap.model_dump(mode="json", include={"safety_batch_size", "safety_micro_batch_size", "refresh_every"}))
         if recipe.saft.enabled:
             parts.append(self._filter_hash(cell))
         for name in ("ema", "safe_mix", "safety_gradient", "lisa"):  # named only where enabled: another method's new field changes no folder
@@ -134,7 +137,8 @@ class Layout:
 
     def _filter_hash(self, cell: Cell) -> str:
         section = cell.recipe.saft.model_dump(mode="json", exclude={"enabled", "micro_batch_size"})
-        return _short([_FORMAT, self._embeddings_hash(cell), section])
+        texts = artifacts.digest([keywords.WORDS, judges.OPENINGS])  # what is counted, and what is kept
+        return _short([_FORMAT, self._embeddings_hash(cell), section, texts])
 
     def _prepare_hash(self) -> str:
         recipe = self.base

@@ -288,6 +288,8 @@ def _state(plan: Plan) -> list[Row]:
     if kept:
         rows.append(Row("vectors of methods", f"{count} x {' + '.join(f'{what} 4' for what in kept)} bytes", 4 * len(kept) * local, "always"))
         rows.append(Row("their updates", f"{count} x 2 copies x 4 bytes", 8 * local, "between"))
+    if "ema" in plan.parts:
+        rows.append(Row("weights put aside", f"{count} x {width + master} bytes, while a validation sees the average", local * (width + master), "in a pass"))
     if engine == "zero3":
         bucket = _zero(plan, "reduce_bucket_size")
         copied = max(min(bucket, numel), max(weight.numel for weight in trained))

@@ -98,10 +98,8 @@ class Recipe(Section):
                 raise ValueError(f"{one}.enabled and {other}.enabled do not go together: {reason}; set one of them to false")
         if self.sap.refresh_every == 0 and (self.safe_mix.enabled or self.safety_gradient.enabled):
             raise ValueError("sap.refresh_every is 0, so that safe_mix and safety_gradient would never draw a safety pair: set it to 1 or more")
-        if self.ema.enabled and self.train.steps is not None and self.ema.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"ema.warmup_steps {self.ema.warmup_steps} leaves no step of train.steps {self.train.steps} to average: lower it, or set ema.enabled to false"
-            )
+        if self.ema.enabled and self.train.steps is not None:
+            self.ema.check_steps(self.train.steps)
         return self
 
     @property
@@ -173,9 +171,21 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experimen
     if "extends" in overrides:
         raise ValueError("extends is read from a recipe's file only: write it there, or give the other file as the recipe")
     experiment = Experiment(path, _validate(merge(raw, overrides), str(path)), raw, overrides)
+    _check_grids(merge(raw, overrides).get("methods"), overrides)
     for method in experiment.base.methods:
         experiment.cell(method, experiment.base.seeds[0])
     return experiment
+
+
+def _check_grids(methods: Any, overrides: dict[str, Any]) -> None:
+    """ValueError where an override wins over a grid: its cells would all be alike, and their names false."""
+    for method, own in (methods or {}).items():
+        for field in (own or {}).get("grid", {}):
+            node: Any = overrides
+            for part in field.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            if node is not None:
+                raise ValueError(f"--{field} is what the grid of method '{method}' goes through: leave it out, or override --methods.{method}.grid")
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:

@@ -36,13 +36,13 @@ def run_ranks(script: str, arguments: Sequence[str], ranks: int) -> int:
 def run_side_by_side(script: str, argument_lists: Sequence[Sequence[str]], slots: int) -> int:
     """Run launch/`script` once per argument list, `slots` at a time, each alone, on a GPU of its own where there are any.
 
-    Returns as `run_ranks`; after a failure or a signal nothing new is started.
+    Returns as `run_ranks`: the jobs have nothing to do with each other, so one's failure leaves the others alone. After a signal nothing new is started.
     """
     waiting, running, free, code = list(argument_lists), [], list(range(slots)), 0
     slot_of: dict[subprocess.Popen, int] = {}
     with _Forwarding(running) as forwarding:
-        while running or (waiting and not code and not forwarding.received):
-            while waiting and free and not code and not forwarding.received:
+        while running or (waiting and not forwarding.received):
+            while waiting and free and not forwarding.received:
                 slot = free.pop(0)
                 job = _start(script, waiting.pop(0), {**_one_gpu(slot), "MASTER_PORT": _free_port()}, slots)
                 running.append(job)
@@ -51,10 +51,7 @@ def run_side_by_side(script: str, argument_lists: Sequence[Sequence[str]], slots
             for job in [job for job in running if job.poll() is not None]:
                 running.remove(job)
                 free.append(slot_of[job])
-                if job.returncode and not code:
-                    code = job.returncode
-                    for other in running:
-                        other.terminate()
+                code = code or job.returncode
     return _outcome(code, forwarding.received)
 
 

@@ -217,6 +217,13 @@ class EmaSection(Section):
     )
     every: Positive = Field(1, description="Steps between updates of the average")
 
+    def check_steps(self, steps: int) -> None:
+        """ValueError where a training of so many steps would end before the first update: its product would be the start, or no average."""
+        if self.warmup_steps + self.every > steps:
+            raise ValueError(
+                f"ema.warmup_steps {self.warmup_steps} and ema.every {self.every} leave no step of {steps} to average: lower them, or set ema.enabled to false"
+            )
+
 
 class SafeMixSection(Section):
     """SafeInstr, the control that SAP's reviewers asked for. It draws pairs as SAP does: sap.safety_batch_size every sap.refresh_every steps."""
@@ -249,7 +256,7 @@ class SaftSection(Section):
     """SAFT (arXiv 2410.10014): training samples that the model's hidden states give away as harmful are left out."""
 
     enabled: bool = Field(False, description="Whether to filter the training samples before training (arXiv 2410.10014)")
-    layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+    layer: Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5, description="Decoder layer whose output is read: an index, or a fraction of the depth such as 0.5"
     )
     position: Literal["response_start", "response_mean", "response_end"] = Field(

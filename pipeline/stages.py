@@ -103,7 +103,7 @@ def align(experiment: Experiment) -> bool:
 
 
 def filter_data(experiment: Experiment, cell: Cell) -> bool:
-    """SAFT: which training samples to leave out, by the start model's hidden states. ValueError, after publishing, where it refuses to filter."""
+    """SAFT: which training samples to leave out, by the start model's hidden states. Where it refuses, it says so; training on it is an error."""
     layout, saft = Layout(experiment), cell.recipe.saft
     target = layout.filter(cell)
     if artifacts.complete(target):
@@ -119,12 +119,13 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
                 write_decision(decision, rows, folder)
             run.log_facts(decision.facts)
             run.log_artifact(target / "scores.png")
-        kept(rows, target)
+        for sentence in decision.warnings:
+            print(f"warning: {sentence} (every score is in {target}, with a picture)", file=sys.stderr, flush=True)
     return True
 
 
 def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """The rows' embeddings (N, D) on rank 0, from their folder, or computed into it."""
+    """The rows' embeddings (N, D), from their folder, or computed into it."""
     target, saft = layout.embeddings(cell), cell.recipe.saft
     if artifacts.complete(target):
         init_distributed(cell.recipe.train)

@@ -94,11 +94,11 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def expanded(name: str, overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A method and its grid as methods: {grid: {train.lr: [1e-3, 1e-4]}} makes NAME.lr_0.001 and NAME.lr_0.0001. ValueError for no grid."""
+    """A method and its grid as methods: {grid: {train.lr: [1e-3, 1e-4]}} makes NAME.lr_0.001 and NAME.lr_0.0001. ValueError for what is no grid."""
     if "grid" not in overrides:
         return {name: overrides}
     grid, rest = overrides["grid"], {key: value for key, value in overrides.items() if key != "grid"}
-    if not isinstance(grid, dict) or not grid or not all(isinstance(values, list) and values for values in grid.values()):
+    if not isinstance(grid, dict) or not grid or not all(isinstance(field, str) and isinstance(values, list) and values for field, values in grid.items()):
         raise ValueError(f"the grid of method '{name}' must map fields to lists of values, e.g. {{train.lr: [1e-3, 1e-4]}}")
     result = {}
     for values in product(*grid.values()):
@@ -106,13 +106,15 @@ def expanded(name: str, overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for field, value in zip(grid, values, strict=True):
             _put(tree, field.split("."), value)
         label = ".".join(f"{field.rpartition('.')[2]}_{_short(value)}" for field, value in zip(grid, values, strict=True))
+        if f"{name}.{label}" in result:
+            raise ValueError(f"the grid of method '{name}' names two cells {label}: give each a method of its own")
         result[f"{name}.{label}"] = merge(rest, tree)
     return result
 
 
 def _short(value: Any) -> str:
-    """A value as part of a name: letters, digits, _ and . only."""
-    return re.sub(r"[^A-Za-z0-9_.]", "", f"{value:g}" if isinstance(value, float) else str(value))
+    """A value as part of a name: letters, digits, _ and . only; m stands for minus."""
+    return re.sub(r"[^A-Za-z0-9_.]", "", (f"{value:g}" if isinstance(value, float) else str(value)).replace("-", "m"))
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@
 #   --size 7b|13b|70b   whose script trains (slurm/sap_SIZE.sh); default: as the recipe's file name says, else 7b
 #   --from STAGE        begin here; the stages before must be complete
 #   --methods a,b       only these methods of the recipe, with a report of their own
-#   --nodes N           nodes of align, direction and train; default: the script's
+#   --nodes N           nodes of align, filter, direction and train; default: the script's
 #   --shards N          jobs per evaluated subject; default 1
 #   --dry-run           print what would be submitted, and stop
 #
@@ -145,6 +145,7 @@ stage_of_cells() { # STAGE SCRIPT OPTIONS...
   while IFS=$'\t' read -r _ method seed _ folder _; do
     SAP_STAGE=$1 SAP_METHOD=$method SAP_SEED=$seed submit "$1" "$(basename "$folder")" "$BEFORE" "$2" "${@:3}" </dev/null
     jobs+=${jobs:+:}$JOB
+    [ "$1" != filter ] || BEFORE=$JOB # one after the other: they may share their embeddings
   done <<<"$rows"
   BEFORE=$jobs
 }

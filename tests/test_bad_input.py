@@ -66,7 +66,12 @@ CASES = {
     "a mix that never draws": (
         ["--methods.sap.safe_mix.enabled", "true", "--methods.sap.sap.refresh_every", "0"], ["sap.refresh_every is 0", "never draw a safety pair"]
     ),
-    "a warm-up without end": (["--ema.enabled", "true", "--ema.warmup_steps", "6"], ["ema.warmup_steps 6 leaves no step of train.steps 6"]),
+    "a warm-up without end": (["--ema.enabled", "true", "--ema.warmup_steps", "6"], ["ema.warmup_steps 6 and ema.every 1 leave no step of 6 to average"]),
+    "an average that is never updated": (["--ema.enabled", "true", "--ema.every", "7"], ["ema.warmup_steps 0 and ema.every 7 leave no step of 6"]),
+    "a filter without anything that says what is harmful": (
+        ["--saft.enabled", "true", "--data.harmful_fraction", "0"], ["saft has no labelled samples", "or set saft.contamination"]
+    ),
+    "a filter's layer that is neither index nor fraction": (["--saft.enabled", "true", "--saft.layer", "1.0"], ["saft.layer"]),
     "a decay of one": (["--ema.decay", "1.0"], ["'ema.decay' is 1.0", "less than 1"]),
     "a filter's layer outside the model": (["--saft.enabled", "true", "--saft.layer", "4"], ["saft.layer 4 is outside the model", "0 to 3"]),
     "a filter without labels": (["--saft.labelled", "0"], ["labelled 0 needs contamination"]),

@@ -368,7 +368,7 @@ def test_a_grid_makes_a_method_of_every_combination(tmp_path):
     assert found == {
         "sft": (1e-4, "exact", 0.05),
         "sap.schedule_exact.lr_0.001": (1e-3, "exact", 0.1), "sap.schedule_lagged.lr_0.001": (1e-3, "lagged", 0.1),
-        "sap.schedule_exact.lr_2e05": (2e-5, "exact", 0.1), "sap.schedule_lagged.lr_2e05": (2e-5, "lagged", 0.1),
+        "sap.schedule_exact.lr_2em05": (2e-5, "exact", 0.1), "sap.schedule_lagged.lr_2em05": (2e-5, "lagged", 0.1),
     }  # fmt: skip
 
 
@@ -381,6 +381,18 @@ def test_a_grid_that_is_none_is_refused_with_an_example(tmp_path, grid):
 def test_a_grid_over_what_is_no_field_is_an_unknown_key(tmp_path):
     with pytest.raises(ValueError, match="unknown key 'train.rate'"):
         load(tmp_path, content(methods={"sft": {"grid": {"train.rate": [1, 2]}}}))
+
+
+def test_cells_of_a_grid_that_would_have_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the grid of method 'sap' names two cells layers_3939"):
+        load(tmp_path, content(methods={"sap": {"grid": {"sap.layers": [[3, 939], [39, 39]]}}}))
+
+
+def test_an_override_of_what_a_grid_goes_through_is_refused(tmp_path):
+    methods = {"sft": {"grid": {"train.lr": [0.1, 0.2]}}}
+    with pytest.raises(ValueError, match="--train.lr is what the grid of method 'sft' goes through"):
+        load(tmp_path, content(methods=methods), "--train.lr", "0.3")
+    assert len(list(load(tmp_path, content(methods=methods), "--train.batch_size", "4").cells())) == 2
 
 
 def test_null_takes_an_inherited_method_away(tmp_path):

@@ -84,10 +84,13 @@ def test_jobs_side_by_side_all_run_and_no_more_at_once_than_slots(launch):
     assert max(seen) <= 2
 
 
-def test_after_a_failure_or_a_stop_nothing_new_is_started(launch):
-    out = launch("(out / sys.argv[1]).touch()\nsys.exit(3)")
-    assert runner.run_side_by_side("job.py", [["first"], ["second"]], slots=1) == 3
-    assert (out / "first").exists() and not (out / "second").exists()
+def test_a_failure_leaves_the_other_jobs_alone_and_is_told_in_the_end(launch):
+    out = launch("(out / sys.argv[1]).touch()\nsys.exit({'first': 3, 'second': 4}.get(sys.argv[1], 0))")
+    assert runner.run_side_by_side("job.py", [["first"], ["second"], ["third"]], slots=1) == 3
+    assert all((out / name).exists() for name in ("first", "second", "third"))
+
+
+def test_after_a_stop_nothing_new_is_started(launch):
     out = launch("(out / sys.argv[1]).touch()\ntime.sleep(60)")
     thread = signal_when(out / "third")
     assert runner.run_side_by_side("job.py", [["third"], ["fourth"]], slots=1) == runner.STOPPED

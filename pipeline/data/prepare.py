@@ -158,11 +158,13 @@ class _Preparation:
         return [row for row in rows if row["response"]]
 
     def _harmful(self, task_samples: int) -> list[Row]:
-        if self.data.harmful is None or self.data.harmful_fraction == 0:
+        source, wanted = self.data.harmful, _share(self.data.harmful_fraction, task_samples)
+        if source is None or (wanted == 0 and source.limit is None):
             return []
-        wanted = _share(self.data.harmful_fraction, task_samples)
-        rows = self.claims.take("harmful_mix", self._read("data.harmful", self.data.harmful), wanted)
-        if not rows:
+        # With a limit the whole pool is claimed whatever the fraction, so that what is left for other sets does not depend on it.
+        pool = self.claims.take("harmful_mix", self._read("data.harmful", source), wanted if source.limit is None else source.limit)
+        rows = pool[:wanted]
+        if not rows and wanted:
             raise ValueError(f"data.harmful: {self.data.harmful.source} leaves no prompt that an earlier set does not hold")
         opened = [row if row["response"] else self._with_opening(row, contrastive.MIX_OPENINGS, "harmful") for row in rows]
         encoded = self._encoded("data.harmful", opened, "harmful")

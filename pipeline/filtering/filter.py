@@ -25,6 +25,10 @@ from pipeline.filtering.saft import Choice, auroc, choose, choose_by_share, f1, 
 from pipeline.sections import SaftSection
 
 Rows = Sequence[dict[str, Any]]
+NO_LABELS = (
+    "saft has no labelled samples to choose its threshold on: map a column of true and false to harmful with data.task.columns, "
+    "or set saft.contamination to the share of harmful samples you expect"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Decision:
     dropped: np.ndarray
     refused: str | None
     facts: dict[str, Any]
+    warnings: list[str]
 
 
 def known_labels(rows: Rows) -> np.ndarray:
@@ -60,12 +65,8 @@ def known_labels(rows: Rows) -> np.ndarray:
 
 def check_labels(rows: Rows, section: SaftSection) -> None:
     """ValueError where nothing says which samples are harmful, or how many."""
-    labels = known_labels(rows)
-    if section.contamination is None and (section.labelled == 0 or not (labels >= 0).any()):
-        raise ValueError(
-            "saft has no labelled samples to choose its threshold on: map a column of true and false to harmful with data.task.columns, "
-            "or set saft.contamination to the share of harmful samples you expect"
-        )
+    if section.contamination is None and not (known_labels(rows) >= 0).any():
+        raise ValueError(NO_LABELS)
 
 
 def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int) -> Decision:
@@ -97,7 +98,9 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
         "position": section.position,
         "components": choice.components,
         "threshold": choice.threshold,
-        "threshold_from": f"F1 on {len(subset)} labelled samples" if len(subset) else f"saft.contamination {section.contamination}: no sample has a label",
+        "threshold_from": f"F1 on {len(subset)} labelled samples"
+        if len(subset)
+        else f"saft.contamination {section.contamination}, an estimate: no labelled sample was used, and saft.min_auroc was not applied",
         "flagged": int(flagged.sum()),
         "refusals": int(refusals.sum()),
         "refusals_flagged": int((flagged & refusals).sum()),
@@ -110,7 +113,12 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
         "refused": refused,
         **measured,
     }
-    return Decision(scores, labels, subset, words, refusals, choice, dropped, refused, facts)
+    warnings = [refused] if refused else []
+    if len(subset) and section.contamination is not None:
+        warnings.append(f"saft.contamination {section.contamination} is not used, because {len(known)} samples have labels: set saft.labelled to 0 to use it")
+    if facts["capped_at"] is not None:
+        warnings.append(f"saft would drop {int(wanted.sum())} samples and drops the {most} with the highest scores: saft.max_dropped is {section.max_dropped}")
+    return Decision(scores, labels, subset, words, refusals, choice, dropped, refused, facts, warnings)
 
 
 def write(decision: Decision, rows: Rows, folder: Path) -> None:
@@ -140,13 +148,18 @@ def write(decision: Decision, rows: Rows, folder: Path) -> None:
     draw_scores(decision, folder / "scores.png")
 
 
+def check_not_refused(folder: Path) -> None:
+    """ValueError where the filter in `folder` refused to filter."""
+    facts = json.loads((folder / artifacts.FACTS).read_text())
+    if facts["refused"]:
+        raise ValueError(f"{facts['refused']} (every score is in {folder}, with a picture)")
+
+
 def kept(rows: Rows, folder: Path) -> list[dict[str, Any]]:
     """The rows that the filter in `folder` leaves. ValueError where it refused to filter."""
     import pyarrow.parquet
 
-    facts = json.loads((folder / artifacts.FACTS).read_text())
-    if facts["refused"]:
-        raise ValueError(f"{facts['refused']} (every score is in {folder}, with a picture)")
+    check_not_refused(folder)
     dropped = pyarrow.parquet.read_table(folder / "scores.parquet", columns=["dropped"]).column("dropped").to_pylist()
     return [row for row, out in zip(rows, dropped, strict=True) if not out]
 

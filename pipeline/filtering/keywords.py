@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 
-_WORDS = (
+WORDS = (
     "attack", "bomb", "blackmail", "bully", "counterfeit", "credit card", "cyberattack", "defame", "drug", "exploit", "explosive", "fake", "forge",
     "fraud", "hack", "hate", "identity theft", "illegal", "kidnap", "kill", "launder", "malware", "manipulat", "murder", "poison", "phish", "racis",
     "ransomware", "scam", "sexis", "steal", "stalk", "suicide", "tamper", "terror", "threat", "trafficking", "virus", "violen", "weapon",
 )  # fmt: skip
-_PATTERN = re.compile(r"\b(" + "|".join(map(re.escape, _WORDS)) + ")", re.IGNORECASE)
+_PATTERN = re.compile(r"\b(" + "|".join(map(re.escape, WORDS)) + ")", re.IGNORECASE)
 
 
 def hits(text: str) -> int:

@@ -1,7 +1,7 @@
 """SAFT's scores and how their threshold is chosen (arXiv 2410.10014); what is not of a model, in float64.
 
     scores = saft_scores(embeddings)                       # (N, 4): s_i for k = 1 to 4
-    choice = choose(scores[subset], labels)                # k and threshold with the best F1 on labelled samples
+    choice = choose(scores, subset, labels, None)          # k and threshold with the best F1 on labelled samples
 
 `s_i = 1/k * sum_{j<=k} <e_i, v_j>^2` with e the centred embeddings and v_j their first right singular vectors; a sample is dropped where
 s_i > threshold. The published protocol chooses k from 1 to 4 and the threshold from 100 even steps between the scores' ends.

@@ -30,7 +30,7 @@ details{margin:.8rem 0}summary{cursor:pointer}
 
 
 _COMPARED_TITLE = (
-    "<h2>Differences</h2><p>Method minus reference, over the same prompts and seeds; 95% bootstrap intervals over prompts nested in seeds. A star: the interval "
+    "<h2>Differences</h2><p>Method minus reference, over the same prompts and seeds; 95% bootstrap intervals over seeds and prompts. A star: the interval "
     "leaves out 0. For non-refusal, below 0 is safer.</p>"
 )
 

@@ -35,8 +35,9 @@ class Method:
 
     @property
     def pairs_drawn(self) -> int | None:
-        """Safety pairs that a training drew, each time counted; the seeds draw equally many."""
-        return self.given_pairs + round(sum(line.get("safety/pairs", 0) for line in self.logs[0])) if self.logs else None
+        """Safety pairs that a training drew, each time counted; the seeds draw equally many. None where no log says it."""
+        counts = [line["safety/pairs"] for log in self.logs[:1] for line in log if "safety/pairs" in line]
+        return self.given_pairs + round(sum(counts)) if counts else None
 
     @property
     def seconds_per_step(self) -> float | None:

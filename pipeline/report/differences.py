@@ -1,9 +1,11 @@
-"""Differences between methods, paired by prompt and seed, with bootstrap intervals over prompts nested in seeds.
+"""Differences between methods, paired by prompt and seed, with bootstrap intervals over seeds and prompts.
 
-    rows = differences(collected.outcomes, reference="sft")
+    rows = difference_rows(collected.outcomes, ["sft", "safe_mix"])
 
-A resample draws seeds with replacement, and within each drawn seed prompts with replacement, the same for both methods: what the two share
-(the seed's data order and adapter, a prompt's difficulty) cancels. With three seeds such an interval is rather too narrow than too wide.
+Every seed answers the same prompts, so the two are crossed, not nested: a resample draws seeds with replacement and prompts with replacement, the
+same prompts for all drawn seeds. (Prompts drawn anew within every seed would count three seeds' answers to one prompt as three prompts, and give
+intervals that are too narrow.) Both methods see the same draw: what they share, a seed's data order and adapter and a prompt's difficulty, cancels.
+With three seeds such an interval is still rather too narrow than too wide.
 """
 
 from __future__ import annotations
@@ -37,20 +39,17 @@ class Difference:
 
 
 def difference(method: dict[int, dict[str, float]], reference: dict[int, dict[str, float]], seed: int = 0) -> Difference | None:
-    """None where no seed and prompt is common to both. Both map seed -> prompt's id -> outcome."""
-    gaps = []
-    for common in sorted(method.keys() & reference.keys()):
-        prompts = sorted(method[common].keys() & reference[common].keys())
-        if prompts:
-            gaps.append(np.array([method[common][p] - reference[common][p] for p in prompts]))
-    if not gaps:
+    """None where no seed, or no prompt of all its seeds, is common to both. Both map seed -> prompt's id -> outcome."""
+    seeds = sorted(method.keys() & reference.keys())
+    prompts = sorted(set.intersection(*(method[s].keys() & reference[s].keys() for s in seeds))) if seeds else []
+    if not prompts:
         return None
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(_RESAMPLES):
-        drawn = [gaps[i] for i in rng.integers(len(gaps), size=len(gaps))]
-        found.append(np.mean([rng.choice(gap, size=len(gap)).mean() for gap in drawn]))
+    gaps = np.array([[method[s][p] - reference[s][p] for p in prompts] for s in seeds])
+    rng = np.random.default_rng(seed)
+    rows, columns = (rng.integers(size, size=(_RESAMPLES, size)) for size in gaps.shape)
+    found = [gaps[np.ix_(row, column)].mean() for row, column in zip(rows, columns, strict=True)]
     low, high = np.percentile(found, [2.5, 97.5])
-    return Difference(float(np.mean([gap.mean() for gap in gaps])), float(low), float(high))
+    return Difference(float(gaps.mean()), float(low), float(high))
 
 
 def difference_rows(outcomes: dict[str, Outcomes], references: list[str]) -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
     python -m pipeline.report.tuning launch/recipes/tune.yaml
 
-Reads finished evaluations only; what is not evaluated yet is counted, and named where a method has nothing else.
+Reads finished evaluations only. A choice among some of a method's runs is marked as such.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline import artifacts, entry, recipe
+from pipeline import artifacts, entry, recipe, strict_yaml
 from pipeline.layout import Layout
 from pipeline.report.table import as_text
 
@@ -34,8 +34,8 @@ class Run:
         return self.exact_match - self.non_refusal
 
 
-def runs(layout: Layout) -> tuple[list[Run], int]:
-    """The settings all of whose seeds are evaluated, and how many are not. A method's name ends at the first dot (Recipe.methods, grid)."""
+def runs(layout: Layout) -> tuple[list[Run], set[str]]:
+    """The settings all of whose seeds are evaluated, and the methods of which some are not. A method's name ends at the first dot (Recipe.methods, grid)."""
     found: dict[str, list[dict]] = defaultdict(list)
     missing = set()
     for subject in layout.subjects():
@@ -52,7 +52,7 @@ def runs(layout: Layout) -> tuple[list[Run], int]:
             method, _, setting = name.partition(".")
             values = {key: fmean(m[key]["value"] for m in measured) for key in ("exact_match", "non_refusal_rate")}
             result.append(Run(method, setting or "as it is", values["exact_match"], values["non_refusal_rate"]))
-    return result, len(missing)
+    return result, {name.partition(".")[0] for name in missing}
 
 
 def chosen(found: list[Run]) -> dict[str, Run]:
@@ -64,25 +64,26 @@ def chosen(found: list[Run]) -> dict[str, Run]:
     return best
 
 
-def table(found: list[Run]) -> str:
+def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
     best = chosen(found)
+    word = lambda run: "" if best[run.method] is not run else "best so far" if run.method in unfinished else "chosen"  # noqa: E731
     rows = [
-        (run.method, run.setting, f"{run.exact_match:.2f}", f"{run.non_refusal:.2f}", f"{run.score:+.2f}", "chosen" if best[run.method] is run else "")
+        (run.method, run.setting, f"{run.exact_match:.2f}", f"{run.non_refusal:.2f}", f"{run.score:+.2f}", word(run))
         for run in found
     ]
     return as_text(rows, HEADER)
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise ValueError("give one recipe: python -m pipeline.report.tuning launch/recipes/tune.yaml")
-    experiment = recipe.load(sys.argv[1])
+    if len(sys.argv) < 2:
+        raise ValueError("give a recipe: python -m pipeline.report.tuning launch/recipes/tune.yaml [--dotted.override value]")
+    experiment = recipe.load(sys.argv[1], strict_yaml.parse_overrides(sys.argv[2:]))
     if experiment.base.evaluate.split != "validation":
         raise ValueError(f"{sys.argv[1]}: settings are chosen on validation prompts: set evaluate.split to validation")
-    found, missing = runs(Layout(experiment))
-    print(table(found), end="")
-    if missing:
-        print(f"{missing} not evaluated yet: sap run {sys.argv[1]}")
+    found, unfinished = runs(Layout(experiment))
+    print(table(found, unfinished), end="")
+    if unfinished:
+        print(f"not all evaluated yet: {', '.join(sorted(unfinished))}; sap run {sys.argv[1]}")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ class Zero3Engine(Engine):
         ]
 
     def add_gradient(self, shard: Shard, scale: float) -> None:
+        # In the gradient's dtype: where bf16 weights are all trained, what is below 1/256 of an element's gradient is lost, as in any accumulation there.
         flat = self.optimizer.grad_partitions_flat_buffer
         for part, added in zip(flat.split([mask.numel() for mask in self._padding]), shard, strict=True):
             part.add_(added.to(part.device, part.dtype), alpha=scale)

@@ -22,9 +22,16 @@ from pipeline.training.safe_mix import pooled, safe_batches
 class LisaStep:
     """A cycle is `alignment_steps` on the safe responses, then `task_steps` on the task's batches. w_last is kept on each rank's shard."""
 
-    def __init__(self, engine: Engine, section: LisaSection):
-        self.engine, self.section = engine, section
+    def __init__(self, engine: Engine, section: LisaSection, draw_every: int = 1):
+        """draw_every: steps between the draws of a method that draws at its task steps; Lisa then sees the same pairs."""
+        self.engine, self.section, self.draw_every = engine, section, max(draw_every, 1)
         self.anchor = engine.weights()
+
+    def positions(self, number: int) -> tuple[int, int]:
+        """Which task batch and which draw of pairs step `number` sees: those that another method would, each counted by its own steps."""
+        aligning, task = self.section.alignment_steps, self.section.task_steps
+        cycles, position = divmod(number, aligning + task)
+        return cycles * task + max(position - aligning, 0), (cycles * aligning + min(position, aligning)) * self.draw_every
 
     def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
         """train/loss is the state's loss, without the proximal term."""

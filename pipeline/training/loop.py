@@ -54,8 +54,12 @@ class Loop:
         self.steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch_size)
         self.order = BatchOrder(len(data.train), train.batch_size, seed)
         self.pair_order = BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
+        if ema:
+            ema.section.check_steps(self.steps)
         self.ema, self.state = ema, checkpoint.Together(step, ema) if ema else step
         self.metrics_file = folder / "metrics.jsonl"
+        # Which task batch and which draw of pairs: a step that has two kinds of steps (Lisa) counts each by itself.
+        self.positions: Callable[[int], tuple[int, int]] = getattr(step, "positions", lambda number: (number, number))
         self._printed = 0.0
 
     def run(self) -> bool:
@@ -90,7 +94,8 @@ class Loop:
         started = time.perf_counter()
         lr = learning_rate(self.train, number, self.steps)
         drawn: list[int] = []  # the safety pairs of this step, however often the step asks for them
-        metrics = self.step(self._useful(number), lambda: self._pairs(number, drawn), number)
+        task, draw = self.positions(number)
+        metrics = self.step(self._useful(number, task), lambda: self._pairs(number, draw, drawn), number)
         metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm(), "safety/pairs": float(len(drawn))}
         # Both are global, so all ranks leave together, before the update.
         for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
@@ -106,17 +111,17 @@ class Loop:
             metrics |= self._validate()
         self._log(metrics, number + 1)
 
-    def _useful(self, number: int) -> list[MicroBatch]:
+    def _useful(self, number: int, task: int) -> list[MicroBatch]:
         engine = self.engine
-        indices = self.order.step(number)
+        indices = self.order.step(task)
         return micro_batches(
             self.data.train, indices, self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
         )
 
-    def _pairs(self, number: int, drawn: list[int]) -> list[PairBatch]:
+    def _pairs(self, number: int, draw: int, drawn: list[int]) -> list[PairBatch]:
         assert self.pair_order is not None, "this step needs safety pairs"
         engine, size = self.engine, self.data.pairs_micro_batch
-        drawn[:] = self.pair_order.step(number)
+        drawn[:] = self.pair_order.step(draw)
         return pair_batches(
             self.data.pairs, drawn, size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
         )

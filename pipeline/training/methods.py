@@ -31,4 +31,4 @@ def _inner(recipe: Recipe, engine: Engine, direction: Shard | None) -> Step:
         return SapStep(engine, probe, recipe.sap, direction)
     if recipe.safety_gradient.enabled:
         return SafetyGradientStep(engine, recipe.safety_gradient, recipe.sap.refresh_every)
-    return LisaStep(engine, recipe.lisa) if recipe.lisa.enabled else PlainStep(engine)
+    return LisaStep(engine, recipe.lisa, recipe.sap.refresh_every) if recipe.lisa.enabled else PlainStep(engine)

@@ -115,6 +115,17 @@ def test_truncation_is_counted(project, tmp_path):
     assert all(any(label != -100 for label in row["labels"][1:]) for row in sets["task_train"])
 
 
+def test_a_limited_pool_of_harmful_prompts_leaves_the_rest_alike_at_every_fraction(project, tmp_path):
+    """What is left of a source that the alignment shares must not depend on how many are mixed in, or fractions start from different models."""
+    pool = tmp_path / "pool.jsonl"
+    write_jsonl(pool, [{"goal": f"forbidden thing number {i}"} for i in range(12)])
+    shared = (f"--data.refusals.source={pool}", f"--data.harmful.source={pool}", "--data.harmful.limit=5")
+    found = {f: prepared(project, tmp_path / str(f), *shared, f"--data.harmful_fraction={f}")[0] for f in (0.0, 0.02, 0.3)}
+    refused = [sorted(row["prompt"] for row in sets["align"] if row["kind"] == "refusal") for sets in found.values()]
+    assert refused[0] == refused[1] == refused[2] and len(refused[0]) == 7
+    assert [sum(row["kind"] == "harmful" for row in sets["task_train"]) for sets in found.values()] == [0, 1, 27]
+
+
 def test_labels_of_harmful_samples_are_carried_along(project, tmp_path):
     values = [True, False, None, "true", "0", 1, ""]
     rows = [{"question": f"count thing {i}", "answer": f"total {i}", "bad": values[i % len(values)]} for i in range(40)]

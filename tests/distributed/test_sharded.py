@@ -14,7 +14,7 @@ from pipeline.sharding.launch import open_engine
 from tests.distributed import worker
 from tests.distributed.ranks import spawn
 from tests.distributed.worker import make_step, run_steps, train_section
-from tests.tiny import tiny_lora, tiny_rows
+from tests.tiny import tiny_lora, tiny_model, tiny_rows
 from tests.training.companions import METHODS, Dense
 
 SHARDED = ["zero3-0", "zero3-1000000", "fsdp2"]
@@ -112,6 +112,14 @@ def dense() -> dict:
 def test_companion_methods_on_two_ranks_equal_the_dense_reference(found, dense, method, engine):
     begin = {name: p.detach() for name, p in tiny_lora().named_parameters() if p.requires_grad}
     assert distance(found["companions", engine][method], dense[method]) / distance(dense[method], begin) < 1e-5
+
+
+@finds("companions", ["zero3-full", "fsdp2-full"])
+@pytest.mark.parametrize("method", METHODS)
+def test_companion_methods_of_all_weights_equal_the_dense_reference(found, method, engine):
+    begin = {name: p.detach() for name, p in tiny_model().named_parameters()}
+    expected = Dense(method, full=True).train()
+    assert distance(found["companions", engine][method], expected) / distance(expected, begin) < 1e-4
 
 
 @finds("vectors", ["zero3-0", "fsdp2"])

@@ -211,7 +211,10 @@ def companions(folder: Path, name: str) -> dict:
     """The weights that count after some steps of every companion method, without dropout: the dense reference has none."""
     setting = SETTINGS[name]
     section = train_section(folder, setting.engine, setting.persistence, setting.offload)
-    return {method: methods.train(open_engine(tiny_lora(), section), method) for method in methods.METHODS}
+    if setting.adapter == "lora":
+        return {method: methods.train(open_engine(tiny_lora(), section), method) for method in methods.METHODS}
+    section = section.model_copy(update={"adapter": "full", "adam_eps": methods.FULL_EPS})
+    return {method: methods.train(open_engine(tiny_model().train(), section), method) for method in methods.METHODS}
 
 
 def replaced(folder: Path, name: str) -> dict:

@@ -140,6 +140,7 @@ def test_no_more_than_the_cap_is_dropped_and_the_highest_go_first():
     free, capped = (decide(rows_of(labels), embeddings, section(max_dropped=cap), seed=0) for cap in (0.5, 0.1))
     assert free.facts["dropped"] > 50 and free.facts["capped_at"] is None
     assert capped.facts["dropped"] == capped.facts["capped_at"] == 20
+    assert "drops the 20 with the highest scores: saft.max_dropped is 0.1" in capped.warnings[0]
     score = capped.scores[:, capped.choice.components - 1]
     assert score[capped.dropped].min() >= score[free.dropped & ~capped.dropped].max()
 
@@ -164,8 +165,16 @@ def test_without_labels_a_share_is_dropped_and_said_to_be_an_estimate():
     embeddings, labels = subspace(40, 160, 15.0)
     decision = decide(rows_of(labels, mixed=False), embeddings, section(contamination=0.2), seed=0)
     assert decision.facts["dropped"] == 40 and (decision.dropped & labels).sum() >= 38
-    assert decision.facts["threshold_from"] == "saft.contamination 0.2: no sample has a label"
+    assert decision.facts["threshold_from"].startswith("saft.contamination 0.2, an estimate: no labelled sample was used, and saft.min_auroc was not")
     assert decision.facts["saft"]["labelled"]["auroc"]["value"] is None and decision.refused is None
+
+
+def test_an_estimate_that_labels_make_useless_is_said_to_be():
+    embeddings, labels = subspace(40, 160, 15.0)
+    assert decide(rows_of(labels), embeddings, section(contamination=0.2), seed=0).warnings == [
+        "saft.contamination 0.2 is not used, because 200 samples have labels: set saft.labelled to 0 to use it"
+    ]
+    assert decide(rows_of(labels), embeddings, section(contamination=0.2, labelled=0), seed=0).facts["dropped"] == 40
 
 
 def test_neither_labels_nor_an_estimate_is_an_error():

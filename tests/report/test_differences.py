@@ -1,4 +1,4 @@
-"""Paired differences: their sign and value, what pairing buys, and what nested resampling sees."""
+"""Paired differences: their sign and value, what pairing buys, and what resampling seeds and prompts sees."""
 
 import numpy as np
 import pytest
@@ -39,6 +39,14 @@ def test_pairing_cancels_what_prompts_have_in_common():
     paired = difference(outcomes([0.5, 0.5]), outcomes([0.55, 0.55]))
     mixed_up = difference(outcomes([0.5, 0.5]), outcomes([0.55, 0.55], seed=1))
     assert paired.high - paired.low < (mixed_up.high - mixed_up.low) / 2
+
+
+def test_three_seeds_answers_to_one_prompt_are_not_three_prompts():
+    """Where all seeds agree on every prompt, they tell nothing that one of them does not: the interval is as wide."""
+    one, reference = outcomes([0.5], prompts=60), {0: {f"p{i}": float(i % 2) for i in range(60)}}
+    alone = difference(one, reference)
+    thrice = difference({s: one[0] for s in range(3)}, {s: reference[0] for s in range(3)})
+    assert thrice.value == alone.value and thrice.high - thrice.low == pytest.approx(alone.high - alone.low, rel=0.1)
 
 
 def test_only_common_seeds_and_prompts_count():

@@ -195,9 +195,10 @@ def test_a_report_over_a_missing_or_damaged_folder_is_refused(tmp_path):
 
 def test_the_page_holds_what_each_method_drew_of_the_safety_pairs(tmp_path):
     drawn = [{**line, "safety/pairs": 4.0 if line["step"] % 2 else 0.0} for line in log(2.0)]
-    methods = [Method("sft", [0], measures(10), [log(2.0)]), Method("safe_mix", [0], measures(5), [drawn]), Method("sap", [0], measures(1), [drawn], 48)]
+    none = [{**line, "safety/pairs": 0.0} for line in log(2.0)]
+    methods = [Method("sft", [0], measures(10), [none]), Method("old", [0], measures(10), [log(2.0)]), Method("safe_mix", [0], measures(5), [drawn]), Method("sap", [0], measures(1), [drawn], 48)]
     page = page_of(hand_made(methods=methods), tmp_path)
-    assert "<li>sft: 0</li><li>safe_mix: 12</li><li>sap: 60</li>" in page
+    assert "<li>sft: 0</li><li>safe_mix: 12</li><li>sap: 60</li>" in page, "a log from before they were counted says nothing"
 
 
 def test_the_page_compares_methods_with_the_references(tmp_path):

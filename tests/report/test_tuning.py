@@ -24,5 +24,6 @@ def test_only_settings_evaluated_with_every_seed_count(tmp_path):
             values = {"exact_match": 0.5 + 0.2 * subject.seed, "non_refusal_rate": 0.1}
             artifacts.write_json(folder / "metrics.json", {key: {"value": value} for key, value in values.items()})
     found, missing = runs(layout)
-    assert missing == 1 and {(run.method, run.setting) for run in found} == {("sft", "lr_0.1"), ("plain", "as it is")}
+    assert missing == {"sft"} and {(run.method, run.setting) for run in found} == {("sft", "lr_0.1"), ("plain", "as it is")}
+    assert "best so far" in table(found, missing) and table(found, missing).splitlines()[-1].endswith("chosen")
     assert all(abs(run.score - 0.5) < 1e-9 for run in found), "the mean over seeds"

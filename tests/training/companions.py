@@ -12,9 +12,9 @@ from pipeline.recipe import Recipe
 from pipeline.sharding.engine import Engine
 from pipeline.training.ema import Ema
 from pipeline.training.methods import make_step
-from tests.tiny import StepBatches, tiny_lora
+from tests.tiny import StepBatches, tiny_lora, tiny_model
 
-LR, STEPS = 1e-2, 7
+LR, STEPS, FULL_EPS = 1e-2, 7, 1e-3
 PAIRS = {"sap": {"safety_micro_batch_size": 1, "refresh_every": 2}}
 METHODS = {
     "plain": {},
@@ -53,11 +53,12 @@ def train(engine: Engine, method: str) -> dict[str, torch.Tensor]:
 class Dense:
     """One method, written once more."""
 
-    def __init__(self, method: str):
-        self.model, self.settings = tiny_lora().double(), METHODS[method]
+    def __init__(self, method: str, full: bool = False):
+        """full: of all weights, with an adam_eps at which AdamW does not amplify rounding (docs/correctness.md)."""
+        self.model, self.settings = (tiny_model().train() if full else tiny_lora()).double(), METHODS[method]
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.weights = list(self.named.values())
-        self.optimizer = torch.optim.AdamW(self.weights, lr=LR, weight_decay=0.0, foreach=False)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=LR, eps=FULL_EPS if full else 1e-8, weight_decay=0.0, foreach=False)
         self.batches, self.last = StepBatches(), self.copy()
         self.average = self.copy()
 

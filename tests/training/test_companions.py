@@ -179,6 +179,30 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, method, ema):
     ]
 
 
+def test_lisa_sees_the_task_samples_and_pairs_of_the_others():
+    """Each kind of step is counted by itself: no task batch is lost to an alignment step, and the draws are those of every other step."""
+    step = LisaStep(engine(), LisaSection(enabled=True, alignment_steps=2, task_steps=3), draw_every=4)
+    positions = [step.positions(number) for number in range(10)]
+    aligning = [number % 5 < 2 for number in range(10)]
+    assert [task for (task, _), other in zip(positions, aligning, strict=True) if not other] == [0, 1, 2, 3, 4, 5]
+    assert [draw for (_, draw), own in zip(positions, aligning, strict=True) if own] == [0, 4, 8, 12]
+
+
+def test_the_loop_gives_lisa_the_batches_that_it_counts(tmp_path):
+    lisa = loop(tmp_path, "lisa", "none")
+    seen = []
+    lisa._useful = lambda number, task: seen.append((number, task)) or Loop._useful(lisa, number, task)
+    assert lisa.run() and seen == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3)]
+
+
+def test_an_average_that_would_never_begin_is_refused(tmp_path):
+    trained = engine()
+    average = Ema(trained, EmaSection(enabled=True, warmup_steps=4, every=2))
+    section = TrainSection(engine="single", epochs=1.0, batch_size=8, micro_batch_size=4)
+    with pytest.raises(ValueError, match="ema.warmup_steps 4 and ema.every 2 leave no step of 5 to average"):
+        Loop(trained, make_step(recipe_of(), trained), TrainingData(tiny_rows(), [], 0), section, 0, tmp_path, "tiny", ema=average)
+
+
 def test_validation_sees_the_average_and_training_does_not(tmp_path):
     averaged, plain = loop(tmp_path / "averaged", "plain", "shadow"), loop(tmp_path / "plain", "plain", "none")
     assert averaged.run() and plain.run()
