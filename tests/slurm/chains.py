@@ -118,3 +118,26 @@ def test_every_rank_is_distinct_and_ports_differ_by_job_and_restart(site, undist
         assert {rank["WORLD_SIZE"] for rank in ranks} == {"4"} and {rank["MASTER_ADDR"] for rank in ranks} == {"n1"}
     ports = [{rank["MASTER_PORT"] for rank in ranks} for ranks in runs.values()]
     assert all(len(port) == 1 for port in ports) and ports[0] != ports[1]
+
+
+def test_a_method_that_filters_its_data(site):
+    """filter.sh on all ranks, then the training without what was dropped."""
+    output = site.output("filtered")
+    saft = ("--methods.sap.saft.enabled=true", "--methods.sap.saft.labelled=50", "--methods.sap.saft.min_auroc=0", "--train.steps=4")
+    jobs = site.chain(output, "--methods", "sap", overrides=saft)
+    site.wait(jobs["train-sap-s0"])
+    site.shell("scancel", "--user=root", check=False)
+    assert "COMPLETED" == site.cluster.state(jobs["filter"]) and f"after {jobs['filter']}" in site.printed
+    assert manifest(output, "embeddings-")["world_size"] == manifest(output, "train-sap-")["world_size"] == NODES * RANKS_PER_NODE
+    facts = json.loads(next((output / "tiny").glob("filter-*/facts.json")).read_text())
+    assert facts["dropped"] > 0 and facts["samples"] > facts["dropped"]
+
+
+def test_a_filter_that_refuses_ends_the_chain_with_its_reason(site):
+    output = site.output("refused")
+    saft = ("--methods.sap.saft.enabled=true", "--methods.sap.saft.min_auroc=1", "--methods.sap.saft.layer=0", "--methods.sap.saft.position=response_start")
+    jobs = site.chain(output, "--methods", "sap", overrides=saft)
+    site.wait(jobs["train-sap-s0"], "FAILED")
+    assert "saft refuses to filter: its AUROC on" in site.log(jobs["train-sap-s0"]) and "warning: saft refuses" in site.log(jobs["filter"])
+    site.cluster.wait_for(lambda: site.cluster.state(jobs["report"]) == "CANCELLED", 60, "the report to be cancelled")
+    assert "saft refuses to filter" in site.cluster.job(jobs["report"])["Comment"]
