@@ -89,13 +89,14 @@ mapfile -t SHAPE < <(shape)
 
 # submit STAGE WHAT AFTER SCRIPT SBATCH_OPTIONS...: sets JOB. AFTER: job ids, separated by colons, or nothing.
 submit() {
-  local stage=$1 what=$2 after=$3 script=$4 log dependency command
+  local stage=$1 what=$2 after=$3 script=$4 log dependency command hold=()
   shift 4
   log=$LOGS/$what-%j.log
   [ "$stage" != evaluate ] || log=$LOGS/$what-%A_%a.log
   # The same stage of an earlier submission may still be running: wait for its end, and find its folder complete.
   dependency=${after:+afterok:$after,}singleton
-  command=(${CLEAN[@]+"${CLEAN[@]}"} sbatch --parsable --export=ALL --kill-on-invalid-dep=yes --job-name="$NAME.$what" --output="$log" ${dependency:+"--dependency=$dependency"}
+  [ -n "$after" ] || hold=(--hold) # until all are submitted: a first job that gives up at once must find in the chain's file whom to tell
+  command=(${CLEAN[@]+"${CLEAN[@]}"} sbatch ${hold[@]+"${hold[@]}"} --parsable --export=ALL --kill-on-invalid-dep=yes --job-name="$NAME.$what" --output="$log" ${dependency:+"--dependency=$dependency"}
     "$@" "$script" "$RECIPE" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
   if [ "$DRY" = yes ]; then
     JOB="<$what>"
@@ -103,6 +104,7 @@ submit() {
     return
   fi
   JOB=$("${command[@]}") || fail "sbatch refused stage $stage; to undo what was submitted: scancel $(cut -f 1 "$SAP_CHAIN" 2>/dev/null | paste -sd' ')"
+  [ -n "$after" ] || HELD+=("${JOB%%;*}")
   JOB=${JOB%%;*} # with several clusters sbatch prints JOB;CLUSTER
   log=${log//%[jA]/$JOB}
   printf '%s\t%s\t%s\t%s\n' "$JOB" "${after:--}" "$what" "${log//%a/0}" >>"$SAP_CHAIN"
@@ -119,7 +121,7 @@ todo() {
   [ -z "$rows" ] || printf '%s\n' "$rows"
 }
 
-BEFORE="" # what the next stage waits for
+BEFORE="" HELD=() # what the next stage waits for; the jobs that wait for none
 GPU=("${SHAPE[@]}") CPU=() CLEAN=()
 if [ -n "${SAP_CPU_PARTITION:-}" ]; then
   CPU=("--partition=$SAP_CPU_PARTITION")
@@ -171,6 +173,10 @@ stage_of_cells train "$TRAIN" "${GPU[@]}"
 evaluate
 stage_of_one report slurm/report.sh ${CPU[@]+"${CPU[@]}"}
 
+if [ ${#HELD[@]} -gt 0 ]; then
+  ids=$(IFS=,; echo "${HELD[*]}")
+  scontrol release "$ids" || fail "the chain is submitted, and its first jobs are held: scontrol release $ids"
+fi
 if [ -z "$BEFORE" ]; then
   echo "complete: $(awk -F'\t' '$1 == "report" { print $5 "/report.html" }' <<<"$STATUS")"
 fi

@@ -80,6 +80,7 @@ def test_dry_run_prints_the_chain_and_touches_nothing(recipe):
     for part in ("slurm/sap_13b.sh", "--nodes=4", "--ntasks-per-node=4", "--gpus-per-node=4", "afterok:<direction-", "singleton", "--kill-on-invalid-dep=yes"):
         assert part in lines["train"]
     assert "--array=0,1,2,3,4,5,6,7,8" in lines["evaluate"] and lines["evaluate"].count("<train-") == 2
+    assert [stage for stage in list(lines)[:-1] if "--hold" in lines[stage]] == ["prepare"], "released once all are submitted"
     assert all("--train.lr=1e-3" in lines[stage] for stage in list(lines)[:-1])
     assert not (recipe.parent / "runs").exists()
 
