@@ -364,7 +364,7 @@ requeue() {
 
 # give_up REASON CODE: the jobs that wait for this one would never start; they are cancelled, with the reason in their logs and comments.
 give_up() {
-  local gone=" ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} " id after what log
+  local gone=" ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} " id after what log below=()
   say "gives up: $1"
   if [ -r "${SAP_CHAIN:-}" ]; then
     while IFS=$'\t' read -r id after what log; do
@@ -373,10 +373,12 @@ give_up() {
           gone+="$id "
           echo "[$(date +%FT%T)] job $id ($what) was cancelled, because job $SLURM_JOB_ID ($SLURM_JOB_NAME) gave up: $1" >>"${log//%j/$id}" || true
           scontrol update JobId="$id" Comment="cancelled: job $SLURM_JOB_ID gave up: ${1//\"/}" || true
-          scancel "$id" || true
+          below+=("$id")
         fi
       done
     done <"$SAP_CHAIN"
+    # Only now: slurmctld cancels by itself what waits for a cancelled job, and what is cancelled takes no comment.
+    [ ${#below[@]} = 0 ] || scancel "${below[@]}" || true
   fi
   leave "$2"
 }
