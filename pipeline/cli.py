@@ -80,14 +80,20 @@ def _main(argv: list[str]) -> int:
     chain = Chain(experiment, [options.recipe, *_as_arguments(overrides)], options.method, options.jobs)
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")
+    failure = 0
     for stage in STAGES if options.stage == "run" else (options.stage,):
+        if stage == "report" and failure:
+            names = ", ".join(folder.name for folder in chain.failed)
+            print(f"not trained: {names} (the reason is above); what trained is evaluated, and the report waits for the rest", file=sys.stderr)
+            break
         if stage == "report" and options.method:
             print(f"the report needs every method: `sap report {options.recipe}` once they are evaluated", file=sys.stderr)
             continue
         code = chain.run(stage)
-        if code:
-            return code
-    return 0
+        failure = failure or code
+        if code and not (stage == "train" and chain.failed):
+            break
+    return failure
 
 
 class Chain:
@@ -95,6 +101,7 @@ class Chain:
 
     def __init__(self, experiment: Experiment, arguments: list[str], method: str | None, jobs: int = 1):
         self.jobs = jobs
+        self.failed: list[Path] = []  # cells whose training failed in this command, while others trained
         self.experiment, self.layout, self.base = experiment, Layout(experiment), experiment.base
         self.arguments = ["--config", *arguments]
         self.cells = [cell for cell in experiment.cells() if method in (None, cell.method)]
@@ -156,12 +163,19 @@ class Chain:
         missing = next((folder for folder in precomputed if not artifacts.complete(folder)), None)
         if missing:
             raise ValueError(f"{missing} is not complete: run `sap direction {self.experiment.path}` first, or `sap run`")
-        return self._each_cell("train.py", self.layout.train, lambda cell: True)
+        code = self._each_cell("train.py", self.layout.train, lambda cell: True)
+        folders = self.folders("train")
+        if code not in (0, runner.STOPPED) and any(map(artifacts.complete, folders)):
+            self.failed = [folder for folder in folders if not artifacts.complete(folder)]
+        return code
 
     def evaluate(self) -> int:
-        self._need("prepare", "align", "train")
+        """Of the subjects that are trained; one that failed in this very command is left out, one that was never trained is an error."""
+        self._need("prepare", "align", *([] if self.failed else ["train"]))
         jobs = []
         for subject in self.layout.subjects():
+            if subject.trained in self.failed:
+                continue
             if self._selected(subject.name) and not artifacts.complete(self.layout.evaluate(subject)):
                 seed = [] if subject.seed is None else ["--seed", str(subject.seed)]
                 jobs.append([*self.arguments, "--method", subject.name, *seed])

@@ -3,7 +3,7 @@
     experiment = recipe.load("launch/recipes/llama_7b_sap.yaml")
     print(plan_cell(experiment, experiment.cell("sap", 0), ranks=8, gpu_gb=80))
 
-The model's modules are built without memory and counted. What the engines hold is read off pipeline/sharding and DeepSpeed 0.19's ZeRO-3;
+The model's modules are built without memory and counted (model_size.py). What the engines hold is read off pipeline/sharding and DeepSpeed 0.19's ZeRO-3;
 activations off transformers' decoders (gated MLP, RMSNorm in float32) and PEFT's LoRA. Sequences count at full length with every token
 supervised, so the sums lie above what happens; tests/test_planner.py holds them against engines, graphs and FLOP counts on a CPU. Not
 counted: fragmentation of the allocator's memory (leave headroom), offloading to CPUs, ZeRO++, experts, what a run does once, and what a
@@ -14,17 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, Literal, get_args
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from pipeline.data.batches import check_divides
 from pipeline.model_files import BUILTIN, model_location, resolve_model_path
-from pipeline.models import check_targets, decoder_layers, unreachable
-from pipeline.quantization import BLOCK, check_quantisable
+from pipeline.model_size import Counted, Weight, count_model
+from pipeline.models import unreachable
+from pipeline.quantization import BLOCK
 from pipeline.recipe import Cell, Experiment
 from pipeline.sap.probe import resolve_layers
 from pipeline.sections import LisaSection, SapSection, TrainSection
@@ -47,43 +45,6 @@ class Row:
     formula: str
     bytes: float
     moment: Moment
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor as it is stored: shape, bytes per element, whether it belongs to a decoder layer, whether it is trained."""
-
-    shape: tuple[int, ...]
-    width: float
-    in_layer: bool
-    trained: bool
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    def held(self, engine: str, ranks: int) -> int:
-        """Elements on the rank that holds the most: ZeRO-3 cuts the flat tensor, FSDP2 its rows."""
-        if engine == "single":
-            return self.numel
-        return -(-self.numel // ranks) if engine == "zero3" else -(-self.shape[0] // ranks) * prod(self.shape[1:])
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What a config says: stored tensors, and the sizes that activations and FLOPs depend on."""
-
-    weights: tuple[Weight, ...]
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    queries: int  # heads x dimension of a head
-    keys: int  # the same of the key heads, which several queries may share
-    vocabulary: int
-    linears: tuple[tuple[int, int], ...]  # (out, in) of one decoder layer's
-    adapted: tuple[tuple[int, int], ...]
-    eager: bool
 
 
 @dataclass(frozen=True)
@@ -176,7 +137,7 @@ def estimate(
     Raises ValueError where adapter, quantization, batch sizes or probed layers do not go with the model or the ranks.
     """
     nf4, zero = quantization == "nf4", (ds_config or {}).get("zero_optimization", {})
-    plan = Plan(_count(config, train, dtype_bytes, nf4), train, sap, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length)
+    plan = Plan(count_model(config, train, dtype_bytes, nf4), train, sap, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length)
     plan.check()
     return plan
 
@@ -204,57 +165,6 @@ def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> 
     plan = estimate_cell(experiment, cell, ranks)
     head = f"{experiment.base.name}, method {cell.method}, {plan.train.engine} on {ranks} GPUs. Arithmetic: nothing here was run on a GPU."
     return "\n".join([head, plan.table(gpu_gb), plan.time()])
-
-
-def _count(config: PretrainedConfig, train: TrainSection, dtype_bytes: int, nf4: bool) -> Counted:
-    """Build the modules without memory and count them."""
-    text = config.get_text_config()
-    lacking = next((name for name in ("intermediate_size", "num_attention_heads") if getattr(text, name, None) is None), None)
-    if lacking:
-        raise ValueError(f"the model's config has no {lacking}: the planner knows decoders with attention and a gated MLP only")
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if nf4 and train.adapter == "full":
-        raise ValueError("train.adapter full cannot train weights in 4 bits: set model.quantization to none, or train.adapter to lora")
-    if nf4:
-        check_quantisable(module, config.name_or_path)
-    if train.adapter == "lora":
-        check_targets(module, train.lora, "train")
-    layers, targets = decoder_layers(module), set(train.lora.target_modules) if train.adapter == "lora" else set()
-    linears = {name.rpartition(".")[2]: (m.out_features, m.in_features) for name, m in layers[0].named_modules() if isinstance(m, nn.Linear)}
-    dimension = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Counted(
-        weights=tuple(_weights(module, layers, train, dtype_bytes, nf4)),
-        layers=len(layers),
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        heads=text.num_attention_heads,
-        queries=text.num_attention_heads * dimension,
-        keys=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * dimension,
-        vocabulary=text.vocab_size,
-        linears=tuple(linears.values()),
-        adapted=tuple(shape for name, shape in linears.items() if name in targets),
-        eager=module.config._attn_implementation == "eager",
-    )
-
-
-def _weights(module: nn.Module, layers: Sequence[nn.Module], train: TrainSection, width: int, nf4: bool) -> list[Weight]:
-    inside, head, full = {id(part) for layer in layers for part in layer.modules()}, module.get_output_embeddings(), train.adapter == "full"
-    seen: set[nn.Parameter] = set()
-    found: list[Weight] = []
-    for path, owner in module.named_modules():
-        in_layer, linear = id(owner) in inside, isinstance(owner, nn.Linear)
-        for name, parameter in owner.named_parameters(recurse=False):
-            numel = parameter.numel()
-            if nf4 and linear and owner is not head and name == "weight":
-                # As quantization.py stores them: codes of half a byte, and a float32 scale for every block.
-                found += [Weight((-(-numel // 2),), 1, in_layer, False), Weight((-(-numel // BLOCK),), 4, in_layer, False)]
-            elif parameter not in seen:  # else tied
-                found.append(Weight(tuple(parameter.shape), width, in_layer, full))
-            seen.add(parameter)
-        if not full and linear and path.rpartition(".")[2] in train.lora.target_modules:
-            found += [Weight((train.lora.r, owner.in_features), 4, in_layer, True), Weight((owner.out_features, train.lora.r), 4, in_layer, True)]
-    return found
 
 
 def _state(plan: Plan) -> list[Row]:

@@ -68,6 +68,11 @@ def test_a_filter_that_cannot_tell_keeps_its_scores_and_its_cells_do_not_train(p
     assert found.returncode == 0 and "warning: saft refuses to filter: its AUROC on 50 labelled samples is" in found.stderr
     training = sap("train", project, "--method", "combined", *arguments)
     assert training.returncode == 2 and training.stderr.count("error: saft refuses to filter") == 1
+    before = {prefix: set(layout.root.glob(f"{prefix}-*")) for prefix in ("evaluate-sft", "report")}
+    whole = sap("run", project, *arguments, "--methods.sft.train.steps=2")
+    assert whole.returncode == 2 and "not trained: train-combined-s0-" in whole.stderr and "Traceback" not in whole.stderr
+    assert len(set(layout.root.glob("evaluate-sft-*")) - before["evaluate-sft"]) == 1, "the cell that trained is evaluated"
+    assert set(layout.root.glob("report-*")) == before["report"]
     scores = sorted(layout.root.glob("filter-*/scores.parquet"), key=lambda path: path.stat().st_mtime_ns)[-1]
     assert not any(pyarrow.parquet.read_table(scores).column("dropped").to_pylist())
 
