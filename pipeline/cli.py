@@ -37,7 +37,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("stage", choices=(*STAGES, "run", "status", "plan", "doctor"), help="what to do; run: everything that is missing")
     parser.add_argument("recipe", help="path of the recipe, e.g. launch/recipes/demo.yaml")
     parser.add_argument("--method", help="only this method of the recipe")
-    parser.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap: a report of its own")
+    parser.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap (a grid: the name before its settings): a report of its own")
     parser.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")
     parser.add_argument("--portable", action="store_true", help="for status: refuse a recipe whose folders differ from machine to machine")
     parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")

@@ -372,6 +372,15 @@ def test_a_grid_makes_a_method_of_every_combination(tmp_path):
     }  # fmt: skip
 
 
+def test_a_grid_is_chosen_by_the_name_before_its_settings(tmp_path):
+    methods = {"sft": {"grid": {"train.lr": [1e-3, 5e-4]}}, "sft_ema": {"ema": {"enabled": True}}}
+    experiment = load(tmp_path, content(methods=methods))
+    assert list(experiment.only(["sft"]).base.methods) == ["sft.lr_0.001", "sft.lr_0.0005"]
+    assert list(experiment.only(["sft_ema", "sft.lr_0.0005"]).base.methods) == ["sft.lr_0.0005", "sft_ema"]
+    with pytest.raises(ValueError, match="no method 'sft.lr'"):
+        experiment.only(["sft.lr"])
+
+
 @pytest.mark.parametrize("grid", [[1, 2], {}, {"train.lr": 1e-3}, {"train.lr": []}])
 def test_a_grid_that_is_none_is_refused_with_an_example(tmp_path, grid):
     with pytest.raises(ValueError, match="the grid of method 'sft' must map fields to lists of values, e.g. {train.lr: "):
