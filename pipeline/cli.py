@@ -80,8 +80,13 @@ def _main(argv: list[str]) -> int:
     chain = Chain(experiment, [options.recipe, *_as_arguments(overrides)], options.method, options.jobs)
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")
+    return _run(chain, STAGES if options.stage == "run" else (options.stage,), options)
+
+
+def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> int:
+    """The stages in turn; the first failure's exit code. Where some cells trained and others failed, those that trained are evaluated, and no report is made."""
     failure = 0
-    for stage in STAGES if options.stage == "run" else (options.stage,):
+    for stage in stages:
         if stage == "report" and failure:
             names = ", ".join(folder.name for folder in chain.failed)
             print(f"not trained: {names} (the reason is above); what trained is evaluated, and the report waits for the rest", file=sys.stderr)
