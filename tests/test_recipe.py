@@ -448,5 +448,5 @@ def test_every_tuned_method_has_equally_many_tuning_runs():
     for cell in tuned.cells():
         method = cell.method.partition(".")[0]
         runs[method] = runs.get(method, 0) + 1
-    assert set(runs.values()) == {4} and set(runs) == set(COMPARED.base.methods) - {"sft_tuned", "sap_ema", "saft_sap"}
+    assert set(runs.values()) == {6} and set(runs) == set(COMPARED.base.methods) - {"sft_tuned", "sap_ema", "saft_sap"}
     assert tuned.base.evaluate.split == "validation"
