@@ -60,13 +60,17 @@ def guarded(main: Callable[[], int | None]) -> int:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run main, guarded, and end the process with its exit code, without the interpreter's finalization.
+    """Run main, guarded, and end the process with its exit code."""
+    end(guarded(main))
+
+
+def end(code: int) -> NoReturn:
+    """End this process without the interpreter's finalization.
 
     Threads of communication libraries may outlive the process group. One that asks for the interpreter while it finalizes is ended
     in the middle of C++ code, and a rank that has done all its work aborts: "terminate called without an active exception", seen
     once in some hundred launches. What is registered with atexit still runs, and output is flushed.
     """
-    code = guarded(main)
     try:
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -12,8 +12,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import socket
 import sys
 import tempfile
 import threading
@@ -23,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.distributed.ranks import spawn
 
 WORLD = 2
 
@@ -89,13 +89,11 @@ def held(engine: Any) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def rank_main(rank: int, port: int, engine: str, small: str, cases: list[dict[str, Any]], out: str) -> None:
-    """Entry of one rank: every case in turn, after a small model has brought in what loading imports."""
+def rank_main(rank: int, engine: str, small: str, cases: list[dict[str, Any]], out: str) -> None:
+    """What one rank does (tests.distributed.ranks): every case in turn, after a small model has brought in what loading imports."""
     from pipeline.sections import TrainSection
     from pipeline.sharding.launch import init_distributed
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     init_distributed(TrainSection(engine=engine, steps=1))
     rows = []
     for case in cases:
@@ -121,14 +119,8 @@ def rank_main(rank: int, port: int, engine: str, small: str, cases: list[dict[st
 
 def measure(engine: str, small: Path, cases: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """Rows of `cases` on two ranks: bytes of both ranks together (anonymous, shards), of one (mapped), and seconds."""
-    torch.multiprocessing.spawn(rank_main, args=(free_port(), engine, str(small), cases, str(out)), nprocs=WORLD)
+    spawn(WORLD, rank_main, engine, str(small), cases, str(out))
     return json.loads(out.read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
 from pipeline.sections import LoraSection, ModelSection, SapSection, TrainSection
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import init_distributed, leave, open_engine
+from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training.plain import PlainStep
 from pipeline.training.product import save_gathered, save_merged, save_model
 from pipeline.weights import WeightFiles
@@ -155,12 +154,9 @@ def direction(folder: Path, engine: str) -> dict[str, Any]:
 CASES = (loads, quantised, products, direction)
 
 
-def main(rank: int, port: int, engine: str, folder: str) -> None:
-    """Entry of one rank (torch.multiprocessing.spawn)."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def main(rank: int, engine: str, folder: str) -> None:
+    """What one rank does (tests.distributed.ranks)."""
     init_distributed(TrainSection(engine=engine, steps=1))
     results = {case.__name__: case(Path(folder), engine) for case in CASES}
     if rank == 0:
         torch.save(results, Path(folder) / f"{engine}.pt")
-    leave()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.models import load_model, make_trainable
 from pipeline.sections import TrainSection
 from tests import streamed_worker as worker
-from tests.measure_loading import free_port
+from tests.distributed.ranks import spawn
 from tests.tiny import family_model
 
 ENGINES = ["zero3", "fsdp2"]
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder) -> dict[str, dict]:
     for engine in ENGINES:
-        torch.multiprocessing.spawn(worker.main, args=(free_port(), engine, str(folder)), nprocs=worker.WORLD)
+        spawn(worker.WORLD, worker.main, engine, str(folder))
     return {engine: torch.load(folder / f"{engine}.pt", weights_only=True) for engine in ENGINES}
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline import entry
+
 
 def spawn(ranks: int, main: Callable[..., None], *arguments: Any) -> None:
     """Returns when all are done; raises what torch.multiprocessing raises where one fails, after ending the others.
@@ -31,3 +33,4 @@ def _enter(rank: int, ranks: int, port: int, main: Callable[..., None], argument
         # A rank that is gone first may abort the others' communication threads.
         dist.barrier()
         dist.destroy_process_group()
+    entry.end(0)
