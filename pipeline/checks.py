@@ -27,7 +27,8 @@ from pipeline.sharding.launch import check_engine, environment
 def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -> None:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
-    here: what this process runs, under its launcher's world size; everything else will run on the ranks its recipe names.
+    here: what this process runs, under its launcher's world size: checked are the model, the data and that. Without it, every cell of the
+    recipe on the ranks that it names; methods left out by `sap --methods` must not stop the others.
     """
     from pipeline.data.prepare import check_sources
 
@@ -39,8 +40,8 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
     world_size = environment()[1]
     if base.align.enabled:
         check_training("align.train", base.align.train, base, model, world_size if here == "align" else base.align.train.ranks)
-    for cell in experiment.cells():
-        ranks = world_size if cell == here else cell.recipe.train.ranks
+    for cell in experiment.cells() if here is None else () if here == "align" else (here,):
+        ranks = cell.recipe.train.ranks if here is None else world_size
         check_training("train", cell.recipe.train, base, model, ranks)
         sap = cell.recipe.sap
         if sap.enabled:

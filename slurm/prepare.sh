@@ -19,4 +19,4 @@ source "$SAP_HOME/slurm/common.sh"
 job_arguments launch/recipes/llama_7b_sap.yaml "$@"
 look_at prepare
 leave_if_complete
-run_single -m pipeline.cli prepare "$RECIPE" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+run_single -m pipeline.cli prepare "$RECIPE" ${SAP_METHODS:+--methods "$SAP_METHODS"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, checks, recipe
+from pipeline import artifacts, checks, recipe, strict_yaml
 from pipeline.cli import main
 from pipeline.data import builtin
 from pipeline.layout import Layout
@@ -191,6 +191,19 @@ def test_a_launcher_decides_for_its_own_stage_only(project):
         checks.check(experiment, experiment.cell("sap", 0))
         with pytest.raises(ValueError, match="single runs one process, but there are 2 ranks"):
             checks.check(experiment, experiment.cell("sft", 0))
+
+
+def test_methods_left_out_stop_no_launcher(project):
+    """What --methods leaves out is in the recipe that a launch script reads: here saft, which has no labels at fraction 0."""
+    folder, content = project
+    content = content | {"methods": content["methods"] | {"saft": {"saft": {"enabled": True}}}}
+    experiment = recipe.load(write_recipe(folder, content, "labels.yaml"), strict_yaml.parse_overrides(["--data.harmful_fraction", "0"]))
+    checks.check(experiment, "align")
+    checks.check(experiment, experiment.cell("sft", 0))
+    checks.check(experiment.only(["sft", "sap"]))
+    for here in (None, experiment.cell("saft", 0)):
+        with pytest.raises(ValueError, match="saft has no labelled samples"):
+            checks.check(experiment, here)
 
 
 def test_a_report_of_one_method_is_refused(project, capsys):
