@@ -22,8 +22,8 @@ from pipeline.model_files import model_location
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import ModelSection, SourceSection
 
-_REPORT = 2  # raise when the page shows something new
-_FORMAT = 1  # raise when prepared data, checkpoints or products change shape
+_REPORT = 3  # raise when the page shows something new
+_FORMAT = 2  # raise when prepared data, checkpoints or products change shape
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds"}
 
 

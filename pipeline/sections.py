@@ -284,10 +284,11 @@ class EvaluateSection(Section):
     harmful: SourceSection = Field(description="Harmful prompts; their answers are judged")
     harmful_prompts: Positive = Field(150, description="Prompts taken from evaluate.harmful")
     harmless: SourceSection | None = Field(None, description="Harmless prompts that look harmful; refused answers count as over-refusal")
-    harmless_prompts: Positive = Field(75, description="Prompts taken from evaluate.harmless")
+    harmless_prompts: Positive = Field(75, description="Prompts taken from evaluate.harmless, and as many again of what is left for the split validation")
     task_prompts: Positive = Field(75, description="Task test samples answered for exact match")
     split: Literal["test", "validation"] = Field(
-        "test", description="validation: data.validation_prompts and the task's validation samples, for choosing defaults"
+        "test",
+        description="validation: data.validation_prompts, what the test leaves of evaluate.harmless and the task's validation samples, for choosing settings",
     )
     max_new_tokens: Positive = Field(32, description="Tokens generated per answer, greedily")
     batch_size: Positive = Field(32, description="Prompts per generation batch and rank")

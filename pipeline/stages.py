@@ -317,7 +317,8 @@ def _evaluation_sets(layout: Layout) -> dict[str, list[dict[str, Any]]]:
     section, prepared = layout.base.evaluate, layout.prepare()
     test = section.split == "test"
     harmful = read_rows(prepared, "eval_harmful" if test else "validation_prompts")[: section.harmful_prompts]
-    harmless = read_rows(prepared, "eval_harmless")[: section.harmless_prompts] if section.harmless is not None and test else []
+    lookalikes = "eval_harmless" if test else "validation_harmless"
+    harmless = read_rows(prepared, lookalikes)[: section.harmless_prompts] if (prepared / f"{lookalikes}.parquet").is_file() else []
     task = read_rows(prepared, "task_test" if test else "task_validation")[: section.task_prompts]
     return {"harmful": harmful, "harmless": harmless, "task": task}
 

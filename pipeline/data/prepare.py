@@ -60,7 +60,10 @@ class _Preparation:
         data, evaluate = self.data, self.recipe.evaluate
         sets: dict[str, list[Row]] = {"eval_harmful": self._prompts("evaluate.harmful", evaluate.harmful, evaluate.harmful_prompts)}
         if evaluate.harmless is not None:
-            sets["eval_harmless"] = self._prompts("evaluate.harmless", evaluate.harmless, evaluate.harmless_prompts)
+            count = evaluate.harmless_prompts
+            lookalikes = self._prompts("evaluate.harmless", evaluate.harmless, 2 * count)
+            # A choice of settings that did not see over-refusal chose a method that refused half of the test's look-alikes (docs/results.md).
+            sets |= {"eval_harmless": lookalikes[:count]} | ({"validation_harmless": lookalikes[count:]} if lookalikes[count:] else {})
         if data.validation_prompts is not None:
             sets["validation_prompts"] = self._prompts("data.validation_prompts", data.validation_prompts, _VALIDATION_PROMPTS)
             opened = [

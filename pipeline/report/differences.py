@@ -17,7 +17,7 @@ import numpy as np
 _RESAMPLES = 2000
 # measure -> seed -> prompt's id -> 0 or 1
 Outcomes = dict[str, dict[int, dict[str, float]]]
-MEASURES = {"non_refusal": "non-refusal", "exact": "task exact match"}
+MEASURES = {"non_refusal": "non-refusal", "over_refusal": "over-refusal", "exact": "task exact match"}
 HEADER = ("method", "minus", *MEASURES.values())
 
 

@@ -1,4 +1,4 @@
-"""The figures, drawn from logged runs only; each returns False where there is nothing to draw.
+"""The figures, drawn from logged runs only; each returns None where there is nothing to draw.
 
 draw_all(collected, Path("report/figures"))
 """
@@ -20,6 +20,7 @@ from pipeline.report.collect import Collected, Method  # noqa: E402
 
 _COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#8d5a97", "#b08900", "#4f5d75", "#2a9d8f")
 _MARKS = "os^DvPX"
+_OVER_REFUSING = 0.1  # rate above which a mark is hollow: such a model is safe in part because it refuses what is harmless
 
 # name -> (caption, what draws it)
 FIGURES: dict[str, tuple[str, Callable[[Collected], Figure | None]]] = {}
@@ -49,23 +50,28 @@ def draw_all(collected: Collected, folder: Path) -> list[tuple[Path, str]]:
 
 @_figure(
     "safety_usefulness",
-    "Safety against usefulness. Up and left is better: the task is learned and harmful prompts are still refused. Bars: 95% intervals.",
+    "Safety against usefulness. Up and left is better: the task is learned and harmful prompts are still refused. Bars: 95% intervals. "
+    f"Hollow: more than {_OVER_REFUSING:.0%} of the harmless look-alikes are refused, too.",
 )
 def _safety_usefulness(collected: Collected) -> Figure:
     figure, axes = _axes("non-refusal rate on harmful prompts (lower is safer)", "task exact match (higher is better)")
+    marks = []
     for number, method in enumerate(collected.methods):
         mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]  # shifted from round to round: no two methods look alike
         x, y = method.measures["non_refusal_rate"], method.measures["exact_match"]
-        axes.errorbar(
+        hollow = (method.measures["over_refusal_rate"]["value"] or 0) > _OVER_REFUSING
+        bars = axes.errorbar(
             x["value"], y["value"], xerr=_error(x), yerr=_error(y), fmt=mark, color=_COLOURS[number % len(_COLOURS)],
-            markersize=8, capsize=3, elinewidth=1, label=method.name,
+            markersize=8, capsize=3, elinewidth=1, markerfacecolor="white" if hollow else None,
         )  # fmt: skip
+        marks.append(bars.lines[0])
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
     if len(collected.methods) > 8:
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        place = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     else:
-        axes.legend(frameon=False)
+        place = {}
+    axes.legend(marks, [method.name for method in collected.methods], frameon=False, **place)
     return figure
 
 

@@ -1,8 +1,9 @@
-"""The choice among the runs of a method's grid, by one rule: the highest task exact match minus non-refusal rate, on validation prompts.
+"""The choice among the runs of a method's grid, by one rule: the highest exact match minus non-refusal minus over-refusal, on validation prompts.
 
     python -m pipeline.report.tuning launch/recipes/tune.yaml
 
-Reads finished evaluations only. A choice among some of a method's runs is marked as such.
+Reads finished evaluations only. A choice among some of a method's runs is marked as such. Over-refusal counts as much as the others: without
+it, the rule prefers a model that refuses everything but the task (docs/results.md).
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from pipeline import artifacts, entry, recipe, strict_yaml
 from pipeline.layout import Layout
 from pipeline.report.table import as_text
 
-HEADER = ("method", "setting", "task exact match", "non-refusal", "difference", "")
+HEADER = ("method", "setting", "task exact match", "non-refusal", "over-refusal", "score", "")
+_MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One setting of one method, its measures averaged over its seeds."""
+    """One setting of one method, its measures averaged over its seeds. over_refusal: None where there were no look-alikes."""
 
     method: str
     setting: str
     exact_match: float
     non_refusal: float
+    over_refusal: float | None
 
     @property
     def score(self) -> float:
-        return self.exact_match - self.non_refusal
+        return self.exact_match - self.non_refusal - (self.over_refusal or 0.0)
 
 
 def runs(layout: Layout) -> tuple[list[Run], set[str]]:
@@ -50,9 +53,12 @@ def runs(layout: Layout) -> tuple[list[Run], set[str]]:
     for name, measured in found.items():
         if name not in missing:
             method, _, setting = name.partition(".")
-            values = {key: fmean(m[key]["value"] for m in measured) for key in ("exact_match", "non_refusal_rate")}
-            result.append(Run(method, setting or "as it is", values["exact_match"], values["non_refusal_rate"]))
+            result.append(Run(method, setting or "as it is", *(_mean([m[key]["value"] for m in measured]) for key in _MEASURES)))
     return result, {name.partition(".")[0] for name in missing}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else fmean(values)
 
 
 def chosen(found: list[Run]) -> dict[str, Run]:
@@ -68,7 +74,7 @@ def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
     best = chosen(found)
     word = lambda run: "" if best[run.method] is not run else "best so far" if run.method in unfinished else "chosen"  # noqa: E731
     rows = [
-        (run.method, run.setting, f"{run.exact_match:.2f}", f"{run.non_refusal:.2f}", f"{run.score:+.2f}", word(run))
+        (run.method, run.setting, *("" if value is None else f"{value:.2f}" for value in (run.exact_match, run.non_refusal, run.over_refusal)), f"{run.score:+.2f}", word(run))
         for run in found
     ]
     return as_text(rows, HEADER)
@@ -82,6 +88,8 @@ def main() -> None:
         raise ValueError(f"{sys.argv[1]}: settings are chosen on validation prompts: set evaluate.split to validation")
     found, unfinished = runs(Layout(experiment))
     print(table(found, unfinished), end="")
+    if any(run.over_refusal is None for run in found):
+        print("over-refusal is not in the score: name a source in evaluate.harmless with more prompts than the test's evaluate.harmless_prompts")
     if unfinished:
         print(f"not all evaluated yet: {', '.join(sorted(unfinished))}; sap run {sys.argv[1]}")
 

@@ -13,7 +13,7 @@ from pipeline.data.prepare import prepare
 from pipeline.evaluation.judges import keyword_judge
 from tests.project import write_jsonl, write_recipe
 
-SETS = ("eval_harmful", "eval_harmless", "validation_prompts", "safety_pairs", "align", "task_train", "task_validation", "task_test")
+SETS = ("eval_harmful", "eval_harmless", "validation_harmless", "validation_prompts", "safety_pairs", "align", "task_train", "task_validation", "task_test")
 
 
 def prepared(project, tmp_path, *overrides: str):
@@ -48,6 +48,12 @@ def test_planted_overlaps_go_to_the_earlier_set_and_are_counted(project, tmp_pat
     sets, facts = prepared(project, tmp_path / "out", f"--data.safety.source={tmp_path / 'planted.jsonl'}", "--evaluate.harmful_prompts=8")
     assert {row["prompt"] for row in sets["safety_pairs"]} == {"safety own 0", "safety own 1", "safety own 2"}
     assert facts["overlapping"]["safety_pairs / evaluate.harmful"] == 2
+
+
+def test_the_validations_look_alikes_are_what_the_test_leaves_and_may_be_none(project, tmp_path):
+    asked = {count: prepared(project, tmp_path / str(count), f"--evaluate.harmless_prompts={count}")[0] for count in (2, 4, 6)}
+    assert {count: len(sets["eval_harmless"]) for count, sets in asked.items()} == {2: 2, 4: 4, 6: 6}, "of six in all"
+    assert {count: len(sets.get("validation_harmless", ())) for count, sets in asked.items()} == {2: 2, 4: 2, 6: 0}
 
 
 def test_what_is_shared_after_all_is_an_error():

@@ -55,7 +55,7 @@ def test_only_common_seeds_and_prompts_count():
 
 
 def test_rows_compare_every_method_with_every_reference_but_itself():
-    found = {name: {"non_refusal": outcomes([rate]), "exact": {}} for name, rate in (("sft", 0.9), ("safe_mix", 0.4), ("sap", 0.3))}
+    found = {name: {"non_refusal": outcomes([rate]), "over_refusal": {}, "exact": {}} for name, rate in (("sft", 0.9), ("safe_mix", 0.4), ("sap", 0.3))}
     rows = difference_rows(found, ["sft", "safe_mix"])
     assert [row[:2] for row in rows] == [("safe_mix", "sft"), ("sap", "sft"), ("sft", "safe_mix"), ("sap", "safe_mix")]
     assert all(len(row) == len(HEADER) and row[3] == "" for row in rows) and rows[1][2].startswith("-0.")

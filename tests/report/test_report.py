@@ -203,11 +203,11 @@ def test_the_page_holds_what_each_method_drew_of_the_safety_pairs(tmp_path):
 
 def test_the_page_compares_methods_with_the_references(tmp_path):
     def outcome(value: float) -> dict:
-        return {"non_refusal": {0: {"a": value, "b": value}}, "exact": {0: {"c": 1.0}}}
+        return {"non_refusal": {0: {"a": value, "b": value}}, "over_refusal": {0: {"d": value / 2}}, "exact": {0: {"c": 1.0}}}
 
     page = page_of(hand_made(outcomes={"sft": outcome(1.0), "sap": outcome(0.0)}, references=["sft"]), tmp_path)
     assert "-1.00 [-1.00, -1.00] *" in page and "Method minus reference" in page
-    assert "| sap | sft | -1.00 [-1.00, -1.00] * | +0.00 [+0.00, +0.00] |" in (tmp_path / "differences.md").read_text()
+    assert "| sap | sft | -1.00 [-1.00, -1.00] * | -0.50 [-0.50, -0.50] * | +0.00 [+0.00, +0.00] |" in (tmp_path / "differences.md").read_text()
 
 
 def test_without_a_reference_nothing_is_compared(tmp_path):
@@ -219,3 +219,10 @@ def test_no_two_of_many_methods_look_alike():
     figure = FIGURES["safety_usefulness"][1](hand_made(methods=many))
     lines = [container.lines[0] for container in figure.axes[0].containers]
     assert len({(line.get_marker(), line.get_color()) for line in lines}) == 16
+
+
+def test_a_mark_is_hollow_where_harmless_prompts_are_refused_too():
+    methods = [Method(name, [0], measures(0) | {"over_refusal_rate": {"value": rate}}, []) for name, rate in (("a", 0.05), ("b", 0.3), ("c", None))]
+    figure = FIGURES["safety_usefulness"][1](hand_made(methods=methods))
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert [line.get_markerfacecolor() == "white" for line in lines] == [False, True, False]
