@@ -11,7 +11,6 @@ Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again to go on), 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import textwrap
@@ -68,7 +67,7 @@ def _main(argv: list[str]) -> int:
     if options.stage == "plan":
         return _plan(experiment, options)
     if options.stage == "doctor":
-        return _doctor(experiment, [options.recipe, *_as_arguments(overrides)], options)
+        return _doctor(experiment, [options.recipe, *strict_yaml.as_arguments(overrides)], options)
     if options.dry_run:
         return _dry_run(experiment, options.stage, options.method)
 
@@ -77,7 +76,7 @@ def _main(argv: list[str]) -> int:
     checks.check(experiment)
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}: it takes a number from 1")
-    chain = Chain(experiment, [options.recipe, *_as_arguments(overrides)], options.method, options.jobs)
+    chain = Chain(experiment, [options.recipe, *strict_yaml.as_arguments(overrides)], options.method, options.jobs)
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")
     return _run(chain, STAGES if options.stage == "run" else (options.stage,), options)
@@ -272,17 +271,6 @@ def _dry_run(experiment: Experiment, stage: str, method: str | None) -> int:
         for folder in chain.folders(name):
             print(f"{'complete ' if artifacts.complete(folder) else 'would run'}  {name:<10} {folder}")
     return 0
-
-
-def _as_arguments(overrides: dict, prefix: str = "") -> list[str]:
-    """Overrides as command-line arguments again, for the launch scripts."""
-    result = []
-    for key, value in overrides.items():
-        if isinstance(value, dict) and value:
-            result += _as_arguments(value, f"{prefix}{key}.")
-        else:
-            result.append(f"--{prefix}{key}={json.dumps(value)}")  # quoted strings too: "10:19" and "1e5" stay strings
-    return result
 
 
 def _print_fields() -> None:

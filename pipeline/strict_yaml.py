@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -59,6 +60,17 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError):
             value = text
         _put(result, key.replace("-", "_").split("."), value)
+    return result
+
+
+def as_arguments(overrides: dict[str, Any], prefix: str = "") -> list[str]:
+    """The inverse of `parse_overrides`, for the launch scripts."""
+    result = []
+    for key, value in overrides.items():
+        if isinstance(value, dict) and value and not any("." in name for name in value):  # a grid's fields are names with dots
+            result += as_arguments(value, f"{prefix}{key}.")
+        else:
+            result.append(f"--{prefix}{key}={json.dumps(value)}")  # quoted strings too: "10:19" and "1e5" stay strings
     return result
 
 

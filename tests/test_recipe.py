@@ -8,7 +8,7 @@ import yaml
 from pipeline import recipe
 from pipeline.recipe import Recipe
 from pipeline.redaction import REDACTED, redact
-from pipeline.strict_yaml import parse_overrides
+from pipeline.strict_yaml import as_arguments, parse_overrides
 from tests.project import ROOT
 
 SHIPPED = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -99,6 +99,14 @@ def test_text_that_resembles_numbers_stays_text():
         "sap": {"layers": "0.33:0.66"},
         "model": {"revision": "5e", "path": "e4/llama-1e9"},
     }
+
+
+def test_overrides_reach_the_launch_scripts_as_they_were_given():
+    """A grid's fields are names with dots, and texts that look like numbers stay texts."""
+    grid = "{sap: {enabled: true}, grid: {train.lr: [2e-3, 3e-3], sap.target_correction: [1.0, 1.4]}}"
+    given = parse_overrides(["--methods.more", grid, "--sap.layers='10:19'", "--name='1e5'", "--train.lora.target_modules=[q, v]", "--data.harmful=null"])
+    assert given["methods"]["more"]["grid"] == {"train.lr": [0.002, 0.003], "sap.target_correction": [1.0, 1.4]}
+    assert parse_overrides(as_arguments(given)) == given
 
 
 @pytest.mark.parametrize("text", ["name: a\nname: b", "train:\n  lr: 1\n  steps: 3\n  lr: 2"])
