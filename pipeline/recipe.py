@@ -148,7 +148,8 @@ class Experiment:
 
     def only(self, methods: list[str]) -> Experiment:
         """The same experiment with some of its methods; the name before a grid's settings stands for all of them. ValueError for one that it lacks."""
-        members = {method: [name for name in self.base.methods if name == method or name.startswith(f"{method}.")] for method in methods}
+        known = self.base.methods
+        members = {method: [method] if method in known else [name for name in known if name.startswith(f"{method}.")] for method in methods}
         for method, names in members.items():
             self.cell(names[0] if names else method, self.base.seeds[0])
         chosen = {name: overrides for name, overrides in self.base.methods.items() if any(name in names for names in members.values())}

@@ -385,6 +385,8 @@ def test_a_grid_is_chosen_by_the_name_before_its_settings(tmp_path):
     experiment = load(tmp_path, content(methods=methods))
     assert list(experiment.only(["sft"]).base.methods) == ["sft.lr_0.001", "sft.lr_0.0005"]
     assert list(experiment.only(["sft_ema", "sft.lr_0.0005"]).base.methods) == ["sft.lr_0.0005", "sft_ema"]
+    other = load(tmp_path, content(methods={"sap": {"grid": {"sap.target_correction": [1.0, 1.4]}}}))
+    assert list(other.only(["sap.target_correction_1"]).base.methods) == ["sap.target_correction_1"], "not 1.4, whose name goes on from there"
     with pytest.raises(ValueError, match="no method 'sft.lr'"):
         experiment.only(["sft.lr"])
 
