@@ -40,7 +40,11 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
     world_size = environment()[1]
     if base.align.enabled:
         check_training("align.train", base.align.train, base, model, world_size if here == "align" else base.align.train.ranks)
-    for cell in experiment.cells() if here is None else () if here == "align" else (here,):
+    if here is None:
+        cells = list(experiment.cells())
+    else:
+        cells = [] if here == "align" else [here]
+    for cell in cells:
         ranks = cell.recipe.train.ranks if here is None else world_size
         check_training("train", cell.recipe.train, base, model, ranks)
         sap = cell.recipe.sap

@@ -34,6 +34,13 @@ def arguments(description: str, argv: list[str] | None = None, checkable: bool =
     return options, recipe.load(options.config, strict_yaml.parse_overrides(rest))
 
 
+def recipe_given(module: str) -> Experiment:
+    """The recipe that `python -m MODULE RECIPE [--dotted.override value]` names. ValueError without one."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise ValueError(f"give a recipe: python -m {module} launch/recipes/compare.yaml [--dotted.override value]")
+    return recipe.load(sys.argv[1], strict_yaml.parse_overrides(sys.argv[2:]))
+
+
 def choose_cell(experiment: Experiment, method: str | None, seed: int | None) -> Cell:
     """The one cell meant; ValueError listing the choices where there are several, or where there is none such."""
     methods, seeds = list(experiment.base.methods), list(experiment.base.seeds)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline import artifacts, entry, recipe, strict_yaml
+from pipeline import artifacts, entry
 from pipeline.layout import Layout
 from pipeline.report.table import as_text
 
@@ -73,25 +73,23 @@ def chosen(found: list[Run]) -> dict[str, Run]:
 def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
     best = chosen(found)
     word = lambda run: "" if best[run.method] is not run else "best so far" if run.method in unfinished else "chosen"  # noqa: E731
-    rows = [
-        (run.method, run.setting, *("" if value is None else f"{value:.2f}" for value in (run.exact_match, run.non_refusal, run.over_refusal)), f"{run.score:+.2f}", word(run))
-        for run in found
-    ]
+    rows = []
+    for run in found:
+        values = ("" if value is None else f"{value:.2f}" for value in (run.exact_match, run.non_refusal, run.over_refusal))
+        rows.append((run.method, run.setting, *values, f"{run.score:+.2f}", word(run)))
     return as_text(rows, HEADER)
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        raise ValueError("give a recipe: python -m pipeline.report.tuning launch/recipes/tune.yaml [--dotted.override value]")
-    experiment = recipe.load(sys.argv[1], strict_yaml.parse_overrides(sys.argv[2:]))
+    experiment = entry.recipe_given("pipeline.report.tuning")
     if experiment.base.evaluate.split != "validation":
-        raise ValueError(f"{sys.argv[1]}: settings are chosen on validation prompts: set evaluate.split to validation")
+        raise ValueError(f"{experiment.path}: settings are chosen on validation prompts: set evaluate.split to validation")
     found, unfinished = runs(Layout(experiment))
     print(table(found, unfinished), end="")
     if any(run.over_refusal is None for run in found):
         print("over-refusal is not in the score: name a source in evaluate.harmless with more prompts than the test's evaluate.harmless_prompts")
     if unfinished:
-        print(f"not all evaluated yet: {', '.join(sorted(unfinished))}; sap run {sys.argv[1]}")
+        print(f"not all evaluated yet: {', '.join(sorted(unfinished))}; sap run {experiment.path}")
 
 
 if __name__ == "__main__":
