@@ -26,6 +26,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 MARKER = "DONE"
 FACTS = "facts.json"
+_WAIT_SECONDS = 3600.0  # for another process that makes what this one needs: data sets may have to be fetched
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "mlflow")
 
 
@@ -129,15 +130,35 @@ def claim(target: Path) -> Callable[[], None]:
     return release
 
 
+def claim_unless_complete(target: Path, seconds: float = _WAIT_SECONDS) -> Callable[[], None] | None:
+    """Like `claim`, but waits for a process that is writing `target`; None once the folder is complete, whoever made it.
+
+    Busy (a ValueError) where it is still not complete after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not complete(target):
+        try:
+            release = claim(target)
+        except Busy:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+            continue
+        if not complete(target):
+            return release
+        release()  # made between our look and our claim
+    return None
+
+
 @contextlib.contextmanager
-def building(target: Path, inputs: dict[str, Any], **facts: Any) -> Iterator[Path]:
+def building(target: Path, inputs: dict[str, Any], claimed: Callable[[], None] | None = None, **facts: Any) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an exception.
 
-    inputs: hashes of what the artefact was made from; facts: further manifest entries (counts, times).
-    A `facts.json` written inside the folder becomes part of the manifest.
+    inputs: hashes of what the artefact was made from; facts: further manifest entries (counts, times). claimed: what `claim` returned, where
+    the caller has claimed the target. A `facts.json` written inside the folder becomes part of the manifest.
     """
     temporary = target.with_name(f".{target.name}.tmp")
-    release = claim(target)
+    release = claimed or claim(target)
     started = time.time()
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -135,7 +135,7 @@ class Chain:
             return [layout.train(cell) for cell in self.cells]
         if stage == "evaluate":
             return [layout.evaluate(subject) for subject in layout.subjects() if self._selected(subject.name)]
-        return [layout.prepare() if stage == "prepare" else layout.report()]
+        return [layout.prepare(), layout.prompts()] if stage == "prepare" else [layout.report()]
 
     def prepare(self) -> int:
         from pipeline import stages
@@ -232,7 +232,9 @@ class Chain:
 
     def _need(self, *stages: str) -> None:
         for stage in stages:
-            missing = [folder for folder in self.folders(stage) if not artifacts.complete(folder)]
+            # Of prepare's two folders every stage needs the training sets; an evaluation makes the prompts itself where they are missing.
+            folders = [self.layout.prepare()] if stage == "prepare" else self.folders(stage)
+            missing = [folder for folder in folders if not artifacts.complete(folder)]
             if missing:
                 raise ValueError(
                     f"{missing[0]} is not complete: run `sap {stage} {self.experiment.path}` first (same overrides), or `sap run`"

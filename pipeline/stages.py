@@ -2,7 +2,7 @@
 
     prepare -> [align] -> [filter] -> direction -> train -> evaluate -> report
 
-Present and complete: return at once. Interrupted: nothing half-written is ever read. Upstream folders are verified by manifest.
+What runs again after a change of the recipe: docs/stages.md. Present and complete: return at once. Interrupted: nothing half-written is ever read. Upstream folders are verified by manifest.
 The functions for align, filter, direction and train are entered by all ranks together.
 """
 
@@ -52,21 +52,37 @@ _USEFUL_FOR_SUMMARY = 24  # samples behind the direction's cosine with the usefu
 
 
 def prepare(experiment: Experiment) -> bool:
-    """Data sources -> tokens and labels, contrastive pairs, evaluation prompts (pipeline/data/prepare.py)."""
+    """Data sources -> tokens and labels, contrastive pairs (pipeline/data/prepare.py), and the evaluation's prompts in a folder of their own."""
     from pipeline.data.prepare import prepare as prepare_data
 
     layout = Layout(experiment)
     target = layout.prepare()
-    if artifacts.complete(target):
-        return True
-    with (
-        open_run(layout, "prepare", target.name) as run,
-        artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder,
-    ):
-        facts = prepare_data(experiment.base, folder)
-        artifacts.write_json(folder / artifacts.FACTS, facts)
-        run.log_facts(facts)
+    if not artifacts.complete(target):
+        with (
+            open_run(layout, "prepare", target.name) as run,
+            artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder,
+        ):
+            facts = prepare_data(experiment.base, folder)
+            artifacts.write_json(folder / artifacts.FACTS, facts)
+            run.log_facts(facts)
+    _prompts(layout)
     return True
+
+
+def _prompts(layout: Layout) -> Path:
+    """The folder of the evaluation's prompts, made where it is missing: by one of several processes that want it at once, while the others wait."""
+    from pipeline.data.prompts import write_prompts
+
+    target, prepared = layout.prompts(), layout.prepare()
+    claimed = artifacts.claim_unless_complete(target)
+    if claimed:
+        inputs = {"prepare": prepared.name, "recipe": recipe.dump(layout.base)["evaluate"]}
+        with artifacts.building(target, inputs, claimed) as folder, open_run(layout, "prepare", prepared.name) as run:
+            artifacts.verify(prepared)
+            facts = write_prompts(layout.base, prepared, folder)
+            artifacts.write_json(folder / artifacts.FACTS, facts)
+            run.log_facts(facts)
+    return target
 
 
 def align(experiment: Experiment) -> bool:
@@ -232,6 +248,7 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[A
     _verify_upstream(layout)
     if subject.trained is not None:
         artifacts.verify(subject.trained)
+    artifacts.verify(_prompts(layout))
     sets = _evaluation_sets(layout)
     shard.check(len(sets["harmful"]))
     return load_tokenizer(layout.base.model), sets
@@ -314,11 +331,11 @@ def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _evaluation_sets(layout: Layout) -> dict[str, list[dict[str, Any]]]:
     """Prompts of the split that evaluate.split names; defaults are chosen on `validation`, never on `test`."""
-    section, prepared = layout.base.evaluate, layout.prepare()
+    section, prepared, prompts = layout.base.evaluate, layout.prepare(), layout.prompts()
     test = section.split == "test"
-    harmful = read_rows(prepared, "eval_harmful" if test else "validation_prompts")[: section.harmful_prompts]
+    harmful = (read_rows(prompts, "eval_harmful") if test else read_rows(prepared, "validation_prompts"))[: section.harmful_prompts]
     lookalikes = "eval_harmless" if test else "validation_harmless"
-    harmless = read_rows(prepared, lookalikes)[: section.harmless_prompts] if (prepared / f"{lookalikes}.parquet").is_file() else []
+    harmless = read_rows(prompts, lookalikes)[: section.harmless_prompts] if (prompts / f"{lookalikes}.parquet").is_file() else []
     task = read_rows(prepared, "task_test" if test else "task_validation")[: section.task_prompts]
     return {"harmful": harmful, "harmless": harmless, "task": task}
 

@@ -52,7 +52,8 @@ def thirds(project, tmp_path_factory) -> Path:
 
 def project_in(project: Layout, output: Path, **changes) -> Layout:
     """The project with the same prepared data and nothing evaluated."""
-    shutil.copytree(project.prepare(), output / "tiny" / project.prepare().name)
+    for folder in (project.prepare(), project.prompts()):
+        shutil.copytree(folder, output / "tiny" / folder.name)
     return Layout(recipe.load(project.experiment.path, {"output_dir": str(output), **changes}))
 
 
@@ -255,7 +256,7 @@ def test_a_shard_that_is_none_is_one_sentence(project, tmp_path, given):
     arguments = ["--config", str(project.experiment.path), "--method", "shipped", f"--output_dir={tmp_path}", f"--shard={given}"]
     result = run(["launch/evaluate.py", *arguments])
     assert (result.returncode, result.stderr) == (2, f"error: {SENTENCES[given]}\n")
-    assert [path.name for path in (tmp_path / "tiny").iterdir()] == [project.prepare().name], "nothing is written"
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == {project.prepare().name, project.prompts().name}, "nothing is written"
 
 
 def test_too_many_shards_are_refused_before_a_model_is_loaded(project, tmp_path, monkeypatch):
