@@ -204,10 +204,12 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this package is in, with '+changes' where it is dirty; None outside a checkout."""
+    """Commit of the checkout that this package is, with '+changes' where it is dirty; None for an installed one, whatever repository is around it."""
     root = Path(__file__).resolve().parent.parent
     run = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)  # noqa: E731
     try:
+        if run("ls-files", "--error-unmatch", str(Path(__file__).resolve())).returncode:  # an environment inside somebody's project
+            return None
         head = run("rev-parse", "HEAD")
         dirty = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
     except OSError:

@@ -34,7 +34,7 @@ def _main(argv: list[str]) -> int:
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
     parser.add_argument("stage", choices=(*STAGES, "run", "status", "plan", "doctor"), help="what to do; run: everything that is missing")
-    parser.add_argument("recipe", help="path of the recipe, e.g. launch/recipes/demo.yaml")
+    parser.add_argument("recipe", help="path of the recipe, or launch/recipes/NAME.yaml of one that ships with the package")
     parser.add_argument("--method", help="only this method of the recipe")
     parser.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap (a grid: the name before its settings): a report of its own")
     parser.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")
@@ -52,13 +52,13 @@ def _main(argv: list[str]) -> int:
     overrides = strict_yaml.parse_overrides(rest)
     if options.seed is not None:
         overrides["seeds"] = [options.seed]
-    experiment = recipe.load(options.recipe, overrides)
+    experiment = entry.open_recipe(options.recipe, overrides)
     if options.methods:
         experiment = experiment.only(options.methods.split(","))
     if options.stage == "status":
         if options.portable:
             check_portable(experiment)
-        print(status(experiment, options.of_stage, options.method, options.seed))
+        print(status(experiment, options.of_stage, options.method, options.seed, options.portable))
         return 0
     if options.of_stage or options.portable:
         raise ValueError("--stage and --portable belong to `sap status`: name a stage as in `sap train RECIPE`")
@@ -67,7 +67,7 @@ def _main(argv: list[str]) -> int:
     if options.stage == "plan":
         return _plan(experiment, options)
     if options.stage == "doctor":
-        return _doctor(experiment, [options.recipe, *strict_yaml.as_arguments(overrides)], options)
+        return _doctor(experiment, options)
     if options.dry_run:
         return _dry_run(experiment, options.stage, options.method)
 
@@ -76,7 +76,7 @@ def _main(argv: list[str]) -> int:
     checks.check(experiment)
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}: it takes a number from 1")
-    chain = Chain(experiment, [options.recipe, *strict_yaml.as_arguments(overrides)], options.method, options.jobs)
+    chain = Chain(experiment, options.method, options.jobs)
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")
     return _run(chain, STAGES if options.stage == "run" else (options.stage,), options)
@@ -103,11 +103,11 @@ def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> in
 class Chain:
     """The stages of an experiment on this machine, one after the other."""
 
-    def __init__(self, experiment: Experiment, arguments: list[str], method: str | None, jobs: int = 1):
+    def __init__(self, experiment: Experiment, method: str | None, jobs: int = 1):
         self.jobs = jobs
         self.failed: list[Path] = []  # cells whose training failed in this command, while others trained
         self.experiment, self.layout, self.base = experiment, Layout(experiment), experiment.base
-        self.arguments = ["--config", *arguments]
+        self.arguments = ["--config", *experiment.arguments()]
         self.cells = [cell for cell in experiment.cells() if method in (None, cell.method)]
 
     def run(self, stage: str) -> int:
@@ -241,13 +241,13 @@ class Chain:
                 )
 
 
-def _doctor(experiment: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
+def _doctor(experiment: Experiment, options: argparse.Namespace) -> int:
     from pipeline.doctor.case import choose_cell
 
     if options.dry_run:
         raise ValueError("doctor writes nothing and has nothing to list: leave --dry-run out")
     cell = choose_cell(experiment, options.method, options.seed)
-    arguments = ["--config", *arguments, "--method", cell.method, "--seed", str(cell.seed)]
+    arguments = ["--config", *experiment.arguments(), "--method", cell.method, "--seed", str(cell.seed)]
     return runner.run_ranks("doctor.py", arguments, cell.recipe.train.ranks)
 
 
@@ -256,7 +256,7 @@ def _plan(experiment: Experiment, options: argparse.Namespace) -> int:
 
     if (options.ranks is not None and options.ranks < 1) or options.gpu_gb <= 0:
         raise ValueError("--ranks takes a number from 1, --gpu-gb one above 0")
-    for cell in Chain(experiment, [], options.method).cells:
+    for cell in Chain(experiment, options.method).cells:
         if cell.seed == experiment.base.seeds[0]:  # seeds change nothing here
             print(plan_cell(experiment, cell, options.ranks or cell.recipe.train.ranks, options.gpu_gb), end="\n\n")
     return 0
@@ -265,7 +265,7 @@ def _plan(experiment: Experiment, options: argparse.Namespace) -> int:
 def _dry_run(experiment: Experiment, stage: str, method: str | None) -> int:
     import yaml
 
-    chain = Chain(experiment, [], method)
+    chain = Chain(experiment, method)
     for cell in chain.cells:
         print(f"# {cell.method}, seed {cell.seed}")
         print(yaml.safe_dump(recipe.dump(cell.recipe) | {"methods": redaction.redact(experiment.base.methods)}, sort_keys=False))

@@ -10,7 +10,8 @@ import atexit
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from pipeline import artifacts, recipe, strict_yaml
 from pipeline.batch_job import report_error
@@ -31,14 +32,22 @@ def arguments(description: str, argv: list[str] | None = None, checkable: bool =
     options, rest = parser.parse_known_args(argv)
     if options.local_rank is not None and options.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    return options, recipe.load(options.config, strict_yaml.parse_overrides(rest))
+    return options, open_recipe(options.config, strict_yaml.parse_overrides(rest))
+
+
+def open_recipe(given: str, overrides: dict[str, Any]) -> Experiment:
+    """`recipe.load`, and a line on stderr where a shipped recipe stands in for a file that is not there."""
+    experiment = recipe.load(given, overrides)
+    if experiment.path != Path(given) and os.environ.get("RANK", "0") == "0":
+        print(f"no file {Path(given).absolute()}: the recipe is the shipped {experiment.path}", file=sys.stderr)
+    return experiment
 
 
 def recipe_given(module: str) -> Experiment:
     """The recipe that `python -m MODULE RECIPE [--dotted.override value]` names. ValueError without one."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise ValueError(f"give a recipe: python -m {module} launch/recipes/compare.yaml [--dotted.override value]")
-    return recipe.load(sys.argv[1], strict_yaml.parse_overrides(sys.argv[2:]))
+    return open_recipe(sys.argv[1], strict_yaml.parse_overrides(sys.argv[2:]))
 
 
 def choose_cell(experiment: Experiment, method: str | None, seed: int | None) -> Cell:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.data.builtin import builtin_model, builtin_model_folder
+from pipeline.data.sources import check_hub_id
 from pipeline.sections import ModelSection
 
 BUILTIN = "builtin:smollm2-135m-instruct"
@@ -20,10 +21,12 @@ def model_location(section: ModelSection) -> str:
             raise ValueError(f"model.path '{section.path}' is no built-in model: the one there is is {BUILTIN}")
         return str(builtin_model_folder())
     path = Path(section.path).expanduser()
-    if path.is_dir():
+    local = path.is_absolute() or section.path.startswith((".", "~"))  # a recipe's are absolute (pipeline/paths.py), wherever this runs
+    if local and path.is_dir():
         return str(path)
-    if path.is_absolute() or section.path.startswith((".", "~")) or section.path.count("/") != 1:
+    if local or section.path.count("/") != 1:
         raise ValueError(f"model.path '{section.path}' is no folder: give a local model folder, a hub id (owner/name) or {BUILTIN}")
+    check_hub_id(section.path, "model.path")
     return section.path
 
 

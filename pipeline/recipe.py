@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from pipeline import paths, shipped
+from pipeline.paths import section_of
 from pipeline.redaction import REDACTED, redact, secret_name
 from pipeline.sections import (
     AlignSection,
@@ -28,6 +30,7 @@ from pipeline.sections import (
     EvaluateSection,
     LisaSection,
     ModelSection,
+    PathField,
     SafeMixSection,
     SafetyGradientSection,
     SaftSection,
@@ -36,17 +39,19 @@ from pipeline.sections import (
     TrackingSection,
     TrainSection,
 )
-from pipeline.strict_yaml import expanded, merge, read
+from pipeline.strict_yaml import as_arguments, expanded, merge, read
 
 
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
         description="Name of the experiment and of its folder below output_dir"
     )
-    extends: Path | None = Field(
-        None, description="Recipe file that this one starts from, relative to this file; mappings are merged, other values replaced"
+    extends: Annotated[Path | None, PathField("recipe")] = Field(
+        None, description="Recipe file that this one starts from, relative to this file, or one that ships with the package; mappings are merged, other values replaced"
     )
-    output_dir: Path = Field(Path("runs"), description="Where stages write")
+    output_dir: Annotated[Path, PathField("path")] = Field(
+        Path("runs"), description="Where stages write; default: runs beside the recipe, or in the working directory for a recipe that ships with the package"
+    )
     model: ModelSection = Field(description="The chat model to fine-tune")
     data: DataSection = Field(description="What is prepared")
     align: AlignSection = Field(AlignSection(), description="Alignment of the start model")
@@ -155,6 +160,10 @@ class Experiment:
         chosen = {name: overrides for name, overrides in self.base.methods.items() if any(name in names for names in members.values())}
         return replace(self, base=self.base.model_copy(update={"methods": chosen}))
 
+    def arguments(self) -> list[str]:
+        """The recipe and its overrides for a process that runs in another folder: paths are absolute."""
+        return [str(self.path.absolute()), *as_arguments(paths.written(self.overrides, Recipe))]
+
     def cells(self) -> Iterator[Cell]:
         for method in self.base.methods:
             for seed in self.base.seeds:
@@ -164,14 +173,21 @@ class Experiment:
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
     """Read and validate a recipe file and every method in it.
 
+    path: of a file, or the name of a recipe that ships with the package. Its paths are relative to it, those of overrides to the working directory.
     overrides: nested mapping that wins over file and methods (see `strict_yaml.parse_overrides`).
     Raises ValueError (one sentence) on any violation.
     """
-    path = Path(path)
-    raw = read(path)
-    overrides = overrides or {}
-    if "extends" in overrides:
+    if "extends" in (overrides or {}):
         raise ValueError("extends is read from a recipe's file only: write it there, or give the other file as the recipe")
+    given = Path(path)
+    path = given if given.is_file() else shipped.recipe(str(given)) or given
+    raw = read(path, lambda mapping, file: paths.resolve(mapping, Recipe, file))
+    overrides = paths.resolve(overrides or {}, Recipe, None)
+    if "output_dir" not in merge(raw, overrides):
+        if shipped.holds(path):  # as if given on the command line, so that `arguments` mean the same in any folder
+            overrides["output_dir"] = str(Path.cwd() / "runs")
+        else:
+            raw["output_dir"] = str(path.absolute().parent / "runs")
     experiment = Experiment(path, _validate(merge(raw, overrides), str(path)), raw, overrides)
     _check_grids(merge(raw, overrides).get("methods"), overrides)
     for method in experiment.base.methods:
@@ -198,19 +214,12 @@ def dump(recipe: Recipe) -> dict[str, Any]:
 def field_rows(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """(dotted name, type, default, description) of every field, depth first: the source of `--help` and docs."""
     for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         if section is not None:
             yield from field_rows(section, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
         yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
 
 
 def _type_name(annotation: Any) -> str:
@@ -229,6 +238,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _validate(raw: dict[str, Any], where: str) -> Recipe:
+    paths.check(raw, Recipe)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -241,7 +251,7 @@ def _sentence(error: ValidationError) -> str:
     names, annotation = _follow(first["loc"])
     field = ".".join(names)
     if first["type"] == "extra_forbidden":
-        section = _section_of(_follow(first["loc"][:-1])[1])
+        section = section_of(_follow(first["loc"][:-1])[1])
         close = difflib.get_close_matches(names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0)
         sentence = f"unknown key '{field}'" + (f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else "")
     elif first["type"] == "missing":
@@ -262,7 +272,7 @@ def _follow(location: tuple[Any, ...]) -> tuple[list[str], Any]:
     names: list[str] = []
     annotation: Any = Recipe
     for part in location:
-        section = _section_of(annotation)
+        section = section_of(annotation)
         if section is not None:
             annotation = section.model_fields[part].annotation if part in section.model_fields else None
         elif get_origin(annotation) is dict and part != "[key]":

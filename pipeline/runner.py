@@ -15,8 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline import shipped
+
 STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
-ROOT = Path(__file__).resolve().parent.parent
 # glibc hands every freed activation back to the kernel and faults it in again; keeping it took an align step of the demo from 3.7 to 3.2 s.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
@@ -76,9 +77,9 @@ def threads_per_process(processes: int) -> int:
 
 def _start(script: str, arguments: Sequence[str], environment: dict[str, str], share: int) -> subprocess.Popen:
     threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_process(share))
-    command = [sys.executable, str(ROOT / "launch" / script), *arguments]
+    command = [sys.executable, str(shipped.launch_script(script)), *arguments]
     allocator = {} if any(Path(device).exists() for device in _GPU_DEVICES) else _ALLOCATOR
-    return subprocess.Popen(command, env={**allocator, **os.environ, "OMP_NUM_THREADS": threads, **environment})
+    return subprocess.Popen(command, env={**allocator, **os.environ, **shipped.environment(), "OMP_NUM_THREADS": threads, **environment})
 
 
 def _wait(jobs: list[subprocess.Popen]) -> int:

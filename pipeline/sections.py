@@ -8,13 +8,27 @@ A section checks what it can see by itself; what several have to agree on is the
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline import shipped
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True)
+class PathField:
+    """Marks a field whose text is a path, or may be one: pipeline/paths.py makes it absolute while the recipe is read.
+
+    kind: path is always one; recipe and ds_config may name a shipped file; model and data may be hub ids or builtin:NAME; uri may be
+    that of a sqlite file.
+    """
+
+    kind: Literal["path", "recipe", "ds_config", "model", "data", "uri"]
 
 
 class Section(BaseModel):
@@ -24,18 +38,18 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    path: str = Field(description="Hub id, local folder, or builtin:smollm2-135m-instruct")
+    path: Annotated[str, PathField("model")] = Field(description="Hub id, local folder, or builtin:smollm2-135m-instruct")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or AMX, else float32"
     )
-    chat_template: Path | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    chat_template: Annotated[Path | None, PathField("path")] = Field(None, description="Jinja file that replaces the tokenizer's chat template")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers")
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: frozen linear layers in 4 bits (QLoRA); needs adapter: lora")
 
 
 class SourceSection(Section):
-    source: str = Field(description="builtin:NAME, a local .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set id")
+    source: Annotated[str, PathField("data")] = Field(description="builtin:NAME, a local .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set id")
     subset: str | None = Field(None, description="Configuration name of a hub data set")
     split: str = Field("train", description="Split of a hub data set")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set")
@@ -99,8 +113,8 @@ class TrainSection(Section):
     )
     adapter: Literal["lora", "full"] = Field("lora", description="What is trained: a LoRA adapter on frozen weights, or all weights")
     ranks: Positive = Field(1, description="Local processes that `sap` starts; other launchers decide themselves")
-    ds_config: Path = Field(
-        Path("ds_configs/zero3.json"), description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it"
+    ds_config: Annotated[Path, PathField("ds_config")] = Field(
+        shipped.FOLDER / "ds_configs" / "zero3.json", description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it"
     )
     steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training data; exclusive with steps")
@@ -300,6 +314,6 @@ class EvaluateSection(Section):
 
 class TrackingSection(Section):
     enabled: bool = Field(True, description="Whether to log to MLflow")
-    uri: str | None = Field(None, description="Tracking URI; MLFLOW_TRACKING_URI wins; default sqlite:///<output_dir>/mlflow.db")
+    uri: Annotated[str | None, PathField("uri")] = Field(None, description="Tracking URI; MLFLOW_TRACKING_URI wins; default sqlite:///<output_dir>/mlflow.db")
     experiment: str | None = Field(None, description="MLflow experiment; default: the recipe's name")
     log_answers: bool = Field(False, description="Upload generated answers as artifacts; they stay on this machine otherwise")

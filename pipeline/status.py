@@ -71,8 +71,13 @@ def check_portable(experiment: Experiment) -> None:
         raise ValueError(f"{experiment.path}: model.dtype auto is another dtype on another machine: set it to bfloat16 or float32")
 
 
-def status(experiment: Experiment, stage: str | None = None, method: str | None = None, seed: int | None = None) -> str:
-    """The lines, with the store of its MLflow runs in a comment where all are asked for."""
+def status(
+    experiment: Experiment, stage: str | None = None, method: str | None = None, seed: int | None = None, portable: bool = False
+) -> str:
+    """The lines, with the store of its MLflow runs in a comment where all are asked for.
+
+    portable: also a comment for every override, as jobs that start in another folder are to be given it (slurm/submit.sh reads them).
+    """
     from pipeline.tracking import describe_store
 
     chosen = [
@@ -84,4 +89,6 @@ def status(experiment: Experiment, stage: str | None = None, method: str | None 
         name = experiment.base.tracking.experiment or experiment.base.name
         runs = ", ".join(f"{cell.method}-s{cell.seed}" for cell in experiment.cells())
         lines.append(f"# mlflow  {describe_store(experiment.base)}  experiment {name}, runs {runs}")
+    if stage is None and portable:
+        lines += [f"# override\t{argument}" for argument in experiment.arguments()[1:]]
     return "\n".join(lines)

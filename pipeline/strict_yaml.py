@@ -1,6 +1,6 @@
 """Recipe files and overrides as mappings: YAML without its traps, files that extend each other, and how layers are merged.
 
-    merge(read(Path("launch/recipes/demo.yaml")), parse_overrides(["--train.lr", "2e-4", "--sap.layers=10:19"]))
+    merge(read(Path("launch/recipes/demo.yaml"), resolve), parse_overrides(["--train.lr", "2e-4", "--sap.layers=10:19"]))
 """
 
 from __future__ import annotations
@@ -8,26 +8,34 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline import shipped
 from pipeline.redaction import redact
 
-
-def read(path: Path) -> dict[str, Any]:
-    """The file's mapping, over that of the file its `extends` names (relative to it). ValueError, one sentence, where there is none."""
-    return _read(path, ())
+Resolve = Callable[[dict[str, Any], Path], dict[str, Any]]
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read(path: Path, resolve: Resolve) -> dict[str, Any]:
+    """The file's mapping, over that of the file its `extends` names. ValueError, one sentence, where there is none.
+
+    resolve: given a file's mapping and the file, makes its paths absolute; what a file says is relative to it, whatever extends it.
+    """
+    return _read(path, resolve, ())
+
+
+def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(
             f"extends of {seen[-1]} names {path}, which does not exist: give a path relative to that file"
             if seen
-            else f"no recipe at {path}: give the path of a YAML file, e.g. launch/recipes/demo.yaml"
+            else f"no recipe at {path.absolute()}: give the path of a YAML file, or the name of one that ships with the package "
+            f"({', '.join(shipped.recipes())})"
         )
     try:
         raw = _load(path.read_text())
@@ -35,11 +43,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid YAML: {_reason(error)}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a mapping of sections, e.g. 'name: demo'")
+    raw = resolve(raw, path)
     if not isinstance(raw.get("extends"), str):
         return raw
     if path.resolve() in seen:
         raise ValueError(f"extends of {path} leads back to itself: take one of them out")
-    return merge(_read(path.parent / Path(raw["extends"]).expanduser(), (*seen, path.resolve())), raw)
+    return merge(_read(Path(raw["extends"]), resolve, (*seen, path.resolve())), raw)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -126,6 +135,8 @@ def expanded(name: str, overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _short(value: Any) -> str:
     """A value as part of a name: letters, digits, _ and . only; m stands for minus."""
+    if isinstance(value, str) and value.startswith("/"):  # a path: the same name on every machine
+        value = Path(value).name
     return re.sub(r"[^A-Za-z0-9_.]", "", (f"{value:g}" if isinstance(value, float) else str(value)).replace("-", "m"))
 
 

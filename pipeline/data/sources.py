@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 
+def check_hub_id(text: str, field: str) -> None:
+    """ValueError where a hub id is also a path from the working directory: the hub's libraries would read that instead."""
+    if os.path.exists(text):
+        raise ValueError(
+            f"{field} '{text}' is a hub id, but {Path(text).absolute()} exists and would be read instead: "
+            "run from another folder, or give the absolute path of what you mean"
+        )
+
+
 def check_source(source: SourceSection, field: str) -> None:
     """What can be said without reading the rows. Raises ValueError."""
     if source.source.startswith("builtin:"):
@@ -43,7 +53,9 @@ def check_source(source: SourceSection, field: str) -> None:
         return
     path = Path(source.source).expanduser()
     looks_local = path.suffix in SUFFIXES or path.is_absolute() or source.source.startswith((".", "~"))
-    if looks_local:
+    if not looks_local:
+        check_hub_id(source.source, f"{field}.source")
+    else:
         if not path.is_file():
             raise ValueError(f"{field}.source {source.source} does not exist: give a {', '.join(SUFFIXES)} file, a hub id or builtin:NAME")
         if path.suffix not in SUFFIXES:

@@ -1,0 +1,153 @@
+"""Paths in a recipe: which texts are paths, and what they are relative to. Runs once, while a recipe is read; everything later sees absolute paths.
+
+    resolve({"output_dir": "runs"}, Recipe, Path("/data/recipe.yaml"))          # {"output_dir": "/data/runs"}
+    resolve({"output_dir": "runs"}, Recipe, None)                               # of the command line: relative to the working directory
+
+Which fields hold paths, and of which kind, is written at the fields (sections.PathField).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from string import Template
+from typing import Any, get_args
+
+from pipeline import shipped
+from pipeline.data.sources import SUFFIXES
+from pipeline.redaction import redact
+from pipeline.sections import PathField, Section
+
+_SQLITE = "sqlite:///"
+
+
+class Unresolved(str):
+    """A text that cannot be resolved. The sentence that says why is raised where the text is used: another layer may replace it."""
+
+    sentence: str
+
+
+def resolve(raw: dict[str, Any], recipe: type[Section], file: Path | None) -> dict[str, Any]:
+    """A copy of a recipe's mapping, or of a part of it, with `~`, `$VAR` and `${VAR}` expanded in its paths, and the paths absolute.
+
+    file: where the mapping was read; its paths are relative to that file's folder. None: the command line, and the working directory.
+    What cannot be expanded becomes `Unresolved`; `$$` stands for one dollar sign.
+    """
+    folder = Path.cwd() if file is None else file.absolute().parent
+
+    def change(text: str, kind: str, field: str) -> str:
+        try:
+            return _resolved(text, kind, folder)
+        except ValueError as error:
+            left = Unresolved(text)
+            left.sentence = redact(f"--{field} is '{text}', {error}" if file is None else f"{file}: {field} is '{text}', {error}")
+            return left
+
+    return _changed(raw, recipe, change)
+
+
+def check(raw: dict[str, Any], recipe: type[Section]) -> None:
+    """ValueError, one sentence, for the first path that could not be resolved."""
+
+    def refuse(text: str, _kind: str, _field: str) -> str:
+        if isinstance(text, Unresolved):
+            raise ValueError(text.sentence)
+        return text
+
+    _changed(raw, recipe, refuse)
+
+
+def written(raw: dict[str, Any], recipe: type[Section]) -> dict[str, Any]:
+    """A copy of a resolved mapping in which paths are written so that resolving them again changes nothing."""
+    return _changed(raw, recipe, lambda text, kind, _: text if _stays(text, kind) else text.replace("$", "$$"))
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, or holds where it is not null."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _changed(raw: dict[str, Any], section: type[Section], change: Callable[[str, str, str], str], prefix: str = "") -> dict[str, Any]:
+    """A copy in which change(text, kind, dotted field) has replaced every text of a field that holds a path, also in methods and their grids."""
+    result = dict(raw)
+    for name, value in raw.items():
+        field = section.model_fields.get(name)
+        marker = next(_markers(section, [name]), None)
+        if marker is not None and isinstance(value, str):
+            result[name] = change(value, marker.kind, f"{prefix}{name}")
+        elif isinstance(value, dict) and field is not None and section_of(field.annotation):
+            result[name] = _changed(value, section_of(field.annotation), change, f"{prefix}{name}.")
+        elif isinstance(value, dict) and name == "methods" and not prefix:
+            result[name] = {method: _method(own, section, change, f"methods.{method}.") for method, own in value.items()}
+    return result
+
+
+def _method(own: Any, recipe: type[Section], change: Callable[[str, str, str], str], prefix: str) -> Any:
+    if not isinstance(own, dict):
+        return own
+    result = _changed(own, recipe, change, prefix)
+    if isinstance(own.get("grid"), dict):
+        for field, values in own["grid"].items():
+            marker = next(_markers(recipe, str(field).split(".")), None)
+            if marker is not None and isinstance(values, list):
+                changed = [change(value, marker.kind, f"{prefix}grid.{field}") if isinstance(value, str) else value for value in values]
+                result["grid"] = result["grid"] | {field: changed}
+    return result
+
+
+def _markers(section: type[Section] | None, names: list[Any]) -> Iterator[PathField]:
+    """The marker of the field that the names lead to, where it has one."""
+    field = None
+    for name in names:
+        field = section.model_fields.get(name) if section else None
+        section = section_of(field.annotation) if field else None
+    yield from (marker for marker in (field.metadata if field else ()) if isinstance(marker, PathField))
+
+
+def _stays(text: str, kind: str) -> bool:
+    """Whether a text is none of ours: built-in data and models, and every store but a sqlite file."""
+    if kind == "uri":
+        return not text.startswith(_SQLITE) or text.removeprefix(_SQLITE) in ("", ":memory:")
+    return kind in ("model", "data") and text.startswith("builtin:")
+
+
+def _resolved(text: str, kind: str, folder: Path) -> str:
+    if _stays(text, kind):
+        return text
+    if kind == "uri":
+        return f"{_SQLITE}{_joined(folder, _expanded(text.removeprefix(_SQLITE)))}"
+    text = _expanded(text)
+    path = _joined(folder, text)
+    local = text.startswith(("/", "."))
+    if kind == "data" and not (local or Path(text).suffix in SUFFIXES or os.path.isfile(path)):
+        return text
+    if kind == "model" and not (local or text.count("/") != 1 or os.path.isdir(path)):
+        return text
+    if kind in ("recipe", "ds_config") and not os.path.isfile(path):
+        path = (shipped.recipe if kind == "recipe" else shipped.ds_config)(text) or path
+    return str(path)
+
+
+def _expanded(text: str) -> str:
+    template = Template(text)
+    if not template.is_valid():
+        raise ValueError("in which a $ stands before no variable's name: write $$ for the sign itself")
+    for name in template.get_identifiers():
+        if not os.environ.get(name):  # an empty one would make another path of $DATA/rows.jsonl
+            raise ValueError(f"but the variable {name} is {'empty' if name in os.environ else 'not set'}: set it, or write the path itself")
+    text = template.substitute(os.environ)
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError(f"but {text.partition('/')[0]} is nobody's home folder here: write the path itself, or ./{text} for a file of that name") from None
+
+
+def _joined(folder: Path, text: str) -> Path:
+    path = folder / text
+    return Path(os.path.realpath(path)) if ".." in path.parts else path
