@@ -16,6 +16,7 @@ from pipeline.data.batches import check_divides
 from pipeline.filtering.embeddings import resolve_layer
 from pipeline.filtering.filter import NO_LABELS, check_not_refused
 from pipeline.layout import Layout
+from pipeline.model_checks import check_model
 from pipeline.models import check_targets, decoder_layers, load_tokenizer, outline, resolve_dtype
 from pipeline.quantization import check_quantisable
 from pipeline.recipe import Cell, Experiment, Recipe
@@ -34,6 +35,7 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
 
     base = experiment.base
     check_sources(base)
+    check_model(base)
     load_tokenizer(base.model)
     model = outline(base.model)
     layers = len(decoder_layers(model))
