@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts
+from pipeline import artifacts, devices
 from pipeline.data import builtin, contrastive
 from pipeline.data.sources import SUFFIXES
 from pipeline.evaluation import judges
@@ -185,15 +185,10 @@ class Layout:
         return self._align_hash() if self.base.align.enabled else _short(self._weights())
 
     def _weights(self) -> list[Any]:
-        """The model and how it is computed: `dtype: auto` is another dtype on another machine."""
+        """The model and how it is computed: `auto` is another dtype and another attention on another machine."""
         model = self.base.model
-        dtype = f"torch.{model.dtype}"
-        if model.dtype == "auto":
-            from pipeline.models import resolve_dtype  # here: it brings in torch and transformers, seconds that a named dtype need not cost
-
-            dtype = str(resolve_dtype("auto"))
         quantized = [] if model.quantization == "none" else [model.quantization]
-        return [*self._model, dtype, model.attention, *quantized]
+        return [*self._model, f"torch.{devices.dtype(model.dtype)}", devices.attention(model.attention), *quantized]
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from pipeline import devices
 from pipeline.models import load_model, resolve_dtype, unreachable
 from pipeline.quantization import quantise
 from pipeline.sections import ModelSection
@@ -30,9 +31,9 @@ def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[Pre
     location: local folder or hub id. sharded: leave the weights to the engine's shards; else only quantised ones are left.
     Raises ValueError where the model cannot be had.
     """
-    dtype = resolve_dtype(section.dtype)
-    opened = _skeleton(location, dtype, section.attention, section.revision) if sharded or section.quantization == "nf4" else None
-    model, sources = opened or (load_model(location, dtype, section.attention, section.revision), {})
+    how = location, resolve_dtype(section.dtype), devices.attention(section.attention), section.revision
+    opened = _skeleton(*how) if sharded or section.quantization == "nf4" else None
+    model, sources = opened or (load_model(*how), {})
     if section.quantization == "nf4":
         quantise(model, sources)
     return model, sources

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,10 +16,18 @@ from torch import nn
 # transformers imports deepspeed, which looks for a device and complains about CPUs unless it is told.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from pipeline.model_files import resolve_model_path  # noqa: E402
+from pipeline import devices  # noqa: E402
+from pipeline.model_files import model_location, resolve_model_path  # noqa: E402
 from pipeline.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel, on import by peft
@@ -51,14 +57,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """Dtype of the frozen weights; `auto` is bfloat16 where the hardware multiplies it natively."""
-    if name != "auto":
-        return getattr(torch, name)
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    return torch.bfloat16 if re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) else torch.float32
+    """Dtype of the frozen weights; `auto` is bfloat16 where the hardware multiplies it natively (devices.dtype)."""
+    return getattr(torch, devices.dtype(name))
 
 
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
@@ -81,14 +81,21 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision:
     return model.train()
 
 
-def outline(section: ModelSection) -> PreTrainedModel:
-    """The model's modules without their weights (meta tensors), from its config alone: for what is to be known before weights are read."""
-    path = resolve_model_path(section)
+def read_config(section: ModelSection) -> PretrainedConfig:
+    """The config of a folder or hub model, of which nothing else need be there. ValueError where it cannot be had."""
+    path = model_location(section)
     try:
-        config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # ValueError: a type of model that transformers does not know
+        raise ValueError(unreachable(path, error)) from None
+
+
+def without_weights(config: PretrainedConfig, path: str) -> PreTrainedModel:
+    """The modules of a config without memory (meta tensors). path: of the model, for the ValueError where transformers has no such model."""
+    try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
+    except ValueError as error:
         raise ValueError(unreachable(path, error)) from None
 
 

@@ -13,14 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline import shipped
+from pipeline import devices, shipped
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
 # glibc hands every freed activation back to the kernel and faults it in again; keeping it took an align step of the demo from 3.7 to 3.2 s.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
-_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 _GRACE = 30.0  # seconds between a rank's failure and the end of the others
 
 
@@ -63,11 +61,8 @@ def _free_port() -> str:
 
 
 def _one_gpu(slot: int) -> dict[str, str]:
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
+    found = devices.gpus()
+    return {"CUDA_VISIBLE_DEVICES": found[slot % len(found)].name} if found else {}
 
 
 def threads_per_process(processes: int) -> int:
@@ -78,7 +73,7 @@ def threads_per_process(processes: int) -> int:
 def _start(script: str, arguments: Sequence[str], environment: dict[str, str], share: int) -> subprocess.Popen:
     threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_process(share))
     command = [sys.executable, str(shipped.launch_script(script)), *arguments]
-    allocator = {} if any(Path(device).exists() for device in _GPU_DEVICES) else _ALLOCATOR
+    allocator = {} if devices.gpus() else _ALLOCATOR
     return subprocess.Popen(command, env={**allocator, **os.environ, **shipped.environment(), "OMP_NUM_THREADS": threads, **environment})
 
 

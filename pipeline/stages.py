@@ -24,12 +24,14 @@ from torch import nn
 from pipeline import artifacts, recipe
 from pipeline.checks import direction_given
 from pipeline.data.batches import micro_batches, pair_batches
+from pipeline.devices import environment
 from pipeline.evaluation.evaluate import Measured, conclude, measure
 from pipeline.evaluation.placement import place
 from pipeline.evaluation.shards import WHOLE, Shard
-from pipeline.filtering.embeddings import embed, resolve_layer
+from pipeline.filtering.embeddings import embed
 from pipeline.filtering.filter import check_labels, decide, kept
 from pipeline.filtering.filter import write as write_decision
+from pipeline.layer_choice import read_layer
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
 from pipeline.model_files import resolve_model_path
@@ -39,7 +41,7 @@ from pipeline.sap.diagnostics import safety_direction
 from pipeline.sections import ModelSection, TrainSection
 from pipeline.sharding import engine as engines
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import device, environment, init_distributed, open_engine
+from pipeline.sharding.launch import device, init_distributed, open_engine
 from pipeline.tracking import open_run
 from pipeline.training.ema import Ema
 from pipeline.training.loop import Loop, TrainingData
@@ -148,7 +150,7 @@ def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch
         artifacts.verify(target)
     else:
         engine, tokenizer = _open_start(layout, cell, target)
-        layer = resolve_layer(saft.layer, len(decoder_layers(engine.module)))
+        layer = read_layer(saft.layer, len(decoder_layers(engine.module)))
         found = embed(engine, rows, layer, saft.position, saft.micro_batch_size, tokenizer.pad_token_id)
         with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
             if engine.rank == 0:

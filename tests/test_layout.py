@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipe, strict_yaml
+from pipeline import devices, recipe, strict_yaml
 from pipeline.data import builtin, contrastive
 from pipeline.layout import Layout
 from tests.project import make_project, write_jsonl, write_recipe
@@ -106,16 +106,13 @@ def test_what_is_evaluated_is_what_was_trained(project):
         assert (subject.model, subject.adapter) == expected
 
 
-def test_the_resolved_dtype_counts_and_not_the_word_auto(project, monkeypatch):
-    """One recipe on a machine with bf16 and on one without must not share results."""
-    import torch
-
-    from pipeline import models
-
+@pytest.mark.parametrize(("field", "choices"), [("dtype", ("float32", "bfloat16")), ("attention", ("sdpa", "eager"))])
+def test_what_auto_means_here_counts_and_not_the_word(project, monkeypatch, field, choices):
+    """One recipe on a machine with bf16 (or a GPU) and on one without must not share results."""
     folders = []
-    for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(models, "resolve_dtype", lambda name, dtype=dtype: dtype)
-        folders.append(names(project, "--model.dtype=auto")["train sft"])
+    for choice in choices:
+        monkeypatch.setattr(devices, field, lambda name, choice=choice: choice)
+        folders.append(names(project, f"--model.{field}=auto")["train sft"])
     assert folders[0] != folders[1]
 
 

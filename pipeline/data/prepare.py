@@ -14,18 +14,18 @@ import json
 from collections.abc import Callable
 from numbers import Number
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data import contrastive
 from pipeline.data.chat import Encoded, Messages, encode_chat
 from pipeline.data.overlap import Claims, assert_disjoint, write_held
-from pipeline.data.sources import check_source, read_source
-from pipeline.models import load_tokenizer
+from pipeline.data.sources import read_source
 from pipeline.recipe import Recipe
 from pipeline.redaction import redact
-from pipeline.sections import SourceSection
+from pipeline.sections import DataSection, SourceSection
+
+if TYPE_CHECKING:  # torch takes seconds to import, and rows are looked at without it
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 HELD = "held.parquet"
@@ -33,22 +33,20 @@ _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed durin
 _VALIDATION_PROMPTS = 150
 
 
-def check_sources(recipe: Recipe) -> None:
-    """Paths, mappings and built-in names of every source, without reading whole files. Raises ValueError."""
-    for section, name in ((recipe.data, "data"), (recipe.evaluate, "evaluate")):
-        for field in type(section).model_fields:
-            value = getattr(section, field)
-            if isinstance(value, SourceSection):
-                check_source(value, f"{name}.{field}")
-    if recipe.align.enabled and (recipe.data.refusals is None or recipe.data.harmless is None):
-        raise ValueError("align.enabled needs data.refusals and data.harmless: name both sources, or set align.enabled to false")
-    if recipe.evaluate.split == "validation" and recipe.data.validation_prompts is None:
-        raise ValueError("evaluate.split validation needs data.validation_prompts: name a source of harmful prompts")
-
-
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Write every set below `folder`; returns the counts for the manifest. ValueError where a split gets no usable sample."""
+    from pipeline.models import load_tokenizer
+
     return _Preparation(recipe, load_tokenizer(recipe.model)).write(folder)
+
+
+def check_split(data: DataSection, usable: int) -> None:
+    """ValueError where the task's usable samples leave none for training."""
+    if usable - data.validation_samples - data.test_samples < 1:
+        raise ValueError(
+            f"data.task: {data.task.source} has {usable} usable samples and leaves none for training after {data.test_samples} test and "
+            f"{data.validation_samples} validation samples: use more data, or lower data.test_samples and data.validation_samples"
+        )
 
 
 class _Preparation:
@@ -70,12 +68,8 @@ class _Preparation:
             sets["harmful_validation"] = self._encoded("data.validation_prompts", opened)
         sets["safety_pairs"] = self._pairs()
         task = self._task_pool()
+        check_split(data, len(task))
         kept = len(task) - data.validation_samples - data.test_samples
-        if kept < 1:
-            raise ValueError(
-                f"data.task: {data.task.source} has {len(task)} usable samples and leaves none for training after {data.test_samples} test and "
-                f"{data.validation_samples} validation samples: use more data, or lower data.test_samples and data.validation_samples"
-            )
         harmful = self._harmful(kept)
         if self.recipe.align.enabled:
             sets["align"] = self._alignment()
@@ -133,8 +127,7 @@ class _Preparation:
         return pairs
 
     def _task_pool(self) -> list[Row]:
-        rows = ordered_rows("data.task", self.data.task, self.data.seed, ("prompt", "response"))
-        return [row for row in rows if row["response"]]
+        return task_rows(self.data)
 
     def _harmful(self, task_samples: int) -> list[Row]:
         source, wanted = self.data.harmful, _share(self.data.harmful_fraction, task_samples)
@@ -206,6 +199,11 @@ def ordered_rows(field: str, source: SourceSection, seed: int, required: tuple[s
         return digest, json.dumps(row)  # conversations may end alike
 
     return sorted(rows, key=place)[: source.limit]
+
+
+def task_rows(data: DataSection) -> list[Row]:
+    """Rows of the task that have a response, ordered as `ordered_rows`."""
+    return [row for row in ordered_rows("data.task", data.task, data.seed, ("prompt", "response")) if row["response"]]
 
 
 def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:

@@ -13,31 +13,28 @@ from datetime import timedelta
 import torch
 from torch import nn
 
+from pipeline import devices
+from pipeline.devices import environment
 from pipeline.models import decoder_layers
 from pipeline.sections import TrainSection
+from pipeline.sharding.ds_config import read_ds_config
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.single import SingleEngine
 from pipeline.weights import Sources, fill
 
 
-def environment() -> tuple[int, int]:
-    """(rank, world size) of this process."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def device() -> torch.device:
-    """This process's accelerator, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def check_engine(train: TrainSection, world_size: int) -> None:
-    """ValueError where engine, ranks and DeepSpeed configuration do not go together. Reads no model."""
-    if train.engine == "single" and world_size > 1:
-        raise ValueError(f"train.engine single runs one process, but there are {world_size} ranks: use engine zero3 or fsdp2, or train.ranks 1")
-    if train.engine == "zero3":
-        from pipeline.sharding.zero3 import read_ds_config
-
-        read_ds_config(train, world_size)
+    """This process's accelerator, else the CPU. ValueError where the launcher started more processes than this machine has GPUs."""
+    if not torch.cuda.is_available():
+        devices.gpus()  # they may be there, and torch unable to use them: the reason is a ValueError
+        return torch.device("cpu")
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= count:
+        raise ValueError(
+            f"local rank {rank} has no GPU of its own: this process sees {count}, so that at most {count} may be started on this machine "
+            "(train.ranks, or the launcher's processes a node)"
+        )
+    return torch.device("cuda", rank)
 
 
 def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -90,7 +87,7 @@ def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None 
 
         dtype = torch.bfloat16 if low else None
         return Fsdp2Engine(module, decoder_layers(module), lambda ps: adamw(ps, train), train.max_grad_norm, device(), dtype, sources)
-    from pipeline.sharding.zero3 import Zero3Engine, read_ds_config
+    from pipeline.sharding.zero3 import Zero3Engine
 
     config = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {})
     return Zero3Engine(module, adamw(_trainable(module), train), config, sources)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline import devices
 from pipeline.loading import weight_files
 from pipeline.models import load_model, resolve_dtype
 from pipeline.sections import ModelSection, TrainSection
@@ -115,7 +116,7 @@ def _save_merged_whole(module: nn.Module, gathered: dict[str, torch.Tensor], sou
     warnings.warn(f"{source} is merged whole on rank 0, because its files give the weights other names than the model", stacklevel=3)
     adapter = folder.with_name(f".{folder.name}.adapter")
     _write_adapter(module, gathered, source, adapter)
-    whole = load_adapter(load_model(source, torch.float32, section.attention, section.revision), adapter).merge_and_unload()
+    whole = load_adapter(load_model(source, torch.float32, devices.attention(section.attention), section.revision), adapter).merge_and_unload()
     whole.to(resolve_dtype(section.dtype)).save_pretrained(folder)
     shutil.rmtree(adapter)
 
