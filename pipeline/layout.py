@@ -55,6 +55,10 @@ class Layout:
         self._model = _model_identity(self.base.model)
         self._sources = _source_identities(self.base)
 
+    @functools.cached_property
+    def _cells(self) -> list[Cell]:
+        return list(self.experiment.cells())  # each is validated as it is made
+
     def prepare(self) -> Path:
         """Every set that is trained on, validated on, or tested on as a task; the stage prepare makes `prompts` too."""
         return self.root / f"prepare-{self._prepare_hash()}"
@@ -113,7 +117,7 @@ class Layout:
             yield Subject("shipped", None, model_location(self.base.model), None, _short(self._weights()))
             if self.base.align.enabled:
                 yield Subject("aligned", None, self.start_model(), None, self._align_hash())
-        for cell in self.experiment.cells():
+        for cell in self._cells:
             yield self.subject(cell)
 
     def subject(self, cell: Cell) -> Subject:
