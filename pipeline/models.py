@@ -21,6 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from pipeline import lean_imports  # noqa: E402
 from pipeline.model_files import resolve_model_path  # noqa: E402
 from pipeline.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
 
@@ -105,6 +106,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
 
     Returns the PeftModel. See `check_targets` for names that the model lacks.
     """
+    lean_imports.import_peft()
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
