@@ -26,7 +26,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from pipeline import devices  # noqa: E402
+from pipeline import devices, lean_imports  # noqa: E402
 from pipeline.model_files import model_location, resolve_model_path  # noqa: E402
 from pipeline.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
 
@@ -112,6 +112,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
 
     Returns the PeftModel. See `check_targets` for names that the model lacks.
     """
+    lean_imports.import_peft()
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

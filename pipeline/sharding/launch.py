@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from pipeline import devices
+from pipeline import devices, lean_imports
 from pipeline.devices import environment
 from pipeline.models import decoder_layers
 from pipeline.sections import TrainSection
@@ -53,6 +53,7 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
         return
     # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
     warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use `torch\.distributed", category=FutureWarning)
+    lean_imports.import_deepspeed()
     import deepspeed
     from deepspeed.utils import logger
 

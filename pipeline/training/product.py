@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import devices
+from pipeline import devices, lean_imports
 from pipeline.loading import weight_files
 from pipeline.models import load_model, resolve_dtype
 from pipeline.sections import ModelSection, TrainSection
@@ -80,6 +80,7 @@ def _write_adapter(module: nn.Module, gathered: dict[str, torch.Tensor], base_mo
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """The model with a trained adapter, for inference."""
+    lean_imports.import_peft()
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder))
