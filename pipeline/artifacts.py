@@ -131,9 +131,9 @@ def claim(target: Path) -> Callable[[], None]:
 
 
 def claim_unless_complete(target: Path, seconds: float = _WAIT_SECONDS) -> Callable[[], None] | None:
-    """Like `claim`, but waits for a process that is writing `target`; None once the folder is complete, whoever made it.
+    """Like `claim`, but waits for a process that is writing `target`; None once the folder is complete.
 
-    Busy (a ValueError) where it is still not complete after so many seconds.
+    Busy (a ValueError) where it is still being written after so many seconds.
     """
     deadline = time.monotonic() + seconds
     while not complete(target):
@@ -151,11 +151,14 @@ def claim_unless_complete(target: Path, seconds: float = _WAIT_SECONDS) -> Calla
 
 
 @contextlib.contextmanager
-def building(target: Path, inputs: dict[str, Any], claimed: Callable[[], None] | None = None, **facts: Any) -> Iterator[Path]:
+def building(
+    target: Path, inputs: dict[str, Any], claimed: Callable[[], None] | None = None, **facts: Any
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an exception.
 
-    inputs: hashes of what the artefact was made from; facts: further manifest entries (counts, times). claimed: what `claim` returned, where
-    the caller has claimed the target. A `facts.json` written inside the folder becomes part of the manifest.
+    inputs: hashes of what the artefact was made from; facts: further manifest entries (counts, times).
+    claimed: what `claim` returned, where the caller has claimed the target.
+    A `facts.json` written inside the folder becomes part of the manifest.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     release = claimed or claim(target)

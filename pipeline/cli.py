@@ -246,7 +246,7 @@ class Chain:
 
     def _need(self, *stages: str) -> None:
         for stage in stages:
-            # Of prepare's two folders every stage needs the training sets; an evaluation makes the prompts itself where they are missing.
+            # Of prepare's folders all need the training sets; an evaluation makes the prompts where they are missing.
             folders = [self.layout.prepare()] if stage == "prepare" else self.folders(stage)
             missing = [folder for folder in folders if not artifacts.complete(folder)]
             if missing:

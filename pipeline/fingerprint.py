@@ -12,15 +12,16 @@ from pathlib import Path
 
 from pipeline import artifacts
 
-_DESCRIBING = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.*")  # configuration, index, tokenizer, chat template
+# Configuration, index, tokenizer, chat template.
+_DESCRIBING = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.*")
 _SAMPLE = 1024  # bytes read of every tensor
 
 
 def fingerprint(folder: Path) -> dict[str, list[int | str]]:
     """Size in bytes and sha256 (hex) of every file that makes up the model, by its name.
 
-    What describes the model is read whole. Of *.safetensors the header and 1 KB from the middle of every tensor are read: names and sizes alone
-    are the same for all models of an architecture, and all of a 70B model is 140 GB.
+    What describes the model is read whole. Of *.safetensors the header and 1 KB from the middle of every tensor are
+    read: names and sizes alone are the same for all models of an architecture, and all of a 70B model is 140 GB.
     """
     files: dict[str, list[int | str]] = {}
     for path in sorted({path for pattern in ("*.safetensors", *_DESCRIBING) for path in folder.glob(pattern)}):
@@ -31,7 +32,10 @@ def fingerprint(folder: Path) -> dict[str, list[int | str]]:
 
 
 def _sampled_digest(path: Path) -> str:
-    """sha256 of a safetensors file's header and of the middle of every tensor. Never raises for a damaged file: the check of the model says that."""
+    """sha256 of a safetensors file's header and of the middle of every tensor.
+
+    A damaged file has one too: that it is damaged is for the check of the model to say.
+    """
     with path.open("rb") as stream:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
@@ -44,9 +48,10 @@ def _sampled_digest(path: Path) -> str:
 
 
 def _spans(header: bytes) -> list[tuple[int, int]]:
-    """First byte and the one behind the last of every tensor, counted from the header's end; none where it is no safetensors header."""
+    """First byte of every tensor and the one behind its last, from the header's end; none where the header is none."""
     try:
-        spans = [tuple(map(int, entry["data_offsets"])) for name, entry in json.loads(header).items() if name != "__metadata__"]
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        spans = [tuple(map(int, tensor["data_offsets"])) for tensor in tensors]
         return sorted((first, last) for first, last in spans if 0 <= first <= last)
     except (ValueError, TypeError, KeyError, AttributeError):
         return []

@@ -2,10 +2,11 @@
 
     layout = Layout(experiment); layout.train(cell)   # runs/demo/train-sap-s0-1a2b3c4d
 
-A stage's hash covers the fields of the recipe that decide its result and its upstream stages' hashes, so a changed setting makes a new folder
-and everything below it, and a folder that is complete never has to be made again. Files count by what is in them, not by where they are.
-What cannot change a result (ranks, file of DeepSpeed settings, intervals of checkpoints, settings of what is switched off) is left out.
-docs/stages.md says for every field of the recipe what runs again; tests/test_stages_doc.py holds it against this module.
+A stage's hash covers the fields of the recipe that decide its result and its upstream stages' hashes, so a changed
+setting makes a new folder and everything below it, and a folder that is complete never has to be made again. Files
+count by what is in them, not by where they are. What cannot change a result (ranks, file of DeepSpeed settings,
+intervals of checkpoints, settings of what is switched off) is left out. docs/stages.md says for every field of the
+recipe what runs again, and tests/test_stages_doc.py holds it against this module.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pipeline.sections import DataSection, ModelSection, SapSection, SourceSecti
 
 _REPORT = 3  # raise when the page shows something new
 _FORMAT = 3  # raise when prepared data, checkpoints or products change shape
-# Of a training section, what changes no number of its result: gradient checkpointing computes the same activations again.
+# Of a training section, what changes no result: gradient checkpointing computes the same activations again.
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}
 _ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples"}
 
@@ -91,7 +92,8 @@ class Layout:
         seed = "" if subject.seed is None else f"-s{subject.seed}"
         elsewhere = {"harmful", "harmful_prompts", "harmless", "harmless_prompts"}  # in the prompts' hash
         section = self.base.evaluate.model_dump(mode="json", exclude={"batch_size", "baselines", *elsewhere})
-        return self.root / f"evaluate-{subject.name}{seed}-{_short([_FORMAT, subject.identity, self._prompts_hash(), section])}"
+        digest = _short([_FORMAT, subject.identity, self._prompts_hash(), section])
+        return self.root / f"evaluate-{subject.name}{seed}-{digest}"
 
     def shard(self, target: Path, index: int, count: int) -> Path:
         """Where one of `count` processes that share an evaluation leaves its part until all are merged."""
@@ -167,7 +169,8 @@ class Layout:
         return _short(parts)
 
     def _align_hash(self) -> str:
-        # Its samples take their prompts before the task does. The task only counts where it decides how many harmful prompts are taken before.
+        # Its samples take their prompts before the task does, which counts only where it decides how many prompts the
+        # harmful samples have taken before.
         data, after = self._data(), {"task", "validation_samples", "test_samples", "harmful_fraction"}
         if data["harmful"] is None or self.base.data.harmful.limit is not None:
             data = {name: value for name, value in data.items() if name not in after}
@@ -211,7 +214,7 @@ def sources(recipe: Recipe) -> Iterator[tuple[str, SourceSection]]:
 
 
 def harmful_drawn(data: DataSection) -> bool:
-    """Whether prompts of data.harmful are taken: some are mixed in, or a limit makes them a pool that is taken at every fraction, 0 too."""
+    """Whether prompts of data.harmful are taken: some are mixed in, or a limit makes a pool taken at any fraction."""
     return data.harmful is not None and (data.harmful_fraction > 0 or data.harmful.limit is not None)
 
 
@@ -231,7 +234,8 @@ def _probing(sap: SapSection) -> dict[str, Any]:
 
 def _texts() -> str:
     """Digest of the texts that pairs and samples are made of."""
-    return artifacts.digest([contrastive.REFUSALS, contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS])
+    openings = (contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS)
+    return artifacts.digest([contrastive.REFUSALS, *openings])
 
 
 def _source_identities(recipe: Recipe) -> dict[str, Any]:
@@ -240,12 +244,13 @@ def _source_identities(recipe: Recipe) -> dict[str, Any]:
 
 
 def _source_identity(source: SourceSection, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """What a source holds and what is taken of it: a file by its bytes and its ending, which says how they are read; a hub data set by its revision."""
+    """What a source holds and what is taken of it: a file by its bytes and its ending, which says how they are read."""
     path = Path(source.source).expanduser()
     if source.source.startswith("builtin:"):
         identity: dict[str, Any] = {"builtin": builtin.identity(source.source.removeprefix("builtin:"))}
     elif path.suffix in SUFFIXES and path.is_file():
-        identity = {"file": path.suffix, "sha256": digest(path)} | ({"header": source.header} if path.suffix == ".csv" else {})
+        identity = {"file": path.suffix, "sha256": digest(path)}
+        identity |= {"header": source.header} if path.suffix == ".csv" else {}
     else:
         identity = source.model_dump(mode="json", include={"source", "subset", "split", "revision"})
     return {**identity, "columns": source.columns, "limit": source.limit}
@@ -256,7 +261,7 @@ def _short(value: Any) -> str:
 
 
 def _model_identity(model: ModelSection) -> list[Any]:
-    """What the weights and the tokenizer are: a folder by its files, wherever it is; a built-in model by its archive; a hub model by id and revision."""
+    """The weights and the tokenizer: a folder by its files, a built-in model by its archive, else id and revision."""
     folder = Path(model.path).expanduser()
     if model.path.startswith("builtin:"):
         identity: list[Any] = [model.path, builtin.ARCHIVES["smollm2"].sha256]

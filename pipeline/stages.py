@@ -2,7 +2,8 @@
 
     prepare -> [align] -> [filter] -> direction -> train -> evaluate -> report
 
-What runs again after a change of the recipe: docs/stages.md. Present and complete: return at once. Interrupted: nothing half-written is ever read. Upstream folders are verified by manifest.
+Present and complete: return at once (docs/stages.md says what a change of the recipe runs again). Interrupted: nothing
+half-written is ever read. Upstream folders are verified by manifest.
 The functions for align, filter, direction and train are entered by all ranks together.
 """
 
@@ -54,7 +55,7 @@ _USEFUL_FOR_SUMMARY = 24  # samples behind the direction's cosine with the usefu
 
 
 def prepare(experiment: Experiment) -> bool:
-    """Data sources -> tokens and labels, contrastive pairs (pipeline/data/prepare.py), and the evaluation's prompts in a folder of their own."""
+    """Data sources -> training sets (data/prepare.py) and the evaluation's prompts (data/prompts.py), a folder each."""
     from pipeline.data.prepare import prepare as prepare_data
 
     layout = Layout(experiment)
@@ -72,7 +73,7 @@ def prepare(experiment: Experiment) -> bool:
 
 
 def _prompts(layout: Layout) -> Path:
-    """The folder of the evaluation's prompts, made where it is missing: by one of several processes that want it at once, while the others wait."""
+    """The folder of the evaluation's prompts. Of the processes that miss it one makes it, and the others wait."""
     from pipeline.data.prompts import write_prompts
 
     target, prepared = layout.prompts(), layout.prepare()
@@ -335,10 +336,11 @@ def _evaluation_sets(layout: Layout) -> dict[str, list[dict[str, Any]]]:
     """Prompts of the split that evaluate.split names; defaults are chosen on `validation`, never on `test`."""
     section, prepared, prompts = layout.base.evaluate, layout.prepare(), layout.prompts()
     test = section.split == "test"
-    harmful = (read_rows(prompts, "eval_harmful") if test else read_rows(prepared, "validation_prompts"))[: section.harmful_prompts]
+    harmful = read_rows(prompts, "eval_harmful") if test else read_rows(prepared, "validation_prompts")
     lookalikes = "eval_harmless" if test else "validation_harmless"
-    harmless = read_rows(prompts, lookalikes)[: section.harmless_prompts] if (prompts / f"{lookalikes}.parquet").is_file() else []
+    harmless = read_rows(prompts, lookalikes) if (prompts / f"{lookalikes}.parquet").is_file() else []
     task = read_rows(prepared, "task_test" if test else "task_validation")[: section.task_prompts]
+    harmful, harmless = harmful[: section.harmful_prompts], harmless[: section.harmless_prompts]
     return {"harmful": harmful, "harmless": harmless, "task": task}
 
 

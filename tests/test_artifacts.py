@@ -1,6 +1,7 @@
 """Folders that exist completely or not at all, and one writer at a time."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -50,6 +51,31 @@ def test_one_writer_at_a_time(tmp_path):
     release()
     artifacts.claim(tmp_path / "stage")()
     assert not list(tmp_path.iterdir())
+
+
+def test_who_needs_a_folder_waits_for_its_writer(tmp_path):
+    target = tmp_path / "stage"
+    with ThreadPoolExecutor(1) as pool:
+        with artifacts.building(target, {}) as folder:
+            (folder / "data.txt").write_text("content")
+            waiting = pool.submit(artifacts.claim_unless_complete, target)
+            with pytest.raises(artifacts.Busy):
+                artifacts.claim_unless_complete(target, seconds=0)
+            assert not waiting.done()
+        assert waiting.result() is None, "complete: there is nothing to claim"
+
+
+def test_who_needs_a_folder_takes_over_where_its_writer_failed(tmp_path):
+    target = tmp_path / "stage"
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(RuntimeError), artifacts.building(target, {}):
+            waiting = pool.submit(artifacts.claim_unless_complete, target)
+            raise RuntimeError
+        claimed = waiting.result()
+    with artifacts.building(target, {}, claimed) as folder:
+        (folder / "data.txt").write_text("content")
+    artifacts.verify(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"], "the lock is gone"
 
 
 def test_an_interrupted_publish_is_done_again(tmp_path):

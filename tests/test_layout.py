@@ -24,7 +24,7 @@ def names(path: Path, *arguments: str) -> dict[str, str]:
     """Folder names by stage, of seed 0."""
     experiment = recipe.load(path, strict_yaml.parse_overrides(list(arguments)))
     layout = Layout(experiment)
-    found = {"prepare": layout.prepare().name, "prompts": layout.prompts().name, "align": layout.align().name, "report": layout.report().name}
+    found = {stage: getattr(layout, stage)().name for stage in ("prepare", "prompts", "align", "report")}
     for cell in experiment.cells():
         found[f"train {cell.method}"] = layout.train(cell).name
         found[f"direction {cell.method}"] = layout.direction(cell).name
@@ -162,22 +162,22 @@ def test_a_project_that_is_moved_keeps_its_folders_names(tmp_path):
     before = names(write_recipe(tmp_path / "old", content))
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     shutil.rmtree(tmp_path / "old")
-    moved = yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text().replace(str(tmp_path / "old"), str(tmp_path / "new")))
-    assert names(write_recipe(tmp_path / "new", moved)) == before
+    moved = tmp_path / "new" / "recipe.yaml"
+    moved.write_text(moved.read_text().replace(str(tmp_path / "old"), str(tmp_path / "new")))
+    assert names(moved) == before
 
 
 def test_the_ending_of_a_file_counts_as_it_says_how_the_file_is_read(project, tmp_path):
     for ending in ("json", "jsonl"):
         write_jsonl(tmp_path / f"task.{ending}", [{"question": "a", "answer": "b"}])
-    assert changed_between(project, *(f"--data.task.source={tmp_path / f'task.{ending}'}" for ending in ("json", "jsonl"))) >= ALL - {"align"}
+    one, other = (names(project, f"--data.task.source={tmp_path}/task.{ending}") for ending in ("json", "jsonl"))
+    assert all(one[stage] != other[stage] for stage in one)
 
 
-def changed_between(path: Path, one: str, other: str) -> set[str]:
-    before, after = names(path, one), names(path, other)
-    return {stage for stage in before if before[stage] != after[stage]}
+FILES = ["chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "config.json"]
 
 
-@pytest.mark.parametrize("harm", ["weights", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "config.json"])
+@pytest.mark.parametrize("harm", ["weights", *FILES])
 def test_two_models_that_differ_in_any_file_do_not_share_results(project, tmp_path, harm):
     """Names and sizes of the weights are the same for all models of an architecture."""
     source = Path(yaml.safe_load(project.read_text())["model"]["path"])
@@ -186,10 +186,11 @@ def test_two_models_that_differ_in_any_file_do_not_share_results(project, tmp_pa
     before = names(project, here)
     assert before == names(project), "a copy"
     if harm == "weights":
-        weights = load_file(tmp_path / "model" / "model.safetensors")
+        file = tmp_path / "model" / "model.safetensors"
+        size, weights = file.stat().st_size, load_file(file)
         weights["model.layers.2.mlp.up_proj.weight"] += 0.01
-        save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-        assert (tmp_path / "model" / "model.safetensors").stat().st_size == (source / "model.safetensors").stat().st_size
+        save_file(weights, file, metadata={"format": "pt"})
+        assert file.stat().st_size == size
     else:
         with (tmp_path / "model" / harm).open("a") as stream:
             stream.write(" ")
@@ -208,7 +209,7 @@ def test_damaged_weights_have_a_fingerprint_too(tmp_path):
 
 
 def test_harmful_prompts_without_a_limit_tie_the_alignment_to_the_task(project):
-    """How many the mix takes before the alignment follows from the task's samples; a limit takes the same number whatever they are."""
+    """How many the mix takes before the alignment follows from the task's samples; with a limit it does not."""
     for limit, expected in (("null", {"align"}), ("10", set())):
         pool = f"--data.harmful.limit={limit}"
         for argument in ("--data.test_samples=9", "--data.harmful_fraction=0.2"):

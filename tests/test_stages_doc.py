@@ -1,4 +1,4 @@
-"""docs/stages.md says for every field of the recipe which stages run again; here each is changed, and the folders are compared with its table."""
+"""docs/stages.md says for every field what runs again: each is changed, and the folders compared with its table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONE_VALUE = {"train.use_reentrant", "align.train.use_reentrant", "evaluate.judge
 
 Settings = dict[str, Any]  # dotted field -> value; a file by its name below the project's folder
 
-# Where a field acts only beside others: the settings from which it is changed. The recipe below is the start of all fields.
+# Where a field acts only beside others: the settings from which it is changed, on top of the recipe below.
 STARTS: dict[str, Settings] = {
     **{
         f"{source}.{field}": {f"{source}.source": "owner/name"}
@@ -38,7 +38,8 @@ STARTS: dict[str, Settings] = {
     },
     **{f"{source}.header": {f"{source}.source": "rows.csv"} for source in SOURCES},
     "model.revision": {"model.path": "owner/name"},
-    **{f"{section}.epochs": {f"{section}.steps": None, f"{section}.epochs": 1.0} for section in ("train", "align.train")},
+    "train.epochs": {"train.steps": None, "train.epochs": 1.0},
+    "align.train.epochs": {"align.train.steps": None, "align.train.epochs": 1.0},
     **{f"{part}.enabled": {"methods": {"sft": {}, "plain": {}}} for part in PARTS},
     "align.enabled": {"align.enabled": False},
 }
@@ -50,8 +51,10 @@ IDLE: list[tuple[str, Settings]] = [
     ("model.revision", {}),
     ("data.harmful.source", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
     ("data.harmful.columns", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
-    *((f"data.{name}.{field}", UNALIGNED) for name in ("refusals", "harmless") for field in ("source", "columns", "limit")),
-    *((field, UNALIGNED) for field in ("data.refusal_samples", "data.harmless_samples", "align.distill_tokens", "align.train.lr")),
+    *((f"data.refusals.{field}", UNALIGNED) for field in ("source", "columns", "limit")),
+    *((f"data.harmless.{field}", UNALIGNED) for field in ("source", "columns", "limit")),
+    *((f"data.{field}", UNALIGNED) for field in ("refusal_samples", "harmless_samples")),
+    *((f"align.{field}", UNALIGNED) for field in ("distill_tokens", "train.lr")),
     *(
         (f"{section}.{field}", {f"{section}.adapter": "full"})
         for section in ("train", "align.train")
@@ -79,7 +82,8 @@ VALUES: dict[str, Any] = {
 def write_model(folder: Path, weights: bytes) -> None:
     """A model folder as far as a layout looks at it: one tensor of float32, a configuration and a tokenizer."""
     folder.mkdir()
-    header = json.dumps({"weight": {"dtype": "F32", "shape": [len(weights) // 4], "data_offsets": [0, len(weights)]}}).encode()
+    tensor = {"dtype": "F32", "shape": [len(weights) // 4], "data_offsets": [0, len(weights)]}
+    header = json.dumps({"weight": tensor}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + weights)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer.json").write_text("{}")
@@ -222,7 +226,10 @@ def others(annotation: Any, value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. stages: what runs again. methods: all | with PART, PART | the changed one | nothing. only: where the field acts."""
+    """One row of the table.
+
+    stages: what runs again. methods: all, "with `PART`, `PART`", "the changed one", or "". only: where the field acts.
+    """
 
     stages: set[str]
     methods: str
@@ -236,7 +243,8 @@ def table() -> dict[str, Row]:
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if len(cells) != 4 or not cells[0].startswith("`"):
             continue
-        stages = set(STAGES) if cells[1] == "everything" else set() if cells[1] == "nothing" else set(cells[1].split(", "))
+        whole = {"everything": set(STAGES), "nothing": set()}
+        stages = whole[cells[1]] if cells[1] in whole else set(cells[1].split(", "))
         assert stages <= set(STAGES), f"{cells[0]}: {cells[1]}"
         before = ""
         for name in re.findall(r"`([^`]+)`", cells[0]):

@@ -5,8 +5,8 @@ rows = claims.take("safety_pairs", rows, 48)
 write_held(claims.owner, folder / "held.parquet")             # for who comes later: the evaluation
 claims = Claims(read_held(folder / "held.parquet"))
 
-Every user turn of a conversation counts as a prompt, for the answers to all of them are trained on. A prompt is known by the sha256 of its
-normalised text, so that what says who holds which prompt holds none.
+Every user turn of a conversation counts as a prompt, for the answers to all of them are trained on. A prompt is known
+by the sha256 of its normalised text, so that the file that says who holds which prompt holds no prompt.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class Claims:
 
 
 def assert_disjoint(pools: dict[str, list[Row]], held: Held | None = None) -> Held:
-    """Who holds which prompt: `held` by earlier stages, and every normalised user turn of the pools. The last look at what is going to be written.
+    """Who holds which prompt: `held` by earlier stages, and every normalised user turn of the pools.
 
-    Raises ValueError where one stands in two pools.
+    The last look at what is going to be written. Raises ValueError where a prompt stands in two pools.
     """
     seen = dict(held or {})
     for pool, rows in pools.items():
@@ -88,8 +88,8 @@ def write_held(held: Held, path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    columns = {"sha256": pyarrow.array(list(held), pyarrow.binary(32)), "pool": pyarrow.array(list(held.values()), pyarrow.string())}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    prompts, pools = pyarrow.array(list(held), pyarrow.binary(32)), pyarrow.array(list(held.values()), pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"sha256": prompts, "pool": pools}), path)
 
 
 def read_held(path: Path) -> Held:
@@ -101,7 +101,10 @@ def read_held(path: Path) -> Held:
 
 
 def _keys(row: Row) -> dict[bytes, str]:
-    """The row's user turns by their prompt's digest. One of signs alone is no prompt that could be shared, unless the row has no other."""
+    """The row's user turns by their prompt's digest.
+
+    One of signs alone is no prompt that could be shared, unless the row has no other.
+    """
     turns = {normalise(turn): turn for turn in user_turns(row)}
     return {hashlib.sha256(key.encode()).digest(): turn for key, turn in turns.items() if key or not any(turns)}
 

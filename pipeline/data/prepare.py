@@ -1,10 +1,11 @@
-"""The prepare stage's training sets: sources -> chat messages -> tokens and labels, contrastive pairs, validation prompts.
+"""The prepare stage's training sets: sources -> chat messages -> tokens and labels, pairs, validation prompts.
 
     sap prepare launch/recipes/demo.yaml
 
 Writes one Parquet file a set. Splits and mixtures depend on data.seed and on the prompts themselves, never on the order of rows. No
-normalised prompt (no user turn of a conversation) is in two sets; earlier ones win: validation, safety pairs, harmful mix, alignment, task.
-The evaluation's prompts come after all of these, in a folder of their own (prompts.py): held.parquet tells it who holds which prompt.
+normalised prompt (no user turn of a conversation) is in two sets; earlier ones win: validation, safety pairs, harmful
+mix, alignment, task. The evaluation's prompts come after all of these and have a folder of their own (prompts.py),
+which reads in held.parquet who holds which prompt.
 """
 
 from __future__ import annotations
@@ -147,11 +148,13 @@ class _Preparation:
 
     def _alignment(self) -> list[Row]:
         data = self.data
+        found = ordered_rows("data.refusals", data.refusals, data.seed)
         refused = [
             {**row, "response": row["response"] or contrastive.refusal(row["prompt"]), "kind": "refusal"}
-            for row in self.claims.take("align_refusals", ordered_rows("data.refusals", data.refusals, data.seed), data.refusal_samples)
+            for row in self.claims.take("align_refusals", found, data.refusal_samples)
         ]
-        harmless = self.claims.take("align_harmless", ordered_rows("data.harmless", data.harmless, data.seed), data.harmless_samples)
+        found = ordered_rows("data.harmless", data.harmless, data.seed)
+        harmless = self.claims.take("align_harmless", found, data.harmless_samples)
         answered = [{**row, "kind": "harmless"} for row in harmless if row["response"]]
         open_rows = [
             {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "messages": json.dumps(row["messages"]), "input_ids": [], "labels": []}
@@ -187,10 +190,16 @@ class _Preparation:
         return result
 
 
-def ordered_rows(field: str, source: SourceSection, seed: int, required: tuple[str, ...] = ("prompt",), pairs: bool = False) -> list[Row]:
-    """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected); ordered by the prompt's hash and the seed."""
+def ordered_rows(
+    field: str, source: SourceSection, seed: int, required: tuple[str, ...] = ("prompt",), pairs: bool = False
+) -> list[Row]:
+    """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected), ordered by a hash with the seed.
+
+    Raises ValueError naming the field where there is no row with a prompt.
+    """
     make, stand_in = (_pair, ("messages", "chosen")) if pairs else (_row, ("messages",))
-    rows = [row for row in (make(raw, field) for raw in read_source(source, field, required, stand_in)) if row is not None]
+    found = (make(raw, field) for raw in read_source(source, field, required, stand_in))
+    rows = [row for row in found if row is not None]
     if not rows:
         raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
 
@@ -208,7 +217,8 @@ def task_rows(data: DataSection) -> list[Row]:
 
 def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:
     """id, prompt and source of rows that are asked and not trained on."""
-    return [{"id": f"{field.split('.')[1]}-{number}", "prompt": row["prompt"], "source": redact(source.source)} for number, row in enumerate(rows)]
+    name, origin = field.split(".")[1], redact(source.source)
+    return [{"id": f"{name}-{number}", "prompt": row["prompt"], "source": origin} for number, row in enumerate(rows)]
 
 
 def _row(raw: Row, field: str) -> Row | None:

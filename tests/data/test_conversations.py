@@ -23,6 +23,12 @@ def conversations(count: int = 40) -> list[dict]:
     return [{"messages": chat(f"question {i} of a talk", f"answer {i}", f"and what of {i}", f"that is {i * i}")} for i in range(count)]
 
 
+def planted(name: str, count: int) -> list[dict]:
+    """Conversations whose first turns are prompts of one of the project's sources, and whose last are not."""
+    turns = ((f"{name} forbidden request number {i}!", "Sure.", f"unheard of {i}", "Right.") for i in range(count))
+    return [{"messages": chat(*each)} for each in turns]
+
+
 def with_source(project, tmp_path, field: str, rows: list[dict], *overrides: str, columns: str = "{}"):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     return prepared(project, tmp_path / "out", f"--{field}.source={tmp_path / 'rows.jsonl'}", f"--{field}.columns={columns}", *overrides)
@@ -34,17 +40,17 @@ def supervised(row: dict, side: str) -> str:
 
 def test_no_user_turn_of_a_training_sample_is_evaluated(project, tmp_path):
     """Of an early turn or of the last, and of every set of the task."""
-    planted = [{"messages": chat(f"Harmful_eval forbidden request number {i}!", "Sure.", f"unheard of {i}", "Right.")} for i in range(6)]
-    write_jsonl(tmp_path / "rows.jsonl", conversations() + planted)
+    write_jsonl(tmp_path / "rows.jsonl", conversations() + planted("Harmful_eval", 6))
     source = (f"--data.task.source={tmp_path / 'rows.jsonl'}", "--data.task.columns={}", "--evaluate.harmful_prompts=8")
     sets, _, facts = evaluated(project, tmp_path / "out", *source)
-    assert {row["prompt"] for row in sets["eval_harmful"]} == {f"harmful_eval forbidden request number {i}" for i in (6, 7)}
-    assert sum(facts["overlapping"].values()) == 6 and all(pools.startswith("evaluate.harmful / task_") for pools in facts["overlapping"])
+    left = {row["prompt"] for row in sets["eval_harmful"]}
+    assert left == {f"harmful_eval forbidden request number {i}" for i in (6, 7)}
+    assert sum(facts["overlapping"].values()) == 6
+    assert all(pools.startswith("evaluate.harmful / task_") for pools in facts["overlapping"])
 
 
 def test_no_user_turn_of_a_validation_prompt_is_trained_on(project, tmp_path):
-    planted = [{"messages": chat(f"Validation forbidden request number {i}!", "Sure.", f"unheard of {i}", "Right.")} for i in range(8)]
-    sets, facts = with_source(project, tmp_path, "data.task", conversations() + planted)
+    sets, facts = with_source(project, tmp_path, "data.task", conversations() + planted("Validation", 8))
     held = {normalise(row["prompt"]) for row in sets["validation_prompts"]}
     assert len(held) == 8
     for name in ("task_train", "task_validation", "task_test"):
@@ -86,9 +92,9 @@ def test_the_last_look_sees_the_turns_of_pairs(project, tmp_path, monkeypatch):
     monkeypatch.setattr(Claims, "take", lambda self, pool, rows, count=None, by_prompt=False: rows[:count])
     rows = [{"messages": chat("harmful_eval forbidden request number 1", "x", f"go on {i}")} for i in range(4)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    source = (f"--data.safety.source={tmp_path / 'rows.jsonl'}", "--data.safety.columns={}", "--evaluate.harmful_prompts=8")
+    source = (f"--data.safety.source={tmp_path / 'rows.jsonl'}", "--data.safety.columns={}")
     with pytest.raises(ValueError, match="number 1' is in safety_pairs and in eval_harmful"):
-        evaluated(project, tmp_path / "out", *source)
+        evaluated(project, tmp_path / "out", *source, "--evaluate.harmful_prompts=8")
 
 
 def test_order_of_conversations_that_end_alike_does_not_matter(project, tmp_path):
