@@ -16,8 +16,8 @@ from pipeline.data.batches import check_divides
 from pipeline.filtering.embeddings import resolve_layer
 from pipeline.filtering.filter import NO_LABELS, check_not_refused
 from pipeline.layout import Layout
-from pipeline.model_checks import check_model
-from pipeline.models import check_targets, decoder_layers, load_tokenizer, outline, resolve_dtype
+from pipeline.model_checks import check_model, check_positions
+from pipeline.models import check_targets, check_weights, decoder_layers, load_tokenizer, outline, resolve_dtype
 from pipeline.quantization import check_quantisable
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sap.probe import resolve_layers
@@ -35,9 +35,13 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
 
     base = experiment.base
     check_sources(base)
-    check_model(base)
+    facts = check_model(base)
     load_tokenizer(base.model)
     model = outline(base.model)
+    if facts:
+        check_weights(model, facts.tensors, facts.label)
+    else:
+        check_positions(model.config.to_dict(), base)  # the config is here now, the rest comes with the weights
     layers = len(decoder_layers(model))
     world_size = environment()[1]
     if base.align.enabled:

@@ -70,13 +70,12 @@ def count_model(config: PretrainedConfig, train: TrainSection, dtype_bytes: int,
         raise ValueError("train.adapter full cannot train weights in 4 bits: set model.quantization to none, or train.adapter to lora")
     if nf4:
         check_quantisable(module, config.name_or_path)
-    if train.adapter == "lora":
-        check_targets(module, train.lora, "train")
-    layers, targets = decoder_layers(module), set(train.lora.target_modules) if train.adapter == "lora" else set()
-    linears = {name.rpartition(".")[2]: (m.out_features, m.in_features) for name, m in layers[0].named_modules() if isinstance(m, nn.Linear)}
+    layers, targets = decoder_layers(module), set(check_targets(module, train.lora, "train")) if train.adapter == "lora" else set()
+    first = {id(part) for part in layers[0].modules()}
+    linears = {name: (m.out_features, m.in_features) for name, m in module.named_modules() if id(m) in first and isinstance(m, nn.Linear)}
     dimension = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Counted(
-        weights=tuple(_weights(module, layers, train, dtype_bytes, nf4)),
+        weights=tuple(_weights(module, layers, train, targets, dtype_bytes, nf4)),
         layers=len(layers),
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -90,7 +89,9 @@ def count_model(config: PretrainedConfig, train: TrainSection, dtype_bytes: int,
     )
 
 
-def _weights(module: nn.Module, layers: Sequence[nn.Module], train: TrainSection, width: int, nf4: bool) -> list[Weight]:
+def _weights(
+    module: nn.Module, layers: Sequence[nn.Module], train: TrainSection, targets: set[str], width: int, nf4: bool
+) -> list[Weight]:  # fmt: skip
     inside, head, full = {id(part) for layer in layers for part in layer.modules()}, module.get_output_embeddings(), train.adapter == "full"
     seen: set[nn.Parameter] = set()
     found: list[Weight] = []
@@ -104,6 +105,6 @@ def _weights(module: nn.Module, layers: Sequence[nn.Module], train: TrainSection
             elif parameter not in seen:  # else tied
                 found.append(Weight(tuple(parameter.shape), width, in_layer, full))
             seen.add(parameter)
-        if not full and linear and path.rpartition(".")[2] in train.lora.target_modules:
+        if path in targets:
             found += [Weight((train.lora.r, owner.in_features), 4, in_layer, True), Weight((owner.out_features, train.lora.r), 4, in_layer, True)]
     return found
