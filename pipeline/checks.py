@@ -16,9 +16,9 @@ from pipeline.data.check import check_sources
 from pipeline.data.sharing import check_shares, fillers
 from pipeline.layer_choice import probed_layers, read_layer
 from pipeline.layout import Layout
-from pipeline.model_checks import check_lora, check_model
+from pipeline.model_checks import check_lora, check_model, check_positions
 from pipeline.model_facts import ModelFacts
-from pipeline.model_outline import of_modules, outlined
+from pipeline.model_outline import facts_of, of_modules, outlined
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import TrainSection
 from pipeline.sharding.ds_config import check_engine
@@ -32,16 +32,16 @@ class Checked:
     notes: tuple[str, ...]
 
 
-def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, fetch: bool = True) -> Checked:
+def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, light: bool = False) -> Checked:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
     here: what this process runs, under its launcher's world size: checked are the model, the data and that. Without it, every cell of the
-    recipe on this machine's devices; methods left out by `sap --methods` must not stop the others. fetch: whether what a hub model or the
-    built-in one lacks here is fetched; else it is a note.
+    recipe on this machine's devices; methods left out by `sap --methods` must not stop the others. light: fetch nothing and do without torch;
+    what the model lacks here is a note, and its weights are held against its config by the sizes that the config names only.
     """
     base = experiment.base
     notes = check_sources(base)
-    facts = _model(base, fetch, notes)
+    facts = _files(base, notes) if light else _modules(base)
     trainings = _trainings(experiment, here)
     for field, train, cell in trainings:
         ranks = devices.ranks(train) if here is None else devices.environment()[1]
@@ -53,17 +53,27 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, f
     return Checked(facts, tuple(dict.fromkeys(notes)))
 
 
-def _model(base: Recipe, fetch: bool, notes: list[str]) -> ModelFacts | None:
+def _files(base: Recipe, notes: list[str]) -> ModelFacts | None:
+    """The model by its files; None, and a note, where they are not here."""
     facts = check_model(base)
-    if facts is None and not fetch:
+    if facts is None:
         notes.append(f"model.path {base.model.path} is not on this machine yet: what depends on it is checked once it is fetched")
         return None
-    if facts is None:
-        from pipeline.models import load_tokenizer
+    return facts if facts.layers else outlined(base.model)
 
-        load_tokenizer(base.model)
-        facts = check_model(base)  # the built-in one was fetched
-    return facts if facts is not None and facts.layers else outlined(base.model)
+
+def _modules(base: Recipe) -> ModelFacts:
+    """The model by its files, held against the modules that transformers builds; fetched where it is not here (a hub model: its config)."""
+    from pipeline.models import check_weights, load_tokenizer, outline
+
+    check_model(base)
+    load_tokenizer(base.model)
+    facts, model = check_model(base), outline(base.model)  # once more: the built-in model was fetched
+    if facts is None:
+        check_positions(model.config.to_dict(), base)  # the config is here now, the rest comes with the weights
+    else:
+        check_weights(model, facts.tensors, facts.label)
+    return facts if facts is not None and facts.layers else facts_of(model, base.model.path)
 
 
 def _trainings(experiment: Experiment, here: Cell | Literal["align"] | None) -> list[tuple[str, TrainSection, Cell | None]]:

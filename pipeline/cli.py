@@ -78,7 +78,8 @@ def _main(argv: list[str]) -> int:
         raise ValueError("a report compares all methods of a recipe: leave --method out")
     chain = Chain(experiment, options.method, options.jobs)
     stages = STAGES if options.stage == "run" else (options.stage,)
-    found = _check(chain, fetch=not options.dry_run)
+    idle = not any(chain.pending(stage) for stage in stages if stage != "report")
+    found = _check(chain, light=options.dry_run or idle)
     if options.dry_run:
         print(dry_run.overview(experiment, {stage: chain.folders(stage) for stage in stages}, found))
         return 0
@@ -86,9 +87,9 @@ def _main(argv: list[str]) -> int:
     return _run(chain, stages, options)
 
 
-def _check(chain: Chain, fetch: bool) -> Capacity | None:
+def _check(chain: Chain, light: bool) -> Capacity | None:
     """Every check there is, and whether memory and disk suffice; None where the model is not here. What is no error is printed."""
-    checked = checks.check(chain.experiment, fetch=fetch)
+    checked = checks.check(chain.experiment, light=light)
     found = None if checked.facts is None else capacity.capacity(chain.experiment, checked.facts, chain.cells)
     for note in (*checked.notes, *(found.notes if found else ())):
         print(f"note: {note}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.lora_targets import adapted_modules
-from pipeline.model_facts import ModelFacts, read_facts
+from pipeline.model_facts import ModelFacts, decoder_config, read_facts, whole_number
 from pipeline.model_files import model_location
 from pipeline.recipe import Recipe
 from pipeline.sections import ModelSection, TrainSection
@@ -30,11 +31,19 @@ def check_model(recipe: Recipe) -> ModelFacts | None:
     folder = local_folder(recipe.model)
     if folder is None:
         return None
-    facts = read_facts(recipe.model, folder)
+    facts = check_files(recipe.model, folder)
+    if facts.tokenizer.chat_template is None and Path(recipe.model.path).expanduser().is_dir():  # the hub's may not be in the cache yet
+        raise ValueError(f"{facts.label} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file")
+    check_positions(facts.config, recipe)
+    return facts
+
+
+def check_files(section: ModelSection, folder: Path) -> ModelFacts:
+    """What the files in a folder say, after holding them against each other. Raises ValueError, one sentence."""
+    facts = read_facts(section, folder)
     _check_architecture(facts)
     _check_sizes(facts)
     _check_token_ids(facts)
-    _check_positions(facts, recipe)
     return facts
 
 
@@ -68,8 +77,13 @@ def check_lora(facts: ModelFacts, train: TrainSection, field: str) -> list[str]:
     """Names of the modules that a training section's LoRA adapts, as far as files tell; none for adapter full. ValueError for bad targets."""
     if train.adapter == "full":
         return []
-    norms = {name.removesuffix(".weight") for name in facts.tensors if name.endswith(".weight")} - set(facts.linears)
-    return adapted_modules(train.lora.target_modules, facts.linears, facts.head, field, norms)
+    modules = {name.rpartition(".")[0] for name in facts.tensors}
+    modules |= {name[:end] for name in modules for end in range(len(name)) if name[end] == "."}
+    # Experts may be modules or not: transformers regroups those of most families. Whoever has the modules knows.
+    experts = {name for name in modules if ".experts" in name}
+    linears = [*facts.linears, *sorted(experts - set(facts.linears))]
+    found = adapted_modules(train.lora.target_modules, linears, facts.head, field, modules - set(linears) - {""})
+    return [name for name in found if name in facts.linears]
 
 
 def _check_architecture(facts: ModelFacts) -> None:
@@ -147,10 +161,6 @@ def _check_token_ids(facts: ModelFacts) -> None:
             f"{facts.label} names no eos token, neither in tokenizer_config.json nor as eos_token_id in config.json: answers would never end; "
             "set eos_token in tokenizer_config.json to the token that ends an answer"
         )
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{facts.label} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file"
-        )
     if facts.embedding is None:
         return
     rows = facts.tensors[facts.embedding].shape[0]
@@ -174,13 +184,14 @@ def _check_token_ids(facts: ModelFacts) -> None:
         )
 
 
-def positions(facts: ModelFacts) -> int | None:
-    """Tokens that the model has positions for, rope scaling included; None where its config names no limit."""
-    limit = facts.number("max_position_embeddings", "n_positions", "max_seq_len")
+def positions(config: dict[str, Any]) -> int | None:
+    """Tokens that a model of this config (config.json's content) has positions for, rope scaling included; None where it names no limit."""
+    text = decoder_config(config)
+    limit = whole_number(text, "max_position_embeddings", "n_positions", "max_seq_len")
     if limit is None:
         return None
     scaled = [limit]
-    for rope in _ropes(facts.text_config):
+    for rope in _ropes(text):
         factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
         if isinstance(factor, int | float):
             scaled.append(int(factor * (original if isinstance(original, int) else limit)))
@@ -194,8 +205,9 @@ def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [rope for rope in found if isinstance(rope, dict)]
 
 
-def _check_positions(facts: ModelFacts, recipe: Recipe) -> None:
-    limit = positions(facts)
+def check_positions(config: dict[str, Any], recipe: Recipe) -> None:
+    """ValueError where sequences are to be longer than the model has positions for. config: config.json's content."""
+    limit = positions(config)
     if limit is None:
         return
     lengths = {
@@ -206,4 +218,14 @@ def _check_positions(facts: ModelFacts, recipe: Recipe) -> None:
     for field, length in lengths.items():
         if length > limit:
             most = limit - 1 if field.startswith("evaluate") else limit
-            raise ValueError(f"{field} is beyond the {limit:,} positions of {facts.label}: set it to {most:,} at the most")
+            raise ValueError(f"{field} is beyond the {limit:,} positions of model.path {recipe.model.path}: set it to {most:,} at the most")
+
+
+def check_prompts(config: dict[str, Any], lengths: Iterable[int], recipe: Recipe) -> None:
+    """ValueError where a prompt and its answer are longer than the model has positions for. lengths: tokens of each evaluation prompt."""
+    limit, longest, new = positions(config), max(lengths, default=0), recipe.evaluate.max_new_tokens
+    if limit is not None and longest + new > limit:
+        raise ValueError(
+            f"the longest evaluation prompt has {longest:,} tokens, and with evaluate.max_new_tokens {new:,} its answer would end beyond the "
+            f"{limit:,} positions of model.path {recipe.model.path}: lower evaluate.max_new_tokens, or take the prompt out of its source"
+        )

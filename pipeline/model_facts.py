@@ -83,17 +83,12 @@ class ModelFacts:
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
-        """The decoder's part of the config: config.json itself, but for models that also read images or sounds."""
-        for name in ("text_config", "llm_config", "language_config", "thinker_config"):
-            if isinstance(self.config.get(name), dict):
-                nested = self.config[name]
-                return nested["text_config"] if isinstance(nested.get("text_config"), dict) else nested
-        return self.config
+        """See `decoder_config`."""
+        return decoder_config(self.config)
 
     def number(self, *names: str) -> int | None:
-        """The first of these fields of the decoder's config that is a whole number: families name the same size differently."""
-        found = (self.text_config.get(name) for name in names)
-        return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+        """A field of the decoder's config, by any of its names."""
+        return whole_number(self.text_config, *names)
 
     @cached_property
     def embedding(self) -> str | None:
@@ -160,6 +155,20 @@ class ModelFacts:
 
     def _rank(self, name: str) -> int:
         return len(self.tensors[name].shape)
+
+
+def decoder_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's part of config.json's content: all of it, but for models that also read images or sounds."""
+    for name in ("text_config", "llm_config", "language_config", "thinker_config"):
+        if isinstance(config.get(name), dict):
+            return decoder_config(config[name])
+    return config
+
+
+def whole_number(config: dict[str, Any], *names: str) -> int | None:
+    """The first of these fields that is a whole number: families name the same size differently."""
+    found = (config.get(name) for name in names)
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
 
 
 def read_facts(section: ModelSection, folder: Path) -> ModelFacts:

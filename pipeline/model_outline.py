@@ -16,7 +16,7 @@ from pipeline.model_facts import ModelFacts, Tensor, TokenizerFacts, read_facts
 from pipeline.sections import ModelSection
 
 if TYPE_CHECKING:  # torch takes seconds to import
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def outlined(section: ModelSection) -> ModelFacts:
@@ -31,15 +31,19 @@ def outlined(section: ModelSection) -> ModelFacts:
 
 def of_modules(section: ModelSection) -> ModelFacts:
     """The same by the modules that transformers builds, whose names adapters go by: files may name weights otherwise."""
-    from pipeline.models import read_config
+    from pipeline.models import outline
 
-    return of_config(read_config(section), section.path)
+    return facts_of(outline(section), section.path)
 
 
-def of_config(config: PretrainedConfig, path: str = "") -> ModelFacts:
-    """The same of a config. path: model.path, for messages. ValueError for an architecture that transformers does not know."""
+def of_config(config: PretrainedConfig) -> ModelFacts:
+    """The same of a config, wherever it is from."""
     from pipeline.models import without_weights
 
-    model = without_weights(config, path)
+    return facts_of(without_weights(config, config.name_or_path), config.name_or_path)
+
+
+def facts_of(model: PreTrainedModel, path: str) -> ModelFacts:
+    """The same of modules. path: of the model, for messages."""
     tensors = {name: Tensor(str(p.dtype), tuple(p.shape), "", 0, 0) for name, p in model.named_parameters()}
     return ModelFacts(f"model.path {path}", Path(path), model.config.to_dict(), {}, tensors, TokenizerFacts({}, {}, {}, None, ""))

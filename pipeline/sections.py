@@ -104,7 +104,30 @@ class LoraSection(Section):
     r: Positive = Field(8, description="Rank")
     alpha: Annotated[float, Field(gt=0)] = Field(16, description="Scaling numerator; the update is scaled by alpha / r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout probability before A")
-    target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear modules to adapt")
+    target_modules: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] = Field(
+        ["q_proj", "v_proj"],
+        description="Linear modules to adapt: a list of names, all-linear (all but the head), or a regular expression for whole names",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_lora(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "modules_to_save" in value:
+            raise ValueError(
+                "modules_to_save is not supported: no whole module is trained beside an adapter; name linear modules (lm_head too) in "
+                "target_modules, or train all weights with adapter: full"
+            )
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _pattern(cls, value: list[str] | str) -> list[str] | str:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"'{value}' is no regular expression ({error}): give one, a list of names, or all-linear") from None
+        return value
 
 
 class TrainSection(Section):

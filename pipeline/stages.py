@@ -26,7 +26,7 @@ from pipeline import artifacts, recipe
 from pipeline.checks import direction_given
 from pipeline.data.batches import micro_batches, pair_batches
 from pipeline.devices import environment
-from pipeline.evaluation.evaluate import Measured, conclude, measure
+from pipeline.evaluation.evaluate import Measured, conclude, measure, prompts
 from pipeline.evaluation.placement import place
 from pipeline.evaluation.shards import WHOLE, Shard
 from pipeline.filtering.embeddings import embed
@@ -35,8 +35,9 @@ from pipeline.filtering.filter import write as write_decision
 from pipeline.layer_choice import read_layer
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
+from pipeline.model_checks import check_prompts
 from pipeline.model_files import resolve_model_path
-from pipeline.models import decoder_layers, load_tokenizer, make_trainable
+from pipeline.models import decoder_layers, load_config, load_tokenizer, make_trainable
 from pipeline.recipe import Cell, Experiment
 from pipeline.sap.diagnostics import safety_direction
 from pipeline.sections import ModelSection, TrainSection
@@ -254,7 +255,9 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[A
     artifacts.verify(_prompts(layout))
     sets = _evaluation_sets(layout)
     shard.check(len(sets["harmful"]))
-    return load_tokenizer(layout.base.model), sets
+    tokenizer, config = load_tokenizer(layout.base.model), load_config(layout.base.model)
+    check_prompts(config.to_dict(), (len(ids) for rows in sets.values() for ids in prompts(tokenizer, rows)), layout.base)
+    return tokenizer, sets
 
 
 def _measure(layout: Layout, subject: Subject, shard: Shard, tokenizer: Any, sets: dict[str, list[dict[str, Any]]]) -> Measured:

@@ -76,9 +76,15 @@ def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None 
     """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before.
 
     Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2). sources: values of the module's placeholders
-    (pipeline/loading.py), of which every rank reads its part only.
+    (pipeline/loading.py), of which every rank reads its part only. ValueError where one of them is not finite.
     """
-    sources = sources or {}
+    sources = sources or Sources()
+    engine = _open(module, train, sources)
+    _refuse_damaged(sources.damaged)
+    return engine
+
+
+def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
     low = {p.dtype for p in module.parameters() if p.requires_grad} == {torch.bfloat16}
     if train.engine == "single":
         fill(sources)
@@ -92,6 +98,17 @@ def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None 
 
     config = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {})
     return Zero3Engine(module, adamw(_trainable(module), train), config, sources)
+
+
+def _refuse_damaged(found: list[str]) -> None:
+    """ValueError on all ranks where one of them read a weight that is not finite: they leave together, with one sentence."""
+    every: list[list[str]] = [found[:1]]
+    if torch.distributed.is_initialized():
+        every = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(every, found[:1])
+    first = next((sentence for sentences in every for sentence in sentences), None)
+    if first:
+        raise ValueError(first)
 
 
 def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
