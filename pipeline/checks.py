@@ -22,8 +22,10 @@ from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sap.probe import resolve_layers
 from pipeline.sections import TrainSection
 from pipeline.sharding.launch import check_engine, environment
+from pipeline.system_errors import reading_input
 
 
+@reading_input()
 def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -> None:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
@@ -33,6 +35,7 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -
     from pipeline.data.prepare import check_sources
 
     base = experiment.base
+    artifacts.check_writable(base.output_dir / base.name, "output_dir")
     check_sources(base)
     load_tokenizer(base.model)
     model = outline(base.model)

@@ -37,6 +37,7 @@ from pipeline.sections import (
     TrainSection,
 )
 from pipeline.strict_yaml import expanded, merge, read
+from pipeline.system_errors import reading_input
 
 
 class Recipe(Section):
@@ -161,6 +162,7 @@ class Experiment:
                 yield self.cell(method, seed)
 
 
+@reading_input()
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
     """Read and validate a recipe file and every method in it.
 
