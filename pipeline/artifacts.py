@@ -17,11 +17,14 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from pipeline.system_errors import BY_THE_INPUT, writing
 
 MANIFEST = "manifest.json"
 MARKER = "DONE"
@@ -53,16 +56,56 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Atomic and durable write of a small text file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path), temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def complete(folder: Path) -> bool:
     """Whether the folder was published (its marker is there); says nothing of later damage: see `verify`."""
     return (folder / MARKER).is_file()
+
+
+def check_writable(folder: Path, field: str) -> None:
+    """ValueError where `folder` cannot be made, or nothing can be written into it. field: what names the folder, for the message.
+
+    OSError where that may pass (a full disk). Tried on the nearest folder that exists, with a nameless file: rights say little on a read-only or remote file system.
+    """
+    there = _nearest(folder, field)
+    if not there.is_dir():
+        raise ValueError(f"{field} {folder} cannot be written, because {there} is no folder: set {field} to another one")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        if error.errno not in BY_THE_INPUT:
+            raise OSError(error.errno, os.strerror(error.errno), str(there)) from None
+        raise ValueError(f"{field} {folder} cannot be written ({there}: {os.strerror(error.errno)}): set {field} to another folder") from None
+
+
+def free_bytes(folder: Path, field: str) -> int:
+    """Bytes that this user may still write where `folder` is or will be. ValueError as `check_writable` where it cannot be reached."""
+    return shutil.disk_usage(_nearest(folder, field)).free
+
+
+def _nearest(folder: Path, field: str) -> Path:
+    """The folder, or the first of its parents that exists."""
+    for path in (absolute := folder.absolute(), *absolute.parents):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if error.errno not in BY_THE_INPUT:
+                raise
+            raise ValueError(f"{field} {folder} cannot be reached ({os.strerror(error.errno)}): set {field} to another folder") from None
+        return path
+    raise AssertionError("the root exists")
 
 
 def require(*folders: Path) -> None:
@@ -166,8 +209,9 @@ def building(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        yield temporary
-        publish(temporary, target, inputs, seconds=round(time.time() - started, 1), **facts)
+        with writing(target):
+            yield temporary
+            publish(temporary, target, inputs, seconds=round(time.time() - started, 1), **facts)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         release()

@@ -22,6 +22,7 @@ from pipeline.model_outline import facts_of, of_modules, outlined
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import TrainSection
 from pipeline.sharding.ds_config import check_engine
+from pipeline.system_errors import reading_input
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Checked:
     notes: tuple[str, ...]
 
 
+@reading_input()
 def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, light: bool = False) -> Checked:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
@@ -40,6 +42,7 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, l
     what the model lacks here is a note, and its weights are held against its config by the sizes that the config names only.
     """
     base = experiment.base
+    artifacts.check_writable(base.output_dir / base.name, "output_dir")
     notes = check_sources(base)
     facts = _files(base, notes) if light else _modules(base)
     trainings = _trainings(experiment, here)

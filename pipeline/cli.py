@@ -5,7 +5,8 @@
 
 `run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
 training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
-Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again to go on), anything else a stage's own failure.
+Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone), 75 stopped on request (SIGTERM, SIGUSR1,
+Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
 """
 
 from __future__ import annotations
@@ -24,10 +25,17 @@ from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
 from pipeline.status import STAGES, check_portable, status
 
+_ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `sap`; returns the exit code."""
-    return entry.guarded(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+    def work() -> int:
+        with runner.stoppable():
+            return _main(sys.argv[1:] if argv is None else list(argv))
+
+    return entry.guarded(work)
 
 
 def _main(argv: list[str]) -> int:
@@ -108,6 +116,9 @@ def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> in
             print(f"the report needs every method: `sap report {options.recipe}` once they are evaluated", file=sys.stderr)
             continue
         code = chain.run(stage)
+        if code == runner.STOPPED:  # a failure before it is met again
+            print(f"stopped in {stage}: what was finished or saved stays; run the same command again to go on", file=sys.stderr)
+            return code
         failure = failure or code
         if code and not (stage == "train" and chain.failed):
             break
@@ -183,7 +194,7 @@ class Chain:
             raise ValueError(f"{missing} is not complete: run `sap direction {self.experiment.path}` first, or `sap run`")
         code = self._each_cell("train.py", self.layout.train, lambda cell: True)
         folders = self.folders("train")
-        if code not in (0, runner.STOPPED) and any(map(artifacts.complete, folders)):
+        if code not in (0, *_ENDS_ALL) and any(map(artifacts.complete, folders)):
             self.failed = [folder for folder in folders if not artifacts.complete(folder)]
         return code
 
@@ -221,29 +232,26 @@ class Chain:
             if wanted(cell) and not artifacts.complete(target_of(cell)):
                 todo.setdefault(target_of(cell), cell)
         alone = {target: cell for target, cell in todo.items() if self.jobs > 1 and devices.ranks(cell.recipe.train) == 1}
-        first = 0  # failure: cells have nothing to do with each other, so the others go on
+        first = 0  # failure: cells have nothing to do with each other, so the others go on, unless it ends all
         if alone:
             first = runner.run_side_by_side(script, [self._arguments(cell) for cell in alone.values()], min(self.jobs, len(alone)))
             missing = next((target for target in alone if not artifacts.complete(target)), None)
-            if first == runner.STOPPED or missing:
-                first = self._outcome(first, missing or self.layout.root)
+            first = self._outcome(first, missing) if missing else first
         for target, cell in todo.items():
             if target in alone:
                 continue
-            if first == runner.STOPPED:
+            if first in _ENDS_ALL:
                 break
             code = self._outcome(runner.run_ranks(script, self._arguments(cell), devices.ranks(cell.recipe.train)), target)
-            first = code if code == runner.STOPPED else first or code
+            first = code if code in _ENDS_ALL else first or code
         return first
 
     def _arguments(self, cell: Cell) -> list[str]:
         return [*self.arguments, "--method", cell.method, "--seed", str(cell.seed)]
 
     def _outcome(self, code: int, target: Path) -> int:
-        if code in (0, runner.STOPPED) and not artifacts.complete(target):
-            print(f"stopped before {target.name} was complete; run the same command again to go on", file=sys.stderr)
-            return runner.STOPPED
-        return code
+        """A stage that ends in order before its folder is complete has been asked to stop by a signal of its own."""
+        return runner.STOPPED if code == 0 and not artifacts.complete(target) else code
 
     def _need(self, *stages: str) -> None:
         for stage in stages:

@@ -40,6 +40,7 @@ from pipeline.sections import (
     TrainSection,
 )
 from pipeline.strict_yaml import as_arguments, expanded, merge, read
+from pipeline.system_errors import reading_input
 
 
 class Recipe(Section):
@@ -170,6 +171,7 @@ class Experiment:
                 yield self.cell(method, seed)
 
 
+@reading_input()
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
     """Read and validate a recipe file and every method in it.
 

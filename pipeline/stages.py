@@ -10,10 +10,11 @@ The functions for align, filter, direction and train are entered by all ranks to
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from pipeline.sections import ModelSection, TrainSection
 from pipeline.sharding import engine as engines
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.launch import device, init_distributed, open_engine
+from pipeline.system_errors import writing
 from pipeline.tracking import open_run
 from pipeline.training.ema import Ema
 from pipeline.training.loop import Loop, TrainingData
@@ -392,30 +394,28 @@ def _given_direction(layout: Layout, cell: Cell, engine: Engine) -> engines.Shar
     return engine.shard(WeightFiles(folder, "direction"))
 
 
-class _publishing:
+@contextlib.contextmanager
+def _publishing(engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """artifacts.building for a stage of several ranks: all enter and leave together, rank 0 publishes and clears the work folder."""
-
-    def __init__(self, engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]):
-        self.engine, self.work, self.target, self.inputs = engine, layout.work(target), target, inputs
-        self.folder = target.with_name(f".{target.name}.tmp")
-
-    def __enter__(self) -> Path:
-        if self.engine.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        self.engine.barrier()
-        return self.folder
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:
-            return  # the temporary folder is removed by the next attempt
-        self.engine.barrier()
-        if self.engine.rank == 0:
-            if (self.work / "metrics.jsonl").is_file():
-                shutil.copy(self.work / "metrics.jsonl", self.folder)
-            artifacts.publish(self.folder, self.target, self.inputs, world_size=self.engine.world_size)
-            shutil.rmtree(self.work, ignore_errors=True)
-        self.engine.barrier()
+    folder, work = target.with_name(f".{target.name}.tmp"), layout.work(target)
+    try:
+        with writing(target):
+            if engine.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            engine.barrier()
+            yield folder
+            engine.barrier()
+            if engine.rank == 0:
+                if (work / "metrics.jsonl").is_file():
+                    shutil.copy(work / "metrics.jsonl", folder)
+                artifacts.publish(folder, target, inputs, world_size=engine.world_size)
+                shutil.rmtree(work, ignore_errors=True)
+            engine.barrier()
+    except OSError:
+        if engine.rank == 0:  # gigabytes, perhaps on a full disk; after any other error the next attempt removes it
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _say(engine: Engine, text: str) -> None:
