@@ -130,11 +130,8 @@ def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFa
     if base.model.quantization == "nf4":
         if train.adapter == "full":
             raise ValueError(f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to none, or {field}.adapter to lora")
-        stacked = next((name for name, tensor in facts.tensors.items() if len(tensor.shape) > 2), None) if facts else None
-        if stacked:
-            raise ValueError(
-                f"model.quantization nf4 reaches linear layers only, and {base.model.path} keeps experts in one tensor ({stacked}): set it to none"
-            )
+        if facts is not None:
+            check_quantisable(facts)
     if train.adapter == "lora":
         _check_lora(field, train, base, facts)
     elif train.engine == "single" and devices.dtype(base.model.dtype) != "float32":
@@ -142,6 +139,15 @@ def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFa
             f"{field}.adapter full with engine single has no float32 master for {devices.dtype(base.model.dtype)} weights: "
             "set model.dtype to float32, or use engine zero3 or fsdp2"
         )
+
+
+def check_quantisable(facts: ModelFacts) -> None:
+    """ValueError for a model whose weights nf4 would not reach, or that are quantised already."""
+    if facts.config.get("quantization_config") is not None:
+        raise ValueError(f"model.quantization nf4 needs unquantised weights, but those of {facts.label} are quantised: give the original model")
+    stacked = next((name for name, tensor in facts.tensors.items() if len(tensor.shape) > 2), None)
+    if stacked:
+        raise ValueError(f"model.quantization nf4 reaches linear layers only, and {facts.label} keeps experts in one tensor ({stacked}): set it to none")
 
 
 def _check_lora(field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None) -> None:

@@ -81,7 +81,7 @@ def dequantised(codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...
 def quantise(model: nn.Module, sources: Sources) -> None:
     """Replace every linear layer but the head by an Nf4Linear without memory; `sources` then holds what fills them, in the old order.
 
-    Weights that are in memory are quantised from there. See `check_quantisable` for models that are not accepted.
+    Weights that are in memory are quantised from there. See `checks.check_quantisable` for models that are not accepted.
     """
     head = model.get_output_embeddings()
     parts: dict[nn.Parameter, Sources] = {}
@@ -100,15 +100,6 @@ def quantise(model: nn.Module, sources: Sources) -> None:
         sources.update(parts.pop(parameter, {parameter: source}))
     for left in parts.values():
         sources.update(left)
-
-
-def check_quantisable(model: nn.Module, path: str) -> None:
-    """ValueError for a model whose weights nf4 would not reach, or that are quantised already."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"model.quantization nf4 needs unquantised weights, but those of {path} are quantised: give the original model")
-    stacked = next((name for name, parameter in model.named_parameters() if parameter.ndim > 2), None)
-    if stacked:
-        raise ValueError(f"model.quantization nf4 reaches linear layers only, and {path} keeps experts in one tensor ({stacked}): set it to none")
 
 
 def _blockwise(

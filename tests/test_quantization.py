@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.checks import check_quantisable
+from pipeline.model_outline import facts_of
 from pipeline.models import add_lora
-from pipeline.quantization import Nf4Linear, check_quantisable, dequantised, quantise
+from pipeline.quantization import Nf4Linear, dequantised, quantise
 from pipeline.sap.losses import useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sections import LoraSection
@@ -130,10 +132,10 @@ def test_an_adapted_layer_keeps_its_adapter_in_float32():
 
 def test_models_that_nf4_would_not_reach_are_refused():
     model = family_model("llama", tied=True)
-    check_quantisable(model, "m")
+    check_quantisable(facts_of(model, "m"))
     model.experts = nn.Parameter(torch.ones(2, 3, 4))
-    with pytest.raises(ValueError, match=r"model.quantization nf4 .* m keeps experts in one tensor \(experts\): set it to none"):
-        check_quantisable(model, "m")
+    with pytest.raises(ValueError, match=r"model.quantization nf4 .* model.path m keeps experts in one tensor \(experts\): set it to none"):
+        check_quantisable(facts_of(model, "m"))
     model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(ValueError, match=r"model.quantization nf4 needs unquantised weights, but those of m are quantised: give the original"):
-        check_quantisable(model, "m")
+    with pytest.raises(ValueError, match=r"model.quantization nf4 needs unquantised weights, but those of model.path m are quantised: give the original"):
+        check_quantisable(facts_of(model, "m"))
