@@ -87,7 +87,7 @@ def test_tags_are_versions_revision_and_data(tracked):
     for key in ("prepare-1", "train-1"):
         tags = store.run(key).data.tags
         assert {name: tags[f"version.{name}"] for name in artifacts.versions()} == artifacts.versions()
-        assert tags["data"] == layout.prepare().name and tags["git_revision"]
+        assert tags["data"] == layout.prepare().name and tags["prompts"] == layout.prompts().name and tags["git_revision"]
 
 
 @pytest.mark.parametrize("silent", ["rank 1", "switched off"])
