@@ -17,15 +17,19 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.system_errors import BY_THE_INPUT, writing
+
 MANIFEST = "manifest.json"
 MARKER = "DONE"
 FACTS = "facts.json"
+_WAIT_SECONDS = 3600.0  # for another process that makes what this one needs: data sets may have to be fetched
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "mlflow")
 
 
@@ -52,16 +56,56 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Atomic and durable write of a small text file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path), temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def complete(folder: Path) -> bool:
     """Whether the folder was published (its marker is there); says nothing of later damage: see `verify`."""
     return (folder / MARKER).is_file()
+
+
+def check_writable(folder: Path, field: str) -> None:
+    """ValueError where `folder` cannot be made, or nothing can be written into it. field: what names the folder, for the message.
+
+    OSError where that may pass (a full disk). Tried on the nearest folder that exists, with a nameless file: rights say little on a read-only or remote file system.
+    """
+    there = _nearest(folder, field)
+    if not there.is_dir():
+        raise ValueError(f"{field} {folder} cannot be written, because {there} is no folder: set {field} to another one")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        if error.errno not in BY_THE_INPUT:
+            raise OSError(error.errno, os.strerror(error.errno), str(there)) from None
+        raise ValueError(f"{field} {folder} cannot be written ({there}: {os.strerror(error.errno)}): set {field} to another folder") from None
+
+
+def free_bytes(folder: Path, field: str) -> int:
+    """Bytes that this user may still write where `folder` is or will be. ValueError as `check_writable` where it cannot be reached."""
+    return shutil.disk_usage(_nearest(folder, field)).free
+
+
+def _nearest(folder: Path, field: str) -> Path:
+    """The folder, or the first of its parents that exists."""
+    for path in (absolute := folder.absolute(), *absolute.parents):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if error.errno not in BY_THE_INPUT:
+                raise
+            raise ValueError(f"{field} {folder} cannot be reached ({os.strerror(error.errno)}): set {field} to another folder") from None
+        return path
+    raise AssertionError("the root exists")
 
 
 def require(*folders: Path) -> None:
@@ -129,21 +173,45 @@ def claim(target: Path) -> Callable[[], None]:
     return release
 
 
+def claim_unless_complete(target: Path, seconds: float = _WAIT_SECONDS) -> Callable[[], None] | None:
+    """Like `claim`, but waits for a process that is writing `target`; None once the folder is complete.
+
+    Busy (a ValueError) where it is still being written after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not complete(target):
+        try:
+            release = claim(target)
+        except Busy:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+            continue
+        if not complete(target):
+            return release
+        release()  # made between our look and our claim
+    return None
+
+
 @contextlib.contextmanager
-def building(target: Path, inputs: dict[str, Any], **facts: Any) -> Iterator[Path]:
+def building(
+    target: Path, inputs: dict[str, Any], claimed: Callable[[], None] | None = None, **facts: Any
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an exception.
 
     inputs: hashes of what the artefact was made from; facts: further manifest entries (counts, times).
+    claimed: what `claim` returned, where the caller has claimed the target.
     A `facts.json` written inside the folder becomes part of the manifest.
     """
     temporary = target.with_name(f".{target.name}.tmp")
-    release = claim(target)
+    release = claimed or claim(target)
     started = time.time()
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        yield temporary
-        publish(temporary, target, inputs, seconds=round(time.time() - started, 1), **facts)
+        with writing(target):
+            yield temporary
+            publish(temporary, target, inputs, seconds=round(time.time() - started, 1), **facts)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         release()

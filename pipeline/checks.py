@@ -1,62 +1,105 @@
 """Everything that can be known to be wrong before any weight is read: what `sap` and the launch scripts look at first.
 
-    checks.check(experiment, cell)                     # of a recipe, its data sources and its model's outline
+    facts, notes = checks.check(experiment, cell)      # of a recipe, its data sources, its model's files
     checks.check_upstream(experiment, "train", cell)   # of the stages before
+
+Needs no torch where the model's files are on this machine.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import nn
-
-from pipeline import artifacts
-from pipeline.data.batches import check_divides
-from pipeline.filtering.embeddings import resolve_layer
-from pipeline.filtering.filter import NO_LABELS, check_not_refused
+from pipeline import artifacts, devices
+from pipeline.data.check import check_sources
+from pipeline.data.sharing import check_shares, fillers
+from pipeline.layer_choice import probed_layers, read_layer
 from pipeline.layout import Layout
-from pipeline.models import check_targets, decoder_layers, load_tokenizer, outline, resolve_dtype
-from pipeline.quantization import check_quantisable
+from pipeline.model_checks import check_lora, check_model, check_positions
+from pipeline.model_facts import ModelFacts
+from pipeline.model_outline import facts_of, of_modules, outlined
 from pipeline.recipe import Cell, Experiment, Recipe
-from pipeline.sap.probe import resolve_layers
 from pipeline.sections import TrainSection
-from pipeline.sharding.launch import check_engine, environment
+from pipeline.sharding.ds_config import check_engine
+from pipeline.system_errors import reading_input
 
 
-def check(experiment: Experiment, here: Cell | Literal["align"] | None = None) -> None:
+@dataclass(frozen=True)
+class Checked:
+    """What was found on the way: the model's outline (None: not on this machine, and not fetched), and sentences that are no errors."""
+
+    facts: ModelFacts | None
+    notes: tuple[str, ...]
+
+
+@reading_input()
+def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, light: bool = False) -> Checked:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
     here: what this process runs, under its launcher's world size: checked are the model, the data and that. Without it, every cell of the
-    recipe on the ranks that it names; methods left out by `sap --methods` must not stop the others.
+    recipe on this machine's devices; methods left out by `sap --methods` must not stop the others. light: fetch nothing and do without torch;
+    what the model lacks here is a note, and its weights are held against its config by the sizes that the config names only.
     """
-    from pipeline.data.prepare import check_sources
-
     base = experiment.base
-    check_sources(base)
+    artifacts.check_writable(base.output_dir / base.name, "output_dir")
+    notes = check_sources(base)
+    facts = _files(base, notes) if light else _modules(base)
+    trainings = _trainings(experiment, here)
+    for field, train, cell in trainings:
+        ranks = devices.ranks(train) if here is None else devices.environment()[1]
+        if here is None:
+            devices.check_ranks(field, train)
+        check_training(field, train, base, facts, ranks)
+        if cell is not None:
+            notes += _check_cell(cell, base, facts, ranks)
+    return Checked(facts, tuple(dict.fromkeys(notes)))
+
+
+def _files(base: Recipe, notes: list[str]) -> ModelFacts | None:
+    """The model by its files; None, and a note, where they are not here."""
+    facts = check_model(base)
+    if facts is None:
+        notes.append(f"model.path {base.model.path} is not on this machine yet: what depends on it is checked once it is fetched")
+        return None
+    return facts if facts.layers else outlined(base.model)
+
+
+def _modules(base: Recipe) -> ModelFacts:
+    """The model by its files, held against the modules that transformers builds; fetched where it is not here (a hub model: its config)."""
+    from pipeline.models import check_weights, load_tokenizer, outline
+
+    check_model(base)
     load_tokenizer(base.model)
-    model = outline(base.model)
-    layers = len(decoder_layers(model))
-    world_size = environment()[1]
-    if base.align.enabled:
-        check_training("align.train", base.align.train, base, model, world_size if here == "align" else base.align.train.ranks)
-    if here is None:
-        cells = list(experiment.cells())
+    facts, model = check_model(base), outline(base.model)  # once more: the built-in model was fetched
+    if facts is None:
+        check_positions(model.config.to_dict(), base)  # the config is here now, the rest comes with the weights
     else:
-        cells = [] if here == "align" else [here]
-    for cell in cells:
-        ranks = cell.recipe.train.ranks if here is None else world_size
-        check_training("train", cell.recipe.train, base, model, ranks)
-        sap = cell.recipe.sap
-        if sap.enabled:
-            resolve_layers(sap.layers, layers)
-        if cell.recipe.saft.enabled:
-            resolve_layer(cell.recipe.saft.layer, layers)
-            mixed, mapped = base.data.harmful_fraction > 0, "harmful" in base.data.task.columns
-            if cell.recipe.saft.contamination is None and not (mixed or mapped):
-                raise ValueError(NO_LABELS)
-        if cell.recipe.draws_pairs:
-            check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
+        check_weights(model, facts.tensors, facts.label)
+    return facts if facts is not None and facts.layers else facts_of(model, base.model.path)
+
+
+def _trainings(experiment: Experiment, here: Cell | Literal["align"] | None) -> list[tuple[str, TrainSection, Cell | None]]:
+    """(field, section, cell) of what is to be checked; the alignment has no cell."""
+    align = [("align.train", experiment.base.align.train, None)] if experiment.base.align.enabled else []
+    cells = list(experiment.cells()) if here is None else [] if here == "align" else [here]
+    return [*align, *(("train", cell.recipe.train, cell) for cell in cells)]
+
+
+def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) -> list[str]:
+    """ValueError where a method does not go with the model or the data; sentences about what it does on these ranks."""
+    sap, saft = cell.recipe.sap, cell.recipe.saft
+    if facts is not None and sap.enabled:
+        probed_layers(sap.layers, len(facts.layers))
+    if saft.enabled:
+        if facts is not None:
+            read_layer(saft.layer, len(facts.layers))
+        if saft.contamination is None and not (base.data.harmful_fraction > 0 or "harmful" in base.data.task.columns):
+            from pipeline.filtering.filter import NO_LABELS
+
+            raise ValueError(NO_LABELS)
+    note = fillers("sap.safety_batch_size", sap.safety_batch_size, sap.safety_micro_batch_size, ranks) if cell.recipe.draws_pairs else None
+    return [note] if note else []
 
 
 def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "direction", "train"], cell: Cell | None = None) -> None:
@@ -69,6 +112,8 @@ def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "di
         if direction_given(cell):
             artifacts.require(layout.direction(cell))
         if layout.needs_filter(cell):
+            from pipeline.filtering.filter import check_not_refused
+
             artifacts.require(layout.filter(cell))
             check_not_refused(layout.filter(cell))
 
@@ -78,18 +123,31 @@ def direction_given(cell: Cell) -> bool:
     return cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"
 
 
-def check_training(field: str, train: TrainSection, base: Recipe, model: nn.Module, ranks: int) -> None:
-    """ValueError where a training section does not go with the model (its outline), its quantization or the number of ranks."""
-    check_engine(train, ranks)
-    check_divides(field, train.batch_size, train.micro_batch_size, ranks)
+def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None, ranks: int) -> None:
+    """ValueError where a training section does not go with the model, its quantization or the number of ranks. facts: None where not known."""
+    check_engine(field, train, ranks)
+    check_shares(f"{field}.batch_size", train.batch_size, ranks)
     if base.model.quantization == "nf4":
         if train.adapter == "full":
             raise ValueError(f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to none, or {field}.adapter to lora")
-        check_quantisable(model, base.model.path)
+        stacked = next((name for name, tensor in facts.tensors.items() if len(tensor.shape) > 2), None) if facts else None
+        if stacked:
+            raise ValueError(
+                f"model.quantization nf4 reaches linear layers only, and {base.model.path} keeps experts in one tensor ({stacked}): set it to none"
+            )
     if train.adapter == "lora":
-        check_targets(model, train.lora, field)
-    elif train.engine == "single" and resolve_dtype(base.model.dtype) != torch.float32:
+        _check_lora(field, train, base, facts)
+    elif train.engine == "single" and devices.dtype(base.model.dtype) != "float32":
         raise ValueError(
-            f"{field}.adapter full with engine single has no float32 master for {resolve_dtype(base.model.dtype)} weights: "
+            f"{field}.adapter full with engine single has no float32 master for {devices.dtype(base.model.dtype)} weights: "
             "set model.dtype to float32, or use engine zero3 or fsdp2"
         )
+
+
+def _check_lora(field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None) -> None:
+    if facts is None:
+        return
+    try:
+        check_lora(facts, train, field)
+    except ValueError:
+        check_lora(of_modules(base.model), train, field)  # files may name weights otherwise than the modules: ask those before refusing

@@ -5,7 +5,8 @@
 
 `run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
 training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
-Exit codes: 0 done, 2 bad input, 75 stopped on request (run it again to go on), anything else a stage's own failure.
+Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone), 75 stopped on request (SIGTERM, SIGUSR1,
+Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
 """
 
 from __future__ import annotations
@@ -18,15 +19,23 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline import artifacts, entry, recipe, redaction, runner, strict_yaml
+from pipeline import artifacts, capacity, checks, devices, dry_run, entry, recipe, redaction, runner, strict_yaml
+from pipeline.capacity import Capacity
 from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
 from pipeline.status import STAGES, check_portable, status
 
+_ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `sap`; returns the exit code."""
-    return entry.guarded(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+    def work() -> int:
+        with runner.stoppable():
+            return _main(sys.argv[1:] if argv is None else list(argv))
+
+    return entry.guarded(work)
 
 
 def _main(argv: list[str]) -> int:
@@ -43,7 +52,8 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
     parser.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print what would run and what is there, and stop")
+    parser.add_argument("--show", action="store_true", help="print the resolved recipe of every method, and stop")
     if not argv or "--help" in argv or "-h" in argv:
         parser.print_help()
         _print_fields()
@@ -68,18 +78,30 @@ def _main(argv: list[str]) -> int:
         return _plan(experiment, options)
     if options.stage == "doctor":
         return _doctor(experiment, options)
-    if options.dry_run:
-        return _dry_run(experiment, options.stage, options.method)
-
-    from pipeline import checks
-
-    checks.check(experiment)
+    if options.show:
+        return _show(experiment, options.method)
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}: it takes a number from 1")
-    chain = Chain(experiment, options.method, options.jobs)
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")
-    return _run(chain, STAGES if options.stage == "run" else (options.stage,), options)
+    chain = Chain(experiment, options.method, options.jobs)
+    stages = STAGES if options.stage == "run" else (options.stage,)
+    idle = not any(chain.pending(stage) for stage in stages if stage != "report")
+    found = _check(chain, light=options.dry_run or idle)
+    if options.dry_run:
+        print(dry_run.overview(experiment, {stage: chain.folders(stage) for stage in stages}, found))
+        return 0
+    print(devices.describe(experiment.base.model, experiment.base.train), file=sys.stderr)
+    return _run(chain, stages, options)
+
+
+def _check(chain: Chain, light: bool) -> Capacity | None:
+    """Every check there is, and whether memory and disk suffice; None where the model is not here. What is no error is printed."""
+    checked = checks.check(chain.experiment, light=light)
+    found = None if checked.facts is None else capacity.capacity(chain.experiment, checked.facts, chain.cells)
+    for note in (*checked.notes, *(found.notes if found else ())):
+        print(f"note: {note}", file=sys.stderr)
+    return found
 
 
 def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> int:
@@ -94,6 +116,9 @@ def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> in
             print(f"the report needs every method: `sap report {options.recipe}` once they are evaluated", file=sys.stderr)
             continue
         code = chain.run(stage)
+        if code == runner.STOPPED:  # a failure before it is met again
+            print(f"stopped in {stage}: what was finished or saved stays; run the same command again to go on", file=sys.stderr)
+            return code
         failure = failure or code
         if code and not (stage == "train" and chain.failed):
             break
@@ -135,7 +160,7 @@ class Chain:
             return [layout.train(cell) for cell in self.cells]
         if stage == "evaluate":
             return [layout.evaluate(subject) for subject in layout.subjects() if self._selected(subject.name)]
-        return [layout.prepare() if stage == "prepare" else layout.report()]
+        return [layout.prepare(), layout.prompts()] if stage == "prepare" else [layout.report()]
 
     def prepare(self) -> int:
         from pipeline import stages
@@ -145,7 +170,7 @@ class Chain:
 
     def align(self) -> int:
         self._need("prepare")
-        code = runner.run_ranks("align.py", self.arguments, self.base.align.train.ranks)
+        code = runner.run_ranks("align.py", self.arguments, devices.ranks(self.base.align.train))
         return self._outcome(code, self.layout.align())
 
     def filter(self) -> int:
@@ -169,7 +194,7 @@ class Chain:
             raise ValueError(f"{missing} is not complete: run `sap direction {self.experiment.path}` first, or `sap run`")
         code = self._each_cell("train.py", self.layout.train, lambda cell: True)
         folders = self.folders("train")
-        if code not in (0, runner.STOPPED) and any(map(artifacts.complete, folders)):
+        if code not in (0, *_ENDS_ALL) and any(map(artifacts.complete, folders)):
             self.failed = [folder for folder in folders if not artifacts.complete(folder)]
         return code
 
@@ -183,7 +208,8 @@ class Chain:
             if self._selected(subject.name) and not artifacts.complete(self.layout.evaluate(subject)):
                 seed = [] if subject.seed is None else ["--seed", str(subject.seed)]
                 jobs.append([*self.arguments, "--method", subject.name, *seed])
-        return runner.run_side_by_side("evaluate.py", jobs, max(1, min(max(self.base.train.ranks, self.jobs), len(jobs))))
+        slots = max(len(devices.gpus()) or devices.ranks(self.base.train), self.jobs)
+        return runner.run_side_by_side("evaluate.py", jobs, max(1, min(slots, len(jobs))))
 
     def report(self) -> int:
         self._need("prepare", "align", "train", "evaluate")
@@ -205,34 +231,33 @@ class Chain:
         for cell in self.cells:
             if wanted(cell) and not artifacts.complete(target_of(cell)):
                 todo.setdefault(target_of(cell), cell)
-        alone = {target: cell for target, cell in todo.items() if self.jobs > 1 and cell.recipe.train.ranks == 1}
-        first = 0  # failure: cells have nothing to do with each other, so the others go on
+        alone = {target: cell for target, cell in todo.items() if self.jobs > 1 and devices.ranks(cell.recipe.train) == 1}
+        first = 0  # failure: cells have nothing to do with each other, so the others go on, unless it ends all
         if alone:
             first = runner.run_side_by_side(script, [self._arguments(cell) for cell in alone.values()], min(self.jobs, len(alone)))
             missing = next((target for target in alone if not artifacts.complete(target)), None)
-            if first == runner.STOPPED or missing:
-                first = self._outcome(first, missing or self.layout.root)
+            first = self._outcome(first, missing) if missing else first
         for target, cell in todo.items():
             if target in alone:
                 continue
-            if first == runner.STOPPED:
+            if first in _ENDS_ALL:
                 break
-            code = self._outcome(runner.run_ranks(script, self._arguments(cell), cell.recipe.train.ranks), target)
-            first = code if code == runner.STOPPED else first or code
+            code = self._outcome(runner.run_ranks(script, self._arguments(cell), devices.ranks(cell.recipe.train)), target)
+            first = code if code in _ENDS_ALL else first or code
         return first
 
     def _arguments(self, cell: Cell) -> list[str]:
         return [*self.arguments, "--method", cell.method, "--seed", str(cell.seed)]
 
     def _outcome(self, code: int, target: Path) -> int:
-        if code in (0, runner.STOPPED) and not artifacts.complete(target):
-            print(f"stopped before {target.name} was complete; run the same command again to go on", file=sys.stderr)
-            return runner.STOPPED
-        return code
+        """A stage that ends in order before its folder is complete has been asked to stop by a signal of its own."""
+        return runner.STOPPED if code == 0 and not artifacts.complete(target) else code
 
     def _need(self, *stages: str) -> None:
         for stage in stages:
-            missing = [folder for folder in self.folders(stage) if not artifacts.complete(folder)]
+            # Of prepare's folders all need the training sets; an evaluation makes the prompts where they are missing.
+            folders = [self.layout.prepare()] if stage == "prepare" else self.folders(stage)
+            missing = [folder for folder in folders if not artifacts.complete(folder)]
             if missing:
                 raise ValueError(
                     f"{missing[0]} is not complete: run `sap {stage} {self.experiment.path}` first (same overrides), or `sap run`"
@@ -246,7 +271,7 @@ def _doctor(experiment: Experiment, options: argparse.Namespace) -> int:
         raise ValueError("doctor writes nothing and has nothing to list: leave --dry-run out")
     cell = choose_cell(experiment, options.method, options.seed)
     arguments = ["--config", *experiment.arguments(), "--method", cell.method, "--seed", str(cell.seed)]
-    return runner.run_ranks("doctor.py", arguments, cell.recipe.train.ranks)
+    return runner.run_ranks("doctor.py", arguments, devices.ranks(cell.recipe.train))
 
 
 def _plan(experiment: Experiment, options: argparse.Namespace) -> int:
@@ -256,20 +281,16 @@ def _plan(experiment: Experiment, options: argparse.Namespace) -> int:
         raise ValueError("--ranks takes a number from 1, --gpu-gb one above 0")
     for cell in Chain(experiment, options.method).cells:
         if cell.seed == experiment.base.seeds[0]:  # seeds change nothing here
-            print(plan_cell(experiment, cell, options.ranks or cell.recipe.train.ranks, options.gpu_gb), end="\n\n")
+            print(plan_cell(experiment, cell, options.ranks or devices.ranks(cell.recipe.train), options.gpu_gb), end="\n\n")
     return 0
 
 
-def _dry_run(experiment: Experiment, stage: str, method: str | None) -> int:
+def _show(experiment: Experiment, method: str | None) -> int:
     import yaml
 
-    chain = Chain(experiment, method)
-    for cell in chain.cells:
+    for cell in Chain(experiment, method).cells:
         print(f"# {cell.method}, seed {cell.seed}")
         print(yaml.safe_dump(recipe.dump(cell.recipe) | {"methods": redaction.redact(experiment.base.methods)}, sort_keys=False))
-    for name in STAGES if stage == "run" else (stage,):
-        for folder in chain.folders(name):
-            print(f"{'complete ' if artifacts.complete(folder) else 'would run'}  {name:<10} {folder}")
     return 0
 
 

@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import os
+import select
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from pipeline import artifacts, recipe, strict_yaml
-from pipeline.batch_job import report_error
+from pipeline import artifacts, recipe, strict_yaml, system_errors
+from pipeline.batch_job import report_error, report_fault
 from pipeline.recipe import Cell, Experiment
+from pipeline.redaction import redact
+from pipeline.runner import STOPPED, SYSTEM_ERROR, Stopped
 
 BAD_INPUT = 2
+INTERRUPTED = 130  # as a shell says of a program that SIGINT ended
+_BROKEN_PIPE = 141  # the same of SIGPIPE
+_OTHER_RANKS_WAIT = 3.0  # seconds
 
 
 def arguments(description: str, argv: list[str] | None = None, checkable: bool = False) -> tuple[argparse.Namespace, Experiment]:
@@ -61,18 +69,64 @@ def choose_cell(experiment: Experiment, method: str | None, seed: int | None) ->
 
 
 def guarded(main: Callable[[], int | None]) -> int:
-    """Run main; a ValueError becomes one sentence on stderr and exit code 2. Once a node: a path may be missing on one node only."""
+    """Run main; what goes wrong by the input, by the system or on request becomes one sentence on stderr and an exit code, without a traceback.
+
+    ValueError: 2. OSError: 74. Stopped: 75. KeyboardInterrupt: 130. Whoever reads our output may leave before its end: 0 where all that was
+    left to do was to print, else 141. Any other exception passes.
+    """
     try:
-        return main() or 0
-    except ValueError as error:
-        if not isinstance(error, artifacts.Busy):
-            report_error(str(error))
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            rank = os.environ.get("RANK", "0")
-            print(f"error: {error}" if rank == "0" else f"error: {error} (rank {rank})", file=sys.stderr, flush=True)
+        code = main() or 0
+        with system_errors.writing(Path("standard output")):
+            sys.stdout.flush()  # here, where an error of it is still ours to tell
+        return code
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        code = _told(error)
         if os.environ.get("SAP_DEBUG"):
             raise
-        return BAD_INPUT
+        return code
+
+
+def _told(error: ValueError | OSError | KeyboardInterrupt) -> int:
+    """Tell the user and the batch script of the error; returns the exit code that it stands for."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if isinstance(error, ValueError):  # once a node: a path may be missing on one node only
+        if not isinstance(error, artifacts.Busy):
+            report_error(str(error))
+        return _say(f"error: {error}", BAD_INPUT) if first else BAD_INPUT
+    if isinstance(error, Stopped):
+        return _say(f"stopped on request ({error}): run the same command again to go on", STOPPED)
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted", INTERRUPTED) if first else INTERRUPTED
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _unusable(stream)]
+    for stream in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the interpreter would try, and complain, once more
+    if isinstance(error, BrokenPipeError) and gone:
+        return _BROKEN_PIPE if sys.stderr in gone else 0  # stages tell their progress on stderr; stdout gets what is printed in the end
+    sentence = redact(system_errors.sentence(error))
+    report_fault(sentence)
+    if not first:
+        time.sleep(_OTHER_RANKS_WAIT)  # where all fail alike the first has said it by then, and the launcher ends the others
+    return _say(f"error: {sentence}", SYSTEM_ERROR)
+
+
+def _say(sentence: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    with contextlib.suppress(OSError):  # the log may be on the disk that is full
+        print(sentence if rank == "0" else f"{sentence} (rank {rank})", file=sys.stderr, flush=True)
+    return code
+
+
+def _unusable(stream: TextIO) -> bool:
+    """Whether what the stream still holds cannot be written: its reader is gone, or its disk is full."""
+    try:
+        stream.flush()
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+    except ValueError:  # no file behind it
+        return False
+    except OSError:
+        return True
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -2,29 +2,36 @@
 
     layout = Layout(experiment); layout.train(cell)   # runs/demo/train-sap-s0-1a2b3c4d
 
-A stage's hash covers its recipe sections and its upstream stages' hashes, so a changed setting makes a new folder and everything below it,
-and a folder that is complete never has to be made again. What cannot change a result (ranks, file of DeepSpeed settings, intervals of
-checkpoints) is left out.
+A stage's hash covers the fields of the recipe that decide its result and its upstream stages' hashes, so a changed
+setting makes a new folder and everything below it, and a folder that is complete never has to be made again. Files
+count by what is in them, not by where they are. What cannot change a result (ranks, file of DeepSpeed settings,
+intervals of checkpoints, settings of what is switched off) is left out. docs/stages.md says for every field of the
+recipe what runs again, and tests/test_stages_doc.py holds it against this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts
+from pipeline import artifacts, devices
 from pipeline.data import builtin, contrastive
+from pipeline.data.sources import SUFFIXES
 from pipeline.evaluation import judges
 from pipeline.filtering import keywords
+from pipeline.fingerprint import fingerprint
 from pipeline.model_files import model_location
 from pipeline.recipe import Cell, Experiment, Recipe
-from pipeline.sections import ModelSection, SourceSection
+from pipeline.sections import DataSection, ModelSection, SapSection, SourceSection, TrainSection
 
 _REPORT = 3  # raise when the page shows something new
-_FORMAT = 2  # raise when prepared data, checkpoints or products change shape
-_NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds"}
+_FORMAT = 3  # raise when prepared data, checkpoints or products change shape
+# Of a training section, what changes no result: gradient checkpointing computes the same activations again.
+_NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}
+_ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples"}
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,19 @@ class Layout:
         self.root = self.base.output_dir / self.base.name
         # Once: files that change while a stage runs must not change where it writes.
         self._model = _model_identity(self.base.model)
-        self._contents = _contents(self.base)
+        self._sources = _source_identities(self.base)
+
+    @functools.cached_property
+    def _cells(self) -> list[Cell]:
+        return list(self.experiment.cells())  # each is validated as it is made
 
     def prepare(self) -> Path:
+        """Every set that is trained on, validated on, or tested on as a task; the stage prepare makes `prompts` too."""
         return self.root / f"prepare-{self._prepare_hash()}"
+
+    def prompts(self) -> Path:
+        """The evaluation's prompts: those of its sources that no set of `prepare` holds."""
+        return self.root / f"prompts-{self._prompts_hash()}"
 
     def align(self) -> Path:
         return self.root / f"align-{self._align_hash()}"
@@ -74,8 +90,10 @@ class Layout:
 
     def evaluate(self, subject: Subject) -> Path:
         seed = "" if subject.seed is None else f"-s{subject.seed}"
-        section = self.base.evaluate.model_dump(mode="json", exclude={"batch_size", "baselines"})
-        return self.root / f"evaluate-{subject.name}{seed}-{_short([_FORMAT, subject.identity, self._prepare_hash(), section])}"
+        elsewhere = {"harmful", "harmful_prompts", "harmless", "harmless_prompts"}  # in the prompts' hash
+        section = self.base.evaluate.model_dump(mode="json", exclude={"batch_size", "baselines", *elsewhere})
+        digest = _short([_FORMAT, subject.identity, self._prompts_hash(), section])
+        return self.root / f"evaluate-{subject.name}{seed}-{digest}"
 
     def shard(self, target: Path, index: int, count: int) -> Path:
         """Where one of `count` processes that share an evaluation leaves its part until all are merged."""
@@ -101,7 +119,7 @@ class Layout:
             yield Subject("shipped", None, model_location(self.base.model), None, _short(self._weights()))
             if self.base.align.enabled:
                 yield Subject("aligned", None, self.start_model(), None, self._align_hash())
-        for cell in self.experiment.cells():
+        for cell in self._cells:
             yield self.subject(cell)
 
     def subject(self, cell: Cell) -> Subject:
@@ -116,10 +134,10 @@ class Layout:
             self._start_hash(),
             self._prepare_hash(),
             cell.seed,
-            recipe.train.model_dump(mode="json", exclude=_NEUTRAL),
+            _training(recipe.train),
         ]
         if recipe.sap.enabled:
-            parts.append(recipe.sap.model_dump(mode="json"))
+            parts.append(_probing(recipe.sap))
             if recipe.sap.direction == "precomputed":
                 parts.append(self._direction_hash(cell))
         elif recipe.draws_pairs:
@@ -141,29 +159,43 @@ class Layout:
         return _short([_FORMAT, self._embeddings_hash(cell), section, texts])
 
     def _prepare_hash(self) -> str:
-        recipe = self.base
-        evaluated = recipe.evaluate.model_dump(
-            mode="json", include={"harmful", "harmful_prompts", "harmless", "harmless_prompts", "task_prompts"}
-        )
-        return _short([_FORMAT, recipe.data.model_dump(mode="json"), evaluated, self._model, recipe.align.enabled, self._contents])
+        return _short([_FORMAT, self._data(), self._model, self.base.align.enabled, _texts()])
+
+    def _prompts_hash(self) -> str:
+        evaluate = self.base.evaluate
+        parts: list[Any] = [_FORMAT, self._prepare_hash(), self._sources["evaluate.harmful"], evaluate.harmful_prompts]
+        if evaluate.harmless is not None:
+            parts += [self._sources["evaluate.harmless"], evaluate.harmless_prompts]
+        return _short(parts)
 
     def _align_hash(self) -> str:
-        section = self.base.align.model_dump(mode="json", exclude={"train": _NEUTRAL})
-        return _short([_FORMAT, self._prepare_hash(), self._weights(), section])
+        # Its samples take their prompts before the task does, which counts only where it decides how many prompts the
+        # harmful samples have taken before.
+        data, after = self._data(), {"task", "validation_samples", "test_samples", "harmful_fraction"}
+        if data["harmful"] is None or self.base.data.harmful.limit is not None:
+            data = {name: value for name, value in data.items() if name not in after}
+        section = self.base.align.model_dump(mode="json", exclude={"train"})
+        training = _training(self.base.align.train)
+        del training["validate_every"]  # it has nothing to validate on
+        return _short([_FORMAT, data, _texts(), self._weights(), section, training])
+
+    def _data(self) -> dict[str, Any]:
+        """The data section, its sources by what they hold; None for what is not read."""
+        data = self.base.data
+        unread = set() if self.base.align.enabled else set(_ALIGN_DATA)
+        if not harmful_drawn(data):
+            unread.add("harmful")
+        values = {name: self._sources.get(f"data.{name}", getattr(data, name)) for name in type(data).model_fields}
+        return {name: None if name in unread else value for name, value in values.items()}
 
     def _start_hash(self) -> str:
         return self._align_hash() if self.base.align.enabled else _short(self._weights())
 
     def _weights(self) -> list[Any]:
-        """The model and how it is computed: `dtype: auto` is another dtype on another machine."""
+        """The model and how it is computed: `auto` is another dtype and another attention on another machine."""
         model = self.base.model
-        dtype = f"torch.{model.dtype}"
-        if model.dtype == "auto":
-            from pipeline.models import resolve_dtype  # here: it brings in torch and transformers, seconds that a named dtype need not cost
-
-            dtype = str(resolve_dtype("auto"))
         quantized = [] if model.quantization == "none" else [model.quantization]
-        return [*self._model, dtype, model.attention, *quantized]
+        return [*self._model, f"torch.{devices.dtype(model.dtype)}", devices.attention(model.attention), *quantized]
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
@@ -172,25 +204,56 @@ class Layout:
         return _short(parts)
 
 
-def sources(recipe: Recipe) -> Iterator[SourceSection]:
-    """Every data source the recipe names."""
-    for section in (recipe.data, recipe.evaluate):
-        for name in type(section).model_fields:
-            value = getattr(section, name)
+def sources(recipe: Recipe) -> Iterator[tuple[str, SourceSection]]:
+    """Every data source that the recipe names, by its field ("data.task")."""
+    for section, name in ((recipe.data, "data"), (recipe.evaluate, "evaluate")):
+        for field in type(section).model_fields:
+            value = getattr(section, field)
             if isinstance(value, SourceSection):
-                yield value
+                yield f"{name}.{field}", value
 
 
-def _contents(recipe: Recipe) -> dict[str, str]:
-    """Digests of what the sources hold: local files, built-in data, and the texts that pairs are made of. A hub data set is its revision's."""
-    digests = {"texts": artifacts.digest([contrastive.REFUSALS, contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS])}
-    for source in sources(recipe):
-        path = Path(source.source).expanduser()
-        if source.source.startswith("builtin:"):
-            digests[source.source] = builtin.identity(source.source.removeprefix("builtin:"))
-        elif path.is_file():
-            digests[source.source] = artifacts.file_digest(path)
-    return digests
+def harmful_drawn(data: DataSection) -> bool:
+    """Whether prompts of data.harmful are taken: some are mixed in, or a limit makes a pool taken at any fraction."""
+    return data.harmful is not None and (data.harmful_fraction > 0 or data.harmful.limit is not None)
+
+
+def _training(train: TrainSection) -> dict[str, Any]:
+    """What of a training section decides the result: no adapter where all weights are trained."""
+    without = {"lora", "export_merged"} if train.adapter == "full" else set()
+    return train.model_dump(mode="json", exclude=_NEUTRAL | without)
+
+
+def _probing(sap: SapSection) -> dict[str, Any]:
+    """What of an enabled SAP section decides the result."""
+    without = set() if sap.probe_step == "target_correction" else {"target_correction"}
+    if sap.refresh_every == 0:  # the direction stage's is kept, and no pair is drawn
+        without |= {"safety_batch_size", "safety_micro_batch_size"}
+    return sap.model_dump(mode="json", exclude=without)
+
+
+def _texts() -> str:
+    """Digest of the texts that pairs and samples are made of."""
+    openings = (contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS)
+    return artifacts.digest([contrastive.REFUSALS, *openings])
+
+
+def _source_identities(recipe: Recipe) -> dict[str, Any]:
+    digest = functools.cache(artifacts.file_digest)  # one file may be the source of several fields
+    return {field: _source_identity(source, digest) for field, source in sources(recipe)}
+
+
+def _source_identity(source: SourceSection, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """What a source holds and what is taken of it: a file by its bytes and its ending, which says how they are read."""
+    path = Path(source.source).expanduser()
+    if source.source.startswith("builtin:"):
+        identity: dict[str, Any] = {"builtin": builtin.identity(source.source.removeprefix("builtin:"))}
+    elif path.suffix in SUFFIXES and path.is_file():
+        identity = {"file": path.suffix, "sha256": digest(path)}
+        identity |= {"header": source.header} if path.suffix == ".csv" else {}
+    else:
+        identity = source.model_dump(mode="json", include={"source", "subset", "split", "revision"})
+    return {**identity, "columns": source.columns, "limit": source.limit}
 
 
 def _short(value: Any) -> str:
@@ -198,11 +261,13 @@ def _short(value: Any) -> str:
 
 
 def _model_identity(model: ModelSection) -> list[Any]:
-    """What the weights are: the id of a built-in or hub model, names and sizes of a folder's files and its configuration's bytes."""
+    """The weights and the tokenizer: a folder by its files, a built-in model by its archive, else id and revision."""
     folder = Path(model.path).expanduser()
-    files: list[Any] = [builtin.ARCHIVES["smollm2"].sha256] if model.path.startswith("builtin:") else []
-    if folder.is_dir():
-        files = [(path.name, path.stat().st_size) for path in sorted(folder.glob("*.safetensors"))]
-        files += [artifacts.file_digest(path) for path in sorted(folder.glob("*.json"))]
+    if model.path.startswith("builtin:"):
+        identity: list[Any] = [model.path, builtin.ARCHIVES["smollm2"].sha256]
+    elif folder.is_dir():
+        identity = [fingerprint(folder)]
+    else:
+        identity = [model.path, model.revision]
     template = artifacts.file_digest(model.chat_template) if model.chat_template and model.chat_template.is_file() else None
-    return [model.path, model.revision, template, files]
+    return [*identity, template]

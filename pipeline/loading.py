@@ -18,10 +18,12 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from pipeline.models import load_model, resolve_dtype, unreachable
+from pipeline import devices
+from pipeline.model_checks import check_files
+from pipeline.models import damaged_weight, load_model, resolve_dtype, unreachable
 from pipeline.quantization import quantise
 from pipeline.sections import ModelSection
-from pipeline.weights import Sources, WeightFiles, file_source, fill, placeholder
+from pipeline.weights import Source, Sources, WeightFiles, file_source, fill, not_finite, placeholder
 
 
 def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[PreTrainedModel, Sources]:
@@ -30,9 +32,11 @@ def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[Pre
     location: local folder or hub id. sharded: leave the weights to the engine's shards; else only quantised ones are left.
     Raises ValueError where the model cannot be had.
     """
-    dtype = resolve_dtype(section.dtype)
-    opened = _skeleton(location, dtype, section.attention, section.revision) if sharded or section.quantization == "nf4" else None
-    model, sources = opened or (load_model(location, dtype, section.attention, section.revision), {})
+    if not Path(location).is_dir():
+        check_files(section, _files_of(location, section.revision).folder)  # they were not here when the recipe was checked
+    how = location, resolve_dtype(section.dtype), devices.attention(section.attention), section.revision
+    opened = _skeleton(*how) if sharded or section.quantization == "nf4" else None
+    model, sources = opened or (load_model(*how), Sources())
     if section.quantization == "nf4":
         quantise(model, sources)
     return model, sources
@@ -42,6 +46,8 @@ def load_whole(section: ModelSection, location: str) -> PreTrainedModel:
     """The model as the recipe computes it, whole on the CPU: for answers and evaluation. Raises as `open_model`."""
     model, sources = open_model(section, location, sharded=False)
     fill(sources)
+    if sources.damaged:
+        raise ValueError(sources.damaged[0])
     return model
 
 
@@ -55,13 +61,20 @@ def weight_files(location: str, revision: str | None = None) -> WeightFiles:
     return WeightFiles(Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", *names])))
 
 
+def _files_of(location: str, revision: str | None) -> WeightFiles:
+    try:
+        return weight_files(location, revision)
+    except (OSError, ValueError) as error:  # ValueError: no id at all, or an index that is no JSON
+        raise ValueError(unreachable(location, error)) from None
+
+
 def _skeleton(location: str, dtype: torch.dtype, attention: str, revision: str | None) -> tuple[PreTrainedModel, Sources] | None:
     """`load_model` without the weights: placeholders with their sources; None, after a warning, where that is not possible."""
     from accelerate import init_empty_weights
 
     try:
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
-        files = weight_files(location, revision)
+        files = _files_of(location, revision)
         # Buffers are real: those that no file holds, such as rotary frequencies, are computed here.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
@@ -79,10 +92,10 @@ def _skeleton(location: str, dtype: torch.dtype, attention: str, revision: str |
     for name, buffer in model.state_dict().items():
         if not buffer.is_meta:
             buffer.copy_(files[name])
-    return model.train(), _placeholders(model, files)
+    return model.train(), _placeholders(model, files, location)
 
 
-def _placeholders(model: PreTrainedModel, files: WeightFiles) -> Sources:
+def _placeholders(model: PreTrainedModel, files: WeightFiles, location: str) -> Sources:
     """Put a placeholder in every parameter's places (two where weights are tied); sources in the files' order."""
     places: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
     for prefix, owner in model.named_modules():
@@ -95,7 +108,22 @@ def _placeholders(model: PreTrainedModel, files: WeightFiles) -> Sources:
         for _, owner, name in held:
             owner._parameters[name] = new
         by_name[next(full for full, _, _ in held if full in files)] = new
-    return {by_name[name]: file_source(files, name) for name in files if name in by_name}
+    sources = Sources()
+    sources.update({by_name[name]: _noting(sources, file_source(files, name), location, name) for name in files if name in by_name})
+    return sources
+
+
+def _noting(sources: Sources, source: Source, location: str, name: str) -> Source:
+    """The same source, which notes in `sources.damaged` what it yields that is not finite."""
+
+    def noting(start: int, stop: int) -> torch.Tensor:
+        value = source(start, stop)
+        problem = not_finite(value)
+        if problem:
+            sources.damaged.append(damaged_weight(location, name, problem))
+        return value
+
+    return noting
 
 
 def _differs(model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype) -> str | None:

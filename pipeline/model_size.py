@@ -1,21 +1,18 @@
-"""What a model's config says: its stored tensors, and the sizes that activations and FLOPs depend on. Reads no weights.
+"""What a model's config and tensors say: what is stored, and the sizes that activations and FLOPs depend on. Reads no weights, needs no torch.
 
-    counted = count_model(AutoConfig.from_pretrained(path), train, dtype_bytes=2, nf4=False)
+    counted = count_model(read_facts(section, folder), train, dtype_bytes=2, nf4=False, eager=False)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
-
-from pipeline.models import check_targets, decoder_layers
-from pipeline.quantization import BLOCK, check_quantisable
+from pipeline.model_checks import check_lora
+from pipeline.model_facts import ModelFacts
 from pipeline.sections import TrainSection
+
+NF4_BLOCK = 64  # weights that share a float32 scale
 
 
 @dataclass(frozen=True)
@@ -55,55 +52,49 @@ class Counted:
     eager: bool
 
 
-def count_model(config: PretrainedConfig, train: TrainSection, dtype_bytes: int, nf4: bool) -> Counted:
-    """Build the modules without memory and count them. nf4: whether linear weights are in 4 bits.
+def count_model(facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: bool, eager: bool) -> Counted:
+    """Count a model's tensors as they will be stored. nf4: whether linear weights are in 4 bits. eager: whether attention keeps its scores.
 
-    Raises ValueError where the config is none of a decoder with attention and a gated MLP, or adapter and quantization do not go with the model.
+    Raises ValueError where the model is none of a decoder with attention and a gated MLP, or adapter and quantization do not go with it.
     """
-    text = config.get_text_config()
-    lacking = next((name for name in ("intermediate_size", "num_attention_heads") if getattr(text, name, None) is None), None)
-    if lacking:
+    sizes = {name: facts.number(name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    lacking = next((name for name, size in sizes.items() if size is None), "decoder layers" if not facts.layers else None)
+    if lacking or facts.embedding is None:
         raise ValueError(f"the model's config has no {lacking}: the planner knows decoders with attention and a gated MLP only")
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if nf4 and train.adapter == "full":
         raise ValueError("train.adapter full cannot train weights in 4 bits: set model.quantization to none, or train.adapter to lora")
-    if nf4:
-        check_quantisable(module, config.name_or_path)
-    if train.adapter == "lora":
-        check_targets(module, train.lora, "train")
-    layers, targets = decoder_layers(module), set(train.lora.target_modules) if train.adapter == "lora" else set()
-    linears = {name.rpartition(".")[2]: (m.out_features, m.in_features) for name, m in layers[0].named_modules() if isinstance(m, nn.Linear)}
-    dimension = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    targets = set(check_lora(facts, train, "train"))
+    first = {name: shape for name, shape in facts.linears.items() if facts.layer_of(f"{name}.weight") == min(facts.layers)}
+    heads = sizes["num_attention_heads"]
+    dimension = facts.number("head_dim") or sizes["hidden_size"] // heads
     return Counted(
-        weights=tuple(_weights(module, layers, train, dtype_bytes, nf4)),
-        layers=len(layers),
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        heads=text.num_attention_heads,
-        queries=text.num_attention_heads * dimension,
-        keys=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * dimension,
-        vocabulary=text.vocab_size,
-        linears=tuple(linears.values()),
-        adapted=tuple(shape for name, shape in linears.items() if name in targets),
-        eager=module.config._attn_implementation == "eager",
+        weights=tuple(_weights(facts, targets, train, dtype_bytes, nf4)),
+        layers=len(facts.layers),
+        hidden=sizes["hidden_size"],
+        intermediate=sizes["intermediate_size"],
+        heads=heads,
+        queries=heads * dimension,
+        keys=(facts.number("num_key_value_heads") or heads) * dimension,
+        vocabulary=facts.tensors[facts.embedding].shape[0],
+        linears=tuple(first.values()),
+        adapted=tuple(shape for name, shape in first.items() if name in targets),
+        eager=eager,
     )
 
 
-def _weights(module: nn.Module, layers: Sequence[nn.Module], train: TrainSection, width: int, nf4: bool) -> list[Weight]:
-    inside, head, full = {id(part) for layer in layers for part in layer.modules()}, module.get_output_embeddings(), train.adapter == "full"
-    seen: set[nn.Parameter] = set()
-    found: list[Weight] = []
-    for path, owner in module.named_modules():
-        in_layer, linear = id(owner) in inside, isinstance(owner, nn.Linear)
-        for name, parameter in owner.named_parameters(recurse=False):
-            numel = parameter.numel()
-            if nf4 and linear and owner is not head and name == "weight":
-                # As quantization.py stores them: codes of half a byte, and a float32 scale for every block.
-                found += [Weight((-(-numel // 2),), 1, in_layer, False), Weight((-(-numel // BLOCK),), 4, in_layer, False)]
-            elif parameter not in seen:  # else tied
-                found.append(Weight(tuple(parameter.shape), width, in_layer, full))
-            seen.add(parameter)
-        if not full and linear and path.rpartition(".")[2] in train.lora.target_modules:
-            found += [Weight((train.lora.r, owner.in_features), 4, in_layer, True), Weight((owner.out_features, train.lora.r), 4, in_layer, True)]
+def _weights(facts: ModelFacts, targets: set[str], train: TrainSection, width: int, nf4: bool) -> list[Weight]:
+    full, found = train.adapter == "full", []
+    for name, tensor in facts.tensors.items():
+        in_layer, module, numel = facts.layer_of(name) is not None, name.removesuffix(".weight"), prod(tensor.shape)
+        if name == f"{facts.head}.weight" and facts.tied:
+            continue  # stored twice, loaded once
+        if nf4 and module in facts.linears and module != facts.head:
+            # As quantization.py stores them: codes of half a byte, and a float32 scale for every block.
+            found += [Weight((-(-numel // 2),), 1, in_layer, False), Weight((-(-numel // NF4_BLOCK),), 4, in_layer, False)]
+        else:
+            found.append(Weight(tuple(tensor.shape), width, in_layer, full))
+    for module in targets:
+        out, into = facts.linears[module]
+        in_layer = facts.layer_of(f"{module}.weight") is not None
+        found += [Weight((train.lora.r, into), 4, in_layer, True), Weight((out, train.lora.r), 4, in_layer, True)]
     return found

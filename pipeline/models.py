@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,14 +18,27 @@ from torch import nn
 # transformers imports deepspeed, which looks for a device and complains about CPUs unless it is told.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from pipeline.model_files import resolve_model_path  # noqa: E402
+from pipeline import devices, lean_imports  # noqa: E402
+from pipeline.lora_targets import ALL_LINEAR, adapted_modules  # noqa: E402
+from pipeline.model_facts import Tensor  # noqa: E402
+from pipeline.model_files import model_location, resolve_model_path  # noqa: E402
 from pipeline.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
+from pipeline.weights import not_finite  # noqa: E402
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel, on import by peft
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft still asks for it
+# An adapted head that shares the embedding's weight: merged models get a head of its own (training/product.py).
+warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
 if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
     disable_progress_bar()
 
@@ -37,6 +50,13 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision, trust_remote_code=False)
     except OSError as error:
         raise ValueError(unreachable(path, error)) from None
+    except Exception as error:  # what the tokenizers library raises is no more than that
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the tokenizer of model.path '{path}' cannot be read ({first}): save it again with tokenizer.save_pretrained") from None
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of model.path '{path}' is a slow one, without character offsets: save it as tokenizer.json with a fast tokenizer"
+        )
     if section.chat_template is not None:
         if not section.chat_template.is_file():
             raise ValueError(f"model.chat_template {section.chat_template} does not exist: give the path of a Jinja file")
@@ -45,20 +65,29 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"the tokenizer of {path} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file"
         )
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = _configured_eos(tokenizer, section)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def _configured_eos(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> str:
+    """The eos token of the config, for a tokenizer that names none. ValueError where there is none either."""
+    number = load_config(section).get_text_config().eos_token_id
+    number = number[0] if isinstance(number, list) and number else number
+    token = tokenizer.convert_ids_to_tokens(number) if isinstance(number, int) else None
+    if token is None:
+        raise ValueError(
+            f"model.path '{section.path}' names no eos token, neither in tokenizer_config.json nor as eos_token_id in config.json: answers would never "
+            "end; set eos_token in tokenizer_config.json to the token that ends an answer"
+        )
+    return token
+
+
 def resolve_dtype(name: str) -> torch.dtype:
-    """Dtype of the frozen weights; `auto` is bfloat16 where the hardware multiplies it natively."""
-    if name != "auto":
-        return getattr(torch, name)
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    return torch.bfloat16 if re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) else torch.float32
+    """Dtype of the frozen weights; `auto` is bfloat16 where the hardware multiplies it natively (devices.dtype)."""
+    return getattr(torch, devices.dtype(name))
 
 
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
@@ -69,35 +98,76 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except OSError as error:
         raise ValueError(unreachable(path, error)) from None
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise ValueError(f"model.path '{path}': {name} is {tuple(found)} in the files, but config.json makes it {tuple(wanted)}: give a complete model")
     if report["missing_keys"]:
         raise ValueError(
             f"model.path '{path}' lacks the weight {min(report['missing_keys'])}, which transformers would draw at random: give a complete model"
         )
+    for name, parameter in model.named_parameters():
+        problem = not_finite(parameter.data)
+        if problem:
+            raise ValueError(damaged_weight(path, name, problem))
     model.config.use_cache = False
     return model.train()
 
 
-def outline(section: ModelSection) -> PreTrainedModel:
-    """The model's modules without their weights (meta tensors), from its config alone: for what is to be known before weights are read."""
-    path = resolve_model_path(section)
+def damaged_weight(path: str, name: str, problem: str) -> str:
+    """The sentence for a weight that no training can start from."""
+    return f"model.path '{path}': weight {name} holds {problem}: the model was damaged, or saved by a training that diverged; give another one"
+
+
+def load_config(section: ModelSection) -> PretrainedConfig:
+    """The model's config, of which nothing else need be there. ValueError where it cannot be had."""
+    path = resolve_model_path(section) if section.path.startswith("builtin:") else model_location(section)
     try:
-        config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
         raise ValueError(unreachable(path, error)) from None
 
 
-def check_targets(model: nn.Module, lora: LoraSection, field: str) -> None:
-    """ValueError where one of lora.target_modules names no linear module of the model."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    missing = [target for target in lora.target_modules if target not in names]
-    if missing:
-        raise ValueError(f"{field}.lora.target_modules names '{missing[0]}', which this model lacks: it has {', '.join(sorted(names))}")
+def outline(section: ModelSection) -> PreTrainedModel:
+    """The model's modules without their weights (meta tensors), from its config alone: for what is to be known before weights are read."""
+    return without_weights(load_config(section), section.path)
+
+
+def without_weights(config: PretrainedConfig, path: str) -> PreTrainedModel:
+    """The modules of a config without memory (meta tensors). path: of the model, for the ValueError where transformers has no such model."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(unreachable(path, error)) from None
+
+
+def check_targets(model: PreTrainedModel, lora: LoraSection, field: str) -> list[str]:
+    """Names of the modules that lora.target_modules adapts, in the model's order. ValueError where one of them is no linear module of it."""
+    names = {name: isinstance(module, nn.Linear) for name, module in model.named_modules() if name}
+    head = model.get_output_embeddings()
+    head_name = next((name for name, module in model.named_modules() if module is head), None)
+    linears, others = ([name for name, linear in names.items() if linear is which] for which in (True, False))
+    return adapted_modules(lora.target_modules, linears, head_name, field, others)
+
+
+def check_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], label: str) -> None:
+    """ValueError where the files' tensors do not make up the model, an `outline`: a shape differs, or one is missing.
+
+    A missing one is looked for only where the files use the model's names: transformers may rename or regroup others while it loads them.
+    """
+    state, groups = model.state_dict(keep_vars=True), {}
+    for name, tensor in state.items():
+        groups.setdefault(id(tensor), []).append(name)  # names of tied weights share a tensor
+        if name in tensors and tensors[name].shape != tuple(tensor.shape):
+            found, wanted = (" x ".join(f"{size:,}" for size in shape) for shape in (tensors[name].shape, tensor.shape))
+            raise ValueError(f"{label}: {name} is {found} in {tensors[name].file}, but config.json makes it {wanted}: copy both from one place")
+    missing = [names[0] for names in groups.values() if not any(name in tensors for name in names)]
+    if missing and tensors.keys() <= state.keys():
+        raise ValueError(f"{label} lacks the weight {missing[0]}, which transformers would draw at random: give a complete model")
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
@@ -105,10 +175,11 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
 
     Returns the PeftModel. See `check_targets` for names that the model lacks.
     """
+    lean_imports.import_peft()
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_targets(model, lora), task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -117,6 +188,13 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _targets(model: PreTrainedModel, lora: LoraSection) -> list[str] | str:
+    """As PEFT takes them; all-linear as names, because PEFT's also takes in transposed weights, which are not merged."""
+    if isinstance(lora.target_modules, str) and lora.target_modules.lower() == ALL_LINEAR:
+        return check_targets(model, lora, "train")
+    return lora.target_modules
 
 
 def make_trainable(model: PreTrainedModel, train: TrainSection, seed: int) -> nn.Module:
@@ -141,12 +219,14 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def unreachable(path: str, error: Exception) -> str:
-    """The sentence for a model that cannot be read."""
+    """The sentence for a model that cannot be read: of the hub only where the model is not a folder."""
+    first = str(error).strip().splitlines()[0]
+    if Path(path).is_dir():
+        return f"model.path '{path}' cannot be read: {first.partition(' Checkout ')[0]}"
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     hint = (
         "HF_HUB_OFFLINE=1 is set, so only the local cache was looked at"
         if offline
         else "check the id, the network and your access (huggingface-cli login)"
     )
-    first = str(error).strip().splitlines()[0]
     return f"model.path '{path}' cannot be had: {hint}; a local folder works too ({first})"

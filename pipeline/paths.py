@@ -116,7 +116,9 @@ def _markers(section: type[Section] | None, names: list[Any]) -> Iterator[PathFi
 
 
 def _stays(text: str, kind: str) -> bool:
-    """Whether a text is none of ours: built-in data and models, and every store but a sqlite file."""
+    """Whether a text is no path: built-in data and models, every store but a sqlite file, what is chosen by device."""
+    if kind == "ds_config":
+        return text == "auto"
     if kind == "uri":
         return not text.startswith(_SQLITE) or text.removeprefix(_SQLITE) in ("", ":memory:")
     return kind in ("model", "data") and text.startswith("builtin:")

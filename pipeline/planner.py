@@ -16,16 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from transformers import AutoConfig, PretrainedConfig
-
-from pipeline.data.batches import check_divides
-from pipeline.model_files import BUILTIN, model_location, resolve_model_path
-from pipeline.model_size import Counted, Weight, count_model
-from pipeline.models import unreachable
-from pipeline.quantization import BLOCK
-from pipeline.recipe import Cell, Experiment
-from pipeline.sap.probe import resolve_layers
+from pipeline import devices
+from pipeline.data.sharing import accumulation, check_shares
+from pipeline.layer_choice import probed_layers
+from pipeline.model_facts import ModelFacts
+from pipeline.model_outline import outlined
+from pipeline.model_size import NF4_BLOCK, Counted, Weight, count_model
+from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import LisaSection, SapSection, TrainSection
+from pipeline.sharding.ds_config import read_ds_config
 
 CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
 TFLOPS, UTILISATION = 312.0, 0.35  # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
@@ -99,11 +98,9 @@ class Plan:
         """ValueError where the batch sizes do not divide by the ranks, the engine takes one only, or probed layers lie outside the model."""
         if self.train.engine == "single" and self.ranks > 1:
             raise ValueError(f"train.engine single runs one process, not {self.ranks}: use engine zero3 or fsdp2")
-        check_divides("train", self.train.batch_size, self.train.micro_batch_size, self.ranks)
+        check_shares("train.batch_size", self.train.batch_size, self.ranks)
         if self.sap.enabled:
-            resolve_layers(self.sap.layers, self.model.layers)
-        if self.draws_pairs:
-            check_divides("sap.safety", self.sap.safety_batch_size, self.sap.safety_micro_batch_size, self.ranks)
+            probed_layers(self.sap.layers, self.model.layers)
 
     @property
     def draws_pairs(self) -> bool:
@@ -128,41 +125,42 @@ class Plan:
 
 
 def estimate(
-    config: PretrainedConfig, train: TrainSection, sap: SapSection, ds_config: dict[str, Any] | None, dtype_bytes: int, quantization: str,
-    ranks: int, max_length: int, safety_max_length: int,
+    facts: ModelFacts, train: TrainSection, sap: SapSection, ds_config: dict[str, Any] | None, dtype_bytes: int, quantization: str,
+    ranks: int, max_length: int, safety_max_length: int, eager: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan of a training cell; reads no weights.
+    """The plan of a training; reads no weights.
 
     ds_config: DeepSpeed's, for engine zero3. dtype_bytes: of a weight that is not quantised. quantization: none | nf4. Lengths: tokens.
     Raises ValueError where adapter, quantization, batch sizes or probed layers do not go with the model or the ranks.
     """
     nf4, zero = quantization == "nf4", (ds_config or {}).get("zero_optimization", {})
-    plan = Plan(count_model(config, train, dtype_bytes, nf4), train, sap, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length)
+    counted = count_model(facts, train, dtype_bytes, nf4, eager)
+    plan = Plan(counted, train, sap, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length)
     plan.check()
     return plan
 
 
-def estimate_cell(experiment: Experiment, cell: Cell, ranks: int) -> Plan:
-    """`estimate` of a recipe's cell, from the model's config alone; dtype auto counts as bfloat16. ValueError where the config cannot be had."""
-    from pipeline.sharding.zero3 import read_ds_config
-
-    section, data, train = experiment.base.model, cell.recipe.data, cell.recipe.train
-    location = resolve_model_path(section) if section.path == BUILTIN else model_location(section)
-    try:
-        config = AutoConfig.from_pretrained(location, revision=section.revision, trust_remote_code=False, attn_implementation=section.attention)
-    except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
-        raise ValueError(unreachable(location, error)) from None
+def estimate_training(base: Recipe, facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ranks: int, dtype: str) -> Plan:
+    """`estimate` of a cell's training, or without one of the alignment's. dtype: of the frozen weights, float32 or bfloat16."""
+    section, data = base.model, base.data
+    sap = SapSection() if of_cell is None else of_cell.sap
     ds_config = read_ds_config(train, ranks) if train.engine == "zero3" else None
-    width = 4 if section.dtype == "float32" else 2
-    plan = estimate(config, train, cell.recipe.sap, ds_config, width, section.quantization, ranks, data.max_length, data.safety_max_length)
-    plan = replace(plan, parts=tuple(cell.recipe.parts), lisa=cell.recipe.lisa)
+    width, eager = 4 if dtype == "float32" else 2, devices.attention(section.attention) == "eager"
+    plan = estimate(facts, train, sap, ds_config, width, section.quantization, ranks, data.max_length, data.safety_max_length, eager)
+    if of_cell is not None:
+        plan = replace(plan, parts=tuple(of_cell.parts), lisa=of_cell.lisa)
     plan.check()
     return plan
 
 
 def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> str:
-    """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text. Raises as `estimate_cell`."""
-    plan = estimate_cell(experiment, cell, ranks)
+    """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text; dtype auto counts as bfloat16.
+
+    Raises ValueError where the model's config cannot be had, and as `estimate`.
+    """
+    base = experiment.base
+    dtype = "bfloat16" if base.model.dtype == "auto" else base.model.dtype
+    plan = estimate_training(base, outlined(base.model), cell.recipe.train, cell.recipe, ranks, dtype)
     head = f"{experiment.base.name}, method {cell.method}, {plan.train.engine} on {ranks} GPUs. Arithmetic: nothing here was run on a GPU."
     return "\n".join([head, plan.table(gpu_gb), plan.time()])
 
@@ -179,7 +177,7 @@ def _state(plan: Plan) -> list[Row]:
     numel, local = sum(weight.numel for weight in trained), sum(weight.held(engine, ranks) for weight in trained)
     width = plan.dtype_bytes if engine == "zero3" and plan.train.adapter == "full" else 4
     master = 4 if engine == "zero3" else 0
-    how = f"0.5 + 4/{BLOCK} bytes a weight in nf4, else {plan.dtype_bytes}" if plan.quantized else f"{plan.dtype_bytes} bytes a weight"
+    how = f"0.5 + 4/{NF4_BLOCK} bytes a weight in nf4, else {plan.dtype_bytes}" if plan.quantized else f"{plan.dtype_bytes} bytes a weight"
     count, held = f"{_short(numel)} / {ranks}", sum(weight.held(engine, ranks) * weight.width for weight in frozen)
     flat = min(local, _zero(plan, "sub_group_size")) if engine == "zero3" else max(weight.held(engine, ranks) for weight in trained)
     copies = 2 if plan.sap.enabled and plan.sap.correction_every else 1
@@ -191,7 +189,7 @@ def _state(plan: Plan) -> list[Row]:
         Row("norms, update", f"{count} x {copies} x 4 bytes, {_short(flat)} x 2 x 8 bytes", copies * 4 * local + 16 * flat, "between"),
     ]
     if plan.sap.enabled:
-        second, probed = max(width, 4 if plan.sap.correction_every else 0), len(resolve_layers(plan.sap.layers, plan.model.layers))
+        second, probed = max(width, 4 if plan.sap.correction_every else 0), len(probed_layers(plan.sap.layers, plan.model.layers))
         formula = f"{count} x (direction 4 + old values or g(0) {second}) bytes; V, its gradients and moments"
         rows.append(Row("SAP's vectors", formula, local * (4 + second) + 6 * 4 * probed * plan.model.hidden, "always"))
     kept = [what for part, what in (("ema", "average"), ("lisa", "w_last"), ("safety_gradient", "direction")) if part in plan.parts]
@@ -250,9 +248,11 @@ def _activations(plan: Plan) -> list[Row]:
     MLP's three. Logits: log-probabilities, their gradient and the cross entropy's, in float32, to which losses.py casts.
     """
     model, b = plan.model, plan.dtype_bytes
-    sizes = [(plan.train.micro_batch_size * plan.max_length, plan.max_length)]
+    share = lambda batch, micro: min(micro, -(-batch // plan.ranks))  # noqa: E731  sequences, or pairs, that are computed at once
+    sizes = [(share(plan.train.batch_size, plan.train.micro_batch_size) * plan.max_length, plan.max_length)]
     if plan.draws_pairs:
-        sizes.append((2 * plan.sap.safety_micro_batch_size * plan.safety_max_length, plan.safety_max_length))
+        pairs = share(plan.sap.safety_batch_size, plan.sap.safety_micro_batch_size)
+        sizes.append((2 * pairs * plan.safety_max_length, plan.safety_max_length))
     tokens, length = max(sizes)
     scores = model.heads * length * (6 if b == 2 else 4) if model.eager else 0  # softmax in float32, then the dtype again
     saved = 8 * model.hidden + b * (4 * model.queries + 3 * model.intermediate + length) + 4 * model.heads + scores
@@ -274,19 +274,20 @@ def _activations(plan: Plan) -> list[Row]:
 def _passes(plan: Plan) -> list[tuple[float, float, float]]:
     """(times a step, FLOPs, bytes received) of a step's passes on one rank: main, probe, safety (pipeline/sap/step.py)."""
     train, sap, layers = plan.train, plan.sap, plan.model.layers
-    share, steps = train.batch_size / plan.ranks, train.batch_size / (train.micro_batch_size * plan.ranks)
+    share, steps = train.batch_size / plan.ranks, accumulation(train.batch_size, train.micro_batch_size, plan.ranks)
     main = _pass(plan, share, plan.max_length, steps, layers, True)
     pairs = sap.safety_batch_size / plan.ranks
     refresh = 1 / sap.refresh_every if sap.refresh_every else 0.0
-    safe = _pass(plan, pairs, plan.safety_max_length, pairs / sap.safety_micro_batch_size, layers, True)
-    safety = _pass(plan, 2 * pairs, plan.safety_max_length, pairs / sap.safety_micro_batch_size, layers, True)
+    turns = accumulation(sap.safety_batch_size, sap.safety_micro_batch_size, plan.ranks)
+    safe = _pass(plan, pairs, plan.safety_max_length, turns, layers, True)
+    safety = _pass(plan, 2 * pairs, plan.safety_max_length, turns, layers, True)
     mixed = [(refresh, *safe)] if "safe_mix" in plan.parts else []
     if "lisa" in plan.parts:
         aligning = plan.lisa.alignment_steps / (plan.lisa.alignment_steps + plan.lisa.task_steps)
         return [(1 - aligning, *main), (aligning, *safe)]
     if not sap.enabled:
         return [(1, *main), *mixed, *([(refresh, *safety)] if "safety_gradient" in plan.parts else [])]
-    probe = _pass(plan, share, plan.max_length, steps, layers - 1 - resolve_layers(sap.layers, layers)[0], False)
+    probe = _pass(plan, share, plan.max_length, steps, layers - 1 - probed_layers(sap.layers, layers)[0], False)
     noise, correction = (1 / every if every else 0.0 for every in (sap.noise_every, sap.correction_every))
     return [(1 + correction, *main), ((2 if sap.schedule == "exact" else 1) + noise, *probe), (refresh, *safety), *mixed]
 

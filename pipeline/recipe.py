@@ -40,6 +40,7 @@ from pipeline.sections import (
     TrainSection,
 )
 from pipeline.strict_yaml import as_arguments, expanded, merge, read
+from pipeline.system_errors import reading_input
 
 
 class Recipe(Section):
@@ -174,6 +175,7 @@ class Experiment:
                 yield self.cell(method, seed)
 
 
+@reading_input()
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
     """Read and validate a recipe file and every method in it.
 
@@ -266,7 +268,8 @@ def _sentence(error: ValidationError) -> str:
         sentence = message if not field or message.startswith(f"{field}.") else f"{field}: {message}"
     else:
         value = REDACTED if any(map(secret_name, names)) else repr(redact(first["input"]))
-        one_of = len(names) < len(first["loc"]) and get_origin(annotation) in (Union, types.UnionType)
+        member = isinstance(first["loc"][-1], int)  # of a list: what it must be is known
+        one_of = not member and len(names) < len(first["loc"]) and get_origin(annotation) in (Union, types.UnionType)
         problem = f"it takes {_type_name(annotation)}" if one_of else f"{first['msg'][0].lower()}{first['msg'][1:]}"
         sentence = f"'{field}' is {value}, but: {problem}"
     return redact(sentence)

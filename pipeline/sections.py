@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline import shipped
-
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -44,7 +42,9 @@ class ModelSection(Section):
         "auto", description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or AMX, else float32"
     )
     chat_template: Annotated[Path | None, PathField("path")] = Field(None, description="Jinja file that replaces the tokenizer's chat template")
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers")
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="Attention implementation of transformers; auto: sdpa on GPUs, eager on CPUs"
+    )
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: frozen linear layers in 4 bits (QLoRA); needs adapter: lora")
 
 
@@ -104,7 +104,30 @@ class LoraSection(Section):
     r: Positive = Field(8, description="Rank")
     alpha: Annotated[float, Field(gt=0)] = Field(16, description="Scaling numerator; the update is scaled by alpha / r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout probability before A")
-    target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear modules to adapt")
+    target_modules: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] = Field(
+        ["q_proj", "v_proj"],
+        description="Linear modules to adapt: a list of names, all-linear (all but the head), or a regular expression for whole names",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_lora(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "modules_to_save" in value:
+            raise ValueError(
+                "modules_to_save is not supported: no whole module is trained beside an adapter; name linear modules (lm_head too) in "
+                "target_modules, or train all weights with adapter: full"
+            )
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _pattern(cls, value: list[str] | str) -> list[str] | str:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"'{value}' is no regular expression ({error}): give one, a list of names, or all-linear") from None
+        return value
 
 
 class TrainSection(Section):
@@ -112,14 +135,20 @@ class TrainSection(Section):
         "zero3", description="zero3: DeepSpeed ZeRO-3; fsdp2: PyTorch's fully_shard; single: the plain reference, one process"
     )
     adapter: Literal["lora", "full"] = Field("lora", description="What is trained: a LoRA adapter on frozen weights, or all weights")
-    ranks: Positive = Field(1, description="Local processes that `sap` starts; other launchers decide themselves")
-    ds_config: Annotated[Path, PathField("ds_config")] = Field(
-        shipped.FOLDER / "ds_configs" / "zero3.json", description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it"
+    ranks: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Local processes that `sap` starts, one a GPU; auto: every visible GPU, or two processes on a CPU, as far as batch_size "
+        "divides by them; other launchers decide themselves",
+    )
+    ds_config: Annotated[Path | Literal["auto"], PathField("ds_config")] = Field(
+        "auto",
+        description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it; auto: ds_configs/zero3.json on GPUs, "
+        "zero3_cpu.json on CPUs",
     )
     steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training data; exclusive with steps")
     batch_size: Positive = Field(8, description="Sequences per optimizer step over all ranks")
-    micro_batch_size: Positive = Field(4, description="Sequences per rank and forward pass; accumulation follows")
+    micro_batch_size: Positive = Field(4, description="Sequences per rank and forward pass at the most; accumulation follows")
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate of AdamW")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="Steps of linear warm-up")
     decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning-rate decay after the warm-up")
@@ -174,7 +203,7 @@ class SapSection(Section):
         1, description="Steps after which pairs are drawn and the direction is computed again; 0: never (precomputed only)"
     )
     safety_batch_size: Positive = Field(4, description="Contrastive pairs drawn at a time, over all ranks; by the controls too")
-    safety_micro_batch_size: Positive = Field(2, description="Contrastive pairs per rank and pass")
+    safety_micro_batch_size: Positive = Field(2, description="Contrastive pairs per rank and pass at the most")
     eps: Annotated[float, Field(gt=0)] = Field(0.05, description="|dW| as a share of |W|, both global over the trainable parameters")
     beta: Annotated[float, Field(gt=0)] = Field(
         0.05,
@@ -210,10 +239,6 @@ class SapSection(Section):
             raise ValueError("refresh_every 0 needs direction: precomputed")
         if self.probe_step == "target_correction" and self.correction_every == 0:
             raise ValueError("correction_every must be at least 1 with probe_step: target_correction")
-        if self.safety_batch_size % self.safety_micro_batch_size:
-            raise ValueError(
-                f"safety_batch_size {self.safety_batch_size} does not divide by safety_micro_batch_size {self.safety_micro_batch_size}"
-            )
         return self
 
 

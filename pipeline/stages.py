@@ -2,17 +2,19 @@
 
     prepare -> [align] -> [filter] -> direction -> train -> evaluate -> report
 
-Present and complete: return at once. Interrupted: nothing half-written is ever read. Upstream folders are verified by manifest.
+Present and complete: return at once (docs/stages.md says what a change of the recipe runs again). Interrupted: nothing
+half-written is ever read. Upstream folders are verified by manifest.
 The functions for align, filter, direction and train are entered by all ranks together.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +26,26 @@ from torch import nn
 from pipeline import artifacts, recipe
 from pipeline.checks import direction_given
 from pipeline.data.batches import micro_batches, pair_batches
-from pipeline.evaluation.evaluate import Measured, conclude, measure
+from pipeline.devices import environment
+from pipeline.evaluation.evaluate import Measured, conclude, measure, prompts
 from pipeline.evaluation.placement import place
 from pipeline.evaluation.shards import WHOLE, Shard
-from pipeline.filtering.embeddings import embed, resolve_layer
+from pipeline.filtering.embeddings import embed
 from pipeline.filtering.filter import check_labels, decide, kept
 from pipeline.filtering.filter import write as write_decision
+from pipeline.layer_choice import read_layer
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
+from pipeline.model_checks import check_prompts
 from pipeline.model_files import resolve_model_path
-from pipeline.models import decoder_layers, load_tokenizer, make_trainable
+from pipeline.models import decoder_layers, load_config, load_tokenizer, make_trainable
 from pipeline.recipe import Cell, Experiment
 from pipeline.sap.diagnostics import safety_direction
 from pipeline.sections import ModelSection, TrainSection
 from pipeline.sharding import engine as engines
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import device, environment, init_distributed, open_engine
+from pipeline.sharding.launch import device, init_distributed, open_engine
+from pipeline.system_errors import writing
 from pipeline.tracking import open_run
 from pipeline.training.ema import Ema
 from pipeline.training.loop import Loop, TrainingData
@@ -52,21 +58,37 @@ _USEFUL_FOR_SUMMARY = 24  # samples behind the direction's cosine with the usefu
 
 
 def prepare(experiment: Experiment) -> bool:
-    """Data sources -> tokens and labels, contrastive pairs, evaluation prompts (pipeline/data/prepare.py)."""
+    """Data sources -> training sets (data/prepare.py) and the evaluation's prompts (data/prompts.py), a folder each."""
     from pipeline.data.prepare import prepare as prepare_data
 
     layout = Layout(experiment)
     target = layout.prepare()
-    if artifacts.complete(target):
-        return True
-    with (
-        open_run(layout, "prepare", target.name) as run,
-        artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder,
-    ):
-        facts = prepare_data(experiment.base, folder)
-        artifacts.write_json(folder / artifacts.FACTS, facts)
-        run.log_facts(facts)
+    if not artifacts.complete(target):
+        with (
+            open_run(layout, "prepare", target.name) as run,
+            artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder,
+        ):
+            facts = prepare_data(experiment.base, folder)
+            artifacts.write_json(folder / artifacts.FACTS, facts)
+            run.log_facts(facts)
+    _prompts(layout)
     return True
+
+
+def _prompts(layout: Layout) -> Path:
+    """The folder of the evaluation's prompts. Of the processes that miss it one makes it, and the others wait."""
+    from pipeline.data.prompts import write_prompts
+
+    target, prepared = layout.prompts(), layout.prepare()
+    claimed = artifacts.claim_unless_complete(target)
+    if claimed:
+        inputs = {"prepare": prepared.name, "recipe": recipe.dump(layout.base)["evaluate"]}
+        with artifacts.building(target, inputs, claimed) as folder, open_run(layout, "prepare", prepared.name) as run:
+            artifacts.verify(prepared)
+            facts = write_prompts(layout.base, prepared, folder)
+            artifacts.write_json(folder / artifacts.FACTS, facts)
+            run.log_facts(facts)
+    return target
 
 
 def align(experiment: Experiment) -> bool:
@@ -132,7 +154,7 @@ def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch
         artifacts.verify(target)
     else:
         engine, tokenizer = _open_start(layout, cell, target)
-        layer = resolve_layer(saft.layer, len(decoder_layers(engine.module)))
+        layer = read_layer(saft.layer, len(decoder_layers(engine.module)))
         found = embed(engine, rows, layer, saft.position, saft.micro_batch_size, tokenizer.pad_token_id)
         with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
             if engine.rank == 0:
@@ -232,9 +254,12 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[A
     _verify_upstream(layout)
     if subject.trained is not None:
         artifacts.verify(subject.trained)
+    artifacts.verify(_prompts(layout))
     sets = _evaluation_sets(layout)
     shard.check(len(sets["harmful"]))
-    return load_tokenizer(layout.base.model), sets
+    tokenizer, config = load_tokenizer(layout.base.model), load_config(layout.base.model)
+    check_prompts(config.to_dict(), (len(ids) for rows in sets.values() for ids in prompts(tokenizer, rows)), layout.base)
+    return tokenizer, sets
 
 
 def _measure(layout: Layout, subject: Subject, shard: Shard, tokenizer: Any, sets: dict[str, list[dict[str, Any]]]) -> Measured:
@@ -314,12 +339,13 @@ def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _evaluation_sets(layout: Layout) -> dict[str, list[dict[str, Any]]]:
     """Prompts of the split that evaluate.split names; defaults are chosen on `validation`, never on `test`."""
-    section, prepared = layout.base.evaluate, layout.prepare()
+    section, prepared, prompts = layout.base.evaluate, layout.prepare(), layout.prompts()
     test = section.split == "test"
-    harmful = read_rows(prepared, "eval_harmful" if test else "validation_prompts")[: section.harmful_prompts]
+    harmful = read_rows(prompts, "eval_harmful") if test else read_rows(prepared, "validation_prompts")
     lookalikes = "eval_harmless" if test else "validation_harmless"
-    harmless = read_rows(prepared, lookalikes)[: section.harmless_prompts] if (prepared / f"{lookalikes}.parquet").is_file() else []
+    harmless = read_rows(prompts, lookalikes) if (prompts / f"{lookalikes}.parquet").is_file() else []
     task = read_rows(prepared, "task_test" if test else "task_validation")[: section.task_prompts]
+    harmful, harmless = harmful[: section.harmful_prompts], harmless[: section.harmless_prompts]
     return {"harmful": harmful, "harmless": harmless, "task": task}
 
 
@@ -368,30 +394,28 @@ def _given_direction(layout: Layout, cell: Cell, engine: Engine) -> engines.Shar
     return engine.shard(WeightFiles(folder, "direction"))
 
 
-class _publishing:
+@contextlib.contextmanager
+def _publishing(engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """artifacts.building for a stage of several ranks: all enter and leave together, rank 0 publishes and clears the work folder."""
-
-    def __init__(self, engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]):
-        self.engine, self.work, self.target, self.inputs = engine, layout.work(target), target, inputs
-        self.folder = target.with_name(f".{target.name}.tmp")
-
-    def __enter__(self) -> Path:
-        if self.engine.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        self.engine.barrier()
-        return self.folder
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:
-            return  # the temporary folder is removed by the next attempt
-        self.engine.barrier()
-        if self.engine.rank == 0:
-            if (self.work / "metrics.jsonl").is_file():
-                shutil.copy(self.work / "metrics.jsonl", self.folder)
-            artifacts.publish(self.folder, self.target, self.inputs, world_size=self.engine.world_size)
-            shutil.rmtree(self.work, ignore_errors=True)
-        self.engine.barrier()
+    folder, work = target.with_name(f".{target.name}.tmp"), layout.work(target)
+    try:
+        with writing(target):
+            if engine.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            engine.barrier()
+            yield folder
+            engine.barrier()
+            if engine.rank == 0:
+                if (work / "metrics.jsonl").is_file():
+                    shutil.copy(work / "metrics.jsonl", folder)
+                artifacts.publish(folder, target, inputs, world_size=engine.world_size)
+                shutil.rmtree(work, ignore_errors=True)
+            engine.barrier()
+    except OSError:
+        if engine.rank == 0:  # gigabytes, perhaps on a full disk; after any other error the next attempt removes it
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _say(engine: Engine, text: str) -> None:

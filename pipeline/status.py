@@ -67,8 +67,9 @@ def units(experiment: Experiment) -> Iterator[Unit]:
 
 def check_portable(experiment: Experiment) -> None:
     """ValueError where folder names depend on the machine: a login node would name others than the compute nodes."""
-    if experiment.base.model.dtype == "auto":
-        raise ValueError(f"{experiment.path}: model.dtype auto is another dtype on another machine: set it to bfloat16 or float32")
+    for field, choices in (("dtype", "bfloat16 or float32"), ("attention", "sdpa or eager")):
+        if getattr(experiment.base.model, field) == "auto":
+            raise ValueError(f"{experiment.path}: model.{field} auto is another one on another machine: set it to {choices}")
 
 
 def status(

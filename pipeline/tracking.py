@@ -131,6 +131,7 @@ def open_run(layout: Layout, name: str, key: str, rank: int = 0, cell: Cell | No
     params |= {"method": cell.method, "seed": cell.seed} if cell else {}
     tags = {f"version.{package}": version for package, version in artifacts.versions().items()}
     tags |= {"git_revision": artifacts.git_revision() or "none", "recipe": str(layout.experiment.path), **_data_tags(layout.prepare())}
+    tags |= {"prompts": layout.prompts().name}  # an evaluation on other prompts stands in the same run
     experiment = layout.base.tracking.experiment or layout.base.name
     run.append(redact({"kind": "start", "name": name, "key": key, "experiment": experiment, "params": params, "tags": tags}))
     sender.start()

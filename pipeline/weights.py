@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,8 +25,18 @@ _CHUNK = 2**20  # elements read at a time
 
 Source = Callable[[int, int], torch.Tensor]
 """Elements start..stop of a parameter's flattened value, in any dtype: `read` casts them to the parameter's."""
-Sources = dict[nn.Parameter, Source]
-"""Where parameters without memory get their values, in the order in which the files hold them."""
+
+
+class Sources(dict[nn.Parameter, Source]):
+    """Where parameters without memory get their values, in the order in which the files hold them.
+
+    damaged: a sentence for each weight that was read and held NaN or infinity. It is for all ranks together to act on
+    (`sharding.launch.open_engine`): each reads other parts, and one that left alone would leave the others waiting.
+    """
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.damaged: list[str] = []
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
@@ -96,6 +107,17 @@ def _names(file: Path) -> list[str]:
 def file_source(files: WeightFiles, name: str) -> Source:
     """A tensor of the files as a source."""
     return lambda start, stop: files.flat(name, start, stop)
+
+
+def not_finite(tensor: torch.Tensor) -> str | None:
+    """"NaN" or "infinity" where the tensor holds one; None where all is finite, or it holds no floating point."""
+    if not tensor.is_floating_point():
+        return None
+    for part in tensor.detach().reshape(-1).split(_CHUNK):
+        # A sum takes a tenth of isfinite's time; it may overflow where all is finite, so it only says where to look.
+        if not math.isfinite(part.float().sum().item()) and not torch.isfinite(part).all():
+            return "NaN" if part.isnan().any() else "infinity"
+    return None
 
 
 def tensor_source(tensor: torch.Tensor) -> Source:
@@ -179,7 +201,7 @@ def _check(files: WeightFiles, shapes: dict[str, torch.Size]) -> None:
 
 
 def merged(
-    base: WeightFiles, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scaling: float, dtype: torch.dtype
+    base: Mapping[str, torch.Tensor], updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scaling: float, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The base's tensors with low-rank updates added, one at a time, in the order and under the names of the files.
 

@@ -7,7 +7,7 @@
 #   slurm/stop.sh                           USR2: the same without the requeue; exit 75
 #   scancel                                 TERM: never comes back
 #   bad input, when the job first runs      exit 2 with the sentence; never tried again
-#   anything else (crash, hang, lost node)  requeue; given up after SAP_MAX_FRUITLESS runs that brought no new checkpoint
+#   anything else (crash, hang, full disk)  requeue; given up after SAP_MAX_FRUITLESS runs that brought no new checkpoint
 # Exit codes of ranks do not come through srun (the others are killed with the first that fails, and codes are rewritten): hence files.
 set -euo pipefail
 
@@ -275,8 +275,8 @@ job_field() {
 supervise() {
   local name
   name=$(basename "$FOLDER")
-  export SAP_ERROR_FILE=$UNIT.error SAP_RUNS_FILE=$UNIT.runs SAP_RESTART_REASON="" SAP_PROGRESS
-  rm -f "$SAP_ERROR_FILE" "$WORK/STOP"
+  export SAP_ERROR_FILE=$UNIT.error SAP_FAULT_FILE=$UNIT.fault SAP_RUNS_FILE=$UNIT.runs SAP_RESTART_REASON="" SAP_PROGRESS
+  rm -f "$SAP_ERROR_FILE" "$SAP_FAULT_FILE" "$WORK/STOP"
   if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
     SAP_RESTART_REASON=$(cat "$UNIT.reason" 2>/dev/null || echo "requeued by Slurm (lost node, preemption or an operator)")
   fi
@@ -320,6 +320,7 @@ decide() {
   fi
   local reason="exit code $CODE: a crash, a hang or a lost node"
   [ "$CODE" != 0 ] || reason="the ranks were asked to leave" # by a SIGTERM of their own: preemption where the job asks for no signal
+  [ ! -s "$SAP_FAULT_FILE" ] || reason=$(cat "$SAP_FAULT_FILE") # a full disk, a folder that is gone: over some time, or not there on another node
   [ ! -s "$SAP_ERROR_FILE" ] || reason=$(cat "$SAP_ERROR_FILE") # the input was right when the job first ran: a file that this node cannot read?
   say "the step ended before the work was done: $reason"
   give_up_if_fruitless "$reason"

@@ -1,8 +1,24 @@
-"""Tests never reach a hub, and never share cores they do not have."""
+"""Tests never reach a hub, never share cores they do not have, and use the CPU, also where there are GPUs: `pytest -m gpu` is apart."""
 
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from a second, and stages started here inherit it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module brings in torch."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:  # tests that run beside each other do not meet at the port of a process group of one
+        os.environ.setdefault("MASTER_PORT", str(29511 + int(worker.removeprefix("gw"))))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Modules that start processes come first: they take longest, and none may be left to run alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)

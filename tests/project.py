@@ -93,7 +93,7 @@ def make_project(folder: Path) -> dict[str, Any]:
     return {
         "name": "tiny",
         "output_dir": str(folder / "runs"),
-        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "model": {"path": str(folder / "model"), "dtype": "float32", "attention": "sdpa"},
         "data": {
             "task": source("task", prompt="question", response="answer"),
             "validation_samples": 8, "test_samples": 8, "max_length": 160,

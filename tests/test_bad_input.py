@@ -38,8 +38,8 @@ CASES = {
     "fraction out of range": (["--data.harmful_fraction", "1.5"], ["data.harmful_fraction"]),
     "not a choice": (["--train.engine", "zero9"], ["train.engine", "zero3"]),
     "probe layers outside the model": (["--sap.layers", "[40]", "--sap.enabled", "true"], ["sap.layers", "0 to 3"]),
-    "batch that does not divide": (["--train.batch_size", "6"], ["train.batch_size 6", "2 ranks", "multiple of 4"]),
-    "pairs that do not divide": (["--methods.sap.sap.safety_batch_size", "5"], ["safety_batch_size 5"]),
+    "batch that does not divide": (["--train.batch_size", "7"], ["train.batch_size 7 does not divide by 2 ranks", "multiple of 2"]),
+    "batch of align that does not divide": (["--align.train.batch_size", "5"], ["align.train.batch_size 5 does not divide by 2 ranks"]),
     "single with two ranks": (["--train.engine", "single"], ["single", "2 ranks", "zero3"]),
     "reentrant checkpointing": (["--train.use_reentrant", "true"], ["use_reentrant must be false", "autograd.grad"]),
     "missing data path": (["--data.task.source", "/nowhere/data.jsonl"], ["data.task.source /nowhere/data.jsonl does not exist"]),
@@ -75,7 +75,6 @@ CASES = {
     "a decay of one": (["--ema.decay", "1.0"], ["'ema.decay' is 1.0", "less than 1"]),
     "a filter's layer outside the model": (["--saft.enabled", "true", "--saft.layer", "4"], ["saft.layer 4 is outside the model", "0 to 3"]),
     "a filter without labels": (["--saft.labelled", "0"], ["labelled 0 needs contamination"]),
-    "pairs of a control that do not divide": (["--methods.sft.lisa.enabled=true", "--methods.sft.sap.safety_batch_size=5"], ["safety_batch_size 5"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }
 
@@ -134,14 +133,14 @@ def test_conflicting_ds_config(project, capsys, tmp_path, change, expected):
 
 
 def test_ds_config_that_agrees_is_taken(project, tmp_path):
-    from pipeline.sharding.zero3 import read_ds_config
+    from pipeline.sharding.ds_config import read_ds_config
 
     folder, content = project
     train = recipe.load(write_recipe(folder, content)).base.train
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
     config = read_ds_config(train.model_copy(update={"ds_config": path}), 2)
-    assert config["train_batch_size"] == 8 and config["gradient_accumulation_steps"] == 2
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 2) and "train_batch_size" not in config
 
 
 def test_split_with_no_usable_sample(project, capsys):

@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.project import ROOT, make_project, quiet, run, sap, write_recipe
+from tests.project import ROOT, make_project, quiet, run, sap, write_jsonl, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,29 @@ def test_run_again_does_nothing_and_prints_the_same(project, finished):
     again = sap("run", project / "recipe.yaml")
     assert again.returncode == 0 and again.stdout == finished.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_another_evaluation_trains_nothing_again_and_says_what_it_leaves_out(project, finished, tmp_path):
+    """Two more prompts, and three that are trained on: prompts, evaluation and report are new, nothing is touched."""
+    runs = project / "runs" / "tiny"
+    pairs = pyarrow.parquet.read_table(folder_of(project, "prepare-") / "safety_pairs.parquet")
+    trained = pairs.column("prompt").to_pylist()[:3]
+    prompts = [f"harmful_eval forbidden request number {i}" for i in range(8)] + trained
+    write_jsonl(tmp_path / "eval.jsonl", [{"goal": prompt} for prompt in prompts])
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if "tracking" not in path.parts}
+    other = [f"--evaluate.harmful.source={tmp_path / 'eval.jsonl'}", "--evaluate.harmful_prompts=11"]
+    found = sap("run", project / "recipe.yaml", "--methods", "sft", "--evaluate.baselines=false", *other)
+    assert found.returncode == 0, found.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    new = {path.name.rsplit("-", 1)[0] for path in set(runs.iterdir()) - set(before)}
+    assert new == {"prompts", "evaluate-sft-s0", "report"}
+    assert "are in other sets already (safety_pairs 3): left out of the evaluation" in found.stderr
+    assert "8 prompts instead of the 11" in found.stderr
+    evaluated = next(path for path in set(runs.glob("evaluate-sft-s0-*")) - set(before))
+    answers = [json.loads(line) for line in (evaluated / "answers.jsonl").read_text().splitlines()]
+    assert {answer["prompt"] for answer in answers if answer["set"] == "harmful"} == set(prompts[:8])
+    for path in set(runs.iterdir()) - set(before):
+        shutil.rmtree(path)  # the other tests' finished run
 
 
 def test_products_are_complete(project, finished):

@@ -1,9 +1,12 @@
 """How a launch script ends: exit codes and output as of any program, without finalization."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from pipeline import entry
 
 PROGRAM = """
 import atexit, sys
@@ -42,3 +45,42 @@ def test_other_errors_are_tracebacks():
 
 def test_threads_that_still_run_do_not_hold_the_process():
     assert ended("import threading; threading.Thread(target=threading.Event().wait).start()")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("raise OSError(28, 'No space left on device', '/runs/demo')", 74, "error: /runs/demo: No space left on device: free space there"),
+        ("raise entry.Stopped('SIGTERM')", 75, "stopped on request (SIGTERM): run the same command again to go on"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_the_system_and_requests_to_stop_are_one_sentence(body, code, said):
+    found, _, err = ended(body)
+    assert found == code and err.startswith(said) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        ("| true", 0, ""),  # sap status | head: what was left to do was to print
+        ("2>&1 | true", 141, ""),
+        (">/dev/full", 74, "No space left on device"),
+    ],
+)
+def test_nobody_reads_the_output(tmp_path, redirection, code, said):
+    """Also not by the interpreter's last words, which sys.exit would bring."""
+    text = PROGRAM.format(body="time.sleep(0.5); print('x' * 100_000)", ending="import time; code = entry.guarded(main); os.write(9, b'%d' % code); sys.exit(code)")
+    (tmp_path / "program.py").write_text(text.replace("import atexit, sys", "import atexit, os, sys").replace('print("finalized")', "pass"))
+    command = f"{sys.executable} {tmp_path / 'program.py'} 9>{tmp_path / 'code'} {redirection}"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert (tmp_path / "code").read_text() == str(code) and said in found.stderr
+    assert "Traceback" not in found.stderr and "Exception ignored" not in found.stderr
+
+
+def test_secrets_in_addresses_stay_out(capsys):
+    def fails() -> None:
+        raise OSError("cannot reach https://user:hunter2@mlflow.example/api")
+
+    assert entry.guarded(fails) == 74
+    assert "hunter2" not in capsys.readouterr().err

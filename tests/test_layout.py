@@ -1,11 +1,15 @@
 """Folder names: everything that decides a stage's content changes them, nothing else does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from safetensors.torch import load_file, save_file
 
-from pipeline import recipe, strict_yaml
+from pipeline import devices, recipe, strict_yaml
 from pipeline.data import builtin, contrastive
+from pipeline.fingerprint import fingerprint
 from pipeline.layout import Layout
 from tests.project import make_project, write_jsonl, write_recipe
 
@@ -20,7 +24,7 @@ def names(path: Path, *arguments: str) -> dict[str, str]:
     """Folder names by stage, of seed 0."""
     experiment = recipe.load(path, strict_yaml.parse_overrides(list(arguments)))
     layout = Layout(experiment)
-    found = {"prepare": layout.prepare().name, "align": layout.align().name, "report": layout.report().name}
+    found = {stage: getattr(layout, stage)().name for stage in ("prepare", "prompts", "align", "report")}
     for cell in experiment.cells():
         found[f"train {cell.method}"] = layout.train(cell).name
         found[f"direction {cell.method}"] = layout.direction(cell).name
@@ -32,7 +36,8 @@ def changed(path: Path, *arguments: str) -> set[str]:
     return {stage for stage in before if before[stage] != after[stage]}
 
 
-ALL = {"prepare", "align", "report"} | {f"{s} {m}" for s in ("train", "direction", "evaluate") for m in ("sft", "sap")}
+DATA = {"prepare", "prompts"}
+ALL = DATA | {"align", "report"} | {f"{s} {m}" for s in ("train", "direction", "evaluate") for m in ("sft", "sap")}
 BASELINES = {"evaluate shipped", "evaluate aligned"}
 
 
@@ -40,14 +45,15 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
     ("argument", "expected"),
     [
         ("--data.max_length=150", ALL | BASELINES),
-        ("--align.train.lr=0.5", ALL - {"prepare"} | {"evaluate aligned"}),
-        ("--model.dtype=bfloat16", ALL - {"prepare"} | BASELINES),
-        ("--model.attention=eager", ALL - {"prepare"} | BASELINES),
-        ("--model.quantization=nf4", ALL - {"prepare"} | BASELINES),
+        ("--align.train.lr=0.5", ALL - DATA | {"evaluate aligned"}),
+        ("--model.dtype=bfloat16", ALL - DATA | BASELINES),
+        ("--model.attention=eager", ALL - DATA | BASELINES),
+        ("--model.quantization=nf4", ALL - DATA | BASELINES),
         ("--sap.eps=0.5", {"train sap", "evaluate sap", "report"}),
         ("--sap.contrastive=logsigmoid", {"direction sft", "direction sap", "train sap", "evaluate sap", "report"}),
-        ("--train.adapter=full", ALL - {"prepare", "align"}),
+        ("--train.adapter=full", ALL - DATA - {"align"}),
         ("--train.lr=0.5", {"train sft", "train sap", "evaluate sft", "evaluate sap", "report"}),
+        ("--evaluate.harmful_prompts=8", {"prompts", "evaluate sft", "evaluate sap", "report"} | BASELINES),
         ("--evaluate.max_new_tokens=9", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
         ("--evaluate.split=validation", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
         ("--methods.sft.ema.enabled=true", {"train sft", "evaluate sft", "report"}),
@@ -57,6 +63,7 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
         ("--ema.decay=0.5", set()),  # of a section that is off
         ("--saft.layer=1", set()),
         ("--train.ranks=1", set()),
+        ("--train.gradient_checkpointing=true", set()),
         ("--train.save_every=7", set()),
         ("--evaluate.batch_size=3", set()),
         ("--tracking.experiment=other", set()),
@@ -106,16 +113,13 @@ def test_what_is_evaluated_is_what_was_trained(project):
         assert (subject.model, subject.adapter) == expected
 
 
-def test_the_resolved_dtype_counts_and_not_the_word_auto(project, monkeypatch):
-    """One recipe on a machine with bf16 and on one without must not share results."""
-    import torch
-
-    from pipeline import models
-
+@pytest.mark.parametrize(("field", "choices"), [("dtype", ("float32", "bfloat16")), ("attention", ("sdpa", "eager"))])
+def test_what_auto_means_here_counts_and_not_the_word(project, monkeypatch, field, choices):
+    """One recipe on a machine with bf16 (or a GPU) and on one without must not share results."""
     folders = []
-    for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(models, "resolve_dtype", lambda name, dtype=dtype: dtype)
-        folders.append(names(project, "--model.dtype=auto")["train sft"])
+    for choice in choices:
+        monkeypatch.setattr(devices, field, lambda name, choice=choice: choice)
+        folders.append(names(project, f"--model.{field}=auto")["train sft"])
     assert folders[0] != folders[1]
 
 
@@ -147,3 +151,68 @@ def test_a_layout_is_settled_when_it_is_made(project, tmp_path):
     before = layout.prepare()
     write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "other"}])
     assert layout.prepare() == before
+
+
+def test_a_project_that_is_moved_keeps_its_folders_names(tmp_path):
+    """Data, model and template are found at other paths, and hold the same."""
+    (tmp_path / "old").mkdir()
+    content = make_project(tmp_path / "old")
+    (tmp_path / "old" / "template.jinja").write_text("{{ messages }}")
+    content["model"]["chat_template"] = str(tmp_path / "old" / "template.jinja")
+    before = names(write_recipe(tmp_path / "old", content))
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    shutil.rmtree(tmp_path / "old")
+    moved = tmp_path / "new" / "recipe.yaml"
+    moved.write_text(moved.read_text().replace(str(tmp_path / "old"), str(tmp_path / "new")))
+    assert names(moved) == before
+
+
+def test_the_ending_of_a_file_counts_as_it_says_how_the_file_is_read(project, tmp_path):
+    for ending in ("json", "jsonl"):
+        write_jsonl(tmp_path / f"task.{ending}", [{"question": "a", "answer": "b"}])
+    one, other = (names(project, f"--data.task.source={tmp_path}/task.{ending}") for ending in ("json", "jsonl"))
+    assert all(one[stage] != other[stage] for stage in one)
+
+
+FILES = ["chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "config.json"]
+
+
+@pytest.mark.parametrize("harm", ["weights", *FILES])
+def test_two_models_that_differ_in_any_file_do_not_share_results(project, tmp_path, harm):
+    """Names and sizes of the weights are the same for all models of an architecture."""
+    source = Path(yaml.safe_load(project.read_text())["model"]["path"])
+    shutil.copytree(source, tmp_path / "model")
+    here = f"--model.path={tmp_path / 'model'}"
+    before = names(project, here)
+    assert before == names(project), "a copy"
+    if harm == "weights":
+        file = tmp_path / "model" / "model.safetensors"
+        size, weights = file.stat().st_size, load_file(file)
+        weights["model.layers.2.mlp.up_proj.weight"] += 0.01
+        save_file(weights, file, metadata={"format": "pt"})
+        assert file.stat().st_size == size
+    else:
+        with (tmp_path / "model" / harm).open("a") as stream:
+            stream.write(" ")
+    after = names(project, here)
+    assert all(before[stage] != after[stage] for stage in before)
+
+
+def test_damaged_weights_have_a_fingerprint_too(tmp_path):
+    """What is wrong with them is for the check of the model to say."""
+    contents = [b"", b"123", b"\xff" * 40, b"\x02" + bytes(7) + b"[]", b"\x18" + bytes(7) + b'{"a":{"data_offsets":7}}']
+    found = []
+    for content in contents:
+        (tmp_path / "model.safetensors").write_bytes(content)
+        found.append(str(fingerprint(tmp_path)))
+    assert len(set(found)) == len(contents)
+
+
+def test_harmful_prompts_without_a_limit_tie_the_alignment_to_the_task(project):
+    """How many the mix takes before the alignment follows from the task's samples; with a limit it does not."""
+    for limit, expected in (("null", {"align"}), ("10", set())):
+        pool = f"--data.harmful.limit={limit}"
+        for argument in ("--data.test_samples=9", "--data.harmful_fraction=0.2"):
+            before, after = names(project, pool), names(project, pool, argument)
+            assert {stage for stage in ("align",) if before[stage] != after[stage]} == expected
+            assert before["prepare"] != after["prepare"] and before["train sft"] != after["train sft"]

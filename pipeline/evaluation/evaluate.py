@@ -59,10 +59,14 @@ def measure(
     """Let `model` answer and judge the answers. sets: prepared rows of harmful, harmless and task prompts, each may be empty."""
     started, answers = time.time(), []
     for name, rows in sets.items():
-        prompts = [prompt_ids(tokenizer, _messages(row)) for row in rows]
-        responses = generate(model, tokenizer, prompts, section.max_new_tokens, section.batch_size, _progress(label, name, started))
+        responses = generate(model, tokenizer, prompts(tokenizer, rows), section.max_new_tokens, section.batch_size, _progress(label, name, started))
         answers += [_judged(name, row, response) for row, response in zip(rows, responses, strict=True)]
     return Measured(answers, *token_loss(model, sets["task"], tokenizer.pad_token_id, section.batch_size))
+
+
+def prompts(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[list[int]]:
+    """Token ids of prepared rows' prompts, with what opens the answer."""
+    return [prompt_ids(tokenizer, _messages(row)) for row in rows]
 
 
 def conclude(parts: list[Measured], folder: Path) -> dict[str, Any]:

@@ -58,14 +58,6 @@ def embed(engine: Engine, rows: Sequence[dict[str, Any]], layer: int, position: 
     return engine.sum_over_ranks(found).cpu()  # a sample is zero on every rank but one
 
 
-def resolve_layer(layer: int | float, count: int) -> int:
-    """The index that saft.layer means in a model of `count` decoder layers. ValueError where it has no such layer."""
-    index = layer if isinstance(layer, int) else int(layer * count)
-    if index >= count:
-        raise ValueError(f"saft.layer {layer} is outside the model: it has decoder layers 0 to {count - 1}, or give a fraction of the depth such as 0.5")
-    return index
-
-
 def position_weights(labels: Sequence[int], position: Position) -> list[float]:
     """Weights (T) over positions, summing to 1. The response is the last run of supervised tokens.
 

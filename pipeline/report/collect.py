@@ -78,16 +78,17 @@ def collect(layout: Layout) -> Collected:
     filters = {name: layout.filter(cell) for name, cell in cells.items() if layout.needs_filter(cell)}
     directions = [layout.direction(cell) for cell in cells.values() if layout.needs_direction(cell)]
     summary = next((json.loads((d / "summary.json").read_text()) for d in directions if artifacts.complete(d)), None)
-    prepared = artifacts.read_manifest(layout.prepare())
+    data = {"training": layout.prepare(), "evaluation": layout.prompts()}
+    artifacts.require(*data.values())
     return Collected(
         name=layout.base.name,
         split=layout.base.evaluate.split,
         methods=[_method(name, entries, _given_pairs(layout, cells.get(name))) for name, entries in evaluations.items()],
         plain=plain,
         direction=summary,
-        data_facts=json.loads((layout.prepare() / "facts.json").read_text()),
+        data_facts={name: json.loads((folder / artifacts.FACTS).read_text()) for name, folder in data.items()},
         resolved=recipe.dump(layout.base),
-        versions=prepared["versions"],
+        versions=artifacts.read_manifest(layout.prepare())["versions"],
         git_revision=artifacts.git_revision(),
         answers=[folder / "answers.jsonl" for entries in evaluations.values() for _, folder, _ in entries],
         outcomes={name: _outcomes(entries) for name, entries in evaluations.items() if name in cells},

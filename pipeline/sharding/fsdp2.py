@@ -14,6 +14,7 @@ Shards of a dimension that does not divide are uneven, not padded: nothing has t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -142,7 +144,10 @@ class Fsdp2Engine(Engine):
         return [self._rows(named[name].float()).flatten().to(self.device) for name in self.named]
 
     def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
-        dcp.save(self._state(vectors), checkpoint_id=str(folder))
+        try:
+            dcp.save(self._state(vectors), checkpoint_id=str(folder))
+        except CheckpointException as error:
+            raise _of_the_system(error, folder) or error from None
 
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
         self.drop_gathered()
@@ -213,3 +218,13 @@ def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, 
         for owner, name in places:
             owner._parameters[name] = empty
     return [(found[parameter], source, parameter.dtype) for parameter, source in sources.items()]
+
+
+def _of_the_system(error: CheckpointException, folder: Path) -> OSError | None:
+    """The OSError behind a checkpoint that was not written, on whatever rank; None where there is none."""
+    for cause, _ in error.failures.values():
+        if isinstance(cause, OSError):
+            return OSError(cause.errno, os.strerror(cause.errno), cause.filename or str(folder)) if cause.errno else cause
+        if "inline_container" in str(cause):  # torch.save's writer notices that bytes are missing, and hides what the system said
+            return OSError(f"{folder} could not be written whole: free space on its disk, and run the same command again to go on from the last checkpoint")
+    return None

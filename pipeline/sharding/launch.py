@@ -13,31 +13,28 @@ from datetime import timedelta
 import torch
 from torch import nn
 
+from pipeline import devices, lean_imports
+from pipeline.devices import environment
 from pipeline.models import decoder_layers
 from pipeline.sections import TrainSection
+from pipeline.sharding.ds_config import read_ds_config
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.single import SingleEngine
 from pipeline.weights import Sources, fill
 
 
-def environment() -> tuple[int, int]:
-    """(rank, world size) of this process."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def device() -> torch.device:
-    """This process's accelerator, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def check_engine(train: TrainSection, world_size: int) -> None:
-    """ValueError where engine, ranks and DeepSpeed configuration do not go together. Reads no model."""
-    if train.engine == "single" and world_size > 1:
-        raise ValueError(f"train.engine single runs one process, but there are {world_size} ranks: use engine zero3 or fsdp2, or train.ranks 1")
-    if train.engine == "zero3":
-        from pipeline.sharding.zero3 import read_ds_config
-
-        read_ds_config(train, world_size)
+    """This process's accelerator, else the CPU. ValueError where the launcher started more processes than this machine has GPUs."""
+    if not torch.cuda.is_available():
+        devices.gpus()  # they may be there, and torch unable to use them: the reason is a ValueError
+        return torch.device("cpu")
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= count:
+        raise ValueError(
+            f"local rank {rank} has no GPU of its own: this process sees {count}, so that at most {count} may be started on this machine "
+            "(train.ranks, or the launcher's processes a node)"
+        )
+    return torch.device("cuda", rank)
 
 
 def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -56,6 +53,7 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
         return
     # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
     warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use `torch\.distributed", category=FutureWarning)
+    lean_imports.import_deepspeed()
     import deepspeed
     from deepspeed.utils import logger
 
@@ -78,9 +76,15 @@ def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None 
     """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before.
 
     Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2). sources: values of the module's placeholders
-    (pipeline/loading.py), of which every rank reads its part only.
+    (pipeline/loading.py), of which every rank reads its part only. ValueError where one of them is not finite.
     """
-    sources = sources or {}
+    sources = sources or Sources()
+    engine = _open(module, train, sources)
+    _refuse_damaged(sources.damaged)
+    return engine
+
+
+def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
     low = {p.dtype for p in module.parameters() if p.requires_grad} == {torch.bfloat16}
     if train.engine == "single":
         fill(sources)
@@ -90,10 +94,21 @@ def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None 
 
         dtype = torch.bfloat16 if low else None
         return Fsdp2Engine(module, decoder_layers(module), lambda ps: adamw(ps, train), train.max_grad_norm, device(), dtype, sources)
-    from pipeline.sharding.zero3 import Zero3Engine, read_ds_config
+    from pipeline.sharding.zero3 import Zero3Engine
 
     config = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {})
     return Zero3Engine(module, adamw(_trainable(module), train), config, sources)
+
+
+def _refuse_damaged(found: list[str]) -> None:
+    """ValueError on all ranks where one of them read a weight that is not finite: they leave together, with one sentence."""
+    every: list[list[str]] = [found[:1]]
+    if torch.distributed.is_initialized():
+        every = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(every, found[:1])
+    first = next((sentence for sentences in every for sentence in sentences), None)
+    if first:
+        raise ValueError(first)
 
 
 def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
 from pipeline.weights import Sources, fill, read
 
@@ -281,55 +279,3 @@ class _RankFiles:
             low, high = max(start - index * size, 0), min(stop - index * size, size)
             parts.append(self.files[index].get_slice(key)[low:high])
         return torch.cat(parts)
-
-
-def read_ds_config(train: TrainSection, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration: the recipe's JSON plus what the recipe itself decides.
-
-    Raises ValueError where the file is missing, no JSON, not stage 3, holds "auto", or sets what the recipe owns to another value.
-    """
-    path = train.ds_config
-    if not path.is_file():
-        raise ValueError(f"train.ds_config {path} does not exist: give a DeepSpeed JSON file, e.g. ds_configs/zero3.json")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"train.ds_config {path} is no valid JSON: {error}") from None
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") != 3:
-        raise ValueError(f"train.ds_config {path} must set zero_optimization.stage to 3 for engine zero3")
-    for key in ("offload_param", "offload_optimizer"):
-        offloaded = zero.get(key) or {}
-        if not isinstance(offloaded, dict) or offloaded.get("device", "none") not in ("none", "cpu"):
-            raise ValueError(
-                f"train.ds_config {path} sets zero_optimization.{key} to something else than device cpu, which the perturbation was never "
-                'tested with: take it out, or write {"device": "cpu"}'
-            )
-    owned = {
-        "train_batch_size": ("train.batch_size", train.batch_size),
-        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
-        "gradient_accumulation_steps": ("train.batch_size and micro_batch_size", train.batch_size // (train.micro_batch_size * world_size)),
-        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm or 0.0),
-    }
-    for key, (field, value) in owned.items():
-        if config.get(key, value) != value:
-            raise ValueError(
-                f"train.ds_config {path} sets {key} to {config[key]!r}, but {field} of the recipe makes it {value}: take it out of the file"
-            )
-    for key in ("bf16", "fp16", "torch_autocast", "data_types"):
-        if config.get(key) and (not isinstance(config[key], dict) or config[key].get("enabled", key == "data_types")):
-            raise ValueError(f"train.ds_config {path} sets {key}, which would cast the adapter or its gradient: take it out and set model.dtype")
-    for key in ("optimizer", "scheduler"):
-        if key in config:
-            raise ValueError(f"train.ds_config {path} sets {key}, which the recipe's train section owns: take it out of the file")
-    automatic = _auto_paths(config)
-    if automatic:
-        raise ValueError(f'train.ds_config {path} sets {automatic[0]} to "auto", which plain DeepSpeed drops silently: write a value')
-    # With an offloaded optimizer DeepSpeed insists on its own CPU Adam, which compiles for minutes, unless it is told.
-    return {"zero_force_ds_cpu_optimizer": False, **config, **{key: value for key, (_, value) in owned.items()}}
-
-
-def _auto_paths(value: Any, prefix: str = "") -> list[str]:
-    if isinstance(value, dict):
-        return [path for key, item in value.items() for path in _auto_paths(item, f"{prefix}.{key}" if prefix else key)]
-    return [prefix] if value == "auto" else []

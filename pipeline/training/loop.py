@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import artifacts
 from pipeline.batch_job import circumstances, saved_before
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
 from pipeline.sap.losses import useful_loss
 from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine
+from pipeline.system_errors import writing
 from pipeline.training import checkpoint
 from pipeline.training.ema import Ema
 from pipeline.training.stopping import StopRequest
@@ -82,7 +84,8 @@ class Loop:
                 last = number + 1 == self.steps
                 stopping = not last and self.engine.any_rank(stop.requested())
                 if stopping or last or (number + 1) % self.train.save_every == 0:
-                    checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity)
+                    with writing(checkpoints):
+                        checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity)
                     self._watchdog.progress(f"the checkpoint of step {number + 1}")
                 if stopping:
                     stop.obeyed(self.engine.rank)
@@ -158,7 +161,7 @@ class Loop:
 
     def _write(self, line: dict[str, float]) -> None:
         if self.engine.rank == 0:
-            with self.metrics_file.open("a") as stream:
+            with writing(self.metrics_file), self.metrics_file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 
     def _event(self, text: str, where: str = "") -> None:
@@ -180,9 +183,7 @@ class Loop:
                     kept.append(line + "\n")
             except json.JSONDecodeError:
                 break
-        temporary = self.metrics_file.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.metrics_file)
+        artifacts.write_text(self.metrics_file, "".join(kept))
 
 
 def learning_rate(train: TrainSection, number: int, steps: int) -> float:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from pipeline.layer_choice import probed_layers
 from pipeline.models import decoder_layers
 from pipeline.recipe import Recipe
-from pipeline.sap.probe import Probe, resolve_layers
+from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
 from pipeline.sharding.engine import Engine, Shard
 from pipeline.training.lisa import LisaStep
@@ -27,7 +28,7 @@ def make_step(recipe: Recipe, engine: Engine, direction: Shard | None = None) ->
 def _inner(recipe: Recipe, engine: Engine, direction: Shard | None) -> Step:
     if recipe.sap.enabled:
         layers = decoder_layers(engine.module)
-        probe = Probe(layers, resolve_layers(recipe.sap.layers, len(layers)), engine.module.config.get_text_config().hidden_size)
+        probe = Probe(layers, probed_layers(recipe.sap.layers, len(layers)), engine.module.config.get_text_config().hidden_size)
         return SapStep(engine, probe, recipe.sap, direction)
     if recipe.safety_gradient.enabled:
         return SafetyGradientStep(engine, recipe.safety_gradient, recipe.sap.refresh_every)

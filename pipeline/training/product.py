@@ -12,16 +12,17 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections import deque
-from collections.abc import Iterator
+from collections import ChainMap, deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline import devices, lean_imports
 from pipeline.loading import weight_files
 from pipeline.models import load_model, resolve_dtype
 from pipeline.sections import ModelSection, TrainSection
@@ -68,7 +69,9 @@ def _write_adapter(module: nn.Module, gathered: dict[str, torch.Tensor], base_mo
     folder.mkdir(parents=True)
     config = copy.deepcopy(module.peft_config["default"])
     config.inference_mode, config.base_model_name_or_path = True, base_model
-    state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(module, state_dict=gathered).items()}
+    # save_embedding_layers: else PEFT announces that it saves the head's own weight too, which is not among what was gathered.
+    saved = get_peft_model_state_dict(module, state_dict=gathered, save_embedding_layers=False)
+    state = {name: tensor.contiguous() for name, tensor in saved.items()}
     config.save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     again = load_file(folder / "adapter_model.safetensors")
@@ -79,6 +82,7 @@ def _write_adapter(module: nn.Module, gathered: dict[str, torch.Tensor], base_mo
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """The model with a trained adapter, for inference."""
+    lean_imports.import_peft()
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder))
@@ -88,19 +92,31 @@ def save_merged(engine: Engine, source: str, section: ModelSection, folder: Path
     """Add the trained adapter to the model at `source` and write the sum as a model folder, in model.dtype.
 
     It is added to the original weights, also where training saw them in 4 bits (model.quantization nf4): the product does not carry the
-    rounding, and is not exactly the model that was trained.
+    rounding, and is not exactly the model that was trained. A head that shared the embedding's weight and was adapted becomes one of its own.
     """
     gathered = engine.gather(engine.weights())
     if engine.rank != 0:
         return
     model, dtype = engine.module.get_base_model(), resolve_dtype(section.dtype)
     files, config = weight_files(source, section.revision), engine.module.peft_config["default"]
-    updates = _updates(gathered)
-    if updates.keys() <= set(files):
-        write_sharded(merge(files, updates, config.lora_alpha / config.r, dtype), folder)
+    updates, tied = _updates(gathered), _tied_weights(model)
+    untie = tied is not None and tied[1] in updates
+    base: Mapping[str, torch.Tensor] = files
+    if untie and tied[0] in files and tied[1] not in files:
+        base = ChainMap({tied[1]: files[tied[0]]}, files)  # the head's own weight starts as the embedding's
+    if updates.keys() <= set(base) and (base is not files or not untie):
+        write_sharded(merge(base, updates, config.lora_alpha / config.r, dtype), folder)
     else:
-        _save_merged_whole(engine.module, gathered, source, section, folder)
-    _describe(model, files.folder, dtype, folder, tokenizer)
+        _save_merged_whole(engine.module, gathered, source, section, folder, untie)
+    _describe(model, files.folder, dtype, folder, tokenizer, untie)
+
+
+def _tied_weights(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Names of the embedding's and the head's weight where the two are one; None where they are not."""
+    if not model.config.tie_word_embeddings:
+        return None
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return tuple(next(f"{name}.weight" for name, module in model.named_modules() if module is end) for end in ends)
 
 
 def _updates(gathered: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -111,11 +127,18 @@ def _updates(gathered: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor,
     return {f"{name.removeprefix(prefix)}.weight": (gathered[name + first], gathered[name + second]) for name in modules}
 
 
-def _save_merged_whole(module: nn.Module, gathered: dict[str, torch.Tensor], source: str, section: ModelSection, folder: Path) -> None:
+def _save_merged_whole(
+    module: nn.Module, gathered: dict[str, torch.Tensor], source: str, section: ModelSection, folder: Path, untie: bool
+) -> None:  # fmt: skip
     warnings.warn(f"{source} is merged whole on rank 0, because its files give the weights other names than the model", stacklevel=3)
     adapter = folder.with_name(f".{folder.name}.adapter")
     _write_adapter(module, gathered, source, adapter)
-    whole = load_adapter(load_model(source, torch.float32, section.attention, section.revision), adapter).merge_and_unload()
+    model = load_model(source, torch.float32, devices.attention(section.attention), section.revision)
+    if untie:
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        _set_untied(model.config)
+    whole = load_adapter(model, adapter).merge_and_unload()
     whole.to(resolve_dtype(section.dtype)).save_pretrained(folder)
     shutil.rmtree(adapter)
 
@@ -157,9 +180,18 @@ def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _describe(model: Any, source: Path, dtype: torch.dtype, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What from_pretrained needs beside the weights."""
+def _set_untied(config: PretrainedConfig) -> None:
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+
+
+def _describe(
+    model: Any, source: Path, dtype: torch.dtype, folder: Path, tokenizer: PreTrainedTokenizerBase, untie: bool = False
+) -> None:  # fmt: skip
+    """What from_pretrained needs beside the weights. untie: whether the head has a weight of its own now."""
     config = copy.deepcopy(model.config)
+    if untie:
+        _set_untied(config)
     config.use_cache, config.dtype = True, dtype
     config.architectures = [next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))]
     config.save_pretrained(folder)

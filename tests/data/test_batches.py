@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.data.batches import BatchOrder, check_divides, micro_batches, pair_batches
+from pipeline.data.batches import BatchOrder, micro_batches, pair_batches
+from pipeline.data.sharing import accumulation, check_shares, fillers
 from pipeline.sap.losses import safety_loss, useful_loss
 from tests.tiny import tiny_lora, tiny_model, tiny_pairs, tiny_rows
 
@@ -31,10 +32,19 @@ def test_an_epoch_sees_every_sample_once():
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
 
 
-def test_division_is_checked():
-    check_divides("train", 8, 2, 2)
-    with pytest.raises(ValueError, match="train.batch_size 8 .* multiple of 6"):
-        check_divides("train", 8, 2, 3)
+def test_shares_of_a_batch_are_equal():
+    check_shares("align.train.batch_size", 8, 4)
+    with pytest.raises(ValueError, match="^align.train.batch_size 8 does not divide by 6 ranks: use a multiple of 6, or 4 ranks$"):
+        check_shares("align.train.batch_size", 8, 6)
+
+
+@pytest.mark.parametrize("samples, size, ranks", [(8, 4, 4), (10, 4, 2), (4, 2, 8), (7, 2, 3)])
+def test_the_passes_of_a_rank_are_counted_before_they_are_made(samples, size, ranks):
+    made = shares(pair_batches, tiny_pairs(samples), samples, size, ranks)
+    assert {len(share) for share in made} == {accumulation(samples, size, ranks)}
+    idle = sum(not batch.weights.any() for share in made for batch in share)
+    note = fillers("sap.safety_batch_size", samples, size, ranks)
+    assert note is None if idle == 0 else note.startswith(f"sap.safety_batch_size {samples} leaves {idle} of {ranks} ranks without a pair")
 
 
 # samples, micro-batch, ranks

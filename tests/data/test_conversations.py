@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, user_turns
 from pipeline.data.prepare import _pair, _row
-from tests.data.test_prepare import prepared
+from tests.data.test_prepare import evaluated, prepared
 from tests.project import make_tokenizer, write_jsonl
 
 KNOWN = ["system", "user", "human", "assistant", "gpt", "model"]
@@ -23,6 +23,12 @@ def conversations(count: int = 40) -> list[dict]:
     return [{"messages": chat(f"question {i} of a talk", f"answer {i}", f"and what of {i}", f"that is {i * i}")} for i in range(count)]
 
 
+def planted(name: str, count: int) -> list[dict]:
+    """Conversations whose first turns are prompts of one of the project's sources, and whose last are not."""
+    turns = ((f"{name} forbidden request number {i}!", "Sure.", f"unheard of {i}", "Right.") for i in range(count))
+    return [{"messages": chat(*each)} for each in turns]
+
+
 def with_source(project, tmp_path, field: str, rows: list[dict], *overrides: str, columns: str = "{}"):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     return prepared(project, tmp_path / "out", f"--{field}.source={tmp_path / 'rows.jsonl'}", f"--{field}.columns={columns}", *overrides)
@@ -32,15 +38,25 @@ def supervised(row: dict, side: str) -> str:
     return make_tokenizer().decode([label for label in row[f"{side}_labels"] if label != -100])
 
 
-def test_no_user_turn_of_an_evaluation_prompt_is_trained_on(project, tmp_path):
-    planted = [{"messages": chat(f"Harmful_eval forbidden request number {i}!", "Sure.", f"unheard of {i}", "Right.")} for i in range(8)]
-    sets, facts = with_source(project, tmp_path, "data.task", conversations() + planted, "--evaluate.harmful_prompts=8")
-    held = {normalise(row["prompt"]) for row in sets["eval_harmful"]}
+def test_no_user_turn_of_a_training_sample_is_evaluated(project, tmp_path):
+    """Of an early turn or of the last, and of every set of the task."""
+    write_jsonl(tmp_path / "rows.jsonl", conversations() + planted("Harmful_eval", 6))
+    source = (f"--data.task.source={tmp_path / 'rows.jsonl'}", "--data.task.columns={}", "--evaluate.harmful_prompts=8")
+    sets, _, facts = evaluated(project, tmp_path / "out", *source)
+    left = {row["prompt"] for row in sets["eval_harmful"]}
+    assert left == {f"harmful_eval forbidden request number {i}" for i in (6, 7)}
+    assert sum(facts["overlapping"].values()) == 6
+    assert all(pools.startswith("evaluate.harmful / task_") for pools in facts["overlapping"])
+
+
+def test_no_user_turn_of_a_validation_prompt_is_trained_on(project, tmp_path):
+    sets, facts = with_source(project, tmp_path, "data.task", conversations() + planted("Validation", 8))
+    held = {normalise(row["prompt"]) for row in sets["validation_prompts"]}
     assert len(held) == 8
     for name in ("task_train", "task_validation", "task_test"):
         assert sets[name] and not held & {normalise(turn) for row in sets[name] for turn in user_turns(row)}
     assert sum(count for pools, count in facts["overlapping"].items() if pools.startswith("task_")) >= 8
-    assert facts["overlapping"]["task_train / evaluate.harmful"] > 0
+    assert facts["overlapping"]["task_train / data.validation_prompts"] > 0
 
 
 def test_a_row_is_refused_for_any_of_its_user_turns_and_claims_none():
@@ -75,8 +91,10 @@ def test_the_last_look_sees_every_user_turn():
 def test_the_last_look_sees_the_turns_of_pairs(project, tmp_path, monkeypatch):
     monkeypatch.setattr(Claims, "take", lambda self, pool, rows, count=None, by_prompt=False: rows[:count])
     rows = [{"messages": chat("harmful_eval forbidden request number 1", "x", f"go on {i}")} for i in range(4)]
-    with pytest.raises(ValueError, match="number 1' is in eval_harmful and in safety_pairs"):
-        with_source(project, tmp_path, "data.safety", rows, "--evaluate.harmful_prompts=8")
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = (f"--data.safety.source={tmp_path / 'rows.jsonl'}", "--data.safety.columns={}")
+    with pytest.raises(ValueError, match="number 1' is in safety_pairs and in eval_harmful"):
+        evaluated(project, tmp_path / "out", *source, "--evaluate.harmful_prompts=8")
 
 
 def test_order_of_conversations_that_end_alike_does_not_matter(project, tmp_path):
@@ -183,7 +201,7 @@ def test_the_source_of_a_prompt_is_written_without_secrets(project, tmp_path):
     folder = tmp_path / "hf_abcdefghijklmnopqrstuvwxyz"
     folder.mkdir()
     write_jsonl(folder / "eval.jsonl", [{"goal": f"other forbidden thing {i}"} for i in range(8)])
-    sets, _ = prepared(project, tmp_path / "out", f"--evaluate.harmful.source={folder / 'eval.jsonl'}")
+    sets, _, _ = evaluated(project, tmp_path / "out", f"--evaluate.harmful.source={folder / 'eval.jsonl'}")
     assert all("hf_abc" not in row["source"] and row["source"].endswith("/[redacted]/eval.jsonl") for row in sets["eval_harmful"])
 
 

@@ -1,5 +1,6 @@
 """Splits, mixtures and pairs: no prompt in two sets, exact fractions, the same for any order of rows."""
 
+import hashlib
 import json
 import random
 
@@ -8,8 +9,9 @@ import pytest
 
 from pipeline import recipe, strict_yaml
 from pipeline.data import contrastive
-from pipeline.data.overlap import Claims, assert_disjoint, normalise
+from pipeline.data.overlap import Claims, assert_disjoint, normalise, read_held
 from pipeline.data.prepare import prepare
+from pipeline.data.prompts import write_prompts
 from pipeline.evaluation.judges import keyword_judge
 from tests.project import write_jsonl, write_recipe
 
@@ -21,37 +23,91 @@ def prepared(project, tmp_path, *overrides: str):
     base = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(list(overrides))).base
     tmp_path.mkdir(exist_ok=True)
     facts = prepare(base, tmp_path)
-    return {path.stem: pyarrow.parquet.read_table(path).to_pylist() for path in tmp_path.glob("*.parquet")}, facts
+    return read_sets(tmp_path), facts
+
+
+def read_sets(folder):
+    paths = [path for path in folder.glob("*.parquet") if path.stem != "held"]
+    return {path.stem: pyarrow.parquet.read_table(path).to_pylist() for path in paths}
+
+
+def evaluated(project, tmp_path, *overrides: str):
+    """The training sets and the evaluation's prompts together, and the facts of each."""
+    sets, facts = prepared(project, tmp_path, *overrides)
+    (tmp_path / "prompts").mkdir()
+    base = recipe.load(project[0] / "recipe.yaml", strict_yaml.parse_overrides(list(overrides))).base
+    found = write_prompts(base, tmp_path, tmp_path / "prompts")
+    return sets | read_sets(tmp_path / "prompts"), facts, found
 
 
 def test_no_prompt_is_in_two_sets(project, tmp_path):
-    sets, _ = prepared(project, tmp_path)
+    sets, _, _ = evaluated(project, tmp_path)
+    assert set(SETS) == sets.keys() - {"harmful_validation"}
     seen: dict[str, str] = {}
     for name in SETS:
         for row in sets[name]:
             assert seen.setdefault(normalise(row["prompt"]), name) == name, row["prompt"]
 
 
+def planted(tmp_path, name: str, *texts: str):
+    write_jsonl(tmp_path / f"{name}.jsonl", [{"goal": text} for text in texts])
+    return tmp_path / f"{name}.jsonl"
+
+
 def test_planted_overlaps_go_to_the_earlier_set_and_are_counted(project, tmp_path):
-    folder, _ = project
-    planted = [
-        {"goal": text}
-        for text in (
-            "Harmful-Eval FORBIDDEN request number 0!",
-            "harmful_eval forbidden request number 1",
-            "safety own 0",
-            "safety own 1",
-            "safety own 2",
-        )
-    ]
-    write_jsonl(tmp_path / "planted.jsonl", planted)
-    sets, facts = prepared(project, tmp_path / "out", f"--data.safety.source={tmp_path / 'planted.jsonl'}", "--evaluate.harmful_prompts=8")
+    overlapping = ("Validation FORBIDDEN request number 0!", "validation forbidden request number 1")
+    source = planted(tmp_path, "planted", *overlapping, *[f"safety own {i}" for i in range(3)])
+    sets, facts = prepared(project, tmp_path / "out", f"--data.safety.source={source}")
     assert {row["prompt"] for row in sets["safety_pairs"]} == {"safety own 0", "safety own 1", "safety own 2"}
-    assert facts["overlapping"]["safety_pairs / evaluate.harmful"] == 2
+    assert facts["overlapping"]["safety_pairs / data.validation_prompts"] == 2
+
+
+def test_evaluation_prompts_that_training_holds_are_left_out_counted_and_said(project, tmp_path, capsys):
+    """The training sets are those of any other evaluation: nothing of it is seen when they are made."""
+    plain, _ = prepared(project, tmp_path / "plain")
+    pair = plain["safety_pairs"][0]["prompt"]
+    refused = next(row["prompt"] for row in plain["align"] if row["kind"] == "refusal")
+    harmful = planted(tmp_path, "harmful", pair.upper() + "!", refused, *[f"unheard of {i}" for i in range(4)])
+    harmless = planted(tmp_path, "harmless", "unheard of 2?", *[f"how to kill time {i}" for i in range(9)])
+    arguments = (f"--evaluate.harmful.source={harmful}", f"--evaluate.harmless.source={harmless}")
+    capsys.readouterr()
+    sets, _, facts = evaluated(project, tmp_path / "out", *arguments)
+    assert {name: rows for name, rows in sets.items() if name in plain} == plain
+    assert {row["prompt"] for row in sets["eval_harmful"]} == {f"unheard of {i}" for i in range(4)}
+    pools = ("harmful / safety_pairs", "harmful / align_refusals", "harmless / evaluate.harmful")
+    assert facts["overlapping"] == {f"evaluate.{pool}": 1 for pool in pools}
+    assert facts["asked"] == {"evaluate.harmful": 6, "evaluate.harmless": 4}
+    assert facts["samples"] == {"eval_harmful": 4, "eval_harmless": 4, "validation_harmless": 4}
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3, said
+    assert said[0].startswith(f"evaluate.harmful: 2 prompts of {harmful} are in other sets already (")
+    assert "safety_pairs 1" in said[0] and "align_refusals 1" in said[0]
+    assert said[0].endswith("left out of the evaluation; nothing is trained again")
+    assert said[1].startswith("evaluate.harmful: 4 prompts instead of the 6 that evaluate.harmful_prompts asks for")
+    assert said[2].startswith(f"evaluate.harmless: 1 prompt of {harmless} is in other sets already (evaluate.")
+
+
+def test_an_evaluation_of_which_nothing_is_left_is_refused(project, tmp_path):
+    plain, _ = prepared(project, tmp_path / "plain")
+    source = planted(tmp_path, "harmful", *[row["prompt"] for row in plain["safety_pairs"]])
+    with pytest.raises(ValueError, match=r"evaluate.harmful: every prompt .* \(safety_pairs 8\): name a evaluate.h"):
+        evaluated(project, tmp_path / "out", f"--evaluate.harmful.source={source}")
+
+
+def test_who_holds_which_prompt_is_written_without_the_prompts(project, tmp_path):
+    sets, _ = prepared(project, tmp_path)
+    held = read_held(tmp_path / "held.parquet")
+    task = {"task_test", "task_validation", "task_train"}
+    harmful = {"data.validation_prompts", "safety_pairs", "harmful_mix", "align_refusals"}
+    assert set(held.values()) == task | harmful | {"align_harmless"}
+    for name in sets.keys() & set(SETS):
+        assert all(hashlib.sha256(normalise(row["prompt"]).encode()).digest() in held for row in sets[name]), name
+    assert b"forbidden" not in (tmp_path / "held.parquet").read_bytes()
 
 
 def test_the_validations_look_alikes_are_what_the_test_leaves_and_may_be_none(project, tmp_path):
-    asked = {count: prepared(project, tmp_path / str(count), f"--evaluate.harmless_prompts={count}")[0] for count in (2, 4, 6)}
+    counts = {count: f"--evaluate.harmless_prompts={count}" for count in (2, 4, 6)}
+    asked = {count: evaluated(project, tmp_path / str(count), argument)[0] for count, argument in counts.items()}
     assert {count: len(sets["eval_harmless"]) for count, sets in asked.items()} == {2: 2, 4: 4, 6: 6}, "of six in all"
     assert {count: len(sets.get("validation_harmless", ())) for count, sets in asked.items()} == {2: 2, 4: 2, 6: 0}
 

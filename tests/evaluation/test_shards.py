@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipeline import artifacts, recipe, stages
+from pipeline.data import prompts
 from pipeline.evaluation.evaluate import Measured, conclude
 from pipeline.evaluation.shards import Shard, interleaved
 from pipeline.layout import Layout
@@ -52,7 +54,8 @@ def thirds(project, tmp_path_factory) -> Path:
 
 def project_in(project: Layout, output: Path, **changes) -> Layout:
     """The project with the same prepared data and nothing evaluated."""
-    shutil.copytree(project.prepare(), output / "tiny" / project.prepare().name)
+    for folder in (project.prepare(), project.prompts()):
+        shutil.copytree(folder, output / "tiny" / folder.name)
     return Layout(recipe.load(project.experiment.path, {"output_dir": str(output), **changes}))
 
 
@@ -105,6 +108,37 @@ def test_the_last_shard_merges_to_what_one_process_measures(project, whole, tmp_
         assert evaluate(layout, Shard(index, 3)) and not target(layout).exists()
     assert_same(evaluated(layout, Shard(1, 3)), whole)
     assert target(layout).name == whole.name
+
+
+def test_prompts_that_are_missing_are_made_once_by_one_of_many(project, tmp_path, monkeypatch):
+    """Eight evaluations that begin at the same moment: one makes the prompts, the others wait for them."""
+    layout = project_in(project, tmp_path)
+    shutil.rmtree(layout.prompts())
+    made, together, write = [], threading.Barrier(8), prompts.write_prompts
+
+    def slowly(*arguments):
+        made.append(arguments)
+        time.sleep(0.5)
+        return write(*arguments)
+
+    monkeypatch.setattr(prompts, "write_prompts", slowly)
+
+    def begin(_: int) -> Path:
+        together.wait()
+        return stages._prompts(layout)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(begin, range(8))) == {layout.prompts()}
+    assert len(made) == 1
+    artifacts.verify(layout.prompts())
+    assert not list(layout.root.glob(".*")), "no temporary folder or lock stays"
+
+
+def test_an_evaluation_makes_the_prompts_itself(project, whole, tmp_path):
+    layout = project_in(project, tmp_path)
+    shutil.rmtree(layout.prompts())
+    assert_same(evaluated(layout), whole)
+    assert artifacts.complete(layout.prompts())
 
 
 def test_a_shard_holds_every_nth_row_and_may_lack_a_set(thirds):
@@ -255,7 +289,8 @@ def test_a_shard_that_is_none_is_one_sentence(project, tmp_path, given):
     arguments = ["--config", str(project.experiment.path), "--method", "shipped", f"--output_dir={tmp_path}", f"--shard={given}"]
     result = run(["launch/evaluate.py", *arguments])
     assert (result.returncode, result.stderr) == (2, f"error: {SENTENCES[given]}\n")
-    assert [path.name for path in (tmp_path / "tiny").iterdir()] == [project.prepare().name], "nothing is written"
+    there = {project.prepare().name, project.prompts().name}
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == there, "nothing is written"
 
 
 def test_too_many_shards_are_refused_before_a_model_is_loaded(project, tmp_path, monkeypatch):

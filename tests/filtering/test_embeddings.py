@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.filtering.embeddings import embed, position_weights, resolve_layer
+from pipeline.filtering.embeddings import embed, position_weights
+from pipeline.layer_choice import read_layer
 from pipeline.sections import TrainSection
 from pipeline.sharding.launch import open_engine
 from tests.tiny import tiny_lora, tiny_rows
@@ -26,12 +27,12 @@ def test_which_positions_make_up_a_vector(labels, position, weights):
 
 @pytest.mark.parametrize(("layer", "count", "index"), [(0, 4, 0), (3, 4, 3), (0.5, 32, 16), (0.99, 4, 3), (0.0, 4, 0)])
 def test_layers_by_index_or_fraction(layer, count, index):
-    assert resolve_layer(layer, count) == index
+    assert read_layer(layer, count) == index
 
 
 def test_a_layer_outside_the_model_is_refused():
     with pytest.raises(ValueError, match="saft.layer 4 is outside the model: it has decoder layers 0 to 3"):
-        resolve_layer(4, 4)
+        read_layer(4, 4)
 
 
 @pytest.mark.parametrize("position", ["response_start", "response_mean", "response_end"])

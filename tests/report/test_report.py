@@ -159,6 +159,8 @@ def rows_over_seeds(folder: Path, rates: dict[int, list[int]]) -> tuple[Collecte
     layout = Layout(recipe.load(write_recipe(folder, content)))
     with artifacts.building(layout.prepare(), {}) as target:
         artifacts.write_json(target / "facts.json", {"samples": {"safety_pairs": 8}})
+    with artifacts.building(layout.prompts(), {}) as target:
+        artifacts.write_json(target / "facts.json", {"samples": {"eval_harmful": 20}})
     for cell in layout.experiment.cells():
         with artifacts.building(layout.train(cell), {}) as target:
             (target / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log(2.0 + cell.seed)))

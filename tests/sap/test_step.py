@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.data.batches import BatchOrder
+from pipeline.layer_choice import probed_layers
 from pipeline.models import decoder_layers
 from pipeline.sap.losses import safety_loss, useful_loss
-from pipeline.sap.probe import Probe, resolve_layers
+from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
 from pipeline.sections import SapSection
 from pipeline.sharding.single import SingleEngine
@@ -254,10 +255,10 @@ def test_direction_is_refreshed_at_its_age():
 
 
 def test_resolve_layers():
-    assert resolve_layers("0.33:0.66", 30) == list(range(10, 20))
-    assert resolve_layers("10:19", 32) == list(range(10, 19))
-    assert resolve_layers([3, 9], 30) == [3, 9]
-    assert resolve_layers([0.0, 0.5, 1.0], 30) == [0, 15, 29]
+    assert probed_layers("0.33:0.66", 30) == list(range(10, 20))
+    assert probed_layers("10:19", 32) == list(range(10, 19))
+    assert probed_layers([3, 9], 30) == [3, 9]
+    assert probed_layers([0.0, 0.5, 1.0], 30) == [0, 15, 29]
     for outside in ([40], "20:40", [-1], "5:5"):
         with pytest.raises(ValueError, match="sap.layers"):
-            resolve_layers(outside, 30)
+            probed_layers(outside, 30)

@@ -1,0 +1,47 @@
+"""What can be known of the data before anything is prepared: files, columns, every row of local files, and whether the splits can be filled.
+
+    notes = check_sources(recipe)      # ValueError for what is wrong; sentences about what was not looked at
+
+Needs no tokenizer and no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.data.prepare import check_split, ordered_rows, task_rows
+from pipeline.data.sources import SUFFIXES, check_source
+from pipeline.layout import harmful_drawn, sources
+from pipeline.recipe import Recipe
+from pipeline.sections import SourceSection
+
+_READ_WHOLE = 200e6  # bytes of a file up to which every row is looked at: seconds
+
+
+def check_sources(recipe: Recipe) -> list[str]:
+    """Paths, mappings, built-in names and the rows of local files. Raises ValueError; returns sentences that are no errors."""
+    data, notes = recipe.data, []
+    for field, source in sources(recipe):
+        check_source(source, field)
+    if recipe.align.enabled and (data.refusals is None or data.harmless is None):
+        raise ValueError("align.enabled needs data.refusals and data.harmless: name both sources, or set align.enabled to false")
+    if recipe.evaluate.split == "validation" and data.validation_prompts is None:
+        raise ValueError("evaluate.split validation needs data.validation_prompts: name a source of harmful prompts")
+    unused = {"data.refusals", "data.harmless"} if not recipe.align.enabled else set()
+    unused |= set() if harmful_drawn(data) else {"data.harmful"}
+    for field, source in sources(recipe):
+        if field in unused or Path(source.source).suffix not in SUFFIXES:
+            continue
+        if Path(source.source).stat().st_size > _READ_WHOLE:
+            notes.append(f"{field}: {source.source} is large, so its rows are looked at when they are prepared")
+        else:
+            _check_rows(field, source, recipe)
+    return notes
+
+
+def _check_rows(field: str, source: SourceSection, recipe: Recipe) -> None:
+    """ValueError for a row that cannot be used, and where none can."""
+    if field == "data.task":
+        check_split(recipe.data, len(task_rows(recipe.data)))
+    else:
+        ordered_rows(field, source, recipe.data.seed, pairs=field == "data.safety")

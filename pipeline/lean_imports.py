@@ -1,0 +1,42 @@
+"""peft and deepspeed without what they import in case it is wanted: a rank starts a quarter sooner.
+
+peft imports bitsandbytes, and that torch's compiler; deepspeed's autotuner imports mlflow. Neither is used by way of them:
+pipeline/quantization.py and pipeline/mlflow_store.py import their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+
+
+def import_peft() -> None:
+    """Import peft, which then knows no bitsandbytes (it would serve models that bitsandbytes has quantised: none of ours)."""
+    with without("bitsandbytes"):
+        from peft.import_utils import is_bnb_available
+
+        is_bnb_available()  # peft keeps the answer; asked for the first time later, it would import bitsandbytes
+
+
+def import_deepspeed() -> None:
+    """Import deepspeed, whose autotuner then knows no mlflow."""
+    with without("mlflow"):
+        import deepspeed  # noqa: F401
+
+
+@contextlib.contextmanager
+def without(package: str) -> Iterator[None]:
+    """What is imported inside takes `package` for one that is not installed.
+
+    Nothing is hidden where it has been imported already, nor beside other threads, which may be about to.
+    """
+    if package in sys.modules or threading.active_count() > 1:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # how Python's import is told that there is none
+    try:
+        yield
+    finally:
+        del sys.modules[package]

@@ -1,0 +1,49 @@
+"""Which modules a LoRA adapts: train.lora.target_modules against the names of a model's linear modules, by PEFT's rules. No torch.
+
+    adapted_modules(train.lora.target_modules, ["model.layers.0.self_attn.q_proj", ..., "lm_head"], "lm_head", "train")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+ALL_LINEAR = "all-linear"
+
+
+def adapted_modules(
+    targets: list[str] | str, linears: Collection[str], head: str | None, field: str, others: Collection[str] = ()
+) -> list[str]:  # fmt: skip
+    """Names of the adapted modules, in the order of `linears`.
+
+    targets: a list of names or of their last parts, `all-linear` (all but the head), or a regular expression that matches whole names.
+    head: name of the module that gives logits. field: whose targets these are, e.g. `train`. others: modules that are not linear.
+    Raises ValueError, one sentence, where a target is no linear module.
+    """
+    where = f"{field}.lora.target_modules"
+    last_parts = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+    if isinstance(targets, list):
+        for target in targets:
+            if not any(_named(target, name) for name in linears):
+                hint = " (all-linear stands alone, not in a list)" if target.lower() == ALL_LINEAR else ""
+                raise ValueError(f"{where} names '{target}'{hint}, which this model lacks: it has {last_parts}")
+        found, stray = (
+            [name for name in names if any(_named(target, name) for target in targets)] for names in (linears, others)
+        )
+    elif targets.lower() == ALL_LINEAR:
+        found, stray = [name for name in linears if name != head], []
+    else:
+        found, stray = ([name for name in names if re.fullmatch(targets, name)] for names in (linears, others))
+        if not found and not stray:
+            example = next(iter(linears), "model.layers.0.self_attn.q_proj")
+            raise ValueError(
+                f"{where} '{targets}' matches no linear module: as a string it is a regular expression for whole names such as {example}; "
+                f"give a list to name their last parts, which are {last_parts}"
+            )
+    if stray:
+        raise ValueError(f"{where} takes in {stray[0]}, which is no linear module: leave it out; linear ones are {last_parts}")
+    return found
+
+
+def _named(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,231 @@
+"""Whether a model's files go with the recipe, before anything heavy: no torch, no transformers, under a second for a local folder.
+
+    facts = check_model(recipe)                       # None where the files are not on this machine yet
+    check_lora(facts, recipe.train, "train")
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifacts
+from pipeline.lora_targets import adapted_modules
+from pipeline.model_facts import ModelFacts, decoder_config, read_facts, whole_number
+from pipeline.model_files import model_location
+from pipeline.recipe import Recipe
+from pipeline.sections import ModelSection, TrainSection
+
+
+def check_model(recipe: Recipe) -> ModelFacts | None:
+    """What the model's files say, after holding them against each other and the recipe. Raises ValueError, one sentence.
+
+    None where they are not all here: a hub model that is not in the cache, the built-in one before it was fetched.
+    """
+    folder = local_folder(recipe.model)
+    if folder is None:
+        return None
+    facts = check_files(recipe.model, folder)
+    if facts.tokenizer.chat_template is None and Path(recipe.model.path).expanduser().is_dir():  # the hub's may not be in the cache yet
+        raise ValueError(f"{facts.label} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file")
+    check_positions(facts.config, recipe)
+    return facts
+
+
+def check_files(section: ModelSection, folder: Path) -> ModelFacts:
+    """What the files in a folder say, after holding them against each other. Raises ValueError, one sentence."""
+    facts = read_facts(section, folder)
+    _check_architecture(facts)
+    _check_sizes(facts)
+    _check_token_ids(facts)
+    return facts
+
+
+def local_folder(section: ModelSection) -> Path | None:
+    """The folder with all of a model's files, where they are on this machine. ValueError for a name that is no model."""
+    location = model_location(section)
+    if section.path.startswith("builtin:"):
+        return Path(location) if artifacts.complete(Path(location)) else None
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(name: str) -> Path | None:
+        found = try_to_load_from_cache(location, name, revision=section.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    config, index, single = (cached(name) for name in ("config.json", "model.safetensors.index.json", "model.safetensors"))
+    if config is None or not (cached("tokenizer.json") or cached("tokenizer.model") or cached("vocab.json")):
+        return None
+    if single is None:
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values()) if index else {""}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return config.parent  # broken: reading the facts says how
+        if not all((config.parent / name).is_file() for name in names):
+            return None
+    return config.parent
+
+
+def check_lora(facts: ModelFacts, train: TrainSection, field: str) -> list[str]:
+    """Names of the modules that a training section's LoRA adapts, as far as files tell; none for adapter full. ValueError for bad targets."""
+    if train.adapter == "full":
+        return []
+    modules = {name.rpartition(".")[0] for name in facts.tensors}
+    modules |= {name[:end] for name in modules for end in range(len(name)) if name[end] == "."}
+    # Experts may be modules or not: transformers regroups those of most families. Whoever has the modules knows.
+    experts = {name for name in modules if ".experts" in name}
+    linears = [*facts.linears, *sorted(experts - set(facts.linears))]
+    found = adapted_modules(train.lora.target_modules, linears, facts.head, field, modules - set(linears) - {""})
+    return [name for name in found if name in facts.linears]
+
+
+def _check_architecture(facts: ModelFacts) -> None:
+    kind = facts.config.get("model_type")
+    known = _causal_models()
+    if not isinstance(kind, str):
+        raise ValueError(f"{facts.label}: config.json has no model_type: give the folder of a saved transformers model")
+    if known and kind not in known:
+        own = ": it needs code of its own, which is not run" if facts.config.get("auto_map") else ""
+        raise ValueError(
+            f"{facts.label} is of the type '{kind}', which transformers {version('transformers')} does not know as a causal language "
+            f"model{own}; give another model, or install a transformers that has it"
+        )
+    quantised = facts.config.get("quantization_config") or facts.text_config.get("quantization_config")
+    if quantised:
+        how = quantised.get("quant_method", "by a method of its own") if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"{facts.label} holds weights that are quantised already ({how}): give the original model; model.quantization nf4 trains it in 4 bits"
+        )
+
+
+@cache
+def _causal_models() -> frozenset[str]:
+    """The model types that AutoModelForCausalLM knows; none where transformers keeps its list elsewhere than its source has it now.
+
+    Read, not imported: the import brings in torch, seconds that a dry run does not take.
+    """
+    spec = find_spec("transformers")
+    source = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py" if spec and spec.origin else None
+    for node in ast.parse(source.read_bytes()).body if source and source.is_file() else []:
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and target.id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" and isinstance(node.value, ast.Call):
+            return frozenset(name for name, _ in ast.literal_eval(node.value.args[0]))
+    return frozenset()
+
+
+def _check_sizes(facts: ModelFacts) -> None:
+    """ValueError where config.json and the weights are of different models."""
+    weights = ((name, tensor.dtype) for name, tensor in facts.tensors.items() if name.endswith(".weight"))
+    coded = next(((name, dtype) for name, dtype in weights if dtype not in ("F16", "BF16", "F32", "F64")), None)
+    if coded:
+        raise ValueError(f"{facts.label}: {coded[0]} is stored as {coded[1]}, not as floating point of 16 bits or more: give the original model")
+    if facts.embedding is None:
+        return
+    rows, width = facts.tensors[facts.embedding].shape
+    hidden = facts.number("word_embed_proj_dim", "hidden_size", "n_embd", "d_model")
+    for field, said, found in (("vocab_size", facts.number("vocab_size"), rows), ("hidden_size", hidden, width)):
+        if said is not None and said != found:
+            raise ValueError(_disagree(facts, f"{field} {said:,}", f"{facts.embedding} is {rows:,} x {width:,}"))
+    head = facts.tensors.get(f"{facts.head}.weight")
+    if head and len(head.shape) == 2 and head.shape[0] != rows:
+        raise ValueError(
+            f"{facts.label}: {facts.head}.weight has {head.shape[0]:,} rows and {facts.embedding} {rows:,}: "
+            "resize both with model.resize_token_embeddings and save the model again"
+        )
+    said = facts.number("num_hidden_layers", "n_layer", "num_layers")
+    if said is None or not facts.layers:
+        return
+    missing = next((index for index in range(said) if index not in facts.layers), None)
+    extra = max(facts.layers) + 1 - said
+    if missing is not None or extra > (facts.number("num_nextn_predict_layers") or 0):  # layers that predict further tokens are not loaded
+        held = f"there are weights of {len(facts.layers)} layers" + (f", none of layer {missing}" if missing is not None else "")
+        raise ValueError(_disagree(facts, f"num_hidden_layers {said}", held))
+
+
+def _disagree(facts: ModelFacts, said: str, found: str) -> str:
+    return f"{facts.label}: config.json says {said}, but {found}: config and weights are not of one model; copy both from the same place"
+
+
+def _check_token_ids(facts: ModelFacts) -> None:
+    """ValueError where the tokenizer gives ids that the embedding has no row for, or nothing ends an answer."""
+    tokenizer = facts.tokenizer
+    if "eos_token" not in tokenizer.named and not facts.stop_ids:
+        raise ValueError(
+            f"{facts.label} names no eos token, neither in tokenizer_config.json nor as eos_token_id in config.json: answers would never end; "
+            "set eos_token in tokenizer_config.json to the token that ends an answer"
+        )
+    if facts.embedding is None:
+        return
+    rows = facts.tensors[facts.embedding].shape[0]
+    for name in ("pad_token", "eos_token"):
+        number = tokenizer.id_of(name)
+        if number is not None and number >= rows:
+            raise ValueError(
+                f"{facts.label}: {name} '{tokenizer.named[name]}' has id {number:,}, but the embedding has {rows:,} rows: name a token in "
+                "tokenizer_config.json that has one, or resize the embedding with model.resize_token_embeddings and save the model again"
+            )
+    beyond = next((number for number in sorted(facts.stop_ids) if number >= rows), None)
+    if beyond is not None:
+        raise ValueError(f"{facts.label}: eos_token_id {beyond:,} is beyond the embedding's {rows:,} rows: set it to the id of eos_token")
+    known = {**tokenizer.vocabulary, **tokenizer.added}
+    outside = {token: number for token, number in known.items() if number >= rows and token not in tokenizer.other_modalities}
+    if outside:
+        first = min(outside, key=outside.__getitem__)
+        raise ValueError(
+            f"{facts.label}: the tokenizer has ids up to {max(outside.values()):,} ('{first}' is {outside[first]:,}), but the embedding has {rows:,} "
+            "rows: resize it with model.resize_token_embeddings and save the model again, or give the model its own tokenizer"
+        )
+
+
+def positions(config: dict[str, Any]) -> int | None:
+    """Tokens that a model of this config (config.json's content) has positions for, rope scaling included; None where it names no limit."""
+    text = decoder_config(config)
+    limit = whole_number(text, "max_position_embeddings", "n_positions", "max_seq_len")
+    if limit is None:
+        return None
+    scaled = [limit]
+    for rope in _ropes(text):
+        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+        if isinstance(factor, int | float):
+            scaled.append(int(factor * (original if isinstance(original, int) else limit)))
+    return max(scaled)
+
+
+def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Settings of rotary embeddings: one for the model, or one for each type of layer."""
+    found = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
+    found += [inner for outer in found if isinstance(outer, dict) for inner in outer.values()]
+    return [rope for rope in found if isinstance(rope, dict)]
+
+
+def check_positions(config: dict[str, Any], recipe: Recipe) -> None:
+    """ValueError where sequences are to be longer than the model has positions for. config: config.json's content."""
+    limit = positions(config)
+    if limit is None:
+        return
+    lengths = {
+        "data.max_length": recipe.data.max_length,
+        "data.safety_max_length": recipe.data.safety_max_length,
+        "evaluate.max_new_tokens": recipe.evaluate.max_new_tokens + 1,  # a prompt has a token at the least
+    }
+    for field, length in lengths.items():
+        if length > limit:
+            most = limit - 1 if field.startswith("evaluate") else limit
+            raise ValueError(f"{field} is beyond the {limit:,} positions of model.path {recipe.model.path}: set it to {most:,} at the most")
+
+
+def check_prompts(config: dict[str, Any], lengths: Iterable[int], recipe: Recipe) -> None:
+    """ValueError where a prompt and its answer are longer than the model has positions for. lengths: tokens of each evaluation prompt."""
+    limit, longest, new = positions(config), max(lengths, default=0), recipe.evaluate.max_new_tokens
+    if limit is not None and longest + new > limit:
+        raise ValueError(
+            f"the longest evaluation prompt has {longest:,} tokens, and with evaluate.max_new_tokens {new:,} its answer would end beyond the "
+            f"{limit:,} positions of model.path {recipe.model.path}: lower evaluate.max_new_tokens, or take the prompt out of its source"
+        )

@@ -1,0 +1,176 @@
+"""What `auto` means on machines that tests do not have: a made-up driver library says how many GPUs there are."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import devices
+from pipeline.sections import ModelSection, TrainSection
+
+GB = 10**9
+
+
+class Driver:
+    """What pipeline/devices.py asks of nvidia-ml-py. gpus: (name, total bytes, free bytes, compute capability, processes)."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+
+    def __init__(self, *gpus, cuda: int = 13000):
+        self.gpus, self.cuda = gpus, cuda
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlShutdown(self):
+        pass
+
+    def nvmlDeviceGetCount(self):
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetUUID(self, handle):
+        return f"GPU-{handle}{handle}{handle}-abc"
+
+    def nvmlDeviceGetName(self, handle):
+        return self.gpus[handle][0]
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        return SimpleNamespace(total=self.gpus[handle][1], free=self.gpus[handle][2])
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle):
+        return self.gpus[handle][3]
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle):
+        return [SimpleNamespace(pid=pid) for pid in self.gpus[handle][4]]
+
+    def nvmlSystemGetCudaDriverVersion_v2(self):
+        return self.cuda
+
+    def nvmlSystemGetDriverVersion(self):
+        return "535.104.05"
+
+
+def gpu(name: str = "NVIDIA H100", total: int = 80 * GB, free: int = 79 * GB, capability=(9, 0), busy=()):
+    return name, total, free, capability, busy
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(gpu(), gpu(), visible="0"): from then on this machine has these GPUs, and a torch that is built for CUDA 13.0."""
+
+    def pretend(*gpus, visible: str | None = None, cuda: int = 13000, built: str | None = "13.0") -> None:
+        monkeypatch.setitem(sys.modules, "pynvml", Driver(*gpus, cuda=cuda))
+        monkeypatch.setattr(devices, "_torch_build", lambda: {"cuda": built, "hip": None, "__version__": "2.13.0"})
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        devices.gpus.cache_clear()
+
+    yield pretend
+    devices.gpus.cache_clear()
+
+
+def train(**fields) -> TrainSection:
+    return TrainSection(**{"steps": 1, "batch_size": 8, **fields})
+
+
+AMPERE, TURING = gpu("NVIDIA A100", capability=(8, 0)), gpu("NVIDIA T4", 16 * GB, 15 * GB, (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "dtype", "attention", "ds_config"),
+    [
+        ([], 2, None, "eager", "zero3_cpu.json"),
+        ([gpu()], 1, "bfloat16", "sdpa", "zero3.json"),
+        ([AMPERE] * 4, 4, "bfloat16", "sdpa", "zero3.json"),
+        ([AMPERE, TURING], 2, "float32", "sdpa", "zero3.json"),
+    ],
+)
+def test_auto_is_what_the_machine_has(machine, gpus, ranks, dtype, attention, ds_config):
+    machine(*gpus)
+    assert devices.ranks(train()) == ranks and devices.ranks(train(engine="single")) == 1
+    assert devices.attention("auto") == attention and devices.ds_config(train()).name == ds_config and devices.ds_config(train()).is_file()
+    assert dtype is None or devices.dtype("auto") == dtype
+    line = devices.describe(ModelSection(path="owner/name"), train())
+    assert f"{ranks} process" in line and f"model.attention {attention}" in line and f"train.ds_config {ds_config}" in line
+    assert ("no GPU is visible" in line) if not gpus else (f"{len(gpus)} GPU" in line and gpus[0][0] in line)
+
+
+def test_what_a_recipe_names_is_taken(machine, tmp_path):
+    machine(gpu(), gpu())
+    assert devices.ranks(train(ranks=1)) == 1 and devices.dtype("float32") == "float32" and devices.attention("eager") == "eager"
+    assert devices.ds_config(train(ds_config=tmp_path / "mine.json")) == tmp_path / "mine.json"
+
+
+def test_a_batch_that_does_not_divide_takes_fewer_gpus_and_says_so(machine):
+    machine(*[gpu()] * 4)
+    assert devices.ranks(train(batch_size=6)) == 3
+    assert "3 processes on 4 GPUs: NVIDIA H100, because train.batch_size 6 divides by no more" in devices.describe(
+        ModelSection(path="owner/name"), train(batch_size=6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["0", "1", "2"]), ("", []), ("2,0", ["2", "0"]), ("1", ["1"]), ("GPU-111", ["GPU-111"]), ("0,-1,2", ["0"]), ("0,7,2", ["0"]),
+        ("-1", []), (" 1 , 2 ", ["1", "2"]),
+    ],
+)  # fmt: skip
+def test_the_variable_is_read_as_cuda_reads_it(machine, visible, names):
+    machine(gpu(), gpu(), gpu(), visible=visible)
+    assert [found.name for found in devices.gpus()] == names
+
+
+def test_more_ranks_than_gpus_is_one_sentence(machine):
+    machine(gpu())
+    devices.check_ranks("train", train(ranks=1))
+    with pytest.raises(ValueError, match=r"^align.train.ranks 2 needs as many GPUs, and this machine shows 1 \(1 GPU: NVIDIA H100\): "
+                                         "set align.train.ranks to auto or to at most 1$"):  # fmt: skip
+        devices.check_ranks("align.train", train(ranks=2))
+    machine()
+    devices.check_ranks("train", train(ranks=8))  # processes of a CPU are the user's choice
+
+
+def test_a_driver_that_is_too_old_for_torch_is_one_sentence(machine):
+    machine(gpu(), cuda=12020)
+    with pytest.raises(ValueError, match="torch 2.13.0 is built for CUDA 13.0, and this machine's driver 535.104.05 knows CUDA 12.2: install a newer"):
+        devices.gpus()
+    machine(gpu(), cuda=12020, built="12.8")  # minor versions go together
+    assert len(devices.gpus()) == 1
+
+
+def test_a_torch_without_cuda_computes_on_the_cpu_and_says_so(machine):
+    machine(gpu(), built=None)
+    assert devices.gpus() == () and "torch is built without CUDA" in devices.describe(ModelSection(path="owner/name"), train())
+
+
+def test_the_build_of_torch_is_read_without_importing_it():
+    import torch
+
+    found = devices._torch_build()
+    assert (found["__version__"], found["cuda"], found["hip"]) == (torch.__version__, torch.version.cuda, torch.version.hip)
+
+
+def test_a_gpu_that_is_too_small_or_busy_is_one_sentence(machine):
+    machine(gpu(), gpu("NVIDIA T4", 16 * GB, 4 * GB, (7, 5), busy=(4711, os.getpid())))
+    check = lambda needed: devices.check_memory(needed, "method sap", "use more ranks (train.ranks)")  # noqa: E731
+    assert check(3 * GB) is None
+    with pytest.raises(ValueError, match=r"method sap needs about 20.0 GB .* GPU 1 \(NVIDIA T4\) has 16.0: use more ranks"):
+        check(20 * GB)
+    with pytest.raises(ValueError, match=r"GPU 1 \(NVIDIA T4\) has 4.0 of 16.0 GB free \(process 4711 holds the rest\): wait for it"):
+        check(8 * GB)
+    assert "GPU 1 (NVIDIA T4) has 4.0 GB free: it may not fit" in check(4.5 * GB)
+
+
+def test_jobs_side_by_side_get_a_gpu_each(machine):
+    from pipeline.runner import _one_gpu
+
+    machine(gpu(), gpu(), gpu(), visible="2,0")
+    assert [_one_gpu(slot) for slot in range(3)] == [{"CUDA_VISIBLE_DEVICES": name} for name in ("2", "0", "2")]
+    machine()
+    assert _one_gpu(0) == {}

@@ -1,0 +1,159 @@
+"""`--dry-run`: every check there is, without torch, then what would run and what is there; `--show`: the resolved recipe."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import artifacts, capacity, devices, recipe
+from pipeline.cli import main
+from pipeline.layout import Layout
+from pipeline.status import STAGES
+from tests.project import ROOT, make_project, quiet, write_jsonl, write_recipe
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("dry")
+    return folder, make_project(folder)
+
+
+def dry_run(capsys, path: Path, *arguments: str) -> tuple[int, list[str], str]:
+    """Exit code, lines and what stands on stderr; nothing may be written."""
+    before = sorted(path.parent.rglob("*"))
+    code = main(["run", str(path), "--dry-run", *arguments])
+    captured = capsys.readouterr()
+    assert sorted(path.parent.rglob("*")) == before
+    return code, captured.out.splitlines(), captured.err
+
+
+def test_eight_lines_say_what_would_run_and_what_is_there(project, capsys):
+    folder, content = project
+    path = write_recipe(folder, content | {"name": "lines"})
+    code, lines, _ = dry_run(capsys, path)
+    assert code == 0 and [line.split()[0] for line in lines] == ["machine", *STAGES] and len(lines) == 8
+    assert "2 processes on the CPU" in lines[0] and "GB memory" in lines[0] and "GB disk" in lines[0]
+    assert lines[3].split(maxsplit=1)[1] == "not in this recipe" and all("would run" in line for line in (*lines[1:3], *lines[4:]))
+    layout = Layout(recipe.load(path))
+    done = layout.train(recipe.load(path).cell("sft", 0))
+    done.mkdir(parents=True)
+    (done / artifacts.MARKER).touch()
+    _, lines, _ = dry_run(capsys, path)
+    train = next(line for line in lines if line.startswith("train"))
+    assert "train-sap-s0" in train and "train-sft" not in train and train.endswith("1 of 2 complete")
+    assert [line.split()[0] for line in dry_run(capsys, path, "--methods", "sft")[1] if " complete " in line] == ["train"]
+
+
+@pytest.mark.parametrize("arguments", [("run", "--dry-run"), ("status",), ("run", "--show"), ("train", "--method", "sap", "--dry-run")], ids=" ".join)
+def test_nothing_heavy_is_imported(project, arguments):
+    """dtype auto included: it asked transformers once, which took five seconds."""
+    folder, content = project
+    path = write_recipe(folder, content | {"model": {"path": content["model"]["path"]}}, "light.yaml")
+    program = (
+        "import sys; from pipeline.cli import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'datasets'} & set(sys.modules); sys.exit(f'{code} {heavy}' if code or heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, arguments[0], str(path), *arguments[1:]], cwd=ROOT, env=quiet(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_show_prints_the_resolved_recipe_of_every_method(project, capsys):
+    folder, content = project
+    path = write_recipe(folder, content)
+    assert main(["run", str(path), "--show", "--train.lr", "0.125"]) == 0
+    shown = [yaml.safe_load(part) for part in re.split(r"^# .*, seed 0$", capsys.readouterr().out, flags=re.MULTILINE)[1:]]
+    assert [found["sap"]["enabled"] for found in shown] == [False, True] and {found["train"]["lr"] for found in shown} == {0.125}
+
+
+BAD_ROWS = {
+    "a list for a text": ({"question": ["a"], "answer": "b"}, "data.task: prompt holds a list"),
+    "no prompt anywhere": (None, "holds no row with a prompt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_every_row_is_looked_at(project, capsys, case):
+    folder, content = project
+    row, sentence = BAD_ROWS[case]
+    rows = [{"question": f"question {i}" if row else "", "answer": "yes"} for i in range(80)]
+    write_jsonl(folder / "rows.jsonl", rows + [row] if row else rows)
+    path = write_recipe(folder, content)
+    code, lines, error = dry_run(capsys, path, f"--data.task.source={folder / 'rows.jsonl'}")
+    assert code == 2 and not lines and sentence in error
+
+
+def test_too_few_rows_for_the_splits(project, capsys):
+    folder, content = project
+    code, lines, error = dry_run(capsys, write_recipe(folder, content), "--data.test_samples=72")
+    assert code == 2 and not lines and "has 80 usable samples and leaves none for training after 72 test and 8 validation samples" in error
+
+
+def test_a_full_disk_is_known_before(project, capsys, monkeypatch):
+    folder, content = project
+    monkeypatch.setattr(artifacts, "free_bytes", lambda *_: 1000)
+    code, lines, error = dry_run(capsys, write_recipe(folder, content))
+    assert code == 2 and not lines
+    assert "output_dir" in error and "0.00 GB free" in error and "set output_dir to a folder on another disk" in error
+
+
+def test_memory_that_cannot_suffice_is_refused_and_what_may_not_is_said(project, capsys, monkeypatch):
+    folder, content = project
+    path = write_recipe(folder, content)
+    monkeypatch.setattr(capacity, "_host_memory", lambda: 1e8)
+    code, lines, error = dry_run(capsys, path)
+    assert code == 2 and not lines and "this machine has 0 GB and no GPU: use a machine with GPUs" in error and "train.micro_batch_size" in error
+    monkeypatch.setattr(capacity, "_host_memory", lambda: 1.2e9)
+    code, lines, error = dry_run(capsys, path)
+    assert code == 0 and "it may not fit" in error
+
+
+def test_a_small_gpu_is_refused_by_the_planner(project, capsys, monkeypatch):
+    folder, content = project
+    found = (devices.Gpu("0", "Tiny", 10**9, 10**9, (9, 0)), devices.Gpu("1", "Tiny", 10**9, 10**9, (9, 0)))
+    monkeypatch.setattr(devices, "gpus", lambda: found)
+    code, lines, error = dry_run(capsys, write_recipe(folder, content))
+    assert code == 2 and not lines and "of every GPU by arithmetic (`sap plan`), and GPU 0 (Tiny) has 1.0: use more ranks (train.ranks)" in error
+    code, _, error = dry_run(capsys, write_recipe(folder, content), "--train.ranks=4", "--train.batch_size=8")
+    assert code == 2 and "train.ranks 4 needs as many GPUs, and this machine shows 2" in error
+
+
+def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
+    folder, content = project
+    content = content | {"align": content["align"] | {"enabled": False}}
+    experiment = recipe.load(write_recipe(folder, content))
+    from pipeline.model_checks import check_model
+
+    facts, cells = check_model(experiment.base), list(experiment.cells())
+    one, both = (capacity.capacity(experiment, facts, chosen).disk for chosen in (cells[:1], cells))
+    adapter = 4 * 8 * (32 + 32 + 32 + 16) * 4  # r x (in + out) of q and v in four layers, in float32
+    assert one == adapter + 2 * 3 * adapter and both == 2 * adapter + 2 * 4 * adapter  # SAP's direction is in its checkpoints
+
+
+def test_pairs_that_leave_ranks_idle_are_said(project, capsys):
+    folder, content = project
+    code, _, error = dry_run(capsys, write_recipe(folder, content), "--methods.sap.sap.safety_batch_size=1")
+    assert code == 0 and "note: sap.safety_batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 would take the same time" in error
+
+
+def test_a_model_that_is_not_here_is_a_note(project, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAP_CACHE", str(tmp_path))
+    folder, content = project
+    path = write_recipe(folder, content | {"model": {"path": "builtin:smollm2-135m-instruct"}})
+    code, lines, error = dry_run(capsys, path)
+    assert code == 0 and len(lines) == 8 and "is not on this machine yet" in error and not list(tmp_path.iterdir())
+
+
+def test_a_large_file_is_looked_at_later(project, capsys, monkeypatch):
+    from pipeline.data import check
+
+    monkeypatch.setattr(check, "_READ_WHOLE", 100)
+    folder, content = project
+    code, _, error = dry_run(capsys, write_recipe(folder, content))
+    assert code == 0 and "is large, so its rows are looked at when they are prepared" in error
+    assert json.loads((folder / "data" / "task.jsonl").read_text().splitlines()[0])["question"]

@@ -1,0 +1,46 @@
+"""What a rank imports to begin: neither the compiler that bitsandbytes brings nor mlflow; both are there for those who ask."""
+
+import sys
+
+import pytest
+
+from pipeline.lean_imports import without
+from tests.project import run
+
+RANK = """
+import sys
+from pipeline.sections import LoraSection, TrainSection
+from pipeline.sharding.launch import init_distributed
+from pipeline.models import add_lora
+from tests.tiny import tiny_model
+init_distributed(TrainSection(engine="zero3", steps=1))
+add_lora(tiny_model(), LoraSection(r=3, alpha=6), seed=0)
+assert "deepspeed" in sys.modules and "peft" in sys.modules
+print("begun with", *sorted({"mlflow", "bitsandbytes", "torch._inductor.compile_fx"} & sys.modules.keys()))
+import bitsandbytes, mlflow
+"""
+
+
+def test_a_rank_begins_without_mlflow_and_compilers_and_they_come_when_asked_for():
+    found = run(["-c", RANK], {"DS_ACCELERATOR": "cpu"})
+    assert found.returncode == 0, found.stderr
+    assert "begun with\n" in found.stdout
+
+
+def test_what_is_hidden_is_back_after_the_block(monkeypatch):
+    monkeypatch.setattr("pipeline.lean_imports.threading.active_count", lambda: 1)
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    with without("this"), pytest.raises(ImportError):
+        import this  # noqa: F401
+    assert "this" not in sys.modules
+
+
+def test_nothing_is_hidden_that_is_there_or_beside_another_thread(monkeypatch):
+    with without("json"):
+        import json
+
+        assert json.dumps([]) == "[]"
+    monkeypatch.setattr("pipeline.lean_imports.threading.active_count", lambda: 2)
+    monkeypatch.delitem(sys.modules, "antigravity", raising=False)
+    with without("antigravity"):
+        assert "antigravity" not in sys.modules
