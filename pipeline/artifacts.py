@@ -251,12 +251,12 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout that this package is, with '+changes' where it is dirty; None for an installed one, whatever repository is around it."""
+    """Commit of the checkout that this package is, with '+changes' where it is dirty; None for an installed package."""
     root = Path(__file__).resolve().parent.parent
     run = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)  # noqa: E731
     try:
-        if run("ls-files", "--error-unmatch", str(Path(__file__).resolve())).returncode:  # an environment inside somebody's project
-            return None
+        if run("ls-files", "--error-unmatch", str(Path(__file__).resolve())).returncode:
+            return None  # also in an environment that lies inside somebody's own repository
         head = run("rev-parse", "HEAD")
         dirty = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
     except OSError:

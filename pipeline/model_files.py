@@ -21,7 +21,7 @@ def model_location(section: ModelSection) -> str:
             raise ValueError(f"model.path '{section.path}' is no built-in model: the one there is is {BUILTIN}")
         return str(builtin_model_folder())
     path = Path(section.path).expanduser()
-    local = path.is_absolute() or section.path.startswith((".", "~"))  # a recipe's are absolute (pipeline/paths.py), wherever this runs
+    local = path.is_absolute() or section.path.startswith((".", "~"))  # a recipe's are absolute: pipeline/paths.py
     if local and path.is_dir():
         return str(path)
     if local or section.path.count("/") != 1:

@@ -1,8 +1,9 @@
-"""Paths in a recipe: which texts are paths, and what they are relative to. Runs once, while a recipe is read; everything later sees absolute paths.
+"""Paths in a recipe: which texts are paths, and what they are relative to.
 
-    resolve({"output_dir": "runs"}, Recipe, Path("/data/recipe.yaml"))          # {"output_dir": "/data/runs"}
-    resolve({"output_dir": "runs"}, Recipe, None)                               # of the command line: relative to the working directory
+    resolve({"output_dir": "runs"}, Recipe, Path("/data/recipe.yaml"))    # {"output_dir": "/data/runs"}
+    resolve({"output_dir": "runs"}, Recipe, None)                         # the same below the working directory
 
+This runs once, while a recipe is read; everything later sees absolute paths.
 Which fields hold paths, and of which kind, is written at the fields (sections.PathField).
 """
 
@@ -20,19 +21,21 @@ from pipeline.redaction import redact
 from pipeline.sections import PathField, Section
 
 _SQLITE = "sqlite:///"
+Change = Callable[[str, str, str], str]
 
 
 class Unresolved(str):
-    """A text that cannot be resolved. The sentence that says why is raised where the text is used: another layer may replace it."""
+    """A text that cannot be resolved. Why is said only where the text is used, because another layer may replace it."""
 
     sentence: str
 
 
 def resolve(raw: dict[str, Any], recipe: type[Section], file: Path | None) -> dict[str, Any]:
-    """A copy of a recipe's mapping, or of a part of it, with `~`, `$VAR` and `${VAR}` expanded in its paths, and the paths absolute.
+    """A copy of a recipe's mapping, or of a part of it, in which every path is absolute.
 
-    file: where the mapping was read; its paths are relative to that file's folder. None: the command line, and the working directory.
-    What cannot be expanded becomes `Unresolved`; `$$` stands for one dollar sign.
+    `~`, `$VAR` and `${VAR}` are expanded, `$$` stands for a dollar sign, and what cannot be expanded becomes `Unresolved`.
+    file: where the mapping was read; its paths are relative to that file's folder. None: the mapping is the command
+    line's, and its paths are relative to the working directory.
     """
     folder = Path.cwd() if file is None else file.absolute().parent
 
@@ -41,7 +44,8 @@ def resolve(raw: dict[str, Any], recipe: type[Section], file: Path | None) -> di
             return _resolved(text, kind, folder)
         except ValueError as error:
             left = Unresolved(text)
-            left.sentence = redact(f"--{field} is '{text}', {error}" if file is None else f"{file}: {field} is '{text}', {error}")
+            where = f"--{field}" if file is None else f"{file}: {field}"
+            left.sentence = redact(f"{where} is '{text}', {error}")
             return left
 
     return _changed(raw, recipe, change)
@@ -71,8 +75,8 @@ def section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _changed(raw: dict[str, Any], section: type[Section], change: Callable[[str, str, str], str], prefix: str = "") -> dict[str, Any]:
-    """A copy in which change(text, kind, dotted field) has replaced every text of a field that holds a path, also in methods and their grids."""
+def _changed(raw: dict[str, Any], section: type[Section], change: Change, prefix: str = "") -> dict[str, Any]:
+    """A copy in which change(text, kind, dotted field) has replaced the text of every field that holds a path."""
     result = dict(raw)
     for name, value in raw.items():
         field = section.model_fields.get(name)
@@ -82,19 +86,22 @@ def _changed(raw: dict[str, Any], section: type[Section], change: Callable[[str,
         elif isinstance(value, dict) and field is not None and section_of(field.annotation):
             result[name] = _changed(value, section_of(field.annotation), change, f"{prefix}{name}.")
         elif isinstance(value, dict) and name == "methods" and not prefix:
-            result[name] = {method: _method(own, section, change, f"methods.{method}.") for method, own in value.items()}
+            result[name] = {
+                method: _method(own, section, change, f"methods.{method}.") if isinstance(own, dict) else own
+                for method, own in value.items()
+            }
     return result
 
 
-def _method(own: Any, recipe: type[Section], change: Callable[[str, str, str], str], prefix: str) -> Any:
-    if not isinstance(own, dict):
-        return own
+def _method(own: dict[str, Any], recipe: type[Section], change: Change, prefix: str) -> dict[str, Any]:
+    """A method's overrides, and the values that its grid goes through."""
     result = _changed(own, recipe, change, prefix)
     if isinstance(own.get("grid"), dict):
         for field, values in own["grid"].items():
             marker = next(_markers(recipe, str(field).split(".")), None)
             if marker is not None and isinstance(values, list):
-                changed = [change(value, marker.kind, f"{prefix}grid.{field}") if isinstance(value, str) else value for value in values]
+                dotted = f"{prefix}grid.{field}"
+                changed = [change(value, marker.kind, dotted) if isinstance(value, str) else value for value in values]
                 result["grid"] = result["grid"] | {field: changed}
     return result
 
@@ -140,14 +147,16 @@ def _expanded(text: str) -> str:
         raise ValueError("in which a $ stands before no variable's name: write $$ for the sign itself")
     for name in template.get_identifiers():
         if not os.environ.get(name):  # an empty one would make another path of $DATA/rows.jsonl
-            raise ValueError(f"but the variable {name} is {'empty' if name in os.environ else 'not set'}: set it, or write the path itself")
+            state = "empty" if name in os.environ else "not set"
+            raise ValueError(f"but the variable {name} is {state}: set it, or write the path itself")
     text = template.substitute(os.environ)
     if not text.startswith("~"):
         return text
     try:
         return str(Path(text).expanduser())
     except RuntimeError:
-        raise ValueError(f"but {text.partition('/')[0]} is nobody's home folder here: write the path itself, or ./{text} for a file of that name") from None
+        home = text.partition("/")[0]
+        raise ValueError(f"but {home} is nobody's home folder here: write the path itself, or ./{text}") from None
 
 
 def _joined(folder: Path, text: str) -> Path:

@@ -48,10 +48,14 @@ class Recipe(Section):
         description="Name of the experiment and of its folder below output_dir"
     )
     extends: Annotated[Path | None, PathField("recipe")] = Field(
-        None, description="Recipe file that this one starts from, relative to this file, or one that ships with the package; mappings are merged, other values replaced"
+        None,
+        description="Recipe file that this one starts from, relative to this file, or one that ships with the package; "
+        "mappings are merged, other values replaced",
     )
     output_dir: Annotated[Path, PathField("path")] = Field(
-        Path("runs"), description="Where stages write; default: runs beside the recipe, or in the working directory for a recipe that ships with the package"
+        Path("runs"),
+        description="Where stages write; default: runs beside the recipe, or in the working directory for a recipe that "
+        "ships with the package",
     )
     model: ModelSection = Field(description="The chat model to fine-tune")
     data: DataSection = Field(description="What is prepared")
@@ -175,8 +179,9 @@ class Experiment:
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
     """Read and validate a recipe file and every method in it.
 
-    path: of a file, or the name of a recipe that ships with the package. Its paths are relative to it, those of overrides to the working directory.
-    overrides: nested mapping that wins over file and methods (see `strict_yaml.parse_overrides`).
+    path: of a file, or the name of a recipe that ships with the package. Paths in it are relative to it.
+    overrides: nested mapping that wins over file and methods (see `strict_yaml.parse_overrides`). Paths in it are
+        relative to the working directory.
     Raises ValueError (one sentence) on any violation.
     """
     if "extends" in (overrides or {}):

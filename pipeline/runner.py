@@ -109,7 +109,8 @@ def _start(script: str, arguments: Sequence[str], environment: dict[str, str], s
     threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_process(share))
     command = [*_WITHOUT_CTRL_C, sys.executable, str(shipped.launch_script(script)), *arguments]
     allocator = {} if devices.gpus() else _ALLOCATOR
-    return subprocess.Popen(command, env={**allocator, **os.environ, **shipped.environment(), "OMP_NUM_THREADS": threads, **environment})
+    inherited = {**allocator, **os.environ, **shipped.environment()}
+    return subprocess.Popen(command, env={**inherited, "OMP_NUM_THREADS": threads, **environment})
 
 
 def _wait(jobs: list[subprocess.Popen]) -> int:

@@ -22,8 +22,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 class PathField:
     """Marks a field whose text is a path, or may be one: pipeline/paths.py makes it absolute while the recipe is read.
 
-    kind: path is always one; recipe and ds_config may name a shipped file; model and data may be hub ids or builtin:NAME; uri may be
-    that of a sqlite file.
+    kind: path is always one; recipe and ds_config may name a shipped file; model and data may be hub ids or
+    builtin:NAME; uri may be that of a sqlite file.
     """
 
     kind: Literal["path", "recipe", "ds_config", "model", "data", "uri"]

@@ -77,7 +77,7 @@ def status(
 ) -> str:
     """The lines, with the store of its MLflow runs in a comment where all are asked for.
 
-    portable: also a comment for every override, as jobs that start in another folder are to be given it (slurm/submit.sh reads them).
+    portable: also a comment for every override, as a job in another folder is to be given it (slurm/submit.sh).
     """
     from pipeline.tracking import describe_store
 

@@ -24,7 +24,7 @@ Resolve = Callable[[dict[str, Any], Path], dict[str, Any]]
 def read(path: Path, resolve: Resolve) -> dict[str, Any]:
     """The file's mapping, over that of the file its `extends` names. ValueError, one sentence, where there is none.
 
-    resolve: given a file's mapping and the file, makes its paths absolute; what a file says is relative to it, whatever extends it.
+    resolve: makes the paths of a file's mapping absolute, given the file: they are relative to it, whatever extends it.
     """
     return _read(path, resolve, ())
 
@@ -34,8 +34,8 @@ def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any
         raise ValueError(
             f"extends of {seen[-1]} names {path}, which does not exist: give a path relative to that file"
             if seen
-            else f"no recipe at {path.absolute()}: give the path of a YAML file, or the name of one that ships with the package "
-            f"({', '.join(shipped.recipes())})"
+            else f"no recipe at {path.absolute()}: give the path of a YAML file, or the name of one that ships with "
+            f"the package ({', '.join(shipped.recipes())})"
         )
     try:
         raw = _load(path.read_text())

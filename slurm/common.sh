@@ -72,14 +72,16 @@ pass_on() {
 # ---- settings --------------------------------------------------------------------------------------------------------------------------------
 
 export SAP_HOME
-cd "$SAP_HOME"
 SAP_SITE_ENV=${SAP_SITE_ENV:-$SAP_HOME/slurm/site.env}
 if [ -r "$SAP_SITE_ENV" ]; then
   set +eu -a # modules and conda know neither -e nor -u
   # shellcheck source=slurm/site.env.example
   source "$SAP_SITE_ENV"
   set -eu +a
-  cd "$SAP_HOME" # the file may name it
+fi
+cd "$SLURM_SUBMIT_DIR" # what the paths of overrides are relative to; those of submit.sh are absolute
+if [ -d "$SAP_HOME/pipeline" ]; then
+  export PYTHONPATH=$SAP_HOME${PYTHONPATH:+:$PYTHONPATH} # a checkout need not be what the environment has installed
 fi
 set -E
 trap 'echo "error: $BASH_COMMAND failed with $? (${BASH_SOURCE[0]##*/}, line $LINENO)" >&2' ERR # no job may end without a word
@@ -108,6 +110,8 @@ job_arguments() {
   fi
   if [[ $RECIPE != /* ]] && [ -r "$SLURM_SUBMIT_DIR/$RECIPE" ]; then
     RECIPE=$SLURM_SUBMIT_DIR/$RECIPE
+  elif [[ $RECIPE != /* ]] && [ -r "$SAP_HOME/$RECIPE" ]; then
+    RECIPE=$SAP_HOME/$RECIPE
   fi
   OVERRIDES=("$@")
 }

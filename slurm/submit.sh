@@ -49,6 +49,7 @@ SAP_HOME=${SAP_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
   set -eu +a
 }
 export SAP_HOME
+[ -r "$RECIPE" ] || [ ! -r "$SAP_HOME/$RECIPE" ] || RECIPE=$SAP_HOME/$RECIPE
 [ -r "$RECIPE" ] || fail "there is no recipe $RECIPE"
 RECIPE=$(realpath "$RECIPE")
 if [ -z "$SIZE" ]; then
@@ -56,13 +57,17 @@ if [ -z "$SIZE" ]; then
   [[ ! $(basename "$RECIPE") =~ (^|_)(7b|13b|70b)(_|\.) ]] || SIZE=${BASH_REMATCH[2]}
 fi
 TRAIN=slurm/sap_$SIZE.sh
-cd "$SAP_HOME"
-[ -r "$TRAIN" ] || fail "--size is '$SIZE': it takes 7b, 13b or 70b"
+[ -r "$SAP_HOME/$TRAIN" ] || fail "--size is '$SIZE': it takes 7b, 13b or 70b"
 
 read -ra PYTHON <<<"${SAP_EXEC:-}"
 PYTHON+=("${SAP_PYTHON:-$SAP_HOME/.venv/bin/python}")
+if [ -d "$SAP_HOME/pipeline" ]; then
+  export PYTHONPATH=$SAP_HOME${PYTHONPATH:+:$PYTHONPATH} # a checkout need not be what the environment has installed
+fi
 export SAP_METHODS=$METHODS SAP_EVALUATE_SHARDS=$SHARDS
 STATUS=$("${PYTHON[@]}" -m pipeline.cli status "$RECIPE" --portable ${METHODS:+--methods "$METHODS"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}) || exit 2
+mapfile -t OVERRIDES < <(sed -n 's/^# override\t//p' <<<"$STATUS") # with absolute paths: jobs start elsewhere
+cd "$SAP_HOME"
 ROOT=$(dirname "$(awk -F'\t' '$1 == "prepare" { print $5 }' <<<"$STATUS")")
 NAME=$(basename "$ROOT")
 

@@ -50,7 +50,7 @@ CASES = {
     "missing model folder": (["--model.path", "/nowhere/model"], ["model.path '/nowhere/model' is no folder"]),
     "unknown built-in model": (["--model.path", "builtin:llama"], ["builtin:smollm2-135m-instruct"]),
     "hub model offline": (["--model.path", "owner/name"], ["model.path 'owner/name' cannot be had"]),
-    "missing ds_config": (["--train.ds_config", "nowhere.json"], ["train.ds_config nowhere.json does not exist"]),
+    "missing ds_config": (["--train.ds_config", "nowhere.json"], [f"ds_config {Path.cwd()}/nowhere.json does not exist"]),
     "adapter targets": (["--train.lora.target_modules", "[q_proj, w_proj]"], ["train.lora.target_modules names 'w_proj'", "q_proj"]),
     "adapter targets of align": (["--align.train.lora.target_modules", "[c_attn]"], ["align.train.lora.target_modules names 'c_attn'"]),
     "4 bits and all weights": (

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runner
+import pipeline
+from pipeline import runner, shipped
 
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
     """Write launch/job.py and return the folder it may write into."""
     (tmp_path / "launch").mkdir()
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
 
     def write(body: str) -> Path:
         (tmp_path / "launch" / "job.py").write_text(f"import json, os, pathlib, signal, sys, time\nout = pathlib.Path({str(tmp_path)!r})\n{body}")
@@ -46,6 +47,17 @@ def test_ranks_are_distinct_and_share_an_address_and_the_cores(launch, monkeypat
     assert (first["RANK"], second["RANK"]) == ("0", "1") == (first["LOCAL_RANK"], second["LOCAL_RANK"])
     assert first["MASTER_PORT"] == second["MASTER_PORT"] and first["WORLD_SIZE"] == "2"
     assert int(first["OMP_NUM_THREADS"]) == runner.threads_per_process(2)
+
+
+def test_a_rank_imports_the_package_that_started_it(launch, tmp_path, monkeypatch):
+    """A checkout that is run in place need not be what the environment has installed."""
+    (tmp_path / "other" / "pipeline").mkdir(parents=True)
+    (tmp_path / "other" / "pipeline" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "other"))
+    out = launch("import pipeline\n(out / 'imported').write_text(pipeline.__file__ + '\\n' + os.environ['PYTHONPATH'])")
+    assert runner.run_ranks("job.py", [], 1) == 0
+    imported, path = (out / "imported").read_text().splitlines()
+    assert imported == pipeline.__file__ and path.endswith(f":{tmp_path}/other")
 
 
 def test_the_allocator_is_told_to_keep_memory_and_the_user_has_the_last_word(launch, monkeypatch):

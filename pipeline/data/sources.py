@@ -35,7 +35,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def check_hub_id(text: str, field: str) -> None:
-    """ValueError where a hub id is also a path from the working directory: the hub's libraries would read that instead."""
+    """ValueError where a hub id is also a path from the working directory: the hub's libraries would read that."""
     if os.path.exists(text):
         raise ValueError(
             f"{field} '{text}' is a hub id, but {Path(text).absolute()} exists and would be read instead: "

@@ -1,4 +1,6 @@
-"""Files that come with the package: launch scripts, DeepSpeed settings, recipes, job scripts. A checkout has them at its top, a wheel in this folder.
+"""Files that come with the package: launch scripts, DeepSpeed settings, recipes, job scripts.
+
+A checkout has them at its top, an installed package in this folder.
 
     shipped.launch_script("train.py")          # .../launch/train.py
     shipped.recipe("demo")                     # .../launch/recipes/demo.yaml; also by launch/recipes/demo.yaml
@@ -49,7 +51,7 @@ def _named(name: str, folder: str, suffix: str) -> Path | None:
 
 
 def environment() -> dict[str, str]:
-    """What lets a launch script import this very package: a checkout need not be the one that is installed, if any is."""
-    if FOLDER == _HERE:
+    """What lets a launch script import this very package: a checkout need not be what is installed."""
+    if (_HERE / "launch").is_dir():  # installed, and the child runs the same interpreter
         return {}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))}

@@ -25,10 +25,11 @@ def recipe(tmp_path_factory) -> Path:
     return write_recipe(folder, make_recipe(folder))
 
 
-def submit(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
+def submit(*arguments: str | Path, cwd: str | Path = "/", **environment: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SAP_", "SLURM_", "SBATCH_"))}
     clean |= {"SAP_PYTHON": sys.executable, "SAP_SITE_ENV": "/nowhere", **environment}
-    return subprocess.run([str(ROOT / "slurm/submit.sh"), *map(str, arguments)], env=clean, capture_output=True, text=True, cwd="/", timeout=60)
+    command = [str(ROOT / "slurm/submit.sh"), *map(str, arguments)]
+    return subprocess.run(command, env=clean, capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
@@ -81,7 +82,7 @@ def test_dry_run_prints_the_chain_and_touches_nothing(recipe):
         assert part in lines["train"]
     assert "--array=0,1,2,3,4,5,6,7,8" in lines["evaluate"] and lines["evaluate"].count("<train-") == 2
     assert [stage for stage in list(lines)[:-1] if "--hold" in lines[stage]] == ["prepare"], "released once all are submitted"
-    assert all("--train.lr=1e-3" in lines[stage] for stage in list(lines)[:-1])
+    assert all("--train.lr=0.001" in lines[stage] for stage in list(lines)[:-1])
     assert not (recipe.parent / "runs").exists()
 
 
@@ -90,6 +91,17 @@ def test_methods_choose_cells_and_a_report_of_their_own(recipe):
     assert "train-sap-" in both and "train-sap-" not in one and "direction" not in one and "train-sft-" in one
     report = re.compile(r"report-\w+")
     assert report.search(both).group() != report.search(one).group()
+
+
+def test_jobs_are_given_the_paths_that_overrides_have_where_they_are_submitted(recipe, tmp_path):
+    overrides = ["--data.task.source", "own.jsonl", "--output_dir", "$OWN/runs"]
+    found = submit(recipe, "--dry-run", "--", *overrides, cwd=tmp_path, OWN=str(tmp_path / "own"))
+    lines = found.stdout.splitlines()[:-1]
+    assert lines and all(f'--data.task.source="{tmp_path}/own.jsonl"' in line for line in lines), found.stderr
+    assert all(f'--output_dir="{tmp_path}/own/runs"' in line for line in lines)
+    assert all(f"--output={tmp_path}/own/runs/tiny/slurm/logs/" in line for line in lines)
+    found = submit("launch/recipes/llama_7b_sap.yaml", "--dry-run", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert f'{ROOT}/launch/recipes/llama_7b_sap.yaml --output_dir="{tmp_path}/runs"' in found.stdout, found.stderr
 
 
 def test_what_is_complete_is_left_out(recipe, tmp_path):
