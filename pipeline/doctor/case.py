@@ -17,6 +17,7 @@ from torch import nn
 from pipeline import artifacts, checks, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, check_divides, micro_batches, pair_batches
 from pipeline.layout import Layout
+from pipeline.model_checks import check_model
 from pipeline.model_files import resolve_model_path
 from pipeline.models import decoder_layers, load_tokenizer, outline, resolve_dtype
 from pipeline.recipe import Cell, Experiment
@@ -95,6 +96,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
 def _check(experiment: Experiment, cell: Cell) -> None:
     """What can be known to be wrong before weights are read. Data sources are left alone: they may not be there yet."""
     train, sap, ranks = cell.recipe.train, cell.recipe.sap, environment()[1]
+    check_model(experiment.base)
     model = outline(experiment.base.model)
     checks.check_training("train", train, experiment.base, model, ranks)
     check_divides("sap.safety", sap.safety_batch_size, sap.safety_micro_batch_size, ranks)
