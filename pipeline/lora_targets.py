@@ -34,12 +34,12 @@ def adapted_modules(
         found, stray = [name for name in linears if name != head], []
     else:
         found, stray = ([name for name in names if re.fullmatch(targets, name)] for names in (linears, others))
-        if not found and not stray:
-            example = next(iter(linears), "model.layers.0.self_attn.q_proj")
-            raise ValueError(
-                f"{where} '{targets}' matches no linear module: as a string it is a regular expression for whole names such as {example}; "
-                f"give a list to name their last parts, which are {last_parts}"
-            )
+    if not found and not stray:
+        example = next(iter(linears), "model.layers.0.self_attn.q_proj")
+        raise ValueError(
+            f"{where} '{targets}' matches no linear module: as a string it is all-linear, for all but the head, or a regular expression for "
+            f"whole names such as {example}; give a list to name their last parts, which are {last_parts}"
+        )
     if stray:
         raise ValueError(f"{where} takes in {stray[0]}, which is no linear module: leave it out; linear ones are {last_parts}")
     return found

@@ -104,7 +104,7 @@ class LoraSection(Section):
     r: Positive = Field(8, description="Rank")
     alpha: Annotated[float, Field(gt=0)] = Field(16, description="Scaling numerator; the update is scaled by alpha / r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout probability before A")
-    target_modules: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] = Field(
+    target_modules: list[str] | str = Field(
         ["q_proj", "v_proj"],
         description="Linear modules to adapt: a list of names, all-linear (all but the head), or a regular expression for whole names",
     )
@@ -122,6 +122,8 @@ class LoraSection(Section):
     @field_validator("target_modules")
     @classmethod
     def _pattern(cls, value: list[str] | str) -> list[str] | str:
+        if not value:
+            raise ValueError("must name at least one module, e.g. [q_proj, v_proj] or all-linear")
         if isinstance(value, str):
             try:
                 re.compile(value)

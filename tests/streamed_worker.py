@@ -32,14 +32,17 @@ SAP = SapSection(enabled=True, probe_step="rms", beta=0.02, noise_every=0, corre
 LOADS = [(adapter, dtype, tied) for adapter in ("lora", "full") for dtype in ("float32", "bfloat16") for tied in (True, False)]
 
 
-def start(folder: Path, engine: str, adapter: str = "lora", tied: bool = True, checkpointing: bool = False, **section: str) -> Engine:
-    """The engine on the model in folder/tied or folder/untied."""
-    location = str(folder / ("tied" if tied else "untied"))
+def start(
+    folder: Path, engine: str, adapter: str = "lora", tied: bool = True, checkpointing: bool = False, lora: LoraSection = LORA,
+    model_name: str | None = None, **section: str,
+) -> Engine:  # fmt: skip
+    """The engine on the model in folder/tied or folder/untied, or the one named."""
+    location = str(folder / (model_name or ("tied" if tied else "untied")))
     config = folder / "ds.json"
     zero = {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 100}
     artifacts.write_json(config, {"zero_optimization": zero})
     train = TrainSection(
-        engine=engine, adapter=adapter, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, lora=LORA, ds_config=config,
+        engine=engine, adapter=adapter, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, lora=lora, ds_config=config,
         gradient_checkpointing=checkpointing, adam_eps=ADAM_EPS,
     )  # fmt: skip
     model, sources = open_model(ModelSection(path=location, **{"dtype": "float32", **section}), location, sharded=engine != "single")
@@ -151,7 +154,29 @@ def direction(folder: Path, engine: str) -> dict[str, Any]:
     return results
 
 
-CASES = (loads, quantised, products, direction)
+def tied_head(folder: Path, engine: str) -> dict[str, torch.Tensor]:
+    """The adapter of a head that shares the embedding's weight, trained; the model with it added is in folder/merged."""
+    opened = start(folder, engine, lora=LORA.model_copy(update={"target_modules": ["q_proj", "lm_head"]}))
+    trained = run(opened, sap=False)
+    section = ModelSection(path=str(folder / "tied"), dtype="float32")
+    save_merged(opened, section.path, section, folder / f"{engine}-head", make_tokenizer())
+    opened.barrier()
+    return trained
+
+
+def damaged(folder: Path, engine: str) -> list[str]:
+    """What each rank says of a weight that is not finite in the part that the last one reads."""
+    try:
+        start(folder, engine, model_name="damaged")
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    every = [""] * WORLD
+    torch.distributed.all_gather_object(every, said)
+    return every
+
+
+CASES = (loads, quantised, products, direction, tied_head, damaged)
 
 
 def main(rank: int, engine: str, folder: str) -> None:

@@ -6,11 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from pipeline import artifacts, checks, recipe, strict_yaml
+from pipeline import artifacts, checks, recipe, stages, strict_yaml
 from pipeline.cli import main
 from pipeline.data import builtin
+from pipeline.evaluation.shards import WHOLE
 from pipeline.layout import Layout
+from pipeline.models import load_tokenizer
+from pipeline.sections import ModelSection
 from tests.project import make_project, run, write_jsonl, write_recipe
 
 
@@ -53,6 +57,8 @@ CASES = {
     "missing ds_config": (["--train.ds_config", "nowhere.json"], [f"ds_config {Path.cwd()}/nowhere.json does not exist"]),
     "adapter targets": (["--train.lora.target_modules", "[q_proj, w_proj]"], ["train.lora.target_modules names 'w_proj'", "q_proj"]),
     "adapter targets of align": (["--align.train.lora.target_modules", "[c_attn]"], ["align.train.lora.target_modules names 'c_attn'"]),
+    "sequences beyond the model's positions": (["--data.max_length", "257"], ["data.max_length is beyond the 256 positions", "set it to 256"]),
+    "a pattern of targets that matches nothing": (["--train.lora.target_modules", "q_proj"], ["regular expression for whole names"]),
     "4 bits and all weights": (
         ["--model.quantization", "nf4", "--train.adapter", "full"], ["train.adapter full cannot train weights in 4 bits", "model.quantization to none"]
     ),
@@ -106,6 +112,64 @@ def test_tokenizer_without_chat_template(project, capsys, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     assert "no chat template" in refused(capsys, folder, content, "--model.path", str(tmp_path / "model"))
+
+
+def cut(model: Path) -> None:
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:-1000])
+
+
+def other_width(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
+
+
+def more_tokens(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(model)
+
+
+def garbled_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "none such", "vocab": {"a": 0}}}))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (cut, ["model.safetensors is cut short"]),
+        (other_width, ["model.layers.0.mlp.gate_proj.weight is 64 x 32 in model.safetensors, but config.json makes it 65 x 32"]),
+        (more_tokens, ["'<tool>' is", "resize_token_embeddings"]),
+        (garbled_tokenizer, ["the tokenizer of model.path", "cannot be read"]),
+    ],
+)
+def test_a_damaged_model_folder(project, capsys, tmp_path, damage, expected):
+    folder, content = project
+    shutil.copytree(folder / "model", tmp_path / "model")
+    damage(tmp_path / "model")
+    sentence = refused(capsys, folder, content, "--model.path", str(tmp_path / "model"))
+    assert all(part in sentence for part in [str(tmp_path / "model"), *expected]), sentence
+    assert "hub" not in sentence and "network" not in sentence
+
+
+def test_eos_of_the_config_serves_a_tokenizer_without(project, tmp_path):
+    folder, content = project
+    shutil.copytree(folder / "model", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in ("eos_token", "pad_token")}))
+    tokenizer = load_tokenizer(ModelSection(path=str(tmp_path / "model")))
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+
+
+def test_a_prompt_that_leaves_no_room_for_its_answer(project, monkeypatch):
+    """Seen before weights are read; which prompts there are, the recipe alone does not tell."""
+    folder, content = project
+    layout = Layout(recipe.load(write_recipe(folder, content)))
+    monkeypatch.setattr(stages, "_verify_upstream", lambda _: None)
+    monkeypatch.setattr(stages, "_evaluation_sets", lambda _: {"harmful": [{"prompt": "\u20ac" * 100}]})
+    with pytest.raises(ValueError, match=r"evaluate.max_new_tokens 6 .* 256 positions"):
+        stages._check_evaluation(layout, next(iter(layout.subjects())), WHOLE)
 
 
 @pytest.mark.parametrize(

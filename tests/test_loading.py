@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.loading import load_whole, open_model
-from pipeline.models import load_model, make_trainable
+from pipeline.model_facts import read_facts
+from pipeline.models import check_weights, load_model, make_trainable, outline
 from pipeline.sections import LoraSection, ModelSection, TrainSection
-from pipeline.weights import fill
+from pipeline.weights import WeightFiles, fill, not_finite
 from tests import measure_loading
+from tests.model_folder import change, make_folder
 from tests.tiny import FAMILIES, family_model
 
 
@@ -95,6 +97,70 @@ def test_a_weight_that_is_missing_is_not_drawn_at_random(tmp_path):
     rename(tmp_path, "model.norm.weight", "model.norm.gone")
     with pytest.warns(UserWarning, match="is loaded whole"), pytest.raises(ValueError, match=r"lacks the weight model.norm.weight"):
         open_model(section(location), location, sharded=True)
+
+
+def damage(folder: Path, name: str, value: float) -> None:
+    for path in folder.glob("*.safetensors"):
+        state = load_file(path)
+        if name in state:
+            state[name].view(-1)[-1] = value
+            save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, quantization, value, word):
+    location, name = saved(tmp_path), "model.layers.2.mlp.up_proj.weight"
+    damage(tmp_path, name, value)
+    with pytest.raises(ValueError, match=rf"model.path '{location}': weight {name} holds {word}"):
+        load_whole(section(location, quantization=quantization), location)
+
+
+def test_large_weights_whose_sum_overflows_are_finite():
+    huge = torch.full((100,), 3e38)
+    assert not_finite(huge) is None and not_finite(torch.tensor([1, 2])) is None
+    assert not_finite(torch.cat([huge, torch.tensor([float("nan")])])) == "NaN"
+    assert not_finite(torch.tensor([[0.0, float("inf")]]).bfloat16()) == "infinity"
+
+
+def test_files_are_held_against_the_models_outline(tmp_path):
+    location = saved(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    outlined, label = outline(section(location)), f"model.path {location}"
+
+    def check() -> None:
+        check_weights(outlined, read_facts(section(location), tmp_path).tensors, label)
+
+    check()
+    rename(tmp_path, "model.", "transformer.model.")  # transformers may know what they are
+    check()
+    rename(tmp_path, "transformer.model.", "model.")
+    path = next(path for path in tmp_path.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    state = load_file(path)
+    save_file(state | {"model.norm.weight": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match=rf"model.path {location}: model.norm.weight is 3 in {path.name}, but config.json makes it 35"):
+        check()
+    with pytest.warns(UserWarning, match="is loaded whole"), pytest.raises(ValueError, match=r"model.norm.weight is \(3,\) in the files"):
+        open_model(section(location), location, sharded=True)
+    del state["model.norm.weight"]
+    save_file(state, path)
+    index = tmp_path / "model.safetensors.index.json"
+    mapping = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {name: file for name, file in mapping.items() if name != "model.norm.weight"}}))
+    with pytest.raises(ValueError, match="lacks the weight model.norm.weight"):
+        check()
+
+
+def test_a_hub_models_files_are_looked_at_once_they_are_here(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    change(make_folder(snapshot) / "tokenizer_config.json", pad_token="[PAD]")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("pipeline.loading.weight_files", lambda *_: WeightFiles(snapshot))
+    with pytest.raises(ValueError, match=r"model.path owner/name: pad_token '\[PAD\]' has id 20, but the embedding has 20 rows"):
+        open_model(section("owner/name"), "owner/name", sharded=True)
 
 
 def test_a_persistent_buffer_comes_from_the_files(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The recipe: which layer wins, what is refused, what is hidden, and that every field says what it is for."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,11 @@ def test_a_part_and_a_mapping_are_merged():
     assert parse_overrides(["--train.lr=3", "--train={steps: 2}"]) == {"train": {"lr": 3, "steps": 2}}
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ".*q_proj", ["q_proj"]])
+def test_targets_of_an_adapter(tmp_path, targets):
+    assert load(tmp_path, content(), f"--train.lora.target_modules={json.dumps(targets)}").base.train.lora.target_modules == targets
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -227,6 +233,11 @@ def test_a_part_and_a_mapping_are_merged():
         (["--methods.sft.sap.layers=5"], "'sap.layers' is 5, but"),
         (["--methods=[1]"], "'methods' is [1], but: input should be a valid dictionary"),
         (["--methods={5: {}}"], "'methods.5' is 5, but: input should be a valid string"),
+        (["--train.lora.target_modules=5"], "'train.lora.target_modules' is 5, but: it takes list of str | str"),
+        (["--train.lora.target_modules=[]"], "train.lora.target_modules: must name at least one module"),
+        (["--train.lora.target_modules='('"], "train.lora.target_modules: '(' is no regular expression (missing )"),
+        (["--train.lora.modules_to_save=[lm_head]"], "train.lora: modules_to_save is not supported: no whole module is trained beside an adapter"),
+        (["--align.train.lora.modules_to_save=[lm_head]"], "align.train.lora: modules_to_save is not supported"),
         (["--train.lora.rank=3"], "unknown key 'train.lora.rank'; the nearest known one is 'train.lora."),
         (["--train.lr=-1"], "'train.lr' is -1, but: input should be greater than 0"),
     ],

@@ -21,6 +21,9 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("streamed")
     for name in ("tied", "untied"):
         family_model("qwen2", name == "tied").save_pretrained(path / name, max_shard_size="20KB")
+    damaged = family_model("qwen2", tied=True)
+    damaged.model.layers[1].mlp.up_proj.weight.data[-1, -1] = float("nan")
+    damaged.save_pretrained(path / "damaged")
     return path
 
 
@@ -100,6 +103,24 @@ def test_a_merged_model_is_what_peft_merges(found, folder, engine, dtype):
     expected = adapted.merge_and_unload().to(getattr(torch, dtype)).state_dict()
     model, report = AutoModelForCausalLM.from_pretrained(folder / f"{engine}-lora-{dtype}", output_loading_info=True)
     assert not any(report.values()) and all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapted_head_that_was_tied_is_the_single_process_one_and_merges(found, folder, engine):
+    trained, start = found[engine]["tied_head"], load_model(str(folder / "tied"), torch.float32)
+    expected = worker.tied_head(folder, "single")
+    update = torch.sqrt(sum(t.double().square().sum() for name, t in expected.items() if "lora_B" in name)).item()
+    assert distance(trained, expected) / update < 1e-4
+    merged, report = AutoModelForCausalLM.from_pretrained(folder / f"{engine}-head", output_loading_info=True)
+    a, b = (next(t for name, t in trained.items() if f"lm_head.lora_{part}" in name) for part in "AB")
+    assert not any(report.values()) and torch.equal(merged.model.embed_tokens.weight, start.model.embed_tokens.weight)
+    assert torch.equal(merged.lm_head.weight, start.lm_head.weight + (b @ a) * (worker.LORA.alpha / worker.LORA.r))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_weight_that_is_not_finite_is_named_by_all_ranks_together(found, folder, engine):
+    first, second = found[engine]["damaged"]
+    assert first == second and f"model.path '{folder / 'damaged'}': weight model.layers.1.mlp.up_proj.weight holds NaN" in first
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

@@ -19,6 +19,7 @@ from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batch
 from pipeline.devices import environment
 from pipeline.layer_choice import probed_layers
 from pipeline.layout import Layout
+from pipeline.model_checks import check_model
 from pipeline.model_files import resolve_model_path
 from pipeline.model_outline import outlined
 from pipeline.models import decoder_layers, load_tokenizer, resolve_dtype
@@ -98,6 +99,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
 def _check(experiment: Experiment, cell: Cell) -> None:
     """What can be known to be wrong before weights are read. Data sources are left alone: they may not be there yet."""
     train, sap, ranks = cell.recipe.train, cell.recipe.sap, environment()[1]
+    check_model(experiment.base)
     facts = outlined(experiment.base.model)
     checks.check_training("train", train, experiment.base, facts, ranks)
     probed_layers(sap.layers, len(facts.layers))

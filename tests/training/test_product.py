@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline.loading import open_model
-from pipeline.models import make_trainable
+from pipeline.models import add_lora, check_targets, make_trainable
 from pipeline.sections import LoraSection, ModelSection, TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.launch import open_engine
@@ -55,6 +56,53 @@ def test_adapter_and_merged_model_answer_alike(model_folder, tmp_path):
     assert torch.equal(logits(load_adapter(base, tmp_path / "out" / "adapter")), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     assert torch.allclose(logits(merged), expected, atol=1e-4) and merged.config.use_cache
+
+
+@pytest.mark.parametrize(
+    ("tied", "own_names", "stored"),
+    [(True, True, "embedding"), (True, False, "embedding"), (True, True, "head"), (False, True, "both")],
+    ids=["tied", "tied, other names", "tied, stored as the head", "untied"],
+)
+def test_an_adapted_head_merges_into_what_was_trained(tmp_path, tied, own_names, stored):
+    """Where the head shares the embedding's weight, adding the adapter to that weight would change what the model reads, too."""
+    model = family_model("llama", tied)
+    (model if own_names else model.model).save_pretrained(tmp_path / "base")
+    if stored == "head":
+        state = load_file(tmp_path / "base" / "model.safetensors")
+        state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+        save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    train = TrainSection(engine="single", steps=1, export_merged=True, lora=LoraSection(r=5, target_modules=["q_proj", "lm_head"]))
+    engine, section = trained(tmp_path / "base", train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        save_product(engine, train, section.path, section, tmp_path / "out", make_tokenizer())
+    expected = logits(engine.module)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert (logits(base) - expected).abs().max() > 0.1, "the adapter does something"
+    assert torch.equal(logits(load_adapter(base, tmp_path / "out" / "adapter")), expected)
+    merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", output_loading_info=True)
+    assert not any(report.values()) and not merged.config.tie_word_embeddings
+    assert torch.allclose(logits(merged), expected, atol=1e-4)
+    embeddings = (m.get_input_embeddings().weight for m in (merged, family_model("llama", tied)))
+    assert torch.equal(*embeddings), "the adapter is the head's alone"
+
+
+@pytest.mark.parametrize(("targets", "count"), [("all-linear", 7 * 4), (r".*\.[1-2]\..*(q|k)_proj", 4), (["self_attn.q_proj", "lm_head"], 5)])
+def test_the_modules_that_peft_adapts_are_those_that_were_checked(targets, count):
+    model = family_model("llama", tied=False)
+    lora = LoraSection(r=2, target_modules=targets)
+    names = check_targets(model, lora, "train")
+    adapted = add_lora(model, lora, seed=0)
+    found = [name.removeprefix("base_model.model.") for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    assert found == names and len(names) == count
+
+
+def test_transposed_weights_are_not_adapted():
+    """GPT-2's: PEFT's all-linear would take them, and B A be added the wrong way round when merged."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20))
+    for targets, expected in (("all-linear", "matches no linear module"), (["c_attn"], "names 'c_attn'"), (".*c_attn", "no linear module")):
+        with pytest.raises(ValueError, match=expected):
+            check_targets(model, LoraSection(target_modules=targets), "train")
 
 
 def test_a_fully_trained_model_is_what_was_trained(model_folder, tmp_path):
