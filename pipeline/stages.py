@@ -29,7 +29,7 @@ from pipeline.evaluation.evaluate import Measured, conclude, measure
 from pipeline.evaluation.placement import place
 from pipeline.evaluation.shards import WHOLE, Shard
 from pipeline.filtering.embeddings import embed, resolve_layer
-from pipeline.filtering.filter import check_labels, decide, kept
+from pipeline.filtering.filter import check_labels, decide, highest_scored, kept
 from pipeline.filtering.filter import write as write_decision
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
@@ -123,6 +123,8 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
             run.log_artifact(target / "scores.png")
         for sentence in decision.warnings:
             print(f"warning: {sentence} (every score is in {target}, with a picture)", file=sys.stderr, flush=True)
+        for line in highest_scored(decision):
+            print(line, file=sys.stderr, flush=True)
     return True
 
 
