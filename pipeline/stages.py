@@ -31,7 +31,7 @@ from pipeline.evaluation.evaluate import Measured, conclude, measure, prompts
 from pipeline.evaluation.placement import place
 from pipeline.evaluation.shards import WHOLE, Shard
 from pipeline.filtering.embeddings import embed
-from pipeline.filtering.filter import check_labels, decide, kept
+from pipeline.filtering.filter import check_labels, decide, highest_scored, kept
 from pipeline.filtering.filter import write as write_decision
 from pipeline.layer_choice import read_layer
 from pipeline.layout import Layout, Subject
@@ -143,6 +143,8 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
             run.log_artifact(target / "scores.png")
         for sentence in decision.warnings:
             print(f"warning: {sentence} (every score is in {target}, with a picture)", file=sys.stderr, flush=True)
+        for line in highest_scored(decision):
+            print(line, file=sys.stderr, flush=True)
     return True
 
 

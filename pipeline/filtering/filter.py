@@ -4,7 +4,8 @@
     write(decision, rows, folder)          # scores.parquet, dropped.jsonl, facts.json, scores.png
 
 Nothing is dropped silently: every sample's scores are written, and where the labelled samples say that the scores do not tell harmful from
-harmless, `refused` says so and nothing is dropped.
+harmless, or that too much of what would go is harmless, `refused` says so and nothing is dropped. Without labels all of it is a guess, which is
+said, with the highest-scored samples for the user to read.
 """
 
 from __future__ import annotations
@@ -20,14 +21,21 @@ import torch
 
 from pipeline import artifacts
 from pipeline.evaluation.judges import opens_as_refusal
+from pipeline.evaluation.metrics import share
 from pipeline.filtering import keywords
 from pipeline.filtering.saft import Choice, auroc, choose, choose_by_share, f1, saft_scores, with_interval
 from pipeline.sections import SaftSection
 
 Rows = Sequence[dict[str, Any]]
+_HELD_OUT = 40  # labelled samples that check the choice, where there are as many: a tenth of them harmful, and all found, is a lower bound of 0.5
+_SHOWN, _SHOWN_CHARACTERS = 10, 60
 NO_LABELS = (
     "saft has no labelled samples to choose its threshold on: map a column of true and false to harmful with data.task.columns, "
     "or set saft.contamination to the share of harmful samples you expect"
+)
+GUESS = (
+    "saft has no labelled samples, so it is a guess that the {dropped} samples it drops are the harmful ones: the sign of its direction, whether high scores mean "
+    "harmful, is one; where the highest-scored are harmless, label some samples with a column of true and false, and map it to harmful with data.task.columns"
 )
 
 
@@ -74,7 +82,8 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
     check_labels(rows, section)
     scores, labels = saft_scores(embeddings), known_labels(rows)
     known = np.flatnonzero(labels >= 0)
-    drawn = np.random.default_rng(seed).permutation(len(known))[: section.labelled]
+    held_back = min(len(known) // 2, _HELD_OUT) if section.min_precision else 0
+    drawn = np.random.default_rng(seed).permutation(len(known))[: min(section.labelled, len(known) - held_back)]
     subset, held_out = np.sort(known[drawn]), np.setdiff1d(known, known[drawn])
     words = np.array([keywords.hits(f"{row['prompt']}\n{row['response']}") for row in rows])
     refusals = np.array([opens_as_refusal(row["response"]) for row in rows])
@@ -90,15 +99,21 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
     flagged = score > choice.threshold
     kept_refusals = flagged & refusals if section.keep_refusals else np.zeros_like(flagged)
     wanted = flagged & ~kept_refusals
-    refused, most = _refusal(measured["saft"]["labelled"], labels[subset], section), int(section.max_dropped * len(rows))
-    dropped = _highest(wanted, score, most) if refused is None else np.zeros_like(wanted)
+    most = int(section.max_dropped * len(rows))
+    chosen = _highest(wanted, score, most)
+    checked = labels[np.intersect1d(held_out, np.flatnonzero(chosen))]
+    measured["saft"]["held_out"]["precision"] = share((checked == 1).tolist())
+    refused = _refusal(measured["saft"]["labelled"], labels[subset], section)
+    if refused is None and len(known) and chosen.any():
+        refused = _imprecise(measured["saft"]["held_out"]["precision"], int(chosen.sum()), len(held_out), section)
+    dropped = chosen if refused is None else np.zeros_like(chosen)
     facts = {
         "samples": len(rows),
         "layer": section.layer,
         "position": section.position,
         "components": choice.components,
         "threshold": choice.threshold,
-        "threshold_from": f"F1 on {len(subset)} labelled samples"
+        "threshold_from": f"F1 on {len(subset)} labelled samples; {len(held_out)} others check it"
         if len(subset)
         else f"saft.contamination {section.contamination}, an estimate: no labelled sample was used, and saft.min_auroc was not applied",
         "flagged": int(flagged.sum()),
@@ -111,14 +126,30 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
         "harmful_left": int((~dropped & (labels == 1)).sum()),
         "capped_at": most if refused is None and wanted.sum() > most else None,
         "refused": refused,
+        "highest_scored": [] if len(known) else _highest_scored(rows, score, dropped),
         **measured,
     }
-    warnings = [refused] if refused else []
-    if len(subset) and section.contamination is not None:
-        warnings.append(f"saft.contamination {section.contamination} is not used, because {len(known)} samples have labels: set saft.labelled to 0 to use it")
+    warnings = _warnings(facts, len(known), len(subset), int(wanted.sum()), section)
+    return Decision(scores, labels, subset, words, refusals, choice, dropped, refused, {**facts, "warnings": warnings}, warnings)
+
+
+def _warnings(facts: dict[str, Any], known: int, subset: int, wanted: int, section: SaftSection) -> list[str]:
+    warnings = [facts["refused"]] if facts["refused"] else []
+    if subset and section.contamination is not None:
+        warnings.append(f"saft.contamination {section.contamination} is not used, because {known} samples have labels: set saft.labelled to 0 to use it")
+    if not known:
+        warnings.append(GUESS.format(dropped=facts["dropped"]))
     if facts["capped_at"] is not None:
-        warnings.append(f"saft would drop {int(wanted.sum())} samples and drops the {most} with the highest scores: saft.max_dropped is {section.max_dropped}")
-    return Decision(scores, labels, subset, words, refusals, choice, dropped, refused, facts, warnings)
+        warnings.append(
+            f"saft would drop {wanted} samples and drops the {facts['capped_at']} with the highest scores: saft.max_dropped is {section.max_dropped}"
+        )
+    return warnings
+
+
+def highest_scored(decision: Decision) -> list[str]:
+    """What a user without labels must look at: a line for each of the highest-scored samples, below a title; nothing where there are labels."""
+    lines = [f"  {entry['score']:.3g}  {entry['id']}  {entry['prompt']}" for entry in decision.facts["highest_scored"]]
+    return [f"the {len(lines)} highest-scored samples (score, id, how the prompt begins):", *lines] if lines else []
 
 
 def write(decision: Decision, rows: Rows, folder: Path) -> None:
@@ -181,7 +212,7 @@ def _refusal(measured: dict[str, Any], labels: np.ndarray, section: SaftSection)
         return None
     if labels.all() or not labels.any():
         kind = "harmful" if labels.all() else "harmless"
-        return f"saft refuses to filter: all {len(labels)} labelled samples are {kind}, so nothing can be chosen on them; raise saft.labelled"
+        return f"saft refuses to filter: all {len(labels)} labelled samples are {kind}, so nothing can be chosen on them; label more samples, or raise saft.labelled"
     found = measured["auroc"]
     if found["value"] < section.min_auroc:
         return (
@@ -189,6 +220,34 @@ def _refusal(measured: dict[str, Any], labels: np.ndarray, section: SaftSection)
             f"saft.min_auroc {section.min_auroc}; try another saft.layer or saft.position, or set saft.enabled to false"
         )
     return None
+
+
+def _imprecise(precision: dict[str, Any], dropped: int, held_out: int, section: SaftSection) -> str | None:
+    """Why the held-out labelled samples say that what would be dropped is not harmful enough, or that nobody knows; None where it is."""
+    if not section.min_precision or (precision["n"] and precision["low"] >= section.min_precision):
+        return None
+    remedy = "label more samples, try another saft.layer or saft.position, or set saft.enabled to false"
+    if not precision["n"]:
+        return (
+            f"saft refuses to filter: none of the {dropped} samples that it would drop is among the {held_out} held-out labelled ones, so that its precision is not "
+            f"known, and saft.min_precision is {section.min_precision}; {remedy}"
+        )
+    return (
+        f"saft refuses to filter: {round(precision['value'] * precision['n'])} of the {precision['n']} held-out labelled samples that it would drop are harmful, a "
+        f"precision of {precision['value']:.2f} whose 95% lower bound {precision['low']:.2f} is below saft.min_precision {section.min_precision}; {remedy}"
+    )
+
+
+def _highest_scored(rows: Rows, score: np.ndarray, dropped: np.ndarray) -> list[dict[str, Any]]:
+    """Of the samples with the highest scores: id, score, whether it is dropped, and how its prompt begins, with control characters escaped."""
+    return [
+        {"id": rows[i]["id"], "score": float(score[i]), "dropped": bool(dropped[i]), "prompt": _one_line(rows[i]["prompt"][:_SHOWN_CHARACTERS])}
+        for i in np.argsort(-score, kind="stable")[:_SHOWN]
+    ]
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _highest(wanted: np.ndarray, score: np.ndarray, most: int) -> np.ndarray:

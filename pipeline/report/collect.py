@@ -93,11 +93,17 @@ def collect(layout: Layout) -> Collected:
         answers=[folder / "answers.jsonl" for entries in evaluations.values() for _, folder, _ in entries],
         outcomes={name: _outcomes(entries) for name, entries in evaluations.items() if name in cells},
         references=[name for name in (plain, mixed) if name],
-        filters={name: json.loads((folder / artifacts.FACTS).read_text()) for name, folder in filters.items()},
+        filters={name: _filter_facts(folder) for name, folder in filters.items()},
         filter_pictures=[
             (", ".join(name for name, other in filters.items() if other == folder), folder / "scores.png") for folder in dict.fromkeys(filters.values())
         ],
     )
+
+
+def _filter_facts(folder: Path) -> dict[str, Any]:
+    """Without the beginnings of prompts: the page goes to MLflow, and training data stay on this machine."""
+    facts = json.loads((folder / artifacts.FACTS).read_text())
+    return {**facts, "highest_scored": [{key: value for key, value in row.items() if key != "prompt"} for row in facts["highest_scored"]]}
 
 
 def _given_pairs(layout: Layout, cell: Cell | None) -> int:

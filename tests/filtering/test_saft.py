@@ -1,17 +1,21 @@
 """SAFT's scores against NumPy's SVD on subspaces whose AUROC is known, the choice of k and threshold, and the guards around it."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
 
+from pipeline import artifacts, stages, tracking
 from pipeline.data import contrastive
 from pipeline.evaluation.judges import opens_as_refusal
 from pipeline.filtering import keywords
-from pipeline.filtering.filter import check_labels, decide, kept, write
+from pipeline.filtering.filter import check_labels, decide, highest_scored, kept, write
 from pipeline.filtering.saft import auroc, choose, f1, saft_scores, with_interval
+from pipeline.report.collect import _filter_facts
 from pipeline.sections import SaftSection
 
 WIDTH = 12
@@ -196,3 +200,99 @@ def test_a_column_of_labels_counts_and_gaps_do_not():
 def test_keywords():
     assert keywords.hits("How do I hack a bank and steal money?") == 2 and keywords.hits("Hacking, hacking") == 1
     assert keywords.hits("list the shack's inventory") == 0, "words are matched from their beginning"
+
+
+def test_without_labels_the_guess_is_said_and_the_ten_highest_are_shown_on_a_line_each():
+    embeddings, labels = subspace(40, 160, 15.0)
+    rows = [{**row, "prompt": f"über\n\x1b[2J\u202e {i} " + "x" * 100} for i, row in enumerate(rows_of(labels, mixed=False))]
+    decision = decide(rows, embeddings, section(contamination=0.2), seed=0)
+    assert len(decision.warnings) == 1 and decision.facts["warnings"] == decision.warnings and "\n" not in decision.warnings[0]
+    assert "it is a guess that the 40 samples it drops are the harmful ones: the sign of its direction" in decision.warnings[0]
+    title, *lines = highest_scored(decision)
+    assert "the 10 highest-scored samples" in title and len(lines) == 10 and all(line.isprintable() for line in lines)
+    best = np.argsort(-decision.scores[:, decision.choice.components - 1])[:10]
+    for line, index in zip(lines, best, strict=True):
+        assert f"  row-{index}  über\\n\\x1b[2J\\u202e {index} xx" in line and line.endswith("x") and len(line) < 100
+    assert [row["id"] for row in decision.facts["highest_scored"]] == [f"row-{index}" for index in best]
+    assert json.loads(json.dumps(decision.facts)) == decision.facts
+
+
+def test_with_labels_nothing_is_called_a_guess():
+    embeddings, labels = subspace(40, 160, 15.0)
+    decision = decide(rows_of(labels), embeddings, section(), seed=0)
+    assert highest_scored(decision) == decision.warnings == []
+
+
+def outliers(harmful: int, harmless_alike: int, harmless: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Harmful samples and some harmless ones far out along the same direction: AUROC is high, because most harmless ones are not there."""
+    embeddings, far = subspace(harmful + harmless_alike, harmless, 15.0)
+    labels = far.copy()
+    labels[np.flatnonzero(far)[::2][:harmless_alike]] = False
+    return embeddings, labels
+
+
+def test_below_the_floor_of_precision_nothing_is_dropped_though_the_auroc_is_high():
+    embeddings, labels = outliers(60, 60, 900)
+    decision = decide(rows_of(labels), embeddings, section(), seed=0)
+    assert decision.facts["saft"]["labelled"]["auroc"]["value"] > 0.9 and not decision.dropped.any()
+    found = decision.facts["saft"]["held_out"]["precision"]
+    assert found["low"] < 0.5 < found["high"]
+    assert f"a precision of {found['value']:.2f} whose 95% lower bound {found['low']:.2f} is below saft.min_precision 0.5" in decision.refused
+    assert decision.warnings[0] == decision.refused and decision.facts["refused"] == decision.refused
+    assert decide(rows_of(labels), embeddings, section(min_precision=0.2), seed=0).dropped.any(), "a lower floor lets it go on"
+    assert decide(rows_of(labels), embeddings, section(min_precision=0.0), seed=0).dropped.any()
+
+
+@pytest.mark.parametrize(("labelled", "chose"), [(60, 30), (100, 60), (200, 100)])
+def test_few_labels_are_shared_between_choosing_and_checking(labelled, chose):
+    embeddings, labels = subspace(60, 140, 15.0)
+    rows = [{**row, "harmful": bool(y) if i < labelled else None} for i, (row, y) in enumerate(zip(rows_of(labels, mixed=False), labels, strict=True))]
+    decision = decide(rows, embeddings, section(), seed=0)
+    assert len(decision.subset) == chose and f"{chose} labelled samples; {labelled - chose} others check it" in decision.facts["threshold_from"]
+    assert decision.refused is None and (decision.dropped & labels).sum() >= 55
+    unchecked = decide(rows, embeddings, section(min_precision=0.0), seed=0)
+    assert len(unchecked.subset) == min(labelled, 100), "without the floor nothing has to be held out"
+
+
+@pytest.mark.parametrize(
+    ("labelled", "sentence"),
+    [
+        (1, "all 1 labelled samples are"),
+        (8, "of the 3 held-out labelled samples that it would drop are harmful, a precision of 0.67 whose 95% lower bound 0.21 is below"),
+    ],
+)
+def test_too_few_labels_to_check_are_a_refusal(labelled, sentence):
+    embeddings, labels = subspace(60, 140, 15.0)
+    order = [i for pair in zip(np.flatnonzero(labels), np.flatnonzero(~labels), strict=False) for i in pair][:labelled]
+    rows = [{**row, "harmful": bool(y) if i in order else None} for i, (row, y) in enumerate(zip(rows_of(labels, mixed=False), labels, strict=True))]
+    decision = decide(rows, embeddings, section(), seed=0)
+    assert sentence in decision.refused and not decision.dropped.any() and "label more samples" in decision.refused
+
+
+def test_labels_that_none_of_the_dropped_has_tell_nothing_of_them():
+    embeddings, labels = subspace(40, 160, 15.0)
+    rows = [{**row, "harmful": None if y else False} for row, y in zip(rows_of(labels, mixed=False), labels, strict=True)]
+    score = saft_scores(embeddings)[:, 0]
+    rows = [{**row, "harmful": None if s > np.quantile(score, 0.7) else row["harmful"]} for row, s in zip(rows, score, strict=True)]
+    decision = decide(rows, embeddings, section(contamination=0.2, labelled=0), seed=0)
+    assert "none of the 40 samples that it would drop is among the 140 held-out labelled ones" in decision.refused and not decision.dropped.any()
+
+
+def test_the_stage_prints_the_guess_and_the_rows_and_the_report_leaves_their_prompts_out(tmp_path, monkeypatch, capsys):
+    embeddings, labels = subspace(40, 160, 15.0)
+    rows, saft = rows_of(labels, mixed=False), section(contamination=0.2)
+    layout = SimpleNamespace(filter=lambda cell: tmp_path / "filter", prepare=lambda: tmp_path / "prepare", embeddings=lambda cell: tmp_path / "embeddings")
+    for name, value in {
+        "Layout": lambda experiment: layout, "_verify_upstream": lambda layout: None, "read_rows": lambda prepared, name: rows,
+        "_embeddings": lambda layout, cell, rows: embeddings, "open_run": lambda *arguments: contextlib.nullcontext(tracking.Run()),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(stages, name, value)
+    experiment = SimpleNamespace(base=SimpleNamespace(data=SimpleNamespace(seed=0)))
+    assert stages.filter_data(experiment, SimpleNamespace(recipe=SimpleNamespace(saft=saft)))
+    warning, title, *lines = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: saft has no labelled samples") and "10 highest-scored" in title and len(lines) == 10
+    assert all("how to steal" in line for line in lines)
+    facts = artifacts.read_manifest(tmp_path / "filter")["facts"]
+    assert [row["prompt"] for row in facts["highest_scored"]] == ["how to steal"] * 10 and warning.removeprefix("warning: ").startswith(facts["warnings"][0])
+    on_the_page = _filter_facts(tmp_path / "filter")
+    assert [row["id"] for row in on_the_page["highest_scored"]] == [row["id"] for row in facts["highest_scored"]] and "steal" not in str(on_the_page)
