@@ -174,3 +174,19 @@ def test_jobs_side_by_side_get_a_gpu_each(machine):
     assert [_one_gpu(slot) for slot in range(3)] == [{"CUDA_VISIBLE_DEVICES": name} for name in ("2", "0", "2")]
     machine()
     assert _one_gpu(0) == {}
+
+
+def test_a_launcher_that_starts_more_processes_than_gpus_is_told_so(monkeypatch):
+    import torch
+
+    from pipeline.sharding.launch import device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert device() == torch.device("cuda", 1)
+    for name, value in (("LOCAL_WORLD_SIZE", "4"), ("LOCAL_SIZE", "4"), ("LOCAL_RANK", "3")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="^4 processes were started on this machine, and each sees 2 GPUs: start at most 2"):
+            patch.setenv(name, value)
+            device()

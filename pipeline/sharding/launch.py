@@ -29,9 +29,11 @@ def device() -> torch.device:
         devices.gpus()  # they may be there, and torch unable to use them: the reason is a ValueError
         return torch.device("cpu")
     rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if rank >= count:
+    # Every rank says so where the launcher tells how many they are (torchrun, ours; deepspeed): the first one's sentence is the one that is printed.
+    started = max(rank + 1, *(int(os.environ.get(name) or 1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")))
+    if started > count:
         raise ValueError(
-            f"local rank {rank} has no GPU of its own: this process sees {count}, so that at most {count} may be started on this machine "
+            f"{started} processes were started on this machine, and each sees {count} GPU{'s' * (count > 1)}: start at most {count} "
             "(train.ranks, or the launcher's processes a node)"
         )
     return torch.device("cuda", rank)
