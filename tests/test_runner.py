@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline import runner, shipped
+from pipeline import devices, runner, shipped
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_rank_imports_the_package_that_started_it(launch, tmp_path, monkeypatc
 
 def test_the_allocator_is_told_to_keep_memory_and_the_user_has_the_last_word(launch, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
-    monkeypatch.setattr(runner, "_GPU_DEVICES", ())
+    monkeypatch.setattr(devices, "gpus", lambda: ())
     out = launch("(out / 'environment').write_text(json.dumps(dict(os.environ)))")
     assert runner.run_ranks("job.py", [], 1) == 0
     seen = json.loads((out / "environment").read_text())
