@@ -33,7 +33,8 @@ def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[Pre
     """
     dtype = resolve_dtype(section.dtype)
     if not Path(location).is_dir():
-        check_files(section, _files_of(location, section.revision).folder)  # they were not here when the recipe was checked
+        # They may not have been here when the recipe was checked.
+        check_files(section, _files_of(location, section.revision).folder)
     opened = _skeleton(location, dtype, section.attention, section.revision) if sharded or section.quantization == "nf4" else None
     model, sources = opened or (load_model(location, dtype, section.attention, section.revision), Sources())
     if section.quantization == "nf4":
@@ -108,7 +109,9 @@ def _placeholders(model: PreTrainedModel, files: WeightFiles, location: str) -> 
             owner._parameters[name] = new
         by_name[next(full for full, _, _ in held if full in files)] = new
     sources = Sources()
-    sources.update({by_name[name]: _noting(sources, file_source(files, name), location, name) for name in files if name in by_name})
+    for name in files:
+        if name in by_name:
+            sources[by_name[name]] = _noting(sources, file_source(files, name), location, name)
     return sources
 
 

@@ -70,9 +70,10 @@ def count_model(config: PretrainedConfig, train: TrainSection, dtype_bytes: int,
         raise ValueError("train.adapter full cannot train weights in 4 bits: set model.quantization to none, or train.adapter to lora")
     if nf4:
         check_quantisable(module, config.name_or_path)
-    layers, targets = decoder_layers(module), set(check_targets(module, train.lora, "train")) if train.adapter == "lora" else set()
-    first = {id(part) for part in layers[0].modules()}
-    linears = {name: (m.out_features, m.in_features) for name, m in module.named_modules() if id(m) in first and isinstance(m, nn.Linear)}
+    layers = decoder_layers(module)
+    targets = set(check_targets(module, train.lora, "train")) if train.adapter == "lora" else set()
+    first = {id(part) for part in layers[0].modules() if isinstance(part, nn.Linear)}
+    linears = {name: (m.out_features, m.in_features) for name, m in module.named_modules() if id(m) in first}
     dimension = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Counted(
         weights=tuple(_weights(module, layers, train, targets, dtype_bytes, nf4)),
