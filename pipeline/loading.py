@@ -109,7 +109,9 @@ def _placeholders(model: PreTrainedModel, files: WeightFiles, location: str) -> 
             owner._parameters[name] = new
         by_name[next(full for full, _, _ in held if full in files)] = new
     sources = Sources()
-    sources.update({by_name[name]: _noting(sources, file_source(files, name), location, name) for name in files if name in by_name})
+    for name in files:
+        if name in by_name:
+            sources[by_name[name]] = _noting(sources, file_source(files, name), location, name)
     return sources
 
 

@@ -1,4 +1,4 @@
-"""Which modules a LoRA adapts: train.lora.target_modules against the names of a model's linear modules, by PEFT's rules. No torch.
+"""Which modules a LoRA adapts: lora.target_modules against the names of a model's modules, by PEFT's rules. No torch.
 
     adapted_modules(train.lora.target_modules, ["model.layers.0.self_attn.q_proj", ..., "lm_head"], "lm_head", "train")
 """
@@ -16,9 +16,9 @@ def adapted_modules(
 ) -> list[str]:  # fmt: skip
     """Names of the adapted modules, in the order of `linears`.
 
-    targets: a list of names or of their last parts, `all-linear` (all but the head), or a regular expression that matches whole names.
-    head: name of the module that gives logits. field: whose targets these are, e.g. `train`. others: modules that are not linear.
-    Raises ValueError, one sentence, where a target is no linear module.
+    targets: a list of names or of their last parts, `all-linear` (all but the head), or a regular expression for whole
+    names. linears, others: names of the linear modules, and of the rest. head: the linear one that gives logits.
+    field: whose targets these are, e.g. `train`. Raises ValueError, one sentence, where a target is no linear module.
     """
     where = f"{field}.lora.target_modules"
     last_parts = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
@@ -37,11 +37,14 @@ def adapted_modules(
     if not found and not stray:
         example = next(iter(linears), "model.layers.0.self_attn.q_proj")
         raise ValueError(
-            f"{where} '{targets}' matches no linear module: as a string it is all-linear, for all but the head, or a regular expression for "
-            f"whole names such as {example}; give a list to name their last parts, which are {last_parts}"
+            f"{where} '{targets}' matches no linear module: as a string it is all-linear, for all but the head, "
+            f"or a regular expression for whole names such as {example}; "
+            f"give a list to name their last parts, which are {last_parts}"
         )
     if stray:
-        raise ValueError(f"{where} takes in {stray[0]}, which is no linear module: leave it out; linear ones are {last_parts}")
+        raise ValueError(
+            f"{where} takes in {stray[0]}, which is no linear module: leave it out; linear ones are {last_parts}"
+        )
     return found
 
 

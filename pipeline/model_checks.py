@@ -1,4 +1,4 @@
-"""Whether a model's files go with the recipe, before anything heavy: no torch, no transformers, under a second for a local folder.
+"""Whether a model's files go with the recipe, before anything heavy: headers and JSON are read, no torch, no weight.
 
     facts = check_model(recipe)                       # None where the files are not on this machine yet
     check_lora(facts, recipe.train, "train")
@@ -24,7 +24,7 @@ from pipeline.sections import ModelSection, TrainSection
 
 
 def check_model(recipe: Recipe) -> ModelFacts | None:
-    """What the model's files say, after holding them against each other and the recipe. Raises ValueError, one sentence.
+    """What the model's files say, held against each other and the recipe. ValueError, one sentence, for what is wrong.
 
     None where they are not all here: a hub model that is not in the cache, the built-in one before it was fetched.
     """
@@ -32,8 +32,12 @@ def check_model(recipe: Recipe) -> ModelFacts | None:
     if folder is None:
         return None
     facts = check_files(recipe.model, folder)
-    if facts.tokenizer.chat_template is None and Path(recipe.model.path).expanduser().is_dir():  # the hub's may not be in the cache yet
-        raise ValueError(f"{facts.label} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file")
+    # The template of a hub model may not be in the cache yet.
+    if facts.tokenizer.chat_template is None and Path(recipe.model.path).expanduser().is_dir():
+        raise ValueError(
+            f"{facts.label} has no chat template: "
+            "use an instruction-tuned model or set model.chat_template to a Jinja file"
+        )
     check_positions(facts.config, recipe)
     return facts
 
@@ -48,7 +52,7 @@ def check_files(section: ModelSection, folder: Path) -> ModelFacts:
 
 
 def local_folder(section: ModelSection) -> Path | None:
-    """The folder with all of a model's files, where they are on this machine. ValueError for a name that is no model."""
+    """The folder with a model's files, where all are on this machine. ValueError for a name that is no model."""
     location = model_location(section)
     if section.path.startswith("builtin:"):
         return Path(location) if artifacts.complete(Path(location)) else None
@@ -60,29 +64,34 @@ def local_folder(section: ModelSection) -> Path | None:
         found = try_to_load_from_cache(location, name, revision=section.revision)
         return Path(found) if isinstance(found, str) else None
 
-    config, index, single = (cached(name) for name in ("config.json", "model.safetensors.index.json", "model.safetensors"))
+    names = ("config.json", "model.safetensors.index.json", "model.safetensors")
+    config, index, single = (cached(name) for name in names)
     if config is None or not (cached("tokenizer.json") or cached("tokenizer.model") or cached("vocab.json")):
         return None
     if single is None:
         try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values()) if index else {""}
+            shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index else {""}
         except (ValueError, KeyError, TypeError, AttributeError):
             return config.parent  # broken: reading the facts says how
-        if not all((config.parent / name).is_file() for name in names):
+        if not all((config.parent / shard).is_file() for shard in shards):
             return None
     return config.parent
 
 
 def check_lora(facts: ModelFacts, train: TrainSection, field: str) -> list[str]:
-    """Names of the modules that a training section's LoRA adapts, as far as files tell; none for adapter full. ValueError for bad targets."""
+    """Names of the modules that a training section's LoRA adapts, as far as files tell; none for adapter full.
+
+    ValueError for targets that are no linear modules.
+    """
     if train.adapter == "full":
         return []
     modules = {name.rpartition(".")[0] for name in facts.tensors}
     modules |= {name[:end] for name in modules for end in range(len(name)) if name[end] == "."}
-    # Experts may be modules or not: transformers regroups those of most families. Whoever has the modules knows.
+    # Experts may be modules or not: transformers regroups those of most families. check_targets has the modules.
     experts = {name for name in modules if ".experts" in name}
     linears = [*facts.linears, *sorted(experts - set(facts.linears))]
-    found = adapted_modules(train.lora.target_modules, linears, facts.head, field, modules - set(linears) - {""})
+    others = sorted(modules - set(linears) - {""})
+    found = adapted_modules(train.lora.target_modules, linears, facts.head, field, others)
     return [name for name in found if name in facts.linears]
 
 
@@ -94,28 +103,30 @@ def _check_architecture(facts: ModelFacts) -> None:
     if known and kind not in known:
         own = ": it needs code of its own, which is not run" if facts.config.get("auto_map") else ""
         raise ValueError(
-            f"{facts.label} is of the type '{kind}', which transformers {version('transformers')} does not know as a causal language "
-            f"model{own}; give another model, or install a transformers that has it"
+            f"{facts.label} is of the type '{kind}', which transformers {version('transformers')} does not know as a "
+            f"causal language model{own}; give another model, or install a transformers that has it"
         )
     quantised = facts.config.get("quantization_config") or facts.text_config.get("quantization_config")
     if quantised:
         how = quantised.get("quant_method", "by a method of its own") if isinstance(quantised, dict) else quantised
         raise ValueError(
-            f"{facts.label} holds weights that are quantised already ({how}): give the original model; model.quantization nf4 trains it in 4 bits"
+            f"{facts.label} holds weights that are quantised already ({how}): give the original model; "
+            "model.quantization nf4 trains it in 4 bits"
         )
 
 
 @cache
 def _causal_models() -> frozenset[str]:
-    """The model types that AutoModelForCausalLM knows; none where transformers keeps its list elsewhere than its source has it now.
+    """The model types that AutoModelForCausalLM knows; none where transformers does not list them as it does now.
 
-    Read, not imported: the import brings in torch, seconds that a dry run does not take.
+    Read, not imported: the import brings in torch, and takes seconds.
     """
     spec = find_spec("transformers")
     source = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py" if spec and spec.origin else None
     for node in ast.parse(source.read_bytes()).body if source and source.is_file() else []:
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(target, ast.Name) and target.id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" and isinstance(node.value, ast.Call):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
+            continue
+        if ast.unparse(node.targets[0]) == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES":
             return frozenset(name for name, _ in ast.literal_eval(node.value.args[0]))
     return frozenset()
 
@@ -125,7 +136,10 @@ def _check_sizes(facts: ModelFacts) -> None:
     weights = ((name, tensor.dtype) for name, tensor in facts.tensors.items() if name.endswith(".weight"))
     coded = next(((name, dtype) for name, dtype in weights if dtype not in ("F16", "BF16", "F32", "F64")), None)
     if coded:
-        raise ValueError(f"{facts.label}: {coded[0]} is stored as {coded[1]}, not as floating point of 16 bits or more: give the original model")
+        raise ValueError(
+            f"{facts.label}: {coded[0]} is stored as {coded[1]}, not as floating point of 16 bits or more: "
+            "give the original model"
+        )
     if facts.embedding is None:
         return
     rows, width = facts.tensors[facts.embedding].shape
@@ -142,15 +156,18 @@ def _check_sizes(facts: ModelFacts) -> None:
     said = facts.number("num_hidden_layers", "n_layer", "num_layers")
     if said is None or not facts.layers:
         return
+    held = f"there are weights of {len(facts.layers)} layers"
     missing = next((index for index in range(said) if index not in facts.layers), None)
-    extra = max(facts.layers) + 1 - said
-    if missing is not None or extra > (facts.number("num_nextn_predict_layers") or 0):  # layers that predict further tokens are not loaded
-        held = f"there are weights of {len(facts.layers)} layers" + (f", none of layer {missing}" if missing is not None else "")
+    if missing is not None:
+        raise ValueError(_disagree(facts, f"num_hidden_layers {said}", f"{held}, none of layer {missing}"))
+    # Layers that predict further tokens stand behind the others, and are not loaded.
+    if max(facts.layers) + 1 - said > (facts.number("num_nextn_predict_layers") or 0):
         raise ValueError(_disagree(facts, f"num_hidden_layers {said}", held))
 
 
 def _disagree(facts: ModelFacts, said: str, found: str) -> str:
-    return f"{facts.label}: config.json says {said}, but {found}: config and weights are not of one model; copy both from the same place"
+    reason = f"config.json says {said}, but {found}"
+    return f"{facts.label}: {reason}: config and weights are not of one model; copy both from the same place"
 
 
 def _check_token_ids(facts: ModelFacts) -> None:
@@ -158,8 +175,8 @@ def _check_token_ids(facts: ModelFacts) -> None:
     tokenizer = facts.tokenizer
     if "eos_token" not in tokenizer.named and not facts.stop_ids:
         raise ValueError(
-            f"{facts.label} names no eos token, neither in tokenizer_config.json nor as eos_token_id in config.json: answers would never end; "
-            "set eos_token in tokenizer_config.json to the token that ends an answer"
+            f"{facts.label} names no eos token, neither in tokenizer_config.json nor as eos_token_id in config.json: "
+            "answers would never end; set eos_token in tokenizer_config.json to the token that ends an answer"
         )
     if facts.embedding is None:
         return
@@ -168,24 +185,33 @@ def _check_token_ids(facts: ModelFacts) -> None:
         number = tokenizer.id_of(name)
         if number is not None and number >= rows:
             raise ValueError(
-                f"{facts.label}: {name} '{tokenizer.named[name]}' has id {number:,}, but the embedding has {rows:,} rows: name a token in "
-                "tokenizer_config.json that has one, or resize the embedding with model.resize_token_embeddings and save the model again"
+                f"{facts.label}: {name} '{tokenizer.named[name]}' has id {number:,}, "
+                f"but the embedding has {rows:,} rows: name a token in tokenizer_config.json that has one, "
+                "or resize the embedding with model.resize_token_embeddings and save the model again"
             )
     beyond = next((number for number in sorted(facts.stop_ids) if number >= rows), None)
     if beyond is not None:
-        raise ValueError(f"{facts.label}: eos_token_id {beyond:,} is beyond the embedding's {rows:,} rows: set it to the id of eos_token")
+        raise ValueError(
+            f"{facts.label}: eos_token_id {beyond:,} is beyond the embedding's {rows:,} rows: "
+            "set it in config.json and generation_config.json to the id of eos_token"
+        )
     known = {**tokenizer.vocabulary, **tokenizer.added}
-    outside = {token: number for token, number in known.items() if number >= rows and token not in tokenizer.other_modalities}
+    exempt = tokenizer.other_modalities
+    outside = {token: number for token, number in known.items() if number >= rows and token not in exempt}
     if outside:
         first = min(outside, key=outside.__getitem__)
         raise ValueError(
-            f"{facts.label}: the tokenizer has ids up to {max(outside.values()):,} ('{first}' is {outside[first]:,}), but the embedding has {rows:,} "
-            "rows: resize it with model.resize_token_embeddings and save the model again, or give the model its own tokenizer"
+            f"{facts.label}: the tokenizer has ids up to {max(outside.values()):,} ('{first}' is {outside[first]:,}), "
+            f"but the embedding has {rows:,} rows: resize it with model.resize_token_embeddings and save the model "
+            "again, or give the model its own tokenizer"
         )
 
 
 def positions(config: dict[str, Any]) -> int | None:
-    """Tokens that a model of this config (config.json's content) has positions for, rope scaling included; None where it names no limit."""
+    """Tokens that a model has positions for, rope scaling included; None where its config names no limit.
+
+    config: config.json's content.
+    """
     text = decoder_config(config)
     limit = whole_number(text, "max_position_embeddings", "n_positions", "max_seq_len")
     if limit is None:
@@ -218,14 +244,19 @@ def check_positions(config: dict[str, Any], recipe: Recipe) -> None:
     for field, length in lengths.items():
         if length > limit:
             most = limit - 1 if field.startswith("evaluate") else limit
-            raise ValueError(f"{field} is beyond the {limit:,} positions of model.path {recipe.model.path}: set it to {most:,} at the most")
+            where = f"the {limit:,} positions of model.path {recipe.model.path}"
+            raise ValueError(f"{field} is beyond {where}: set it to {most:,} at the most")
 
 
 def check_prompts(config: dict[str, Any], lengths: Iterable[int], recipe: Recipe) -> None:
-    """ValueError where a prompt and its answer are longer than the model has positions for. lengths: tokens of each evaluation prompt."""
+    """ValueError where a prompt and its answer are longer than the model has positions for.
+
+    config: config.json's content. lengths: tokens of each evaluation prompt.
+    """
     limit, longest, new = positions(config), max(lengths, default=0), recipe.evaluate.max_new_tokens
     if limit is not None and longest + new > limit:
         raise ValueError(
-            f"the longest evaluation prompt has {longest:,} tokens, and with evaluate.max_new_tokens {new:,} its answer would end beyond the "
-            f"{limit:,} positions of model.path {recipe.model.path}: lower evaluate.max_new_tokens, or take the prompt out of its source"
+            f"the longest evaluation prompt has {longest:,} tokens, and with evaluate.max_new_tokens {new:,} "
+            f"its answer would end beyond the {limit:,} positions of model.path {recipe.model.path}: "
+            "lower evaluate.max_new_tokens, or take the prompt out of its source"
         )

@@ -11,9 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.file_headers import Tensor
 from pipeline.model_checks import local_folder
-from pipeline.model_facts import ModelFacts, Tensor, TokenizerFacts, read_facts
+from pipeline.model_facts import ModelFacts, read_facts
 from pipeline.sections import ModelSection
+from pipeline.tokenizer_facts import TokenizerFacts
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from transformers import PretrainedConfig, PreTrainedModel

@@ -29,8 +29,8 @@ from transformers import (  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from pipeline import devices, lean_imports  # noqa: E402
+from pipeline.file_headers import Tensor  # noqa: E402
 from pipeline.lora_targets import ALL_LINEAR, adapted_modules  # noqa: E402
-from pipeline.model_facts import Tensor  # noqa: E402
 from pipeline.model_files import model_location, resolve_model_path  # noqa: E402
 from pipeline.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
 from pipeline.weights import not_finite  # noqa: E402
@@ -52,10 +52,14 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise ValueError(unreachable(path, error)) from None
     except Exception as error:  # what the tokenizers library raises is no more than that
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the tokenizer of model.path '{path}' cannot be read ({first}): save it again with tokenizer.save_pretrained") from None
+        raise ValueError(
+            f"the tokenizer of model.path '{path}' cannot be read ({first}): save it again with "
+            "tokenizer.save_pretrained"
+        ) from None
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer of model.path '{path}' is a slow one, without character offsets: save it as tokenizer.json with a fast tokenizer"
+            f"the tokenizer of model.path '{path}' is a slow one, without character offsets: "
+            "save it as tokenizer.json with a fast tokenizer"
         )
     if section.chat_template is not None:
         if not section.chat_template.is_file():
@@ -79,8 +83,8 @@ def _configured_eos(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -
     token = tokenizer.convert_ids_to_tokens(number) if isinstance(number, int) else None
     if token is None:
         raise ValueError(
-            f"model.path '{section.path}' names no eos token, neither in tokenizer_config.json nor as eos_token_id in config.json: answers would never "
-            "end; set eos_token in tokenizer_config.json to the token that ends an answer"
+            f"model.path {section.path} names no eos token, neither in tokenizer_config.json nor as eos_token_id in "
+            "config.json: set eos_token in tokenizer_config.json to the token that ends an answer"
         )
     return token
 
@@ -104,7 +108,8 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision:
         raise ValueError(unreachable(path, error)) from None
     if report["mismatched_keys"]:
         name, found, wanted = min(report["mismatched_keys"])
-        raise ValueError(f"model.path '{path}': {name} is {tuple(found)} in the files, but config.json makes it {tuple(wanted)}: give a complete model")
+        sizes = f"{tuple(found)} in the files, but config.json makes it {tuple(wanted)}"
+        raise ValueError(f"model.path '{path}': {name} is {sizes}: copy config and weights from the same place")
     if report["missing_keys"]:
         raise ValueError(
             f"model.path '{path}' lacks the weight {min(report['missing_keys'])}, which transformers would draw at random: give a complete model"
@@ -119,7 +124,8 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision:
 
 def damaged_weight(path: str, name: str, problem: str) -> str:
     """The sentence for a weight that no training can start from."""
-    return f"model.path '{path}': weight {name} holds {problem}: the model was damaged, or saved by a training that diverged; give another one"
+    reason = "the model was damaged, or saved by a training that diverged"
+    return f"model.path '{path}': weight {name} holds {problem}: {reason}; give another one"
 
 
 def load_config(section: ModelSection) -> PretrainedConfig:
@@ -146,7 +152,7 @@ def without_weights(config: PretrainedConfig, path: str) -> PreTrainedModel:
 
 
 def check_targets(model: PreTrainedModel, lora: LoraSection, field: str) -> list[str]:
-    """Names of the modules that lora.target_modules adapts, in the model's order. ValueError where one of them is no linear module of it."""
+    """Names of the modules that lora.target_modules adapts, in the model's order. ValueError for targets it lacks."""
     names = {name: isinstance(module, nn.Linear) for name, module in model.named_modules() if name}
     head = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if module is head), None)
@@ -157,17 +163,20 @@ def check_targets(model: PreTrainedModel, lora: LoraSection, field: str) -> list
 def check_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], label: str) -> None:
     """ValueError where the files' tensors do not make up the model, an `outline`: a shape differs, or one is missing.
 
-    A missing one is looked for only where the files use the model's names: transformers may rename or regroup others while it loads them.
+    A missing one is looked for only where the files use the model's names: transformers renames or regroups others.
     """
     state, groups = model.state_dict(keep_vars=True), {}
     for name, tensor in state.items():
         groups.setdefault(id(tensor), []).append(name)  # names of tied weights share a tensor
         if name in tensors and tensors[name].shape != tuple(tensor.shape):
             found, wanted = (" x ".join(f"{size:,}" for size in shape) for shape in (tensors[name].shape, tensor.shape))
-            raise ValueError(f"{label}: {name} is {found} in {tensors[name].file}, but config.json makes it {wanted}: copy both from one place")
+            sizes = f"{found} in {tensors[name].file}, but config.json makes it {wanted}"
+            raise ValueError(f"{label}: {name} is {sizes}: copy config and weights from the same place")
     missing = [names[0] for names in groups.values() if not any(name in tensors for name in names)]
     if missing and tensors.keys() <= state.keys():
-        raise ValueError(f"{label} lacks the weight {missing[0]}, which transformers would draw at random: give a complete model")
+        raise ValueError(
+            f"{label} lacks the weight {missing[0]}, which transformers would draw at random: give a complete model"
+        )
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
@@ -179,8 +188,9 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_targets(model, lora), task_type="CAUSAL_LM"
-    )
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_targets(model, lora),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
@@ -191,7 +201,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> nn.Module:
 
 
 def _targets(model: PreTrainedModel, lora: LoraSection) -> list[str] | str:
-    """As PEFT takes them; all-linear as names, because PEFT's also takes in transposed weights, which are not merged."""
+    """As PEFT takes them; all-linear as names, because PEFT's takes in transposed weights, which are not merged."""
     if isinstance(lora.target_modules, str) and lora.target_modules.lower() == ALL_LINEAR:
         return check_targets(model, lora, "train")
     return lora.target_modules

@@ -106,7 +106,8 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout probability before A")
     target_modules: list[str] | str = Field(
         ["q_proj", "v_proj"],
-        description="Linear modules to adapt: a list of names, all-linear (all but the head), or a regular expression for whole names",
+        description="Linear modules to adapt: a list of names, all-linear (all but the head), or a regular expression "
+        "for whole names",
     )
 
     @model_validator(mode="before")
@@ -114,8 +115,8 @@ class LoraSection(Section):
     def _only_lora(cls, value: Any) -> Any:
         if isinstance(value, dict) and "modules_to_save" in value:
             raise ValueError(
-                "modules_to_save is not supported: no whole module is trained beside an adapter; name linear modules (lm_head too) in "
-                "target_modules, or train all weights with adapter: full"
+                "modules_to_save is not supported: no whole module is trained beside an adapter; "
+                "name linear modules (lm_head too) in target_modules, or train all weights with adapter: full"
             )
         return value
 
@@ -128,7 +129,8 @@ class LoraSection(Section):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"'{value}' is no regular expression ({error}): give one, a list of names, or all-linear") from None
+                problem = f"'{value}' is no regular expression ({error})"
+                raise ValueError(f"{problem}: give one, a list of names, or all-linear") from None
         return value
 
 

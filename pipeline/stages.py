@@ -260,7 +260,8 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[A
     sets = _evaluation_sets(layout)
     shard.check(len(sets["harmful"]))
     tokenizer, config = load_tokenizer(layout.base.model), load_config(layout.base.model)
-    check_prompts(config.to_dict(), (len(ids) for rows in sets.values() for ids in prompts(tokenizer, rows)), layout.base)
+    lengths = (len(ids) for rows in sets.values() for ids in prompts(tokenizer, rows))
+    check_prompts(config.to_dict(), lengths, layout.base)
     return tokenizer, sets
 
 

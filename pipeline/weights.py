@@ -201,7 +201,8 @@ def _check(files: WeightFiles, shapes: dict[str, torch.Size]) -> None:
 
 
 def merged(
-    base: Mapping[str, torch.Tensor], updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scaling: float, dtype: torch.dtype
+    base: Mapping[str, torch.Tensor], updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scaling: float,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The base's tensors with low-rank updates added, one at a time, in the order and under the names of the files.
 

@@ -53,13 +53,16 @@ def change(path: Path, **fields: Any) -> None:
 def make_folder(folder: Path, tied: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": WORDS, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
-        "max_position_embeddings": POSITIONS, "tie_word_embeddings": tied, "eos_token_id": 0,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": WORDS, "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS, "max_position_embeddings": POSITIONS, "tie_word_embeddings": tied,
+        "eos_token_id": 0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     vocabulary = {token: number for number, token in enumerate([END, PAD, *(f"word{i}" for i in range(WORDS - 2))])}
     added = [{"id": vocabulary[token], "content": token, "special": True} for token in (END, PAD)]
-    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"type": "WordLevel", "vocab": vocabulary}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"added_tokens": added, "model": {"type": "WordLevel", "vocab": vocabulary}})
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "pad_token": PAD}))
     (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     write_safetensors(folder / "model.safetensors", shapes(tied))
@@ -74,4 +77,6 @@ def recipe_of(folder: Path | str, **sections: dict[str, Any]) -> Recipe:
         "train": {"steps": 1},
         "evaluate": {"harmful": SOURCE, "max_new_tokens": 8},
     }
-    return Recipe.model_validate({"name": "t", **{name: fields | sections.get(name, {}) for name, fields in smallest.items()}})
+    return Recipe.model_validate(
+        {"name": "t", **{name: fields | sections.get(name, {}) for name, fields in smallest.items()}}
+    )

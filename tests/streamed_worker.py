@@ -33,8 +33,8 @@ LOADS = [(adapter, dtype, tied) for adapter in ("lora", "full") for dtype in ("f
 
 
 def start(
-    folder: Path, engine: str, adapter: str = "lora", tied: bool = True, checkpointing: bool = False, lora: LoraSection = LORA,
-    model_name: str | None = None, **section: str,
+    folder: Path, engine: str, adapter: str = "lora", tied: bool = True, checkpointing: bool = False,
+    lora: LoraSection = LORA, model_name: str | None = None, **section: str,
 ) -> Engine:  # fmt: skip
     """The engine on the model in folder/tied or folder/untied, or the one named."""
     location = str(folder / (model_name or ("tied" if tied else "untied")))
@@ -42,8 +42,8 @@ def start(
     zero = {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 100}
     artifacts.write_json(config, {"zero_optimization": zero})
     train = TrainSection(
-        engine=engine, adapter=adapter, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, lora=lora, ds_config=config,
-        gradient_checkpointing=checkpointing, adam_eps=ADAM_EPS,
+        engine=engine, adapter=adapter, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, lora=lora,
+        ds_config=config, gradient_checkpointing=checkpointing, adam_eps=ADAM_EPS,
     )  # fmt: skip
     model, sources = open_model(ModelSection(path=location, **{"dtype": "float32", **section}), location, sharded=engine != "single")
     return open_engine(make_trainable(model, train, seed=0), train, sources)
@@ -155,7 +155,7 @@ def direction(folder: Path, engine: str) -> dict[str, Any]:
 
 
 def tied_head(folder: Path, engine: str) -> dict[str, torch.Tensor]:
-    """The adapter of a head that shares the embedding's weight, trained; the model with it added is in folder/merged."""
+    """The trained adapter of a head that shares the embedding's weight; folder/ENGINE-head: the model with it added."""
     opened = start(folder, engine, lora=LORA.model_copy(update={"target_modules": ["q_proj", "lm_head"]}))
     trained = run(opened, sap=False)
     section = ModelSection(path=str(folder / "tied"), dtype="float32")

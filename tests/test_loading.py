@@ -138,15 +138,17 @@ def test_files_are_held_against_the_models_outline(tmp_path):
     path = next(path for path in tmp_path.glob("*.safetensors") if "model.norm.weight" in load_file(path))
     state = load_file(path)
     save_file(state | {"model.norm.weight": torch.ones(3)}, path)
-    with pytest.raises(ValueError, match=rf"model.path {location}: model.norm.weight is 3 in {path.name}, but config.json makes it 35"):
+    sizes = f"model.norm.weight is 3 in {path.name}, but config.json makes it 35"
+    with pytest.raises(ValueError, match=f"model.path {location}: {sizes}"):
         check()
-    with pytest.warns(UserWarning, match="is loaded whole"), pytest.raises(ValueError, match=r"model.norm.weight is \(3,\) in the files"):
+    with pytest.warns(UserWarning, match="is loaded whole"), pytest.raises(ValueError, match=r"is \(3,\) in the files"):
         open_model(section(location), location, sharded=True)
     del state["model.norm.weight"]
     save_file(state, path)
     index = tmp_path / "model.safetensors.index.json"
     mapping = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": {name: file for name, file in mapping.items() if name != "model.norm.weight"}}))
+    del mapping["model.norm.weight"]
+    change(index, weight_map=mapping)
     with pytest.raises(ValueError, match="lacks the weight model.norm.weight"):
         check()
 
@@ -159,7 +161,7 @@ def test_a_hub_models_files_are_looked_at_once_they_are_here(tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("pipeline.loading.weight_files", lambda *_: WeightFiles(snapshot))
-    with pytest.raises(ValueError, match=r"model.path owner/name: pad_token '\[PAD\]' has id 20, but the embedding has 20 rows"):
+    with pytest.raises(ValueError, match=r"model.path owner/name: pad_token '\[PAD\]' has id 20, .* has 20 rows"):
         open_model(section("owner/name"), "owner/name", sharded=True)
 
 

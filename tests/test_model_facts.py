@@ -26,6 +26,8 @@ from tests.model_folder import (
     write_shards,
 )
 
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
 
 
@@ -52,7 +54,9 @@ def resized(name: str, by: int):
 
 
 def tensors(**changed):
-    return lambda folder: write_safetensors(folder / "model.safetensors", {n: s for n, s in (shapes() | changed).items() if s is not None})
+    return lambda folder: write_safetensors(
+        folder / "model.safetensors", {n: s for n, s in (shapes() | changed).items() if s is not None}
+    )
 
 
 def without(*names: str):
@@ -61,30 +65,47 @@ def without(*names: str):
 
 def shards(folder: Path) -> None:
     held = list(shapes().items())
-    write_shards(folder, {"model-00001-of-00002.safetensors": dict(held[:4]), "model-00002-of-00002.safetensors": dict(held[4:])})
+    write_shards(
+        folder, {FIRST: dict(held[:4]), SECOND: dict(held[4:])}
+    )
 
 
 def sharded(then):
     return lambda folder: (shards(folder), then(folder))
 
 
+def both(first, second):
+    return lambda folder: (first(folder), second(folder))
+
+
+def cut_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+
+
 def added_words(*words: str, special: bool = False):
     def apply(folder: Path) -> None:
         content = json.loads((folder / "tokenizer.json").read_text())
-        content["added_tokens"] += [{"id": WORDS + i, "content": word, "special": special} for i, word in enumerate(words)]
+        content["added_tokens"] += [
+            {"id": WORDS + i, "content": word, "special": special} for i, word in enumerate(words)
+        ]
         (folder / "tokenizer.json").write_text(json.dumps(content))
 
     return apply
 
 
 def moved_in_index(folder: Path) -> None:
-    path = folder / "model.safetensors.index.json"
-    change(path, weight_map=json.loads(path.read_text())["weight_map"] | {"model.norm.weight": "model-00002-of-00002.safetensors"})
+    path = folder / INDEX
+    change(
+        path,
+        weight_map=json.loads(path.read_text())["weight_map"]
+        | {"model.norm.weight": SECOND},
+    )
 
 
 def twice(folder: Path) -> None:
     held = dict(list(shapes().items())[4:])
-    write_safetensors(folder / "model-00002-of-00002.safetensors", held | {"model.norm.weight": (HIDDEN,)})
+    write_safetensors(folder / SECOND, held | {"model.norm.weight": (HIDDEN,)})
 
 
 def quantised(folder: Path) -> None:
@@ -99,45 +120,66 @@ BROKEN = {
     "generation config": (text("generation_config.json", "{"), ["generation_config.json is no valid JSON"]),
     "pointer for weights": (text("model.safetensors", LFS), ["model.safetensors is a Git LFS pointer", "git lfs pull"]),
     "pointer for the tokenizer": (text("tokenizer.json", LFS), ["tokenizer.json is a Git LFS pointer"]),
-    "pointer for a shard": (sharded(text("model-00002-of-00002.safetensors", LFS)), ["model-00002-of-00002.safetensors is a Git LFS pointer"]),
+    "pointer for a shard": (sharded(text(SECOND, LFS)), [f"{SECOND} is a Git LFS pointer"]),
     "weights cut short": (resized("model.safetensors", -10), ["model.safetensors is cut short", "bytes"]),
-    "weights cut in the header": (lambda f: resized("model.safetensors", 20 - (f / "model.safetensors").stat().st_size)(f), ["within its header"]),
+    "weights cut in the header": (cut_header, ["model.safetensors is cut short, within its header"]),
     "weights too long": (resized("model.safetensors", 7), ["model.safetensors is too long"]),
-    "weights are something else": (text("model.safetensors", b"<html>" + bytes(900)), ["model.safetensors is no safetensors file"]),
+    "weights are something else": (
+        text("model.safetensors", b"<html>" + bytes(900)), ["model.safetensors is no safetensors file"]
+    ),
     "no weights at all": (text("model.safetensors", ""), ["model.safetensors is empty"]),
-    "a shard is missing": (sharded(without("model-00001-of-00002.safetensors")), ["lacks model-00001-of-00002.safetensors"]),
-    "no index": (sharded(without("model.safetensors.index.json")), ["neither model.safetensors nor model.safetensors.index.json"]),
-    "index is no JSON": (sharded(text("model.safetensors.index.json", "{")), ["model.safetensors.index.json is no valid JSON"]),
-    "index of nothing": (sharded(text("model.safetensors.index.json", "{}")), ["has no weight_map"]),
-    "index is wrong": (sharded(moved_in_index), ["lists model.norm.weight in model-00002-of-00002.safetensors, which does not hold it"]),
+    "a shard is missing": (sharded(without(FIRST)), [f"lacks {FIRST}"]),
+    "no index": (sharded(without(INDEX)), [f"neither model.safetensors nor {INDEX}"]),
+    "index is no JSON": (sharded(text(INDEX, "{")), [f"{INDEX} is no valid JSON"]),
+    "index of nothing": (sharded(text(INDEX, "{}")), ["has no weight_map"]),
+    "index is wrong": (sharded(moved_in_index), [f"lists model.norm.weight in {SECOND}, which does not hold it"]),
     "a tensor twice": (sharded(twice), ["holds model.norm.weight twice"]),
-    "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["pickled weights only", "save_pretrained"]),
+    "pickled weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["pickled weights only", "save_pretrained"]
+    ),
     "an adapter": (text("adapter_config.json", "{}"), ["holds an adapter", "merge it"]),
     "tokenizer is no JSON": (text("tokenizer.json", "{"), ["tokenizer.json is no valid JSON"]),
     "tokenizer without vocabulary": (text("tokenizer.json", '{"model": {}}'), ["tokenizer.json has no vocabulary"]),
     "no tokenizer": (without("tokenizer.json"), ["holds no tokenizer"]),
     "no chat template": (without("chat_template.jinja"), ["has no chat template", "model.chat_template"]),
-    "syntax of the template": (text("chat_template.jinja", "a\n{% for x in y %}"), ["chat_template.jinja has a syntax error in line 2"]),
+    "syntax of the template": (
+        text("chat_template.jinja", "a\n{% for x in y %}"), ["chat_template.jinja has a syntax error in line 2"]
+    ),
     "syntax of the saved template": (
-        lambda f: (without("chat_template.jinja")(f), tokenizer(chat_template="{{ a")(f)), ["tokenizer_config.json has a syntax error in line 1"]
+        both(without("chat_template.jinja"), tokenizer(chat_template="{{ a")),
+        ["tokenizer_config.json has a syntax error in line 1"],
     ),
     "no type": (config(model_type=None), ["config.json has no model_type"]),
     "unknown architecture": (config(model_type="llama9"), ["'llama9'", "does not know"]),
-    "code of its own": (config(model_type="llama9", auto_map={"AutoModelForCausalLM": "m.M"}), ["code of its own, which is not run"]),
-    "quantised already": (config(quantization_config={"quant_method": "gptq"}), ["quantised already (gptq)", "model.quantization nf4"]),
+    "code of its own": (
+        config(model_type="llama9", auto_map={"AutoModelForCausalLM": "m.M"}), ["code of its own, which is not run"]
+    ),
+    "quantised already": (
+        config(quantization_config={"quant_method": "gptq"}), ["quantised already (gptq)", "model.quantization nf4"]
+    ),
     "8-bit weights": (quantised, ["is stored as F8_E4M3"]),
     "another vocabulary": (config(vocab_size=WORDS + 5), ["vocab_size 25", "is 20 x 8"]),
     "another width": (config(hidden_size=16), ["hidden_size 16", "is 20 x 8"]),
     "more layers": (config(num_hidden_layers=LAYERS + 1), ["num_hidden_layers 3", "none of layer 2"]),
     "fewer layers": (config(num_hidden_layers=LAYERS - 1), ["num_hidden_layers 1", "weights of 2 layers"]),
-    "head of another size": (tensors(**{"lm_head.weight": (WORDS + 4, HIDDEN)}), ["lm_head.weight has 24 rows", "resize_token_embeddings"]),
-    "words without a row": (added_words("<tool>", "<call>"), ["ids up to 21 ('<tool>' is 20)", "20 rows", "resize_token_embeddings"]),
+    "head of another size": (
+        tensors(**{"lm_head.weight": (WORDS + 4, HIDDEN)}), ["lm_head.weight has 24 rows", "resize_token_embeddings"]
+    ),
+    "words without a row": (
+        added_words("<tool>", "<call>"), ["ids up to 21 ('<tool>' is 20)", "20 rows", "resize_token_embeddings"]
+    ),
     "special words without a row": (added_words("<tool>", special=True), ["ids up to 20"]),
     "a pad without a row": (tokenizer(pad_token="[PAD]"), ["pad_token '[PAD]' has id 20", "20 rows"]),
     "an eos without a row": (tokenizer(eos_token={"content": "</s>"}), ["eos_token '</s>' has id 20"]),
     "an extra token without a row": (tokenizer(additional_special_tokens=["<x>"]), ["ids up to 20 ('<x>' is 20)"]),
     "an end without a row": (config(eos_token_id=[0, 99]), ["eos_token_id 99 is beyond"]),
-    "no eos": (lambda f: (tokenizer(eos_token=None)(f), config(eos_token_id=None)(f)), ["names no eos token", "tokenizer_config.json"]),
+    "no eos": (
+        both(tokenizer(eos_token=None), config(eos_token_id=None)), ["names no eos token", "tokenizer_config.json"]
+    ),
+    "tokens that are none": (
+        text("tokenizer.json", '{"model": {"vocab": {"a": 0}}, "added_tokens": [5]}'),
+        ["tokenizer.json or tokenizer_config.json is not as a tokenizer's files are"],
+    ),
 }  # fmt: skip
 
 
@@ -151,20 +193,29 @@ def test_one_sentence_about_the_folder_and_nothing_about_the_hub(tmp_path, case)
         check_model(recipe)
     sentence = str(caught.value)
     assert all(part in sentence for part in expected), sentence
-    assert "\n" not in sentence and not any(word in sentence.lower() for word in ("hub", "huggingface", "network", "login"))
+    assert "\n" not in sentence and not any(
+        word in sentence.lower() for word in ("hub", "huggingface", "network", "login")
+    )
 
 
 FINE = {
     "shards": shards,
-    "more rows than tokens": lambda f: (config(vocab_size=32)(f), tensors(**{"model.embed_tokens.weight": (32, HIDDEN), "lm_head.weight": (32, HIDDEN)})(f)),
+    "more rows than tokens": both(
+        config(vocab_size=32), tensors(**{"model.embed_tokens.weight": (32, HIDDEN), "lm_head.weight": (32, HIDDEN)})
+    ),
     "no pad": tokenizer(pad_token=None),
     "eos in the config only": tokenizer(eos_token=None),
     "eos in the tokenizer only": config(eos_token_id=None),
-    "an image's placeholder without a row": lambda f: (added_words("<image>", special=True)(f), tokenizer(image_token="<image>")(f)),
-    "layers that predict further tokens": lambda f: (
-        config(num_nextn_predict_layers=1)(f), tensors(**{f"model.layers.{LAYERS}.mlp.down_proj.weight": (HIDDEN, HIDDEN)})(f)
+    "an image's placeholder without a row": both(
+        added_words("<image>", special=True), tokenizer(image_token="<image>")
     ),
-    "tags of transformers in the template": text("chat_template.jinja", "{% for m in messages %}{% generation %}a{% endgeneration %}{% break %}{% endfor %}"),
+    "layers that predict further tokens": both(
+        config(num_nextn_predict_layers=1),
+        tensors(**{f"model.layers.{LAYERS}.mlp.down_proj.weight": (HIDDEN, HIDDEN)}),
+    ),
+    "tags of transformers in the template": text(
+        "chat_template.jinja", "{% for m in messages %}{% generation %}a{% endgeneration %}{% break %}{% endfor %}"
+    ),
     "no limit of positions": config(max_position_embeddings=None),
 }  # fmt: skip
 
@@ -203,9 +254,27 @@ def test_a_template_of_the_recipe_is_looked_at(tmp_path):
         ({"max_position_embeddings": 100}, 100),
         ({"n_positions": 100}, 100),
         ({}, None),
-        ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
-        ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
-        ({"max_position_embeddings": 4096, "rope_parameters": {"full_attention": {"factor": 2.0}, "sliding_attention": {}}}, 8192),
+        (
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 4096,
+                "rope_parameters": {"full_attention": {"factor": 2.0}, "sliding_attention": {}},
+            },
+            8192,
+        ),
         ({"max_position_embeddings": 7, "text_config": {"max_position_embeddings": 100}}, 100),
     ],
 )
@@ -227,21 +296,43 @@ def test_facts_of_a_folder(tmp_path):
     shards(folder)
     facts = read_facts(ModelSection(path=str(folder)), folder)
     assert {name: tensor.shape for name, tensor in facts.tensors.items()} == shapes()
-    assert facts.embedding == "model.embed_tokens.weight" and sorted(facts.layers) == list(range(LAYERS)) and not facts.tied
+    assert (
+        facts.embedding == "model.embed_tokens.weight"
+        and sorted(facts.layers) == list(range(LAYERS))
+        and not facts.tied
+    )
     assert facts.layer_of("model.layers.1.mlp.down_proj.weight") == 1 and facts.layer_of("lm_head.weight") is None
-    assert set(facts.linears) == {name.removesuffix(".weight") for name, shape in shapes().items() if len(shape) == 2} - {"model.embed_tokens"}
-    assert facts.tokenizer.largest_id == WORDS - 1 and facts.tokenizer.named["pad_token"] == PAD and facts.tokenizer.id_of("pad_token") == 1
+    assert set(facts.linears) == {
+        name.removesuffix(".weight") for name, shape in shapes().items() if len(shape) == 2
+    } - {"model.embed_tokens"}
+    assert (
+        facts.tokenizer.largest_id == WORDS - 1
+        and facts.tokenizer.named["pad_token"] == PAD
+        and facts.tokenizer.id_of("pad_token") == 1
+    )
     tied = read_facts(ModelSection(path="tied"), make_folder(tmp_path / "tied", tied=True))
     assert tied.tied and tied.linears["lm_head"] == (WORDS, HIDDEN)
 
 
 def test_facts_know_the_decoder_of_a_model_that_also_sees(tmp_path):
     folder = make_folder(tmp_path / "model")
-    tower = {f"vision_tower.layers.{i}.q_proj.weight": (4, 4) for i in range(9)} | {"vision_tower.embed_tokens.weight": (3, 4)}
+    tower = {f"vision_tower.layers.{i}.q_proj.weight": (4, 4) for i in range(9)} | {
+        "vision_tower.embed_tokens.weight": (3, 4)
+    }
     decoder = {name.replace("model.", "model.language_model."): shape for name, shape in shapes().items()}
     write_safetensors(folder / "model.safetensors", tower | decoder)
-    inner = {name: json.loads((folder / "config.json").read_text())[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    change(folder / "config.json", model_type="gemma3", text_config=inner, vocab_size=None, hidden_size=1, num_hidden_layers=9)
+    inner = {
+        name: json.loads((folder / "config.json").read_text())[name]
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers")
+    }
+    change(
+        folder / "config.json",
+        model_type="gemma3",
+        text_config=inner,
+        vocab_size=None,
+        hidden_size=1,
+        num_hidden_layers=9,
+    )
     facts = check_model(recipe_of(folder))
     assert facts.embedding == "model.language_model.embed_tokens.weight" and sorted(facts.layers) == list(range(LAYERS))
 
@@ -264,13 +355,17 @@ def test_a_hub_model_in_the_cache_is_looked_at_like_a_folder(tmp_path, monkeypat
     assert local_folder(ModelSection(path="owner/name")) == snapshot
     with pytest.raises(ValueError, match="data.max_length is beyond the 64 positions of model.path owner/name"):
         check_model(recipe_of("owner/name", data={"max_length": 65}))
-    (snapshot / "model-00002-of-00002.safetensors").unlink()
+    (snapshot / SECOND).unlink()
     assert local_folder(ModelSection(path="owner/name")) is None, "it is fetched later, and then looked at"
     shutil.rmtree(snapshot)
     assert check_model(recipe_of("owner/name")) is None
 
 
-LINEARS = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")] + ["lm_head"]
+LINEARS = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(2)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+] + ["lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -294,11 +389,17 @@ def test_targets_are_pefts(targets, count):
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        (["w_proj"], "train.lora.target_modules names 'w_proj', which this model lacks: it has k_proj, lm_head, q_proj, up_proj"),
+        (
+            ["w_proj"],
+            "train.lora.target_modules names 'w_proj', which this model lacks: it has k_proj, lm_head, q_proj, up_proj",
+        ),
         (["proj"], "names 'proj'"),
         (["all-linear"], "all-linear stands alone"),
         (["q_proj", "norm"], "names 'norm'"),
-        ("q_proj", "'q_proj' matches no linear module: as a string it is all-linear, for all but the head, or a regular expression"),
+        (
+            "q_proj",
+            "'q_proj' matches no linear module: as a string it is all-linear, for all but the head, or a regular",
+        ),
         (".*", "takes in model.norm, which is no linear module"),
     ],
 )
@@ -325,6 +426,10 @@ def test_targets_of_a_folder(tmp_path):
     assert found(["q_proj"]) == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)]
     assert len(found("all-linear")) == 3 * LAYERS and found(["lm_head"]) == ["lm_head"] and found(["w1"]) == []
     assert found(["nothing"], adapter="full") == []
-    for targets, expected in ((["w_proj"], "lacks"), (".*norm", "no linear module"), ("model.layers.0.mlp", "no linear module")):
+    for targets, expected in (
+        (["w_proj"], "lacks"),
+        (".*norm", "no linear module"),
+        ("model.layers.0.mlp", "no linear module"),
+    ):
         with pytest.raises(ValueError, match=expected):
             found(targets)

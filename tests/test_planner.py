@@ -123,6 +123,15 @@ def test_the_counted_tensors_are_those_of_the_model(family, tied, how):
     assert plan.model.layers == len(decoder_layers(model))
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.1\..*_proj", ["self_attn.q_proj", "lm_head"]])
+def test_the_counted_adapter_is_that_of_the_targets(targets):
+    model = family_model("llama", tied=False)
+    train = TrainSection(steps=1, engine="single", lora=LoraSection(r=FAMILY_RANK, target_modules=targets))
+    counted = planned(model.config, train).model.weights
+    real = sorted(p.numel() for p in make_trainable(model, train, seed=0).parameters() if p.requires_grad)
+    assert sorted(weight.numel for weight in counted if weight.trained) == real
+
+
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_twice_the_ranks_hold_half_the_weights_and_do_half_the_work(engine):
     train = TrainSection(steps=1, engine=engine, batch_size=32, micro_batch_size=2, gradient_checkpointing=True, lora=LoraSection(r=16))

@@ -220,7 +220,8 @@ def test_a_part_and_a_mapping_are_merged():
 
 @pytest.mark.parametrize("targets", ["all-linear", ".*q_proj", ["q_proj"]])
 def test_targets_of_an_adapter(tmp_path, targets):
-    assert load(tmp_path, content(), f"--train.lora.target_modules={json.dumps(targets)}").base.train.lora.target_modules == targets
+    experiment = load(tmp_path, content(), f"--train.lora.target_modules={json.dumps(targets)}")
+    assert experiment.base.train.lora.target_modules == targets
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_targets_of_an_adapter(tmp_path, targets):
         (["--train.lora.target_modules=5"], "'train.lora.target_modules' is 5, but: it takes list of str | str"),
         (["--train.lora.target_modules=[]"], "train.lora.target_modules: must name at least one module"),
         (["--train.lora.target_modules='('"], "train.lora.target_modules: '(' is no regular expression (missing )"),
-        (["--train.lora.modules_to_save=[lm_head]"], "train.lora: modules_to_save is not supported: no whole module is trained beside an adapter"),
+        (["--train.lora.modules_to_save=[lm_head]"], "train.lora: modules_to_save is not supported: no whole module"),
         (["--align.train.lora.modules_to_save=[lm_head]"], "align.train.lora: modules_to_save is not supported"),
         (["--train.lora.rank=3"], "unknown key 'train.lora.rank'; the nearest known one is 'train.lora."),
         (["--train.lr=-1"], "'train.lr' is -1, but: input should be greater than 0"),

@@ -120,7 +120,8 @@ def test_an_adapted_head_that_was_tied_is_the_single_process_one_and_merges(foun
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_weight_that_is_not_finite_is_named_by_all_ranks_together(found, folder, engine):
     first, second = found[engine]["damaged"]
-    assert first == second and f"model.path '{folder / 'damaged'}': weight model.layers.1.mlp.up_proj.weight holds NaN" in first
+    weight = "model.layers.1.mlp.up_proj.weight"
+    assert first == second and f"model.path '{folder / 'damaged'}': weight {weight} holds NaN" in first
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

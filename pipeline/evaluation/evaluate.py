@@ -59,7 +59,8 @@ def measure(
     """Let `model` answer and judge the answers. sets: prepared rows of harmful, harmless and task prompts, each may be empty."""
     started, answers = time.time(), []
     for name, rows in sets.items():
-        responses = generate(model, tokenizer, prompts(tokenizer, rows), section.max_new_tokens, section.batch_size, _progress(label, name, started))
+        ids, progress = prompts(tokenizer, rows), _progress(label, name, started)
+        responses = generate(model, tokenizer, ids, section.max_new_tokens, section.batch_size, progress)
         answers += [_judged(name, row, response) for row, response in zip(rows, responses, strict=True)]
     return Measured(answers, *token_loss(model, sets["task"], tokenizer.pad_token_id, section.batch_size))
 

@@ -103,7 +103,7 @@ def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
 
 
 def _refuse_damaged(found: list[str]) -> None:
-    """ValueError on all ranks where one of them read a weight that is not finite: they leave together, with one sentence."""
+    """ValueError on all ranks where one of them read a weight that is not finite: they leave together."""
     every: list[list[str]] = [found[:1]]
     if torch.distributed.is_initialized():
         every = [[] for _ in range(torch.distributed.get_world_size())]

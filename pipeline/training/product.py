@@ -69,7 +69,7 @@ def _write_adapter(module: nn.Module, gathered: dict[str, torch.Tensor], base_mo
     folder.mkdir(parents=True)
     config = copy.deepcopy(module.peft_config["default"])
     config.inference_mode, config.base_model_name_or_path = True, base_model
-    # save_embedding_layers: else PEFT announces that it saves the head's own weight too, which is not among what was gathered.
+    # save_embedding_layers: else PEFT announces that it saves an adapted head's own weight too, which was not gathered.
     saved = get_peft_model_state_dict(module, state_dict=gathered, save_embedding_layers=False)
     state = {name: tensor.contiguous() for name, tensor in saved.items()}
     config.save_pretrained(str(folder))
@@ -92,7 +92,8 @@ def save_merged(engine: Engine, source: str, section: ModelSection, folder: Path
     """Add the trained adapter to the model at `source` and write the sum as a model folder, in model.dtype.
 
     It is added to the original weights, also where training saw them in 4 bits (model.quantization nf4): the product does not carry the
-    rounding, and is not exactly the model that was trained. A head that shared the embedding's weight and was adapted becomes one of its own.
+    rounding, and is not exactly the model that was trained. An adapted head that shared the embedding's weight becomes
+    one of its own.
     """
     gathered = engine.gather(engine.weights())
     if engine.rank != 0:
