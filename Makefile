@@ -36,7 +36,7 @@ matrix: $(VENV)/ready
 test-all: test matrix
 
 mutants: $(VENV)/ready
-	@$(VENV)/bin/python -m tests.mutants
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(VENV)/bin/python -m tests.mutants
 
 slurm: $(VENV)/ready
 	@$(VENV)/bin/python -m pytest -q -s tests/slurm/chains.py tests/slurm/faults.py

@@ -7,26 +7,30 @@ replacement no longer applies, or where the tests fail without any fault.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from typing import NoReturn
 
+import pytest
+
+from tests.distributed import imported  # noqa: F401  so that no fault waits for torch, transformers and peft
 from tests.first_failure import VARIABLE
 from tests.mutants_list import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("pipeline", "launch", "tests", "ds_configs", "pyproject.toml")
+OWN = ("pipeline", "tests")  # packages that a copy has in its own version
 WORKERS = 2  # some faults need one core, some two or three
+REPORT, PRINTED = "report.json", "printed.txt"
 HONEST = ("AssertionError", "ValueError")  # a test's assertion, or a check of the program itself
 
 
@@ -52,28 +56,49 @@ def applied(mutant: Mutant, root: Path) -> dict[Path, str]:
     return texts
 
 
-def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, dict[str, str], str]:
-    """Exit code of pytest, what failed first, and what it printed."""
-    report = copy / "report.json"
-    report.unlink(missing_ok=True)
+def start_tests(copy: Path, tests: Sequence[str]) -> int:
+    """Begin pytest on a copy, in a process forked from this one: it has the libraries, and nothing of the project. Returns its id."""
+    (copy / REPORT).unlink(missing_ok=True)
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        try:
+            _run_tests(copy, tests)
+        finally:  # whatever happens, the rest of this program is the parent's
+            traceback.print_exc()
+            os._exit(70)
+    return pid
+
+
+def _run_tests(copy: Path, tests: Sequence[str]) -> NoReturn:
+    os.chdir(copy)
+    printed = os.open(copy / PRINTED, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(printed, descriptor)
     # No bytecode: two versions of a file within a second and of one size would be taken for the same.
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", VARIABLE: str(report)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "tests.first_failure", *tests]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    return done.returncode, json.loads(report.read_text()) if report.exists() else {}, done.stdout + done.stderr
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", VARIABLE: str(copy / REPORT)}
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(copy), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    code = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "tests.first_failure", *tests])
+    sys.stdout.flush()
+    os._exit(code)
 
 
-def judge(mutant: Mutant, copy: Path) -> Outcome:
-    started, mutated = time.monotonic(), applied(mutant, copy)
-    originals = {path: path.read_text() for path in mutated}
-    try:
-        for path, text in mutated.items():
-            path.write_text(text)
-        code, first, output = run_tests(copy, mutant.tests)
-    finally:
-        for path, text in originals.items():
-            path.write_text(text)
-    seconds = time.monotonic() - started
+def first_failure(copy: Path) -> dict[str, str]:
+    """What tests/first_failure.py wrote of the tests that ran last; empty where none failed."""
+    report = copy / REPORT
+    return json.loads(report.read_text()) if report.exists() else {}
+
+
+def verdict(mutant: Mutant | None, code: int, copy: Path, seconds: float) -> Outcome:
+    """What the end of the tests says; no mutant: the control, every test that is to catch a fault passes without one."""
+    first, output = first_failure(copy), (copy / PRINTED).read_text()
+    if mutant is None:
+        found, by = ("passes", "all tests named here") if code == 0 else ("FAILED", first.get("test", "") or output[-300:])
+        return Outcome("no fault", found, by, seconds)
     if code == 0:
         return Outcome(mutant.name, "SURVIVED", " ".join(mutant.tests), seconds)
     if first.get("when") == "call" and first["type"] in HONEST:
@@ -82,12 +107,26 @@ def judge(mutant: Mutant, copy: Path) -> Outcome:
     return Outcome(mutant.name, "BROKEN", reason, seconds)
 
 
-def control(mutants: Sequence[Mutant], copy: Path) -> Outcome:
-    """Every test that is to catch a fault passes without one."""
-    started = time.monotonic()
-    code, first, output = run_tests(copy, sorted({test for mutant in mutants for test in mutant.tests}))
-    verdict, by = ("passes", "all tests named here") if code == 0 else ("FAILED", first.get("test", "") or output[-300:])
-    return Outcome("no fault", verdict, by, time.monotonic() - started)
+def judge(mutants: Sequence[Mutant], folder: Path) -> Iterator[Outcome]:
+    """The control and every fault, as they end; WORKERS at a time, each on a copy of its own."""
+    named = sorted({test for mutant in mutants for test in mutant.tests})
+    waiting: list[Mutant | None] = [None, *mutants]
+    free = [copy_repository(folder / str(number)) for number in range(WORKERS)]
+    running: dict[int, tuple[Mutant | None, Path, dict[Path, str], float]] = {}
+    while waiting or running:
+        while waiting and free:
+            mutant, copy = waiting.pop(0), free.pop()
+            mutated = applied(mutant, copy) if mutant else {}
+            originals = {path: path.read_text() for path in mutated}
+            for path, text in mutated.items():
+                path.write_text(text)
+            running[start_tests(copy, mutant.tests if mutant else named)] = mutant, copy, originals, time.monotonic()
+        pid, status = os.wait()
+        mutant, copy, originals, started = running.pop(pid)
+        for path, text in originals.items():
+            path.write_text(text)
+        free.append(copy)
+        yield verdict(mutant, os.waitstatus_to_exitcode(status), copy, time.monotonic() - started)
 
 
 def copy_repository(target: Path) -> Path:
@@ -115,22 +154,11 @@ def main(names: Sequence[str]) -> int:
         print("\n".join(stale), file=sys.stderr)
         return 1
     print("| fault | verdict | by | seconds |\n|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(WORKERS) as pool:
-        copies: SimpleQueue[Path] = SimpleQueue()
-        for number in range(WORKERS):
-            copies.put(copy_repository(Path(folder) / str(number)))
-
-        def in_a_copy(work: Callable[..., Outcome], what: Any) -> Outcome:
-            copy = copies.get()
-            try:
-                outcome = work(what, copy)
-            finally:
-                copies.put(copy)
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for outcome in judge(mutants, Path(folder)):
+            outcomes.append(outcome)
             print(f"| {outcome.name} | {outcome.verdict} | {outcome.by} | {outcome.seconds:.0f} |", flush=True)
-            return outcome
-
-        futures = [pool.submit(in_a_copy, control, mutants), *(pool.submit(in_a_copy, judge, mutant) for mutant in mutants)]
-        outcomes = [future.result() for future in futures]
     return int(any(outcome.verdict not in ("passes", "killed") for outcome in outcomes))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.slurm.minicluster import why_not
 from tests.slurm.site import NODES, RANKS_PER_NODE, SHAPE, STEPS, crashing_python, manifest, same_adapter
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(600), pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(1200), pytest.mark.usefixtures("nothing_left")]
 
 
 def test_chain(site, undisturbed):
@@ -80,7 +80,7 @@ def test_launcher(site, undisturbed, launcher):
     """Under the launchers that run one task a node a job saves on request, comes back and ends alike."""
     output = site.output(launcher)
     job = site.train(output, overrides=(f"--train.save_every={10 * STEPS}",), SAP_LAUNCHER=launcher)
-    site.cluster.wait_for(lambda: "step 1/" in site.log(job), 200, "the first step")
+    site.cluster.wait_for(lambda: "step 1/" in site.log(job), 400, "the first step")
     site.shell("scancel", "--batch", "--signal=USR1", job)
     site.wait(job)
     assert site.restarted(job) and "stopped after step" in site.log(job)

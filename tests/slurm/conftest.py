@@ -40,7 +40,7 @@ def undisturbed(site) -> Path:
     output = site.output("undisturbed")
     clock = Stopwatch()
     jobs = site.chain(output, "--shards", "2")
-    site.wait(jobs["report"], seconds=560)
+    site.wait(jobs["report"], seconds=1100)
     SEEN.append(("none: the whole chain", "prepare, direction, two trainings, eight evaluation tasks, report", clock()))
     site.upstream = output / "tiny"
     site.jobs, site.submitted = jobs, site.printed

@@ -335,7 +335,7 @@ class Cluster:
                     f"job {jobid} is {state}, not {' or '.join(sorted(wanted))}, after {seconds} s\n{described}\n"
                     f"{_tail(Path(job.get('StdOut', '/nowhere')))}\n{_tail(self.log / 'slurmctld.log')}"
                 )
-            time.sleep(0.2)
+            time.sleep(0.5)
         return state
 
     def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:

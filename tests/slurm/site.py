@@ -23,7 +23,7 @@ from tests.project import ROOT, make_project, write_recipe
 from tests.slurm.minicluster import Cluster
 
 NODES, RANKS_PER_NODE = 2, 2
-STEPS, SAVE_EVERY = 60, 10
+STEPS, SAVE_EVERY = 30, 6
 SHAPE_OF_ALL = [f"--nodes={NODES}", "--exclusive", f"--gpus-per-node={RANKS_PER_NODE}"]
 SHAPE = [f"--nodes={NODES}", f"--ntasks-per-node={RANKS_PER_NODE}", f"--gpus-per-node={RANKS_PER_NODE}", "--cpus-per-task=1", "--mem=8G"]
 
@@ -36,7 +36,7 @@ def make_recipe(folder: Path) -> dict[str, Any]:
     recipe["align"]["enabled"] = False
     for source in ("refusals", "harmless"):
         recipe["data"].pop(source)
-    recipe["train"] |= {"steps": STEPS, "save_every": SAVE_EVERY, "validate_every": 30}
+    recipe["train"] |= {"steps": STEPS, "save_every": SAVE_EVERY, "validate_every": STEPS // 2}
     recipe["methods"]["sap"]["sap"]["safety_batch_size"] = NODES * RANKS_PER_NODE * 2
     return recipe
 
@@ -84,7 +84,7 @@ class Site:
         paths = sorted((self.folder / "logs").glob(f"*-{job}.log")) + sorted(self.folder.rglob(f"slurm/logs/*-{job}.log"))
         return "".join(path.read_text(errors="replace") for path in paths)
 
-    def wait(self, job: str, state: str = "COMPLETED", seconds: float = 300) -> None:
+    def wait(self, job: str, state: str = "COMPLETED", seconds: float = 600) -> None:
         found = self.cluster.wait(job, seconds)
         assert found == state, f"job {job} is {found}, not {state}:\n{self.log(job)}"
 
@@ -93,7 +93,7 @@ class Site:
         markers = (output / "tiny").glob(f".train-{method}-s0-*.work/checkpoints/step-*/DONE")
         return max((int(marker.parent.name.removeprefix("step-")) for marker in markers), default=0)
 
-    def wait_for_step(self, output: Path, number: int, job: str, seconds: float = 200) -> None:
+    def wait_for_step(self, output: Path, number: int, job: str, seconds: float = 400) -> None:
         """Wait until the checkpoint of this step is there and the training is still running."""
 
         def reached() -> bool:
@@ -111,6 +111,10 @@ class Site:
         found = self.cluster.on(node, ["pgrep", "-f", r"launch/train\.py.*--method"], check=False).stdout.split()
         commands = {pid: self.cluster.on(node, ["cat", f"/proc/{pid}/cmdline"], check=False).stdout for pid in found}
         return [int(pid) for pid, command in commands.items() if command.startswith(sys.executable) and "--check" not in command]
+
+    def signal_ranks(self, name: str) -> None:
+        for node in self.cluster.settings.names:
+            self.cluster.on(node, ["kill", f"-{name}", *map(str, self.ranks(node))])
 
 
 def adapter(output: Path, method: str = "sap") -> dict[str, torch.Tensor]:
