@@ -63,20 +63,20 @@ def test_another_evaluation_trains_nothing_again_and_says_what_it_leaves_out(pro
     trained = pairs.column("prompt").to_pylist()[:3]
     prompts = [f"harmful_eval forbidden request number {i}" for i in range(8)] + trained
     write_jsonl(tmp_path / "eval.jsonl", [{"goal": prompt} for prompt in prompts])
+    there = set(runs.iterdir())
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if "tracking" not in path.parts}
     other = [f"--evaluate.harmful.source={tmp_path / 'eval.jsonl'}", "--evaluate.harmful_prompts=11"]
     found = sap("run", project / "recipe.yaml", "--methods", "sft", "--evaluate.baselines=false", *other)
     assert found.returncode == 0, found.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    new = {path.name.rsplit("-", 1)[0] for path in set(runs.iterdir()) - set(before)}
-    assert new == {"prompts", "evaluate-sft-s0", "report"}
+    new = {path.name.rpartition("-")[0]: path for path in set(runs.iterdir()) - there}
+    assert new.keys() == {"prompts", "evaluate-sft-s0", "report"}
     assert "are in other sets already (safety_pairs 3): left out of the evaluation" in found.stderr
     assert "8 prompts instead of the 11" in found.stderr
-    evaluated = next(path for path in set(runs.glob("evaluate-sft-s0-*")) - set(before))
-    answers = [json.loads(line) for line in (evaluated / "answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (new["evaluate-sft-s0"] / "answers.jsonl").read_text().splitlines()]
     assert {answer["prompt"] for answer in answers if answer["set"] == "harmful"} == set(prompts[:8])
-    for path in set(runs.iterdir()) - set(before):
-        shutil.rmtree(path)  # the other tests' finished run
+    for path in new.values():
+        shutil.rmtree(path)  # what the other tests know as finished has one of each
 
 
 def test_products_are_complete(project, finished):
