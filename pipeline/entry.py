@@ -9,6 +9,7 @@ import argparse
 import atexit
 import contextlib
 import os
+import re
 import select
 import sys
 import time
@@ -25,7 +26,9 @@ from pipeline.runner import STOPPED, SYSTEM_ERROR, Stopped
 BAD_INPUT = 2
 INTERRUPTED = 130  # as a shell says of a program that SIGINT ended
 _BROKEN_PIPE = 141  # the same of SIGPIPE
-_OTHER_RANKS_WAIT = 3.0  # seconds
+_BEHIND_THE_FIRST = 25.0  # seconds that a node's other ranks leave its first to say the same: it may deliver to MLflow for 20 before it ends
+_BEHIND_ANOTHER = 2.0  # the same for a rank that notices another one's end
+_ANOTHER_RANK = re.compile(r"Connection (closed|reset) by peer|remote process exited|recv, got 0 bytes|Broken pipe")  # gloo, NCCL, c10d's store
 
 
 def arguments(description: str, argv: list[str] | None = None, checkable: bool = False) -> tuple[argparse.Namespace, Experiment]:
@@ -72,21 +75,23 @@ def guarded(main: Callable[[], int | None]) -> int:
     """Run main; what goes wrong by the input, by the system or on request becomes one sentence on stderr and an exit code, without a traceback.
 
     ValueError: 2. OSError: 74. Stopped: 75. KeyboardInterrupt: 130. Whoever reads our output may leave before its end: 0 where all that was
-    left to do was to print, else 141. Any other exception passes.
+    left to do was to print, else 141. A rank whose connection to another one breaks: 1. Any other exception passes.
     """
     try:
         code = main() or 0
         with system_errors.writing(Path("standard output")):
             sys.stdout.flush()  # here, where an error of it is still ours to tell
         return code
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not (os.environ.get("WORLD_SIZE", "1") != "1" and _ANOTHER_RANK.search(str(error))):
+            raise
         code = _told(error)
         if os.environ.get("SAP_DEBUG"):
             raise
         return code
 
 
-def _told(error: ValueError | OSError | KeyboardInterrupt) -> int:
+def _told(error: ValueError | OSError | KeyboardInterrupt | RuntimeError) -> int:
     """Tell the user and the batch script of the error; returns the exit code that it stands for."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if isinstance(error, ValueError):  # once a node: a path may be missing on one node only
@@ -97,6 +102,9 @@ def _told(error: ValueError | OSError | KeyboardInterrupt) -> int:
         return _say(f"stopped on request ({error}): run the same command again to go on", STOPPED)
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED) if first else INTERRUPTED
+    if isinstance(error, RuntimeError):
+        time.sleep(_BEHIND_ANOTHER)  # where that rank has told why it ends, the launcher ends this one now; it may have been killed, or its node is lost
+        return _say("error: the connection to another rank is lost: it has ended, or its node is gone; its own words say why", 1) if first else 1
     gone = [stream for stream in (sys.stdout, sys.stderr) if _unusable(stream)]
     for stream in gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the interpreter would try, and complain, once more
@@ -105,7 +113,7 @@ def _told(error: ValueError | OSError | KeyboardInterrupt) -> int:
     sentence = redact(system_errors.sentence(error))
     report_fault(sentence)
     if not first:
-        time.sleep(_OTHER_RANKS_WAIT)  # where all fail alike the first has said it by then, and the launcher ends the others
+        time.sleep(_BEHIND_THE_FIRST)  # where all fail alike the first has said it by then, and the launcher ends the others
     return _say(f"error: {sentence}", SYSTEM_ERROR)
 
 

@@ -45,8 +45,15 @@ class Store:
         self.checked: set[Path] = set()
         output.mkdir(parents=True, exist_ok=True)
         with _locked(self.lock, wait=True):  # two processes that create the tables of one sqlite file leave it broken
-            self.client = MlflowClient(tracking_uri=uri)
-            self.probe()
+            database = Path(uri.removeprefix("sqlite:///")) if self.local else None
+            new = database is not None and not database.exists()
+            try:
+                self.client = MlflowClient(tracking_uri=uri)
+                self.probe()
+            except Exception:
+                if new:  # a full disk: with a part of its tables it would be refused ever after
+                    database.unlink(missing_ok=True)
+                raise
 
     def probe(self) -> None:
         """Raises where the store does not answer."""

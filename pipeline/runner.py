@@ -116,7 +116,7 @@ def _start(script: str, arguments: Sequence[str], environment: dict[str, str], s
 def _wait(jobs: list[subprocess.Popen]) -> int:
     code, deadline = 0, float("inf")
     while None in [job.poll() for job in jobs]:  # a list: every job is polled, or a failure behind a hanging rank is not seen
-        failed = next((job.returncode for job in jobs if job.returncode), 0)
+        failed = _failure(jobs)
         if failed and not code:
             code, deadline = failed, time.monotonic() + (_GRACE_SAID if failed == SYSTEM_ERROR else _GRACE)
         if time.monotonic() > deadline:
@@ -124,7 +124,13 @@ def _wait(jobs: list[subprocess.Popen]) -> int:
                 if job.poll() is None:
                     job.kill()
         time.sleep(0.1)
-    return code or next((job.returncode for job in jobs if job.returncode), 0)
+    return code or _failure(jobs)
+
+
+def _failure(jobs: list[subprocess.Popen]) -> int:
+    """The exit code that says most: an error of the system, which the others' broken connections follow from, else that of the lowest rank that failed."""
+    codes = [job.returncode for job in jobs if job.returncode]
+    return SYSTEM_ERROR if SYSTEM_ERROR in codes else next(iter(codes), 0)
 
 
 class _Forwarding:

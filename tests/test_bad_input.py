@@ -86,6 +86,8 @@ CASES = {
     "a decay of one": (["--ema.decay", "1.0"], ["'ema.decay' is 1.0", "less than 1"]),
     "a filter's layer outside the model": (["--saft.enabled", "true", "--saft.layer", "4"], ["saft.layer 4 is outside the model", "0 to 3"]),
     "a filter without labels": (["--saft.labelled", "0"], ["labelled 0 needs contamination"]),
+    "an output_dir below a file": (["--output_dir", "/dev/null/runs"], ["output_dir /dev/null/runs/tiny cannot be written", "/dev/null is no folder"]),
+    "a data file whose name no system takes": (["--data.task.source", "x" * 300 + ".jsonl"], ["File name too long", "see whether the recipe names the right file"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }
 

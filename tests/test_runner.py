@@ -162,11 +162,34 @@ def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(launc
 
 def test_a_rank_that_alone_meets_an_error_of_the_system_says_so(launch, capfd):
     launch(
-        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\nentry._BEHIND_THE_FIRST = 0.1\n"
         "def main():\n    if os.environ['RANK'] == '0': time.sleep(60)\n    raise OSError(5, 'Input/output error', '/data')\nentry.run(main)"
     )
     assert runner.run_ranks("job.py", [], 2) == runner.SYSTEM_ERROR
     assert "error: /data: Input/output error" in (said := capfd.readouterr().err) and "(rank 1)" in said
+
+
+def test_a_rank_whose_connection_to_a_failed_one_breaks_adds_nothing_to_its_sentence(launch, capfd):
+    """gloo's error is a RuntimeError of the ranks that were left; it comes a moment after the first has ended."""
+    launch(
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
+        "def main():\n    if os.environ['RANK'] == '1': raise OSError(28, 'No space left on device', '/runs')\n"
+        "    raise RuntimeError('[pair.cc:553] Connection closed by peer [127.0.0.1]:58513')\nentry._BEHIND_THE_FIRST = 0.1\nentry.run(main)"
+    )
+    assert runner.run_ranks("job.py", [], 2) == runner.SYSTEM_ERROR
+    said = capfd.readouterr().err
+    assert "error: /runs: No space left on device" in said and "Traceback" not in said and "connection" not in said
+
+
+def test_a_rank_that_is_left_alone_by_a_killed_one_says_so_in_one_sentence(launch, capfd):
+    launch(
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
+        "def main():\n    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    raise RuntimeError('[pair.cc:553] Connection closed by peer [127.0.0.1]:58513')\nentry.run(main)"
+    )
+    assert runner.run_ranks("job.py", [], 2) == -signal.SIGKILL
+    said = capfd.readouterr().err
+    assert said.startswith("error: the connection to another rank is lost") and said.count("\n") == 1
 
 
 def test_after_an_error_of_the_system_no_job_is_begun(launch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, recipe
+from pipeline import artifacts, mlflow_store, recipe
 from pipeline.cli import main
 from pipeline.layout import Layout
 from pipeline.tracking import describe_store, open_run
@@ -259,3 +259,20 @@ def test_a_secret_looking_key_in_a_method_is_hidden_and_refused(planted, capsys)
     assert main(["run", str(path), "--dry-run", "--methods.sft.train.api_key", KEY]) == 2
     shown = "".join(capsys.readouterr())
     assert "unknown key 'train.api_key'" in shown and KEY not in shown
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_database_that_a_full_disk_left_half_made_is_taken_away_and_an_old_one_is_not(tmp_path, monkeypatch, there):
+    """MLflow refuses one with a part of its tables ever after, also when there is room again."""
+    import mlflow
+
+    def full(tracking_uri: str) -> None:
+        (tmp_path / "mlflow.db").touch()
+        raise OSError(28, "database or disk is full")
+
+    if there:
+        (tmp_path / "mlflow.db").touch()
+    monkeypatch.setattr(mlflow, "MlflowClient", full)
+    with pytest.raises(OSError, match="full"):
+        mlflow_store.Store(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path, print)
+    assert (tmp_path / "mlflow.db").exists() == there
