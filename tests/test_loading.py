@@ -15,6 +15,8 @@ from pipeline.weights import fill
 from tests import measure_loading
 from tests.tiny import FAMILIES, family_model
 
+pytestmark = pytest.mark.processes
+
 
 def saved(folder: Path, family: str = "llama", tied: bool = True) -> str:
     family_model(family, tied).save_pretrained(folder, max_shard_size="20KB")

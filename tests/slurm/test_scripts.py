@@ -28,7 +28,7 @@ def recipe(tmp_path_factory) -> Path:
 def submit(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SAP_", "SLURM_", "SBATCH_"))}
     clean |= {"SAP_PYTHON": sys.executable, "SAP_SITE_ENV": "/nowhere", **environment}
-    return subprocess.run([str(ROOT / "slurm/submit.sh"), *map(str, arguments)], env=clean, capture_output=True, text=True, cwd="/", timeout=60)
+    return subprocess.run([str(ROOT / "slurm/submit.sh"), *map(str, arguments)], env=clean, capture_output=True, text=True, cwd="/", timeout=300)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
