@@ -1,7 +1,7 @@
 """peft and deepspeed without what they import in case it is wanted: a rank starts a quarter sooner.
 
-peft imports bitsandbytes, and that torch's compiler; deepspeed's autotuner imports mlflow. Neither is used by way of them:
-pipeline/quantization.py and pipeline/mlflow_store.py import their own.
+peft imports bitsandbytes, and that torch's compiler, as does deepspeed's Muon optimizer; deepspeed's autotuner imports mlflow. None is used
+by way of them: pipeline/quantization.py and pipeline/mlflow_store.py import their own, and nothing here is compiled.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def import_peft() -> None:
 
 
 def import_deepspeed() -> None:
-    """Import deepspeed, whose autotuner then knows no mlflow."""
-    with without("mlflow"):
+    """Import deepspeed, whose autotuner then knows no mlflow, and whose Muon would run uncompiled."""
+    with without("mlflow"), uncompiled():
         import deepspeed  # noqa: F401
+        from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -40,3 +41,16 @@ def without(package: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[package]
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Functions that are marked with torch.compile inside stay as they are: to mark one already imports the compiler."""
+    import torch
+
+    compiling = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda other: other)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiling

@@ -126,7 +126,7 @@ def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml"
 def run(arguments: list[str], environment: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess:
     """Run a Python command of the project to its end, offline, with its output captured."""
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=quiet(environment), capture_output=True, text=True, timeout=280, **options
+        [sys.executable, *arguments], cwd=ROOT, env=quiet(environment), capture_output=True, text=True, timeout=900, **options
     )
 
 

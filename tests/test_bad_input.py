@@ -32,6 +32,8 @@ def refused(capsys, folder: Path, content: dict, *arguments: str) -> str:
     assert code == 2, captured.err
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and "Traceback" not in captured.err
     assert not (folder / "runs").exists()
+    looked = main(["run", str(folder / "recipe.yaml"), *arguments, "--dry-run"])
+    assert (looked, capsys.readouterr().err) == (2, captured.err) or "cannot be had" in captured.err, "a dry run fetches nothing, and sees all else"
     return captured.err
 
 

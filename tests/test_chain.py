@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from tests.project import ROOT, make_project, quiet, run, sap, write_jsonl, write_recipe
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
@@ -136,7 +138,7 @@ def start_training(project: Path, target: Path, method: str) -> subprocess.Popen
     return subprocess.Popen(command, cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 900.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -153,7 +155,7 @@ def test_kill_after_a_checkpoint_and_resume_bit_for_bit(project, finished, tmp_p
     process.wait()
     assert not list(runs.glob(f"train-{method}-*")), "nothing that looks finished"
     process = start_training(project, tmp_path, method)
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     assert "resumed after step" in errors
     again = load_file(next(runs.glob(f"train-{method}-*")) / "adapter" / "adapter_model.safetensors")
@@ -167,7 +169,7 @@ def test_sigterm_saves_at_the_steps_end_and_leaves(project, finished, tmp_path):
     process = start_training(project, tmp_path, "sft")
     wait_for(lambda: any(f.read_text().count("\n") > 1 for f in runs.glob(".train-sft-*/metrics.jsonl")) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=900)
     if process.returncode == 0:
         pytest.fail("the run ended before the signal reached it")
     assert process.returncode == 75, errors

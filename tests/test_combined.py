@@ -15,6 +15,8 @@ from pipeline.stages import read_rows
 from pipeline.training.product import load_adapter
 from tests.project import make_project, sap, write_recipe
 
+pytestmark = pytest.mark.processes
+
 SAFT = {"enabled": True, "labelled": 50, "min_auroc": 0.0, "min_precision": 0.0, "position": "response_end"}
 EMA = {"enabled": True, "decay": 0.6}
 

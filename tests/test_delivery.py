@@ -78,7 +78,7 @@ def test_two_processes_share_a_fresh_store(project, tmp_path):
         subprocess.Popen([*command, key, str(tmp_path / "ready")], cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True)
         for key in ("train-1", "train-2")
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=900)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0] and not "".join(errors).strip()
     store = Store(layout)
     assert len(store.runs) == 3 and store.parent.info.status == "FINISHED"

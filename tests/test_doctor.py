@@ -24,6 +24,8 @@ from pipeline.sharding.single import SingleEngine
 from tests.project import make_project, run, sap, write_recipe
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 
+pytestmark = pytest.mark.processes
+
 
 class Unseen(SingleEngine):
     """What DeepSpeed #5667 is: passes go on with gathered copies of the unperturbed weights."""

@@ -3,18 +3,20 @@
 import sys
 
 import pytest
+import torch
 
-from pipeline.lean_imports import without
+from pipeline.lean_imports import uncompiled, without
 from tests.project import run
 
 RANK = """
 import sys
 from pipeline.sections import LoraSection, TrainSection
-from pipeline.sharding.launch import init_distributed
+from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.models import add_lora
 from tests.tiny import tiny_model
-init_distributed(TrainSection(engine="zero3", steps=1))
-add_lora(tiny_model(), LoraSection(r=3, alpha=6), seed=0)
+train = TrainSection(engine="zero3", steps=1)
+init_distributed(train)
+open_engine(add_lora(tiny_model(), LoraSection(r=3, alpha=6), seed=0), train)
 assert "deepspeed" in sys.modules and "peft" in sys.modules
 print("begun with", *sorted({"mlflow", "bitsandbytes", "torch._inductor.compile_fx"} & sys.modules.keys()))
 import bitsandbytes, mlflow
@@ -33,6 +35,17 @@ def test_what_is_hidden_is_back_after_the_block(monkeypatch):
     with without("this"), pytest.raises(ImportError):
         import this  # noqa: F401
     assert "this" not in sys.modules
+
+
+def test_what_is_marked_inside_is_not_compiled_and_what_comes_later_is():
+    compiling = torch.compile
+
+    def plain():
+        pass
+
+    with uncompiled():
+        assert torch.compile(plain) is torch.compile(dynamic=False)(plain) is plain
+    assert torch.compile is compiling
 
 
 def test_nothing_is_hidden_that_is_there_or_beside_another_thread(monkeypatch):

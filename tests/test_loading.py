@@ -17,6 +17,8 @@ from tests import measure_loading
 from tests.model_folder import change, make_folder
 from tests.tiny import FAMILIES, family_model
 
+pytestmark = pytest.mark.processes
+
 
 def saved(folder: Path, family: str = "llama", tied: bool = True) -> str:
     family_model(family, tied).save_pretrained(folder, max_shard_size="20KB")

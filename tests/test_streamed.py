@@ -12,6 +12,8 @@ from tests import streamed_worker as worker
 from tests.distributed.ranks import spawn
 from tests.tiny import family_model
 
+pytestmark = pytest.mark.processes
+
 ENGINES = ["zero3", "fsdp2"]
 
 

@@ -1,7 +1,12 @@
 """What ranks import, for the process that they are forked from (tests/distributed/ranks.py). It starts no thread and computes nothing."""
 
+import gc
+
+import torch._dynamo  # noqa: F401  which the first optimizer step imports
+
 from pipeline import lean_imports, stages  # noqa: F401
 from pipeline.sharding import fsdp2, zero3  # noqa: F401
 
 lean_imports.import_deepspeed()
 lean_imports.import_peft()
+gc.freeze()  # DeepSpeed collects garbage at every start of an engine: not among these

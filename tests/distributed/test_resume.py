@@ -8,6 +8,8 @@ from tests.distributed.ranks import spawn
 from tests.distributed.resume_worker import CASES, SAVED, STEPS, name_of
 from tests.tiny import tiny_lora, tiny_model
 
+pytestmark = pytest.mark.processes
+
 TOLERANCE = {"lora": 1e-5, "full": 1e-4}  # shares of the whole update, as in docs/correctness.md
 
 

@@ -17,6 +17,8 @@ from tests.distributed.worker import make_step, run_steps, train_section
 from tests.tiny import tiny_lora, tiny_model, tiny_rows
 from tests.training.companions import METHODS, Dense
 
+pytestmark = pytest.mark.processes
+
 SHARDED = ["zero3-0", "zero3-1000000", "fsdp2"]
 
 

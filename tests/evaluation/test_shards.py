@@ -20,6 +20,8 @@ from pipeline.evaluation.shards import Shard, interleaved
 from pipeline.layout import Layout
 from tests.project import ROOT, make_project, quiet, run, write_recipe
 
+pytestmark = pytest.mark.processes
+
 COUNTS = {"harmful": 6, "harmless": 4, "task": 2}  # of three shards one has no task prompt
 
 
@@ -266,7 +268,7 @@ def test_two_commands_at_once(project, whole, tmp_path):
          "--shard", f"{index}/2"] for index in range(2)
     ]  # fmt: skip
     jobs = [subprocess.Popen(command, cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [job.communicate(timeout=280)[1] for job in jobs]
+    errors = [job.communicate(timeout=900)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], errors
     assert all(f"[evaluate shipped {index}/2] harmful 3/3" in errors[index] for index in range(2))
     assert_same(target(layout), whole)

@@ -29,7 +29,7 @@ def submit(*arguments: str | Path, cwd: str | Path = "/", **environment: str) ->
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SAP_", "SLURM_", "SBATCH_"))}
     clean |= {"SAP_PYTHON": sys.executable, "SAP_SITE_ENV": "/nowhere", **environment}
     command = [str(ROOT / "slurm/submit.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=clean, capture_output=True, text=True, cwd=cwd, timeout=60)
+    return subprocess.run(command, env=clean, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
