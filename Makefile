@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python -m pipeline.cli
 .PHONY: help demo test matrix test-all mutants slurm lint clean
 help:
 	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
-	@echo "make test             set up with test dependencies, run the tests, four modules at a time at most; TESTS=... runs those in one process"
+	@echo "make test             set up with test dependencies, run the tests (TESTS=path: those, in one process)"
 	@echo "make test-all         the tests, then sharded training against one process in every pair of factors (FULL=1: every combination, hours)"
 	@echo "make mutants          plant faults and see that the tests notice"
 	@echo "make slurm            job scripts on a real Slurm cluster, with faults (needs root and Slurm's programs)"
@@ -27,8 +27,9 @@ demo: $(VENV)/ready
 	@$(RUN) run launch/recipes/demo.yaml --seeds "$$($(PYTHON) -c 'print(list(range($(SEEDS))))')"
 
 # A module stays in one process, so that what its tests share is made once.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/ready
-	@$(VENV)/bin/python -m pytest $(or $(TESTS),--numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+	@$(VENV)/bin/python -m pytest $(or $(TESTS),$(PARALLEL))
 
 matrix: $(VENV)/ready
 	@FULL=$(FULL) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -s tests/distributed/equivalence.py

@@ -1,7 +1,8 @@
 """peft and deepspeed without what they import in case it is wanted: a rank starts a quarter sooner.
 
-peft imports bitsandbytes, and that torch's compiler, as does deepspeed's Muon optimizer; deepspeed's autotuner imports mlflow. None is used
-by way of them: pipeline/quantization.py and pipeline/mlflow_store.py import their own, and nothing here is compiled.
+peft imports bitsandbytes, and that torch's compiler, as does deepspeed's Muon optimizer; deepspeed's autotuner
+imports mlflow. None is used by way of them: pipeline/quantization.py and pipeline/mlflow_store.py import their own, and
+nothing here is compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 
 
 def import_peft() -> None:
-    """Import peft, which then knows no bitsandbytes (it would serve models that bitsandbytes has quantised: none of ours)."""
+    """Import peft, which then knows no bitsandbytes: it would serve what bitsandbytes has quantised, not ours."""
     with without("bitsandbytes"):
         from peft.import_utils import is_bnb_available
 

@@ -57,7 +57,7 @@ def applied(mutant: Mutant, root: Path) -> dict[Path, str]:
 
 
 def start_tests(copy: Path, tests: Sequence[str]) -> int:
-    """Begin pytest on a copy, in a process forked from this one: it has the libraries, and nothing of the project. Returns its id."""
+    """Begin pytest on a copy, in a process forked from this one, which has imported the libraries; returns its id."""
     (copy / REPORT).unlink(missing_ok=True)
     sys.stdout.flush()
     pid = os.fork()
@@ -76,10 +76,11 @@ def _run_tests(copy: Path, tests: Sequence[str]) -> NoReturn:
     for descriptor in (1, 2):
         os.dup2(printed, descriptor)
     # No bytecode: two versions of a file within a second and of one size would be taken for the same.
-    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", VARIABLE: str(copy / REPORT)}
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ[VARIABLE] = str(copy / REPORT)
     sys.dont_write_bytecode = True
     sys.path[:] = [str(copy), *(path for path in sys.path if path not in ("", str(ROOT)))]
-    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:  # the copy's own are to be imported
         del sys.modules[name]
     importlib.invalidate_caches()
     code = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "tests.first_failure", *tests])
@@ -94,7 +95,7 @@ def first_failure(copy: Path) -> dict[str, str]:
 
 
 def verdict(mutant: Mutant | None, code: int, copy: Path, seconds: float) -> Outcome:
-    """What the end of the tests says; no mutant: the control, every test that is to catch a fault passes without one."""
+    """What the end of the tests says; without a mutant it is the control: all tests named pass without a fault."""
     first, output = first_failure(copy), (copy / PRINTED).read_text()
     if mutant is None:
         found, by = ("passes", "all tests named here") if code == 0 else ("FAILED", first.get("test", "") or output[-300:])

@@ -59,8 +59,10 @@ from pathlib import Path
 import mlflow, mlflow.store.tracking.sqlalchemy_store
 from pipeline import recipe
 from pipeline.layout import Layout
+from pipeline import tracking
 from pipeline.tracking import open_run
 
+tracking._CLOSE_SECONDS = 300.0  # two that make a store at once may need longer than a stage would wait for
 layout, key, ready = Layout(recipe.load(sys.argv[1])), sys.argv[2], Path(sys.argv[3])
 (ready / key).touch()
 while len(list(ready.iterdir())) < 2:

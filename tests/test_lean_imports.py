@@ -1,4 +1,4 @@
-"""What a rank imports to begin: neither the compiler that bitsandbytes brings nor mlflow; both are there for those who ask."""
+"""What a rank imports to begin: neither torch's compiler nor mlflow; both are there for those who ask."""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""What ranks import, for the process that they are forked from (tests/distributed/ranks.py). It starts no thread and computes nothing."""
+"""What ranks import, for the process that they are forked from (tests/distributed/ranks.py).
+
+It starts no thread and computes nothing.
+"""
 
 import gc
 

@@ -1,7 +1,7 @@
 """Local processes as the ranks of one process group: spawn(2, main, "argument") calls main(rank, "argument") in each of two.
 
-They are forked from a process of their own that has imported what they need and done nothing else, so that a rank starts in no time,
-clean, whatever this process has computed. It lives as long as this one, and is started by the first that spawns.
+They are forked from a process that has imported what they need and done nothing else, so that a rank starts in no time,
+and clean, whatever this process has computed. The first that spawns starts it; it lives as long as this process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def spawn(ranks: int, main: Callable[..., None], *arguments: Any) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(["tests.distributed.imported"])
-    torch.multiprocessing.start_processes(_enter, args=(ranks, port, main, arguments), nprocs=ranks, start_method="forkserver")
+    torch.multiprocessing.start_processes(_enter, (ranks, port, main, arguments), nprocs=ranks, start_method="forkserver")
 
 
 def _enter(rank: int, ranks: int, port: int, main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
