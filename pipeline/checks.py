@@ -23,6 +23,7 @@ from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import TrainSection
 from pipeline.sharding.ds_config import check_engine
 from pipeline.system_errors import reading_input
+from pipeline.tokenizer_facts import check_loads
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def _files(base: Recipe, notes: list[str]) -> ModelFacts | None:
     if facts is None:
         notes.append(f"model.path {base.model.path} is not on this machine yet: what depends on it is checked once it is fetched")
         return None
+    check_loads(facts.label, facts.folder)
     return facts if facts.layers else outlined(base.model)
 
 
@@ -69,7 +71,9 @@ def _modules(base: Recipe) -> ModelFacts:
     """The model by its files, held against the modules that transformers builds; fetched where it is not here (a hub model: its config)."""
     from pipeline.models import check_weights, load_tokenizer, outline
 
-    check_model(base)
+    here = check_model(base)
+    if here is not None:
+        check_loads(here.label, here.folder)
     load_tokenizer(base.model)
     facts, model = check_model(base), outline(base.model)  # once more: the built-in model was fetched
     if facts is None:

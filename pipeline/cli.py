@@ -24,6 +24,7 @@ from pipeline.capacity import Capacity
 from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
 from pipeline.status import STAGES, check_portable, status
+from pipeline.system_errors import reading_input
 
 _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
 
@@ -84,7 +85,8 @@ def _main(argv: list[str]) -> int:
         raise ValueError(f"--jobs is {options.jobs}: it takes a number from 1")
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")
-    chain = Chain(experiment, options.method, options.jobs)
+    with reading_input():
+        chain = Chain(experiment, options.method, options.jobs)
     stages = STAGES if options.stage == "run" else (options.stage,)
     idle = not any(chain.pending(stage) for stage in stages if stage != "report")
     found = _check(chain, light=options.dry_run or idle)

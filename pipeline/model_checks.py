@@ -22,6 +22,9 @@ from pipeline.model_files import model_location
 from pipeline.recipe import Recipe
 from pipeline.sections import ModelSection, TrainSection
 
+# Types whose attention and MLP have no more and no other matrices than Llama's.
+_PLAIN_LAYERS = frozenset(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3"))
+
 
 def check_model(recipe: Recipe) -> ModelFacts | None:
     """What the model's files say, held against each other and the recipe. ValueError, one sentence, for what is wrong.
@@ -153,6 +156,7 @@ def _check_sizes(facts: ModelFacts) -> None:
             f"{facts.label}: {facts.head}.weight has {head.shape[0]:,} rows and {facts.embedding} {rows:,}: "
             "resize both with model.resize_token_embeddings and save the model again"
         )
+    _check_linears(facts, hidden)
     said = facts.number("num_hidden_layers", "n_layer", "num_layers")
     if said is None or not facts.layers:
         return
@@ -163,6 +167,25 @@ def _check_sizes(facts: ModelFacts) -> None:
     # Layers that predict further tokens stand behind the others, and are not loaded.
     if max(facts.layers) + 1 - said > (facts.number("num_nextn_predict_layers") or 0):
         raise ValueError(_disagree(facts, f"num_hidden_layers {said}", held))
+
+
+def _check_linears(facts: ModelFacts, hidden: int | None) -> None:
+    """ValueError where a layer's matrices are not of the sizes that config.json names. Families that shape them otherwise are left alone."""
+    inner, heads = facts.number("intermediate_size"), facts.number("num_attention_heads")
+    if facts.config.get("model_type") not in _PLAIN_LAYERS or not (hidden and inner and heads):
+        return
+    dimension, keys = facts.number("head_dim") or hidden // heads, facts.number("num_key_value_heads") or heads
+    queries, few = (heads * dimension, hidden), (keys * dimension, hidden)
+    wanted = {"q_proj": queries, "k_proj": few, "v_proj": few, "o_proj": queries[::-1]}
+    wanted |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    for name, shape in facts.linears.items():
+        size = wanted.get(name.rpartition(".")[2])
+        if size and facts.layer_of(f"{name}.weight") is not None and tuple(shape) != size:
+            tensor = facts.tensors[f"{name}.weight"]
+            raise ValueError(
+                f"{facts.label}: {name}.weight is {' x '.join(f'{n:,}' for n in shape)} in {tensor.file}, but config.json makes it "
+                f"{' x '.join(f'{n:,}' for n in size)}: copy config and weights from the same place"
+            )
 
 
 def _disagree(facts: ModelFacts, said: str, found: str) -> str:

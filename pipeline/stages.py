@@ -72,6 +72,7 @@ def prepare(experiment: Experiment) -> bool:
             artifacts.write_json(folder / artifacts.FACTS, facts)
             run.log_facts(facts)
     _prompts(layout)
+    _check_lengths(layout, load_tokenizer(layout.base.model), _evaluation_sets(layout))
     return True
 
 
@@ -259,10 +260,15 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[A
     artifacts.verify(_prompts(layout))
     sets = _evaluation_sets(layout)
     shard.check(len(sets["harmful"]))
-    tokenizer, config = load_tokenizer(layout.base.model), load_config(layout.base.model)
-    lengths = (len(ids) for rows in sets.values() for ids in prompts(tokenizer, rows))
-    check_prompts(config.to_dict(), lengths, layout.base)
+    tokenizer = load_tokenizer(layout.base.model)
+    _check_lengths(layout, tokenizer, sets)
     return tokenizer, sets
+
+
+def _check_lengths(layout: Layout, tokenizer: Any, sets: dict[str, list[dict[str, Any]]]) -> None:
+    """ValueError where a prompt leaves the model no room for its answer."""
+    lengths = (len(ids) for rows in sets.values() for ids in prompts(tokenizer, rows))
+    check_prompts(load_config(layout.base.model).to_dict(), lengths, layout.base)
 
 
 def _measure(layout: Layout, subject: Subject, shard: Shard, tokenizer: Any, sets: dict[str, list[dict[str, Any]]]) -> Measured:

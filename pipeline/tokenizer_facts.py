@@ -72,6 +72,22 @@ def read_tokenizer(label: str, folder: Path, chat_template: Path | None) -> Toke
     return TokenizerFacts(vocabulary, added, named, template)
 
 
+def check_loads(label: str, folder: Path) -> None:
+    """ValueError where the library that transformers reads tokenizer.json with does not take it."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no more than that
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the tokenizer of {label} cannot be read ({path.name}: {first}): save it again with tokenizer.save_pretrained"
+        ) from None
+
+
 def _tokens(given: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     """Token -> id of the vocabulary, and of what was added to it."""
     vocabulary = given.get("vocab.json", {})

@@ -148,7 +148,7 @@ def garbled_tokenizer(model: Path) -> None:
     ("damage", "expected"),
     [
         (cut, ["model.safetensors is cut short"]),
-        (other_width, ["mlp.gate_proj.weight is 64 x 32 in model.safetensors, but config.json makes it 65 x 32"]),
+        (other_width, ["mlp.down_proj.weight is 32 x 64 in model.safetensors, but config.json makes it 32 x 65"]),
         (more_tokens, ["'<tool>' is", "resize_token_embeddings"]),
         (garbled_tokenizer, ["the tokenizer of model.path", "cannot be read"]),
     ],
@@ -176,6 +176,8 @@ def test_a_prompt_that_leaves_no_room_for_its_answer(project, monkeypatch):
     folder, content = project
     layout = Layout(recipe.load(write_recipe(folder, content)))
     monkeypatch.setattr(stages, "_verify_upstream", lambda _: None)
+    monkeypatch.setattr(stages, "_prompts", lambda _: None)
+    monkeypatch.setattr(stages.artifacts, "verify", lambda _: None)
     monkeypatch.setattr(stages, "_evaluation_sets", lambda _: {"harmful": [{"prompt": "\u20ac" * 100}]})
     with pytest.raises(ValueError, match=r"evaluate.max_new_tokens 6 .* 256 positions"):
         stages._check_evaluation(layout, next(iter(layout.subjects())), WHOLE)
