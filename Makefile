@@ -4,8 +4,9 @@ VENV := .venv
 SEEDS ?= 1
 RUN := $(VENV)/bin/python -m pipeline.cli
 
-.PHONY: help demo test matrix test-all mutants slurm lint clean
+.PHONY: help setup demo test matrix test-all mutants slurm lint clean
 help:
+	@echo "make setup            set up .venv and nothing more"
 	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
 	@echo "make test             set up with test dependencies, run the tests (TESTS=path: those, in one process)"
 	@echo "make test-all         the tests, then sharded training against one process in every pair of factors (FULL=1: every combination, hours)"
@@ -21,6 +22,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 2>&1 | grep -v "^WARNING: Location" || true
 	@$(VENV)/bin/python -c 'import torch, deepspeed, transformers, peft, mlflow, pytest' >/dev/null 2>&1 || { echo "error: the installation into $(VENV) is not complete: see above" >&2; exit 1; }
 	@touch $@
+
+setup: $(VENV)/ready
 
 demo: $(VENV)/ready
 	@$(VENV)/bin/python -m pipeline.data.builtin
