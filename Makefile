@@ -24,6 +24,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(VENV)/ready
+	@echo "$(VENV) is ready: $(VENV)/bin/sap --help"
 
 demo: $(VENV)/ready
 	@$(VENV)/bin/python -m pipeline.data.builtin
