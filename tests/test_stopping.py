@@ -84,7 +84,8 @@ def signal_when(*paths: Path, number: int = signal.SIGTERM) -> threading.Thread:
         deadline = time.monotonic() + 100  # a test that fails must not hang
         while not all(path.exists() for path in paths) and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), number)
+        if time.monotonic() < deadline:
+            os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
