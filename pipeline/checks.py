@@ -35,12 +35,13 @@ class Checked:
 
 
 @reading_input()
-def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, light: bool = False) -> Checked:
+def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, light: bool = False, starts: bool = True) -> Checked:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
     here: what this process runs, under its launcher's world size: checked are the model, the data and that. Without it, every cell of the
     recipe on this machine's devices; methods left out by `sap --methods` must not stop the others. light: fetch nothing and do without torch;
-    what the model lacks here is a note, and its weights are held against its config by the sizes that the config names only.
+    what the model lacks here is a note, and its weights are held against its config by the sizes that the config names only. starts: whether
+    ranks are to be started here; `sap prepare` may run on a node that has fewer GPUs than the training's.
     """
     base = experiment.base
     artifacts.check_writable(base.output_dir / base.name, "output_dir")
@@ -49,7 +50,7 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, l
     trainings = _trainings(experiment, here)
     for field, train, cell in trainings:
         ranks = devices.ranks(train) if here is None else devices.environment()[1]
-        if here is None:
+        if here is None and starts:
             devices.check_ranks(field, train)
         check_training(field, train, base, facts, ranks)
         if cell is not None:

@@ -26,6 +26,7 @@ from pipeline.recipe import Cell, Experiment
 from pipeline.status import STAGES, check_portable, status
 from pipeline.system_errors import reading_input
 
+_ON_RANKS = {"align", "filter", "direction", "train"}  # stages that start ranks
 _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
 
 
@@ -89,7 +90,7 @@ def _main(argv: list[str]) -> int:
         chain = Chain(experiment, options.method, options.jobs)
     stages = STAGES if options.stage == "run" else (options.stage,)
     idle = not any(chain.pending(stage) for stage in stages if stage != "report")
-    found = _check(chain, light=options.dry_run or idle)
+    found = _check(chain, light=options.dry_run or idle, starts=bool(_ON_RANKS & set(stages)))
     if options.dry_run:
         print(dry_run.overview(experiment, {stage: chain.folders(stage) for stage in stages}, found))
         return 0
@@ -97,10 +98,10 @@ def _main(argv: list[str]) -> int:
     return _run(chain, stages, options)
 
 
-def _check(chain: Chain, light: bool) -> Capacity | None:
-    """Every check there is, and whether memory and disk suffice; None where the model is not here. What is no error is printed."""
-    checked = checks.check(chain.experiment, light=light)
-    found = None if checked.facts is None else capacity.capacity(chain.experiment, checked.facts, chain.cells)
+def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
+    """Every check there is, and whether memory and disk suffice for what starts here; None where that is not known. What is no error is printed."""
+    checked = checks.check(chain.experiment, light=light, starts=starts)
+    found = capacity.capacity(chain.experiment, checked.facts, chain.cells) if starts and checked.facts else None
     for note in (*checked.notes, *(found.notes if found else ())):
         print(f"note: {note}", file=sys.stderr)
     return found

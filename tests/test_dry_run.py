@@ -121,6 +121,8 @@ def test_a_small_gpu_is_refused_by_the_planner(project, capsys, monkeypatch):
     assert code == 2 and not lines and "of every GPU by arithmetic (`sap plan`), and GPU 0 (Tiny) has 1.0: use more ranks (train.ranks)" in error
     code, _, error = dry_run(capsys, write_recipe(folder, content), "--train.ranks=4", "--train.batch_size=8")
     assert code == 2 and "train.ranks 4 needs as many GPUs, and this machine shows 2" in error
+    elsewhere = ["--train.ranks=4", "--train.batch_size=8", "--dry-run"]
+    assert main(["prepare", str(write_recipe(folder, content)), *elsewhere]) == 0, "the training's node may have more"
 
 
 def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
