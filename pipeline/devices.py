@@ -57,6 +57,8 @@ def gpus() -> tuple[Gpu, ...]:
         if found:
             _check_driver(pynvml)
         return found
+    except pynvml.NVMLError:  # not every GPU answers every question: memory that is shared with the CPU, a part of a GPU
+        return _asked_of_torch()
     finally:
         pynvml.nvmlShutdown()
 
@@ -147,8 +149,13 @@ def _summary(found: tuple[Gpu, ...]) -> str:
 
 
 def _visible(nvml: Any) -> tuple[Gpu, ...]:
-    """What CUDA_VISIBLE_DEVICES leaves of the machine's GPUs, read as CUDA reads it: it ends at the first entry that names none."""
+    """What CUDA_VISIBLE_DEVICES leaves of the machine's GPUs, read as CUDA reads it: it ends at the first entry that names none.
+
+    Raises NVMLError where the library cannot tell, as of GPUs that are cut into parts (MIG), which CUDA counts by rules of its own.
+    """
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    if any(_in_parts(nvml, handle) for handle in handles):
+        raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
     named = {str(index): handle for index, handle in enumerate(handles)}
     uuids = {_text(nvml.nvmlDeviceGetUUID(handle)): handle for handle in handles}
     chosen: list[tuple[str, Any]] = []
@@ -157,11 +164,16 @@ def _visible(nvml: Any) -> tuple[Gpu, ...]:
         by_uuid = [found for uuid, found in uuids.items() if entry.startswith("GPU-") and uuid.startswith(entry)]
         if entry in named or by_uuid:
             chosen.append((entry, named[entry] if entry in named else by_uuid[0]))
-        elif entry.startswith("MIG-"):
-            chosen.append((entry, nvml.nvmlDeviceGetHandleByUUID(entry)))
         else:
             break
     return tuple(_gpu(nvml, name, handle) for name, handle in chosen)
+
+
+def _in_parts(nvml: Any, handle: Any) -> bool:
+    try:
+        return nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
+    except nvml.NVMLError:  # a GPU that knows no parts
+        return False
 
 
 def _gpu(nvml: Any, name: str, handle: Any) -> Gpu:
@@ -199,7 +211,7 @@ def _built_for_gpus() -> bool:
 
 
 def _asked_of_torch() -> tuple[Gpu, ...]:
-    """The GPUs by torch, for those that NVIDIA's library does not know."""
+    """The GPUs by torch, for those of which NVIDIA's library tells too little. All of their memory counts as free."""
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
         return ()
     import torch
@@ -207,9 +219,10 @@ def _asked_of_torch() -> tuple[Gpu, ...]:
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or "").split(",")
     found = []
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
+        properties = torch.cuda.get_device_properties(index)  # mem_get_info would leave a context of this process on the GPU
         name = visible[index].strip() if index < len(visible) and visible[index] else str(index)
-        found.append(Gpu(name, torch.cuda.get_device_name(index), total, free, torch.cuda.get_device_capability(index)))
+        size = properties.total_memory
+        found.append(Gpu(name, properties.name, size, size, (properties.major, properties.minor)))
     return tuple(found)
 
 

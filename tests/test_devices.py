@@ -16,9 +16,15 @@ class Driver:
     """What pipeline/devices.py asks of nvidia-ml-py. gpus: (name, total bytes, free bytes, compute capability, processes)."""
 
     NVMLError = type("NVMLError", (Exception,), {})
+    NVML_ERROR_NOT_SUPPORTED, NVML_DEVICE_MIG_ENABLE = 3, 1
 
     def __init__(self, *gpus, cuda: int = 13000):
         self.gpus, self.cuda = gpus, cuda
+
+    def nvmlDeviceGetMigMode(self, handle):
+        if self.gpus[handle][0].endswith("in parts"):
+            return 1, 1
+        raise self.NVMLError
 
     def nvmlInit(self):
         pass
@@ -39,6 +45,8 @@ class Driver:
         return self.gpus[handle][0]
 
     def nvmlDeviceGetMemoryInfo(self, handle):
+        if not self.gpus[handle][1]:
+            raise self.NVMLError
         return SimpleNamespace(total=self.gpus[handle][1], free=self.gpus[handle][2])
 
     def nvmlDeviceGetCudaComputeCapability(self, handle):
@@ -147,6 +155,18 @@ def test_a_driver_that_is_too_old_for_torch_is_one_sentence(machine):
 def test_a_torch_without_cuda_computes_on_the_cpu_and_says_so(machine):
     machine(gpu(), built=None)
     assert devices.gpus() == () and "torch is built without CUDA" in devices.describe(ModelSection(path="owner/name"), train())
+
+
+@pytest.mark.parametrize(("untold", "visible"), [(gpu("NVIDIA H100 in parts"), "MIG-abc"), (gpu("NVIDIA GB10", total=0), "0")])
+def test_gpus_of_which_the_library_tells_too_little_are_asked_of_torch(machine, monkeypatch, untold, visible):
+    import torch
+
+    properties = SimpleNamespace(name="a part", total_memory=40 * GB, major=9, minor=0)
+    monkeypatch.setattr(devices.Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    machine(untold, visible=visible)
+    assert devices.gpus() == (devices.Gpu(visible, "a part", 40 * GB, 40 * GB, (9, 0)),)
 
 
 def test_the_build_of_torch_is_read_without_importing_it():
