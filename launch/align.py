@@ -9,12 +9,14 @@ from pipeline import entry
 def main() -> None:
     options, experiment = entry.arguments(__doc__, checkable=True)
 
-    from pipeline import checks, stages
-    from pipeline.sharding.launch import leave
+    from pipeline import checks
 
-    checks.check(experiment, "align")
+    checks.check(experiment, "align", light=options.check)
     if options.check:
         return checks.check_upstream(experiment, "align")
+    from pipeline import stages
+    from pipeline.sharding.launch import leave
+
     stages.align(experiment)
     leave()
 

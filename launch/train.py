@@ -12,12 +12,14 @@ def main() -> None:
     options, experiment = entry.arguments(__doc__, checkable=True)
     cell = entry.choose_cell(experiment, options.method, options.seed)
 
-    from pipeline import checks, stages
-    from pipeline.sharding.launch import leave
+    from pipeline import checks
 
-    checks.check(experiment, cell)
+    checks.check(experiment, cell, light=options.check)
     if options.check:
         return checks.check_upstream(experiment, "train", cell)
+    from pipeline import stages
+    from pipeline.sharding.launch import leave
+
     stages.train(experiment, cell)
     leave()
 
