@@ -75,8 +75,9 @@ def _modules(base: Recipe) -> ModelFacts:
     here = check_model(base)
     if here is not None:
         check_loads(here.label, here.folder)
+    model = outline(base.model)  # first: load_tokenizer would take a broken config for a broken tokenizer
     load_tokenizer(base.model)
-    facts, model = check_model(base), outline(base.model)  # once more: the built-in model was fetched
+    facts = check_model(base)  # once more: the built-in model was fetched
     if facts is None:
         check_positions(model.config.to_dict(), base)  # the config is here now, the rest comes with the weights
     else:
@@ -150,9 +151,9 @@ def check_quantisable(facts: ModelFacts) -> None:
     """ValueError for a model whose weights nf4 would not reach, or that are quantised already."""
     if facts.config.get("quantization_config") is not None:
         raise ValueError(f"model.quantization nf4 needs unquantised weights, but those of {facts.label} are quantised: give the original model")
-    stacked = next((name for name, tensor in facts.tensors.items() if len(tensor.shape) > 2), None)
-    if stacked:
-        raise ValueError(f"model.quantization nf4 reaches linear layers only, and {facts.label} keeps experts in one tensor ({stacked}): set it to none")
+    expert = next((name for name in facts.tensors if ".experts." in name), None)
+    if expert:  # files may hold them one by one: transformers stacks them while it loads
+        raise ValueError(f"model.quantization nf4 reaches linear layers only, and {facts.label} keeps experts in one tensor ({expert}): set it to none")
 
 
 def _check_lora(field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None) -> None:

@@ -87,6 +87,7 @@ def _main(argv: list[str]) -> int:
     if options.method and options.stage == "report":
         raise ValueError("a report compares all methods of a recipe: leave --method out")
     with reading_input():
+        artifacts.check_writable(experiment.base.output_dir / experiment.base.name, "output_dir")
         chain = Chain(experiment, options.method, options.jobs)
     stages = STAGES if options.stage == "run" else (options.stage,)
     idle = not any(chain.pending(stage) for stage in stages if stage != "report")

@@ -9,6 +9,7 @@ NVIDIA's management library is asked (nvidia-ml-py); where it is not there and a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -60,12 +61,16 @@ def gpus() -> tuple[Gpu, ...]:
     except pynvml.NVMLError:  # not every GPU answers every question: memory that is shared with the CPU, a part of a GPU
         return _asked_of_torch()
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def environment() -> tuple[int, int]:
-    """(rank, world size) of this process, as its launcher says; (0, 1) without one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, world size) of this process, as its launcher says; (0, 1) without one. ValueError where what it says is no rank."""
+    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(f"RANK is '{rank}' and WORLD_SIZE '{size}' in the environment: a launcher sets them to 0 to N - 1 and N; unset both to run alone")
+    return int(rank), int(size)
 
 
 def ranks(train: TrainSection) -> int:
@@ -161,11 +166,14 @@ def _visible(nvml: Any) -> tuple[Gpu, ...]:
     chosen: list[tuple[str, Any]] = []
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     for entry in list(named) if variable is None else [part.strip() for part in variable.split(",")]:
+        number = re.match(r"\+?0*(\d+)", entry)  # as strtoul: 1gpu counts as 1
         by_uuid = [found for uuid, found in uuids.items() if entry.startswith("GPU-") and uuid.startswith(entry)]
-        if entry in named or by_uuid:
-            chosen.append((entry, named[entry] if entry in named else by_uuid[0]))
-        else:
+        handle = named.get(number[1]) if number else by_uuid[0] if len(by_uuid) == 1 else None
+        if handle is None:
             break
+        if any(handle is other for _, other in chosen):
+            return ()  # one GPU named twice: CUDA takes that for none
+        chosen.append((entry, handle))
     return tuple(_gpu(nvml, name, handle) for name, handle in chosen)
 
 
@@ -188,9 +196,10 @@ def _gpu(nvml: Any, name: str, handle: Any) -> Gpu:
 
 def _check_driver(nvml: Any) -> None:
     """ValueError where the driver is of an older CUDA than torch's: torch would say that there is no GPU. Minor versions go together."""
-    built = _torch_build()["cuda"]
+    built = _torch_build()["cuda"] or ""
     known = nvml.nvmlSystemGetCudaDriverVersion_v2()  # 12020: CUDA 12.2
-    if built and int(built.split(".")[0]) > known // 1000:
+    major = re.match(r"\d+", built)
+    if major and int(major[0]) > known // 1000:
         driver = _text(nvml.nvmlSystemGetDriverVersion())
         raise ValueError(
             f"torch {_torch_build()['__version__']} is built for CUDA {built}, and this machine's driver {driver} knows CUDA {known // 1000}.{known % 1000 // 10}: "
@@ -202,7 +211,8 @@ def _check_driver(nvml: Any) -> None:
 def _torch_build() -> dict[str, str | None]:
     """cuda, hip: versions that the installed torch is built for, None where for none; read from its files, for importing it takes seconds."""
     spec = importlib.util.find_spec("torch")
-    text = (Path(spec.origin).parent / "version.py").read_text() if spec and spec.origin else ""
+    file = Path(spec.origin).parent / "version.py" if spec and spec.origin else None
+    text = file.read_text() if file and file.is_file() else ""
     return {name: (re.search(rf"^{name}\b[^=\n]*= '([^']+)'", text, re.MULTILINE) or [None, None])[1] for name in ("cuda", "hip", "__version__")}
 
 

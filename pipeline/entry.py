@@ -95,9 +95,10 @@ def _told(error: ValueError | OSError | KeyboardInterrupt | RuntimeError) -> int
     """Tell the user and the batch script of the error; returns the exit code that it stands for."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if isinstance(error, ValueError):  # once a node: a path may be missing on one node only
+        sentence = redact(str(error))
         if not isinstance(error, artifacts.Busy):
-            report_error(str(error))
-        return _say(f"error: {error}", BAD_INPUT) if first else BAD_INPUT
+            report_error(sentence)
+        return _say(f"error: {sentence}", BAD_INPUT) if first else BAD_INPUT
     if isinstance(error, Stopped):
         return _say(f"stopped on request ({error}): run the same command again to go on", STOPPED)
     if isinstance(error, KeyboardInterrupt):

@@ -26,7 +26,8 @@ def adapted_modules(
         for target in targets:
             if not any(_named(target, name) for name in linears):
                 hint = " (all-linear stands alone, not in a list)" if target.lower() == ALL_LINEAR else ""
-                raise ValueError(f"{where} names '{target}'{hint}, which this model lacks: it has {last_parts}")
+                lack = "is no linear module" if any(_named(target, name) for name in others) else "this model lacks"
+                raise ValueError(f"{where} names '{target}'{hint}, which {lack}: it has {last_parts}")
         found, stray = (
             [name for name in names if any(_named(target, name) for target in targets)] for names in (linears, others)
         )

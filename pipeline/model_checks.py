@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from pipeline.model_files import model_location
 from pipeline.recipe import Recipe
 from pipeline.sections import ModelSection, TrainSection
 
+_OWN_HEAD_SIZE = frozenset(("gemma", "gemma2", "gemma3_text", "qwen3"))  # where the config is silent: a number of their own
 # Types whose attention and MLP have no more and no other matrices than Llama's.
 _PLAIN_LAYERS = frozenset(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3"))
 
@@ -174,7 +176,10 @@ def _check_linears(facts: ModelFacts, hidden: int | None) -> None:
     inner, heads = facts.number("intermediate_size"), facts.number("num_attention_heads")
     if facts.config.get("model_type") not in _PLAIN_LAYERS or not (hidden and inner and heads):
         return
-    dimension, keys = facts.number("head_dim") or hidden // heads, facts.number("num_key_value_heads") or heads
+    dimension, keys = facts.number("head_dim"), facts.number("num_key_value_heads") or heads
+    if dimension is None and facts.config["model_type"] in _OWN_HEAD_SIZE:
+        return
+    dimension = dimension or hidden // heads
     queries, few = (heads * dimension, hidden), (keys * dimension, hidden)
     wanted = {"q_proj": queries, "k_proj": few, "v_proj": few, "o_proj": queries[::-1]}
     wanted |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
@@ -218,6 +223,12 @@ def _check_token_ids(facts: ModelFacts) -> None:
             f"{facts.label}: eos_token_id {beyond:,} is beyond the embedding's {rows:,} rows: "
             "set it in config.json and generation_config.json to the id of eos_token"
         )
+    padding = facts.number("pad_token_id")
+    if padding is not None and padding >= rows:
+        raise ValueError(
+            f"{facts.label}: config.json's pad_token_id {padding:,} is beyond the embedding's {rows:,} rows: "
+            "set it to the id of pad_token, or to null"
+        )
     known = {**tokenizer.vocabulary, **tokenizer.added}
     exempt = tokenizer.other_modalities
     outside = {token: number for token, number in known.items() if number >= rows and token not in exempt}
@@ -242,7 +253,7 @@ def positions(config: dict[str, Any]) -> int | None:
     scaled = [limit]
     for rope in _ropes(text):
         factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
-        if isinstance(factor, int | float):
+        if isinstance(factor, int | float) and math.isfinite(factor):
             scaled.append(int(factor * (original if isinstance(original, int) else limit)))
     return max(scaled)
 

@@ -58,7 +58,7 @@ def count_model(facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: b
     Raises ValueError where the model is none of a decoder with attention and a gated MLP, or adapter and quantization do not go with it.
     """
     sizes = {name: facts.number(name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    lacking = next((name for name, size in sizes.items() if size is None), "decoder layers" if not facts.layers else None)
+    lacking = next((name for name, size in sizes.items() if not size), "decoder layers" if not facts.layers else None)
     if lacking or facts.embedding is None:
         raise ValueError(f"the model's config has no {lacking}: the planner knows decoders with attention and a gated MLP only")
     if nf4 and train.adapter == "full":
@@ -66,7 +66,8 @@ def count_model(facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: b
     targets = set(check_lora(facts, train, "train"))
     first = {name: shape for name, shape in facts.linears.items() if facts.layer_of(f"{name}.weight") == min(facts.layers)}
     heads = sizes["num_attention_heads"]
-    dimension = facts.number("head_dim") or sizes["hidden_size"] // heads
+    projection = next((shape[0] for name, shape in first.items() if name.endswith(".q_proj")), sizes["hidden_size"])
+    dimension = facts.number("head_dim") or projection // heads
     return Counted(
         weights=tuple(_weights(facts, targets, train, dtype_bytes, nf4)),
         layers=len(facts.layers),

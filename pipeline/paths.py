@@ -130,6 +130,8 @@ def _resolved(text: str, kind: str, folder: Path) -> str:
     if kind == "uri":
         return f"{_SQLITE}{_joined(folder, _expanded(text.removeprefix(_SQLITE)))}"
     text = _expanded(text)
+    if "://" in text:
+        raise ValueError("which is an address: download what is there, and give the file or folder")
     path = _joined(folder, text)
     local = text.startswith(("/", "."))
     if kind == "data" and not (local or Path(text).suffix in SUFFIXES or os.path.isfile(path)):

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.file_headers import json_object
 
+_OF_OTHER_MODALITIES = re.compile(r"image|img|audio|video|vision|speech|sound|boi|eoi|boa|eoa")  # in names like image_token
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -45,7 +46,7 @@ class TokenizerFacts:
     @cached_property
     def other_modalities(self) -> frozenset[str]:
         """Placeholders of images and sounds: a text-only model may share its family's tokenizer and lack their rows."""
-        return frozenset(token for name, token in self.named.items() if name not in _SPECIAL)
+        return frozenset(token for name, token in self.named.items() if _OF_OTHER_MODALITIES.search(name))
 
 
 def read_tokenizer(label: str, folder: Path, chat_template: Path | None) -> TokenizerFacts:

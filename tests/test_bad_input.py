@@ -90,6 +90,10 @@ CASES = {
     "a filter without labels": (["--saft.labelled", "0"], ["labelled 0 needs contamination"]),
     "an output_dir below a file": (["--output_dir", "/dev/null/runs"], ["output_dir /dev/null/runs/tiny cannot be written", "/dev/null is no folder"]),
     "a data file whose name no system takes": (["--data.task.source", "x" * 300 + ".jsonl"], ["File name too long", "see whether the recipe names the right file"]),
+    "an address for a file": (["--data.task.source", "https://ann:hunter2@host/task.jsonl"], ["--data.task.source", "is an address: download"]),
+    "an address for a model": (["--model.path", "https://host/m"], ["--model.path", "is an address: download"]),
+    "a folder for a file": (["--data.task.source", "/tmp"], ["data.task.source /tmp is no regular file"]),
+    "a number of ranks that nobody has": (["--train.ranks", "1000000000"], ["train.batch_size 8 does not divide by 1000000000 ranks", "or 8 ranks"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }
 
@@ -100,6 +104,7 @@ def test_one_sentence(project, capsys, monkeypatch, case):
     arguments, expected = CASES[case]
     folder, content = project
     sentence = refused(capsys, folder, content, *arguments)
+    assert "hunter2" not in sentence
     for part in expected:
         assert part in sentence
 

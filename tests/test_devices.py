@@ -126,7 +126,7 @@ def test_a_batch_that_does_not_divide_takes_fewer_gpus_and_says_so(machine):
     ("visible", "names"),
     [
         (None, ["0", "1", "2"]), ("", []), ("2,0", ["2", "0"]), ("1", ["1"]), ("GPU-111", ["GPU-111"]), ("0,-1,2", ["0"]), ("0,7,2", ["0"]),
-        ("-1", []), (" 1 , 2 ", ["1", "2"]),
+        ("-1", []), (" 1 , 2 ", ["1", "2"]), ("0,0", []), ("01", ["01"]), ("0;1", ["0;1"]), ("GPU-", []), ("MIG-abc", []),
     ],
 )  # fmt: skip
 def test_the_variable_is_read_as_cuda_reads_it(machine, visible, names):
@@ -210,3 +210,11 @@ def test_a_launcher_that_starts_more_processes_than_gpus_is_told_so(monkeypatch)
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="^4 processes were started on this machine, and each sees 2 GPUs: start at most 2"):
             patch.setenv(name, value)
             device()
+
+
+@pytest.mark.parametrize(("rank", "size"), [("0", "0"), ("0", "-2"), ("", ""), ("abc", "2"), ("2", "2"), ("0", "2.0")])
+def test_a_launcher_that_says_nonsense_is_one_sentence(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ValueError, match=f"^RANK is '{rank}' and WORLD_SIZE '{size}' in the environment"):
+        devices.environment()

@@ -71,6 +71,19 @@ def test_show_prints_the_resolved_recipe_of_every_method(project, capsys):
     assert [found["sap"]["enabled"] for found in shown] == [False, True] and {found["train"]["lr"] for found in shown} == {0.125}
 
 
+def test_rows_after_the_first_fifty_and_long_fields_are_read(project, capsys):
+    folder, content = project
+    lines = [json.dumps({"question": f"q {i}", "answer": "a"}) for i in range(80)]
+    (folder / "late.jsonl").write_text("\n".join([*lines, "null"]))
+    code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'late.jsonl'}")
+    assert code == 2 and "must hold objects with named values, but row 81 is a NoneType" in error
+    (folder / "long.csv").write_text("question,answer\n" + "\n".join(f"q {i},{'word ' * 40_000}" for i in range(20)))
+    assert dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'long.csv'}", "--data.test_samples=4")[0] == 0
+    (folder / "latin.csv").write_bytes("question,answer\ncaf\xe9,oui\n".encode("latin-1"))
+    code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'latin.csv'}")
+    assert code == 2 and "latin.csv cannot be read as a .csv file" in error and "save it again, text as UTF-8" in error
+
+
 BAD_ROWS = {
     "a list for a text": ({"question": ["a"], "answer": "b"}, "data.task: prompt holds a list"),
     "no prompt anywhere": (None, "holds no row with a prompt"),

@@ -133,8 +133,12 @@ def test_an_adapted_layer_keeps_its_adapter_in_float32():
 def test_models_that_nf4_would_not_reach_are_refused():
     model = family_model("llama", tied=True)
     check_quantisable(facts_of(model, "m"))
-    model.experts = nn.Parameter(torch.ones(2, 3, 4))
-    with pytest.raises(ValueError, match=r"model.quantization nf4 .* model.path m keeps experts in one tensor \(experts\): set it to none"):
+    model.model.conv = nn.Parameter(torch.ones(2, 3, 4))  # a convolution is no expert
+    check_quantisable(facts_of(model, "m"))
+    model.mlp = nn.Module()
+    model.mlp.experts = nn.Module()
+    model.mlp.experts.gate_up_proj = nn.Parameter(torch.ones(2, 3, 4))
+    with pytest.raises(ValueError, match=r"model.quantization nf4 .* model.path m keeps experts in one tensor \(mlp.experts.gate_up_proj\): set it to none"):
         check_quantisable(facts_of(model, "m"))
     model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(ValueError, match=r"model.quantization nf4 needs unquantised weights, but those of model.path m are quantised: give the original"):

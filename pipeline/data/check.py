@@ -30,7 +30,10 @@ def check_sources(recipe: Recipe) -> list[str]:
     unused = {"data.refusals", "data.harmless"} if not recipe.align.enabled else set()
     unused |= set() if harmful_drawn(data) else {"data.harmful"}
     for field, source in sources(recipe):
-        if field in unused or Path(source.source).suffix not in SUFFIXES:
+        if field in unused or source.source.startswith("builtin:"):
+            continue
+        if Path(source.source).suffix not in SUFFIXES:
+            notes.append(f"{field}: {source.source} is taken for a data set of the hub, and looked at when it is prepared")
             continue
         if Path(source.source).stat().st_size > _READ_WHOLE:
             notes.append(f"{field}: {source.source} is large, so its rows are looked at when they are prepared")

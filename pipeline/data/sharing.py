@@ -10,7 +10,7 @@ from __future__ import annotations
 def check_shares(field: str, batch_size: int, ranks: int) -> None:
     """ValueError where the ranks' shares of a global batch are not equal. field: of the recipe, e.g. train.batch_size."""
     if batch_size % ranks:
-        fewer = max(count for count in range(1, ranks) if batch_size % count == 0)
+        fewer = max(count for count in range(1, min(ranks, batch_size + 1)) if batch_size % count == 0)
         raise ValueError(f"{field} {batch_size} does not divide by {ranks} ranks: use a multiple of {ranks}, or {fewer} rank{'s' * (fewer > 1)}")
 
 

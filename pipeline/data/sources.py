@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def check_source(source: SourceSection, field: str) -> None:
         check_hub_id(source.source, f"{field}.source")
     else:
         if not path.is_file():
-            raise ValueError(f"{field}.source {source.source} does not exist: give a {', '.join(SUFFIXES)} file, a hub id or builtin:NAME")
+            problem = "is no regular file" if path.exists() else "does not exist"
+            raise ValueError(f"{field}.source {source.source} {problem}: give a {', '.join(SUFFIXES)} file, a hub id or builtin:NAME")
         if path.suffix not in SUFFIXES:
             raise ValueError(
                 f"{field}.source {source.source} has the unknown ending '{path.suffix}': it must be one of {', '.join(SUFFIXES)}"
@@ -130,32 +132,48 @@ def _read_hub(source: SourceSection, field: str) -> list[Row]:
 def _read_file(path: Path, source: SourceSection, field: str, limit: int | None = None) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{field}.source {path} does not exist: give a {', '.join(SUFFIXES)} file, a hub id or builtin:NAME")
-    if path.suffix == ".csv":
-        rows = _read_csv(path, source.header)
-    elif path.suffix in (".parquet", ".arrow"):
-        import datasets
-        import pyarrow.parquet
-
-        rows = (
-            pyarrow.parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else datasets.Dataset.from_file(str(path)).to_list()
-        )
-    else:
-        rows = _read_json(path, field, lines=path.suffix == ".jsonl")
-    if not all(isinstance(row, dict) for row in rows[:50]):
-        raise ValueError(f"{field}.source {path} must hold objects with named values, not {type(rows[0]).__name__}")
+    try:
+        rows = _read_rows(path, source)
+    except NoJson as error:
+        raise ValueError(f"{field}.source {path} {error}") from None
+    except (ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and Arrow's own are ValueErrors
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{field}.source {path} cannot be read as a {path.suffix} file ({first}): save it again, text as UTF-8") from None
+    other = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    if other:
+        raise ValueError(f"{field}.source {path} must hold objects with named values, but row {other} is a {type(rows[other - 1]).__name__}")
     if not rows:
         raise ValueError(f"{field}.source {path} holds no rows")
     return rows[:limit]
 
 
+def _read_rows(path: Path, source: SourceSection) -> list[Any]:
+    if path.suffix == ".csv":
+        return _read_csv(path, source.header)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffix == ".arrow":
+        import datasets
+
+        return datasets.Dataset.from_file(str(path)).to_list()
+    return _read_json(path, lines=path.suffix == ".jsonl")
+
+
 def _read_csv(path: Path, header: bool) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters, less than a long document
     with path.open(newline="", encoding="utf-8-sig") as stream:
         if header:
             return list(csv.DictReader(stream))
         return [{str(number): value for number, value in enumerate(row)} for row in csv.reader(stream)]
 
 
-def _read_json(path: Path, field: str, lines: bool) -> list[Row]:
+class NoJson(ValueError):
+    """What is wrong with a JSON file, and where."""
+
+
+def _read_json(path: Path, lines: bool) -> list[Any]:
     text = path.read_text(encoding="utf-8-sig")
     decoder, position, values = json.JSONDecoder(), 0, []
     while (position := _skip_space(text, position)) < len(text):
@@ -163,9 +181,7 @@ def _read_json(path: Path, field: str, lines: bool) -> list[Row]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             hint = "the file seems cut short" if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg else "check the file"
-            raise ValueError(
-                f"{field}.source {path} is no valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): {hint}"
-            ) from None
+            raise NoJson(f"is no valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): {hint}") from None
         values.append(value)
     if lines or len(values) != 1:
         return values
