@@ -104,8 +104,12 @@ def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) 
             from pipeline.filtering.filter import NO_LABELS
 
             raise ValueError(NO_LABELS)
+    notes = []
+    train = cell.recipe.train
+    if train.steps is not None and train.warmup_steps >= train.steps:
+        notes.append(f"method {cell.method}: train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached")
     note = fillers("sap.safety_batch_size", sap.safety_batch_size, sap.safety_micro_batch_size, ranks) if cell.recipe.draws_pairs else None
-    return [note] if note else []
+    return [*notes, note] if note else notes
 
 
 def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "direction", "train"], cell: Cell | None = None) -> None:

@@ -103,9 +103,21 @@ def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
     """Every check there is, and whether memory and disk suffice for what starts here; None where that is not known. What is no error is printed."""
     checked = checks.check(chain.experiment, light=light, starts=starts)
     found = capacity.capacity(chain.experiment, checked.facts, chain.cells) if starts and checked.facts else None
-    for note in (*checked.notes, *(found.notes if found else ())):
+    for note in (*checked.notes, *(found.notes if found else ()), *_alike(chain)):
         print(f"note: {note}", file=sys.stderr)
     return found
+
+
+def _alike(chain: Chain) -> list[str]:
+    """A sentence for every two methods that train the same: one of them changes nothing, as a section that nobody enabled."""
+    first: dict[str, str] = {}
+    notes = []
+    for cell in chain.cells:
+        if cell.seed == chain.base.seeds[0]:
+            other = first.setdefault(chain.layout.train_hash(cell), cell.method)
+            if other != cell.method:
+                notes.append(f"methods {other} and {cell.method} train the same: set what makes {cell.method} another one, e.g. lisa: {{enabled: true}}")
+    return notes
 
 
 def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> int:

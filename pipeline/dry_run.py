@@ -33,6 +33,6 @@ def _state(folders: Sequence[Path]) -> str:
     return f"would run  {folders[0].parent / _names(missing)}{done}"
 
 
-def _names(folders: Sequence[Path], shown: int = 3) -> str:
+def _names(folders: Sequence[Path], shown: int = 6) -> str:
     names = [folder.name for folder in folders[:shown]]
     return ", ".join(names) + (f" and {len(folders) - shown} more" if len(folders) > shown else "")

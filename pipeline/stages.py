@@ -71,9 +71,25 @@ def prepare(experiment: Experiment) -> bool:
             facts = prepare_data(experiment.base, folder)
             artifacts.write_json(folder / artifacts.FACTS, facts)
             run.log_facts(facts)
+            print(_told(facts), file=sys.stderr, flush=True)
     _prompts(layout)
     _check_lengths(layout, load_tokenizer(layout.base.model), _evaluation_sets(layout))
     return True
+
+
+def _told(facts: dict[str, Any]) -> str:
+    """How many samples there are, and what was cut or left out, in one line."""
+    counts = facts["samples"]
+    parts = [f"{counts['task_train']} to train on, {counts['task_validation']} to validate, {counts['task_test']} to test; {counts['safety_pairs']} safety pairs"]
+    for what in ("truncated", "dropped"):
+        total = {field: found[what] for field, found in facts["encoding"].items() if found.get(what)}
+        if total:
+            said = "cut at their greatest length" if what == "truncated" else "left out, for nothing of their response was left"
+            parts.append(f"{said}: {', '.join(f'{count} of {field}' for field, count in total.items())}")
+    for what, said in (("overlapping", "in another set already"), ("duplicate", "there already")):
+        if facts.get(what):
+            parts.append(f"{said}: {sum(facts[what].values())} rows ({', '.join(f'{name} {count}' for name, count in facts[what].items())})")
+    return f"prepared: {'; '.join(parts)}"
 
 
 def _prompts(layout: Layout) -> Path:

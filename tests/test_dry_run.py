@@ -84,6 +84,39 @@ def test_rows_after_the_first_fifty_and_long_fields_are_read(project, capsys):
     assert code == 2 and "latin.csv cannot be read as a .csv file" in error and "save it again, text as UTF-8" in error
 
 
+BAD_CSV = {
+    "commas without quotes": ("question,answer\nq,a\nBroken, row, with, commas\n", "has 4 fields in the row that ends in line 3, and 2 columns: put a field"),
+    "a quote that never closes": ('question,answer\nq,a\n"open,b\nc,d\n', "cannot be read as a .csv file (unexpected end of data)"),
+    "semicolons": ("question;answer\nq;a\n", "has the one column 'question;answer': separate its fields with commas"),
+    "a name twice": ("question,answer,answer\nq,a,b\n", "names the column 'answer' twice"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CSV)
+def test_a_damaged_csv_is_refused(project, capsys, case):
+    """Two of these were trained on, cut short, without a word."""
+    folder, content = project
+    text, sentence = BAD_CSV[case]
+    (folder / "damaged.csv").write_text(text)
+    code, lines, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'damaged.csv'}")
+    assert code == 2 and not lines and sentence in error
+
+
+def test_what_trains_nothing_new_or_never_reaches_its_rate_is_said(project, capsys):
+    folder, content = project
+    path = write_recipe(folder, content | {"methods": {"sft": {}, "lisa": {"lisa": {"rho": 0.5}}}})
+    code, _, error = dry_run(capsys, path, "--train.steps=4", "--train.warmup_steps=5")
+    assert code == 0 and "note: methods sft and lisa train the same: set what makes lisa another one" in error
+    assert "note: method sft: train.warmup_steps 5 is not over within 4 steps" in error
+
+
+def test_prepare_says_what_it_left_out_and_cut(project, capsys):
+    folder, content = project
+    assert main(["prepare", str(write_recipe(folder, content)), "--data.max_length=80", f"--output_dir={folder / 'told'}", "--tracking.enabled=false"]) == 0
+    said = capsys.readouterr().err
+    assert "prepared: " in said and "8 to test; 8 safety pairs" in said and "cut at their greatest length: 8 of data.validation_prompts" in said
+
+
 BAD_ROWS = {
     "a list for a text": ({"question": ["a"], "answer": "b"}, "data.task: prompt holds a list"),
     "no prompt anywhere": (None, "holds no row with a prompt"),

@@ -92,6 +92,8 @@ def read_source(source: SourceSection, field: str, required: Iterable[str], stan
 def _mapping(
     source: SourceSection, field: str, columns: list[str], required: Iterable[str], stand_in: Iterable[str] = ()
 ) -> dict[str, str]:
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|") and source.source.endswith(".csv"):
+        raise ValueError(f"{field}.source {source.source} has the one column '{columns[0]}': separate its fields with commas")
     for name, column in source.columns.items():
         if column not in columns:
             raise ValueError(
@@ -134,7 +136,7 @@ def _read_file(path: Path, source: SourceSection, field: str, limit: int | None 
         raise ValueError(f"{field}.source {path} does not exist: give a {', '.join(SUFFIXES)} file, a hub id or builtin:NAME")
     try:
         rows = _read_rows(path, source)
-    except NoJson as error:
+    except NotReadable as error:
         raise ValueError(f"{field}.source {path} {error}") from None
     except (ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and Arrow's own are ValueErrors
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -164,13 +166,27 @@ def _read_rows(path: Path, source: SourceSection) -> list[Any]:
 def _read_csv(path: Path, header: bool) -> list[Row]:
     csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters, less than a long document
     with path.open(newline="", encoding="utf-8-sig") as stream:
-        if header:
-            return list(csv.DictReader(stream))
-        return [{str(number): value for number, value in enumerate(row)} for row in csv.reader(stream)]
+        reader = csv.reader(stream, strict=True)  # a quote that never closes would take in the rest of the file
+        names, rows = None, []
+        for values in reader:
+            if not values:  # a blank line
+                continue
+            if names is None:
+                names = values if header else [str(number) for number in range(len(values))]
+                if len(set(names)) < len(names):
+                    raise NotReadable(f"names the column '{next(name for name in names if names.count(name) > 1)}' twice: give each a name of its own")
+                if header:
+                    continue
+            if len(values) > len(names):
+                raise NotReadable(
+                    f"has {len(values)} fields in the row that ends in line {reader.line_num}, and {len(names)} columns: put a field that holds commas in quotes"
+                )
+            rows.append(dict(zip(names, [*values, *[None] * (len(names) - len(values))], strict=True)))
+    return rows
 
 
-class NoJson(ValueError):
-    """What is wrong with a JSON file, and where."""
+class NotReadable(ValueError):
+    """What is wrong with a file, and where."""
 
 
 def _read_json(path: Path, lines: bool) -> list[Any]:
@@ -181,7 +197,7 @@ def _read_json(path: Path, lines: bool) -> list[Any]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             hint = "the file seems cut short" if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg else "check the file"
-            raise NoJson(f"is no valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): {hint}") from None
+            raise NotReadable(f"is no valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): {hint}") from None
         values.append(value)
     if lines or len(values) != 1:
         return values
