@@ -104,7 +104,7 @@ def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
     checked = checks.check(chain.experiment, light=light, starts=starts)
     found = capacity.capacity(chain.experiment, checked.facts, chain.cells) if starts and checked.facts else None
     for note in (*checked.notes, *(found.notes if found else ()), *_alike(chain)):
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {redaction.redact(note)}", file=sys.stderr)
     return found
 
 

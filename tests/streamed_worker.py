@@ -45,7 +45,7 @@ def start(
         engine=engine, adapter=adapter, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, lora=lora,
         ds_config=config, gradient_checkpointing=checkpointing, adam_eps=ADAM_EPS,
     )  # fmt: skip
-    model, sources = open_model(ModelSection(path=location, **{"dtype": "float32", **section}), location, sharded=engine != "single")
+    model, sources = open_model(ModelSection(path=location, **{"dtype": "float32", "attention": "sdpa", **section}), location, sharded=engine != "single")
     return open_engine(make_trainable(model, train, seed=0), train, sources)
 
 
@@ -124,7 +124,7 @@ def products(folder: Path, engine: str) -> dict[str, Any]:
         for adapter, save in (("full", save_model), ("lora", save_merged)):
             opened = start(folder, engine, adapter, dtype=dtype)
             results[f"{adapter}-{dtype}"] = run(opened, sap=False)
-            section = ModelSection(path=str(folder / "tied"), dtype=dtype)
+            section = ModelSection(path=str(folder / "tied"), dtype=dtype, attention="sdpa")
             save(opened, section.path, section, folder / f"{engine}-{adapter}-{dtype}", tokenizer)
             opened.barrier()
     return results
@@ -158,7 +158,7 @@ def tied_head(folder: Path, engine: str) -> dict[str, torch.Tensor]:
     """The trained adapter of a head that shares the embedding's weight; folder/ENGINE-head: the model with it added."""
     opened = start(folder, engine, lora=LORA.model_copy(update={"target_modules": ["q_proj", "lm_head"]}))
     trained = run(opened, sap=False)
-    section = ModelSection(path=str(folder / "tied"), dtype="float32")
+    section = ModelSection(path=str(folder / "tied"), dtype="float32", attention="sdpa")
     save_merged(opened, section.path, section, folder / f"{engine}-head", make_tokenizer())
     opened.barrier()
     return trained

@@ -230,10 +230,10 @@ def test_launchers(project, finished, tmp_path, launcher):
     assert manifest["world_size"] == (2 if launcher else 1)
 
 
-def test_dry_run_prints_the_recipe_and_runs_nothing(project, tmp_path):
-    result = sap("run", project / "recipe.yaml", "--dry-run", "--train.lr", "3e-4", f"--output_dir={tmp_path / 'runs'}")
-    assert result.returncode == 0
-    assert "lr: 0.0003" in result.stdout and "would run  prepare" in result.stdout
+@pytest.mark.parametrize(("option", "printed"), [("--show", "lr: 0.0003"), ("--dry-run", "prepare    would run")])
+def test_show_and_dry_run_run_nothing(project, tmp_path, option, printed):
+    result = sap("run", project / "recipe.yaml", option, "--train.lr", "3e-4", f"--output_dir={tmp_path / 'runs'}")
+    assert result.returncode == 0 and printed in result.stdout
     assert not (tmp_path / "runs").exists()
 
 

@@ -27,7 +27,7 @@ def saved(folder: Path, family: str = "llama", tied: bool = True) -> str:
 
 
 def section(location: str, dtype: torch.dtype = torch.float32, **changes) -> ModelSection:
-    return ModelSection(path=location, dtype=str(dtype).removeprefix("torch."), **changes)
+    return ModelSection(path=location, dtype=str(dtype).removeprefix("torch."), attention="sdpa", **changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

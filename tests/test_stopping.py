@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import pipeline
-from pipeline import artifacts, cli, recipe, runner
+from pipeline import artifacts, cli, recipe, runner, shipped
 from pipeline.layout import Layout
 from tests.project import write_recipe
 
@@ -55,7 +55,8 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "launch").mkdir()
     for name, text in (("train", TRAIN), ("evaluate", EVALUATE)):
         (tmp_path / "launch" / f"{name}.py").write_text(text.format(root=str(tmp_path)))
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(cli, "_check", lambda *_, **__: None)
     monkeypatch.setattr(runner, "_one_gpu", lambda slot: {})
 
     def make(*methods: str, ranks: int = 1, prepare=None) -> Path:
@@ -67,13 +68,13 @@ def project(tmp_path, monkeypatch):
         })  # fmt: skip
         layout = Layout(recipe.load(path))
         artifacts.write_json(tmp_path / "folders.json", {cell.method: str(layout.train(cell)) for cell in layout.experiment.cells()})
-        for name, content in {"checks": {"check": lambda experiment: None}, "stages": {"prepare": prepare}}.items():
-            stand_in = ModuleType(f"pipeline.{name}")
-            stand_in.__dict__.update(content)
-            monkeypatch.setitem(sys.modules, f"pipeline.{name}", stand_in)
-            monkeypatch.setattr(pipeline, name, stand_in, raising=False)
+        stand_in = ModuleType("pipeline.stages")
+        stand_in.prepare = prepare
+        monkeypatch.setitem(sys.modules, "pipeline.stages", stand_in)
+        monkeypatch.setattr(pipeline, "stages", stand_in, raising=False)
         if prepare is None:
             publish(layout.prepare())
+            publish(layout.prompts())
         return path
 
     return make

@@ -244,10 +244,12 @@ def test_no_secret_is_in_the_dump_the_dry_run_or_the_stores_description(planted,
     dumped = json.dumps(
         [recipe.dump(experiment.base), *(recipe.dump(cell.recipe) for cell in experiment.cells()), describe_store(experiment.base)]
     )
-    assert main(["run", str(path), "--dry-run"]) == 0
+    assert main(["run", str(path), "--show"]) == 0
     shown = "".join(capsys.readouterr())
-    for text in (dumped, shown):
-        assert TOKEN not in text and PASSWORD not in text and "[redacted]" in text
+    assert main(["run", str(path), "--dry-run"]) == 0
+    looked = "".join(capsys.readouterr())
+    assert "would run" in looked and all(TOKEN not in text and PASSWORD not in text for text in (dumped, shown, looked))
+    assert "[redacted]" in dumped and "[redacted]" in shown
 
 
 def test_a_secret_looking_key_in_a_method_is_hidden_and_refused(planted, capsys):

@@ -103,25 +103,30 @@ def parity(folder: Path, name: str) -> dict:
     return results
 
 
+def bits(engine: Engine) -> list[torch.Tensor]:
+    """The bytes of every shard. As numbers, what pads a shard would differ from itself where it happens to be NaN."""
+    return [tensor.detach().clone().view(torch.uint8) for tensor in engine.storage()]
+
+
 def restore(folder: Path, name: str) -> dict:
     """Perturb after warm steps: the loss must move, and every shard must come back bit for bit."""
     engine = open_setting(folder, name)
     run_steps(engine, make_step(engine, "exact"), 3)
     batches = StepBatches(engine.rank, engine.world_size).useful(3)
     _, g = engine.gradient(useful_loss, batches)
-    before = [t.clone() for t in engine.storage()]
+    before = bits(engine)
     # A forward pass without backward comes first, as validation does: it is what leaves gathered weights behind.
     loss = engine.loss(useful_loss, batches)
     norm = engine.norm(g)
     with engine.perturbed(g, 1e-2 / norm):
         moved = engine.loss(useful_loss, batches)
-    after = [t.clone() for t in engine.storage()]
+    after = bits(engine)
     try:
         with engine.perturbed(g, 1.0):
             raise RuntimeError("inside")
     except RuntimeError:
         pass
-    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, after, engine.storage(), strict=True))
+    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, after, bits(engine), strict=True))
     return {
         "bitwise": not engine.any_rank(not same),
         "slope": (moved - loss) / (1e-2 * norm),
@@ -222,12 +227,12 @@ def replaced(folder: Path, name: str) -> dict:
     engine = open_setting(folder, name)
     run_steps(engine, make_step(engine, "exact"), 3)
     batches = StepBatches(engine.rank, engine.world_size).useful(3)
-    before, loss, weights = [t.clone() for t in engine.storage()], engine.loss(useful_loss, batches), engine.weights()
+    before, loss, weights = bits(engine), engine.loss(useful_loss, batches), engine.weights()
     other = [part * 1.1 for part in weights]
     with engine.replaced(other):
         inside = engine.loss(useful_loss, batches)
         exact = all(map(torch.equal, engine.weights(), other))
-    back = all(map(torch.equal, before, engine.storage()))
+    back = all(map(torch.equal, before, bits(engine)))
     loss_back = engine.loss(useful_loss, batches) == loss
     engine.assign(other)
     return {

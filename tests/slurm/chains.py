@@ -123,7 +123,7 @@ def test_every_rank_is_distinct_and_ports_differ_by_job_and_restart(site, undist
 def test_a_method_that_filters_its_data(site):
     """filter.sh on all ranks, then the training without what was dropped."""
     output = site.output("filtered")
-    saft = ("--methods.sap.saft.enabled=true", "--methods.sap.saft.labelled=50", "--methods.sap.saft.min_auroc=0", "--train.steps=4")
+    saft = ("--methods.sap.saft.enabled=true", "--methods.sap.saft.labelled=50", "--methods.sap.saft.min_auroc=0", "--methods.sap.saft.min_precision=0", "--train.steps=4")
     jobs = site.chain(output, "--methods", "sap", overrides=saft)
     site.wait(jobs["train-sap-s0"])
     site.shell("scancel", "--user=root", check=False)

@@ -29,7 +29,7 @@ def model_folder(tmp_path, request) -> Path:
 
 def trained(folder: Path, train: TrainSection) -> tuple[Engine, ModelSection]:
     """An engine whose weights are not those it started with."""
-    section = ModelSection(path=str(folder), dtype="float32")
+    section = ModelSection(path=str(folder), dtype="float32", attention="sdpa")
     model, sources = open_model(section, str(folder), sharded=False)
     engine = open_engine(make_trainable(model, train, seed=0), train, sources)
     torch.manual_seed(5)
