@@ -91,11 +91,13 @@ def _main(argv: list[str]) -> int:
         chain = Chain(experiment, options.method, options.jobs)
     stages = STAGES if options.stage == "run" else (options.stage,)
     idle = not any(chain.pending(stage) for stage in stages if stage != "report")
-    found = _check(chain, light=options.dry_run or idle, starts=bool(_ON_RANKS & set(stages)))
+    starts = bool(_ON_RANKS & set(stages))
+    found = _check(chain, light=options.dry_run or idle, starts=starts)
     if options.dry_run:
         print(dry_run.overview(experiment, {stage: chain.folders(stage) for stage in stages}, found))
         return 0
-    print(devices.describe(experiment.base.model, experiment.base.train), file=sys.stderr)
+    if starts and not idle:
+        print(devices.describe(experiment.base.model, experiment.base.train), file=sys.stderr)
     return _run(chain, stages, options)
 
 

@@ -136,6 +136,13 @@ def test_after_a_full_disk_nothing_is_begun(project, tmp_path, arguments):
     assert "last" not in names(tmp_path, "began") and not names(tmp_path, "evaluated")
 
 
+def after_the_devices(capfd: pytest.CaptureFixture) -> str:
+    """What stands on stderr after the line that says where ranks will run."""
+    line, _, rest = capfd.readouterr().err.partition("\n")
+    assert "on the CPU" in line
+    return rest
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_while_the_command_itself_prepares_leaves_nothing_half_written(project, tmp_path, capfd, number):
     def prepare(experiment: recipe.Experiment) -> None:
@@ -145,7 +152,7 @@ def test_a_stop_while_the_command_itself_prepares_leaves_nothing_half_written(pr
             time.sleep(60)
 
     assert cli.main(["run", str(project("good", prepare=prepare))]) == runner.STOPPED
-    assert capfd.readouterr().err == f"stopped on request ({signal.Signals(number).name}): run the same command again to go on\n"
+    assert after_the_devices(capfd) == f"stopped on request ({signal.Signals(number).name}): run the same command again to go on\n"
     assert not list((tmp_path / "runs" / "tiny").iterdir()) and not names(tmp_path, "began")
 
 
@@ -156,5 +163,5 @@ def test_a_disk_that_fills_up_while_the_command_prepares_is_one_sentence_with_th
 
     path = project("good", prepare=prepare)
     assert cli.main(["run", str(path)]) == runner.SYSTEM_ERROR
-    said = capfd.readouterr().err
+    said = after_the_devices(capfd)
     assert said.startswith(f"error: {Layout(recipe.load(path)).prepare()}: No space left on device: free space there") and said.count("\n") == 1
