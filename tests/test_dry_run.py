@@ -140,6 +140,13 @@ def test_too_few_rows_for_the_splits(project, capsys):
     assert code == 2 and not lines and "has 80 usable samples and leaves none for training after 72 test and 8 validation samples" in error
 
 
+def test_rows_that_are_all_alike_are_one_prompt(project, capsys):
+    folder, content = project
+    write_jsonl(folder / "alike.jsonl", [{"question": "Where is it?", "answer": "There."}] * 60)
+    code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'alike.jsonl'}")
+    assert code == 2 and "alike.jsonl has 1 different prompts and leaves none for training" in error
+
+
 def test_a_full_disk_is_known_before(project, capsys, monkeypatch):
     folder, content = project
     monkeypatch.setattr(artifacts, "free_bytes", lambda *_: 1000)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.data.overlap import conversation
 from pipeline.data.prepare import check_split, ordered_rows, task_rows
 from pipeline.data.sources import SUFFIXES, check_source
 from pipeline.layout import harmful_drawn, sources
@@ -45,6 +46,8 @@ def check_sources(recipe: Recipe) -> list[str]:
 def _check_rows(field: str, source: SourceSection, recipe: Recipe) -> None:
     """ValueError for a row that cannot be used, and where none can."""
     if field == "data.task":
-        check_split(recipe.data, len(task_rows(recipe.data)))
+        rows = task_rows(recipe.data)
+        check_split(recipe.data, len(rows))
+        check_split(recipe.data, len({conversation(row) for row in rows}), "different prompts")
     else:
         ordered_rows(field, source, recipe.data.seed, pairs=field == "data.safety")

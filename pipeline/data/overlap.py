@@ -52,7 +52,7 @@ class Claims:
         for row in rows:
             if count is not None and len(kept) == count:
                 break
-            turns, whole = _keys(row), normalise(row["prompt"]) if by_prompt else _conversation(row)
+            turns, whole = _keys(row), normalise(row["prompt"]) if by_prompt else conversation(row)
             owner = next((self.owner[turn] for turn in turns if self.owner.get(turn, pool) != pool), None)
             if owner is not None:
                 self.overlaps[f"{pool} / {owner}"] += 1
@@ -109,7 +109,7 @@ def _keys(row: Row) -> dict[bytes, str]:
     return {hashlib.sha256(key.encode()).digest(): turn for key, turn in turns.items() if key or not any(turns)}
 
 
-def _conversation(row: Row) -> str:
+def conversation(row: Row) -> str:
     """The normalised turns up to the answer, without the system's: of a single turn, the normalised prompt."""
     return "\n".join(normalise(message["content"]) for message in _messages(row) if message["role"] != "system")
 

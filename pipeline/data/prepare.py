@@ -41,11 +41,11 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return _Preparation(recipe, load_tokenizer(recipe.model)).write(folder)
 
 
-def check_split(data: DataSection, usable: int) -> None:
-    """ValueError where the task's usable samples leave none for training."""
+def check_split(data: DataSection, usable: int, what: str = "usable samples") -> None:
+    """ValueError where the task's usable samples leave none for training. No prompt is in two splits: they count once as different prompts."""
     if usable - data.validation_samples - data.test_samples < 1:
         raise ValueError(
-            f"data.task: {data.task.source} has {usable} usable samples and leaves none for training after {data.test_samples} test and "
+            f"data.task: {data.task.source} has {usable} {what} and leaves none for training after {data.test_samples} test and "
             f"{data.validation_samples} validation samples: use more data, or lower data.test_samples and data.validation_samples"
         )
 
