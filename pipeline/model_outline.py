@@ -18,7 +18,7 @@ from pipeline.sections import ModelSection
 from pipeline.tokenizer_facts import TokenizerFacts
 
 if TYPE_CHECKING:  # torch takes seconds to import
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def outlined(section: ModelSection) -> ModelFacts:
@@ -36,13 +36,6 @@ def of_modules(section: ModelSection) -> ModelFacts:
     from pipeline.models import outline
 
     return facts_of(outline(section), section.path)
-
-
-def of_config(config: PretrainedConfig) -> ModelFacts:
-    """The same of a config, wherever it is from."""
-    from pipeline.models import without_weights
-
-    return facts_of(without_weights(config, config.name_or_path), config.name_or_path)
 
 
 def facts_of(model: PreTrainedModel, path: str) -> ModelFacts:

@@ -18,8 +18,8 @@ from pipeline import planner, recipe
 from pipeline.data.batches import MicroBatch
 from pipeline.doctor.resources import held_weights
 from pipeline.layer_choice import probed_layers
-from pipeline.model_outline import of_config
-from pipeline.models import decoder_layers, make_trainable
+from pipeline.model_outline import facts_of
+from pipeline.models import decoder_layers, make_trainable, without_weights
 from pipeline.planner import Plan, estimate, plan_cell
 from pipeline.quantization import quantise
 from pipeline.sap.losses import safety_loss, useful_loss
@@ -50,6 +50,11 @@ def planned(config, train: TrainSection, sap: SapSection | None = None, ranks: i
             quantization: str = "none", lengths: tuple[int, int] = (64, 32)) -> Plan:  # fmt: skip
     eager = config._attn_implementation == "eager"
     return estimate(of_config(config), train, sap or SapSection(), {"zero_optimization": zero or {}}, width, quantization, ranks, *lengths, eager)
+
+
+def of_config(config):
+    """What is counted, of a config alone."""
+    return facts_of(without_weights(config, "planned"), "planned")
 
 
 def bytes_of(plan: Plan, part: str) -> float:

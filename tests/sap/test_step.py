@@ -254,7 +254,7 @@ def test_direction_is_refreshed_at_its_age():
     assert calls == [0, 3, 6] and ages == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_resolve_layers():
+def test_probed_layers():
     assert probed_layers("0.33:0.66", 30) == list(range(10, 20))
     assert probed_layers("10:19", 32) == list(range(10, 19))
     assert probed_layers([3, 9], 30) == [3, 9]
