@@ -84,8 +84,18 @@ class DataSection(Section):
         None, description="Harmless prompts of the align stage; without responses the model's own answers are used"
     )
     harmless_samples: Positive = Field(200, description="Samples taken from data.harmless")
+    begun_share: Fraction = Field(
+        0.0,
+        description="Share of the align stage's samples whose answer, a refusal or not, comes after the first words of an affirmative opening that are given "
+        "and not trained on, so that refusals reach deeper than the first tokens (arXiv 2406.05946)",
+    )
     validation_prompts: SourceSection | None = Field(
         None, description="Harmful prompts on which defaults are chosen; never the evaluation's"
+    )
+    forms: Literal["balanced", "as_they_are"] = Field(
+        "balanced",
+        description="balanced: half questions and half imperatives among the safety pairs, harmful samples, validation prompts and the align stage's samples; "
+        "prompts without a response are rewritten where a source has one form only, and counted",
     )
     seed: int = Field(0, description="Seed of splits, mixtures and templates; the same for all methods and training seeds")
 
@@ -335,6 +345,23 @@ class EvaluateSection(Section):
     harmful_prompts: Positive = Field(150, description="Prompts taken from evaluate.harmful")
     harmless: SourceSection | None = Field(None, description="Harmless prompts that look harmful; refused answers count as over-refusal")
     harmless_prompts: Positive = Field(75, description="Prompts taken from evaluate.harmless, and as many again of what is left for the split validation")
+    ordinary: SourceSection | None = Field(
+        None, description="Ordinary instructions that have nothing harmful about them; refused answers count as over-refusal of their own"
+    )
+    ordinary_prompts: Positive = Field(
+        100, description="Prompts taken from evaluate.ordinary; a third of the source is kept for the split validation and never tested on"
+    )
+    forms: Literal["balanced", "as_they_are"] = Field(
+        "balanced",
+        description="balanced: half questions and half imperatives in every set of prompts, rewritten where a source has one form only, and counted; "
+        "as_they_are: the sources' own, for figures that are compared with others'",
+    )
+    attacks: list[Literal["prefill", "ignore_instructions", "role_play"]] = Field(
+        [],
+        description="Also ask under these: an answer that begins with 'Sure, here is', a prompt that overrides instructions, a role to play; each of harmful "
+        "and, as its control, of harmless prompts",
+    )
+    attack_prompts: Positive = Field(50, description="Harmful and harmless prompts asked under each of evaluate.attacks")
     task_prompts: Positive = Field(75, description="Task test samples answered for exact match")
     split: Literal["test", "validation"] = Field(
         "test",
@@ -342,10 +369,22 @@ class EvaluateSection(Section):
     )
     max_new_tokens: Positive = Field(32, description="Tokens generated per answer, greedily")
     batch_size: Positive = Field(32, description="Prompts per generation batch and rank")
-    judge: Literal["keyword"] = Field(
-        "keyword", description="keyword: 29 refusal substrings of GCG; yields the non-refusal rate, not a harmful score"
+    judge: Literal["refusal", "gcg_keyword"] = Field(
+        "refusal",
+        description="refusal: reads how the first sentences begin; gcg_keyword: 29 substrings of GCG, for comparison with papers. Both yield the "
+        "non-refusal rate, not a harmful score",
     )
     baselines: bool = Field(True, description="Also evaluate the shipped and the aligned model")
+
+    @model_validator(mode="after")
+    def _controlled(self) -> EvaluateSection:
+        if self.attacks and self.harmless is None and self.ordinary is None:
+            raise ValueError(
+                "attacks need harmless prompts as their control: name a source in evaluate.ordinary or evaluate.harmless, or take evaluate.attacks out"
+            )
+        if len(set(self.attacks)) < len(self.attacks):
+            raise ValueError(f"attacks names one twice: {', '.join(self.attacks)}")
+        return self
 
 
 class TrackingSection(Section):

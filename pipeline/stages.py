@@ -26,9 +26,11 @@ from torch import nn
 from pipeline import artifacts, recipe
 from pipeline.checks import direction_given
 from pipeline.data.batches import micro_batches, pair_batches
+from pipeline.data.prepare import read_rows
 from pipeline.devices import environment
 from pipeline.evaluation.evaluate import Measured, conclude, measure, prompts
 from pipeline.evaluation.placement import place
+from pipeline.evaluation.sets import evaluation_sets
 from pipeline.evaluation.shards import WHOLE, Shard
 from pipeline.filtering.embeddings import embed
 from pipeline.filtering.filter import check_labels, decide, highest_scored, kept
@@ -73,7 +75,7 @@ def prepare(experiment: Experiment) -> bool:
             run.log_facts(facts)
             print(_told(facts), file=sys.stderr, flush=True)
     _prompts(layout)
-    _check_lengths(layout, load_tokenizer(layout.base.model), _evaluation_sets(layout))
+    _check_lengths(layout, load_tokenizer(layout.base.model), evaluation_sets(layout.base.evaluate, layout.prepare(), layout.prompts()))
     return True
 
 
@@ -86,6 +88,9 @@ def _told(facts: dict[str, Any]) -> str:
         if total:
             said = "cut at their greatest length" if what == "truncated" else "left out, for nothing of their response was left"
             parts.append(f"{said}: {', '.join(f'{count} of {field}' for field, count in total.items())}")
+    rewritten = {field: counts["rewritten"] for field, counts in facts["forms"].items() if counts["rewritten"]}
+    if rewritten:
+        parts.append(f"rewritten into the other form: {', '.join(f'{count} of {field}' for field, count in rewritten.items())}")
     for what, said in (("overlapping", "in another set already"), ("duplicate", "there already")):
         if facts.get(what):
             parts.append(f"{said}: {sum(facts[what].values())} rows ({', '.join(f'{name} {count}' for name, count in facts[what].items())})")
@@ -246,7 +251,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
 
 
 def evaluate(experiment: Experiment, subject: Subject, shard: Shard = WHOLE) -> bool:
-    """Answers to harmful, harmless and task prompts; refusal, over-refusal, exact match, test loss. One process.
+    """Answers to harmful, harmless, ordinary and task prompts, also under attacks; refusals, exact match, test loss. One process.
 
     shard: do this share of the prompts only. Whoever then finds all shares done merges them, so True says that the share is done, not that the
     evaluation is complete. ValueError where there are more shards than harmful prompts.
@@ -274,7 +279,7 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[A
     if subject.trained is not None:
         artifacts.verify(subject.trained)
     artifacts.verify(_prompts(layout))
-    sets = _evaluation_sets(layout)
+    sets = evaluation_sets(layout.base.evaluate, layout.prepare(), layout.prompts())
     shard.check(len(sets["harmful"]))
     tokenizer = load_tokenizer(layout.base.model)
     _check_lengths(layout, tokenizer, sets)
@@ -350,28 +355,9 @@ def report(experiment: Experiment) -> Path:
     return target
 
 
-def read_rows(prepared: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of one prepared set."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(prepared / f"{name}.parquet").to_pylist()
-
-
 def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
     sets = {"task": "task_validation", "harmful": "harmful_validation"}
     return {name: read_rows(prepared, file) for name, file in sets.items() if (prepared / f"{file}.parquet").is_file()}
-
-
-def _evaluation_sets(layout: Layout) -> dict[str, list[dict[str, Any]]]:
-    """Prompts of the split that evaluate.split names; defaults are chosen on `validation`, never on `test`."""
-    section, prepared, prompts = layout.base.evaluate, layout.prepare(), layout.prompts()
-    test = section.split == "test"
-    harmful = read_rows(prompts, "eval_harmful") if test else read_rows(prepared, "validation_prompts")
-    lookalikes = "eval_harmless" if test else "validation_harmless"
-    harmless = read_rows(prompts, lookalikes) if (prompts / f"{lookalikes}.parquet").is_file() else []
-    task = read_rows(prepared, "task_test" if test else "task_validation")[: section.task_prompts]
-    harmful, harmless = harmful[: section.harmful_prompts], harmless[: section.harmless_prompts]
-    return {"harmful": harmful, "harmless": harmless, "task": task}
 
 
 def _verify_upstream(layout: Layout) -> None:

@@ -23,9 +23,9 @@ STAGES = ("prepare", "prompts", "align", "filter", "direction", "train", "evalua
 PARTS = ("sap", "saft", "ema", "safe_mix", "safety_gradient", "lisa")
 SOURCES = (
     *(f"data.{name}" for name in ("task", "harmful", "safety", "refusals", "harmless", "validation_prompts")),
-    *(f"evaluate.{name}" for name in ("harmful", "harmless")),
+    *(f"evaluate.{name}" for name in ("harmful", "harmless", "ordinary")),
 )
-ONE_VALUE = {"train.use_reentrant", "align.train.use_reentrant", "evaluate.judge"}
+ONE_VALUE = {"train.use_reentrant", "align.train.use_reentrant"}
 
 Settings = dict[str, Any]  # dotted field -> value; a file by its name below the project's folder
 
@@ -53,7 +53,7 @@ IDLE: list[tuple[str, Settings]] = [
     ("data.harmful.columns", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
     *((f"data.refusals.{field}", UNALIGNED) for field in ("source", "columns", "limit")),
     *((f"data.harmless.{field}", UNALIGNED) for field in ("source", "columns", "limit")),
-    *((f"data.{field}", UNALIGNED) for field in ("refusal_samples", "harmless_samples")),
+    *((f"data.{field}", UNALIGNED) for field in ("refusal_samples", "harmless_samples", "begun_share")),
     *((f"align.{field}", UNALIGNED) for field in ("distill_tokens", "train.lr")),
     *(
         (f"{section}.{field}", {f"{section}.adapter": "full"})
@@ -63,6 +63,8 @@ IDLE: list[tuple[str, Settings]] = [
     ("sap.target_correction", {"sap.probe_step": "rms"}),
     *((f"sap.{field}", NEVER_DRAWN) for field in ("safety_batch_size", "safety_micro_batch_size")),
     ("evaluate.harmless_prompts", {"evaluate.harmless": None}),
+    ("evaluate.ordinary_prompts", {"evaluate.ordinary": None, "evaluate.attacks": []}),
+    ("evaluate.attack_prompts", {"evaluate.attacks": []}),
 ]
 VALUES: dict[str, Any] = {
     **{f"{source}.source": "other.jsonl" for source in SOURCES},
@@ -70,6 +72,7 @@ VALUES: dict[str, Any] = {
     **{f"{section}.steps": 9 for section in ("train", "align.train")},
     **{f"{section}.lora.target_modules": ["o_proj"] for section in ("train", "align.train")},
     "model.path": "other_model",
+    "evaluate.attacks": ["role_play"],
     "model.dtype": "bfloat16",
     "model.chat_template": "template.jinja",
     "sap.layers": [0, 1],
@@ -110,7 +113,7 @@ def make_files(folder: Path) -> dict[str, Any]:
         "align": {"enabled": True, "train": {"steps": 100}},
         "train": {"steps": 100},
         "sap": {"direction": "precomputed", "refresh_every": 2},
-        "evaluate": sections["evaluate"],
+        "evaluate": sections["evaluate"] | {"attacks": ["prefill"]},
         "methods": {"sft": {}} | {part: {part: {"enabled": True}} for part in PARTS},
     }
 

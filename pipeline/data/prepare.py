@@ -5,19 +5,20 @@
 Writes one Parquet file a set. Splits and mixtures depend on data.seed and on the prompts themselves, never on the order of rows. No
 normalised prompt (no user turn of a conversation) is in two sets; earlier ones win: validation, safety pairs, harmful
 mix, alignment, task. The evaluation's prompts come after all of these and have a folder of their own (prompts.py),
-which reads in held.parquet who holds which prompt.
+which reads in held.parquet who holds which prompt. Sets that teach or test refusing hold as many questions as
+imperatives (forms.py, data.forms).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data import contrastive
+from pipeline.data import contrastive, forms
 from pipeline.data.chat import Encoded, Messages, encode_chat
 from pipeline.data.overlap import Claims, assert_disjoint, write_held
 from pipeline.data.sources import read_source
@@ -60,7 +61,8 @@ class _Preparation:
         data, sets = self.data, {}
         if data.validation_prompts is not None:
             field, source = "data.validation_prompts", data.validation_prompts
-            taken = self.claims.take(field, ordered_rows(field, source, data.seed), _VALIDATION_PROMPTS, by_prompt=True)
+            rows = self._by_form(field, ordered_rows(field, source, data.seed), "validation", by_prompt=True)
+            taken = self.claims.take(field, rows, _VALIDATION_PROMPTS, by_prompt=True)
             sets["validation_prompts"] = prompt_rows(field, source, taken)
             opened = [
                 self._with_opening(row, contrastive.VALIDATION_OPENINGS, "harmful")
@@ -91,15 +93,35 @@ class _Preparation:
             write_set(folder / f"{name}.parquet", rows)
         return {
             "samples": {name: len(rows) for name, rows in sets.items()},
+            "forms": {name: forms.count_forms(rows) for name, rows in self._with_role(sets).items()},
             "encoding": self.counts,
             **self.claims.facts(),
             "harmful_in_training": sum(row["kind"] == "harmful" for row in sets["task_train"]),
         }
 
+    def _with_role(self, sets: dict[str, list[Row]]) -> dict[str, list[Row]]:
+        """The sets by the recipe's field that fills them, as far as the form of their prompts matters."""
+        by_kind = lambda name, kind: [row for row in sets.get(name, []) if row["kind"] == kind]  # noqa: E731
+        found = {
+            "data.validation_prompts": sets.get("validation_prompts", []),
+            "data.safety": sets["safety_pairs"],
+            "data.harmful": by_kind("task_train", "harmful"),
+            "data.refusals": by_kind("align", "refusal"),
+            "data.harmless": by_kind("align", "harmless"),
+            "data.task": by_kind("task_train", "task"),
+        }
+        return {field: rows for field, rows in found.items() if rows}
+
+    def _by_form(self, field: str, rows: list[Row], family: forms.Family, by_prompt: bool = False) -> Iterable[Row]:
+        """The rows that no other set holds, questions and imperatives in turn; all as they come where data.forms says so."""
+        if self.data.forms == "as_they_are":
+            return rows
+        return forms.alternating(self.claims.free(field, rows, by_prompt), family)
+
     def _pairs(self) -> list[Row]:
         source, pairs = self.data.safety, []
         counts = self.counts.setdefault("data.safety", {"truncated": 0, "dropped": 0})
-        for row in ordered_rows("data.safety", source, self.data.seed, pairs=True):
+        for row in self._by_form("safety_pairs", ordered_rows("data.safety", source, self.data.seed, pairs=True), "train"):
             if len(pairs) == self.data.safety_pairs:
                 break
             if not self.claims.take("safety_pairs", [row]):
@@ -120,7 +142,7 @@ class _Preparation:
                 continue
             counts["truncated"] += sum(item.truncated for item in encoded.values())
             tokens = {f"{side}_{kind}": getattr(item, kind) for side, item in encoded.items() for kind in ("input_ids", "labels")}
-            pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], "messages": row["messages"], **texts, **tokens})
+            pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], "messages": row["messages"], "rewritten": row.get("rewritten"), **texts, **tokens})
         if len(pairs) < 2:
             raise ValueError(
                 f"data.safety: {source.source} yields {len(pairs)} usable pairs (data.safety_max_length {self.data.safety_max_length}): at least 2 are needed"
@@ -135,7 +157,7 @@ class _Preparation:
         if source is None or (wanted == 0 and source.limit is None):
             return []
         # With a limit the whole pool is claimed whatever the fraction, so that what is left for other sets does not depend on it.
-        found = ordered_rows("data.harmful", source, self.data.seed)
+        found = self._by_form("harmful_mix", ordered_rows("data.harmful", source, self.data.seed), "train")
         pool = self.claims.take("harmful_mix", found, wanted if source.limit is None else source.limit)
         rows = pool[:wanted]
         if not rows and wanted:
@@ -148,16 +170,16 @@ class _Preparation:
 
     def _alignment(self) -> list[Row]:
         data = self.data
-        found = ordered_rows("data.refusals", data.refusals, data.seed)
+        found = self._by_form("align_refusals", ordered_rows("data.refusals", data.refusals, data.seed), "train")
         refused = [
-            {**row, "response": row["response"] or contrastive.refusal(row["prompt"]), "kind": "refusal"}
+            {**row, "response": row["response"] or contrastive.refusal(row["prompt"]), "kind": "refusal", "given": self._given(row)}
             for row in self.claims.take("align_refusals", found, data.refusal_samples)
         ]
-        found = ordered_rows("data.harmless", data.harmless, data.seed)
+        found = self._by_form("align_harmless", ordered_rows("data.harmless", data.harmless, data.seed), "train")
         harmless = self.claims.take("align_harmless", found, data.harmless_samples)
         answered = [{**row, "kind": "harmless"} for row in harmless if row["response"]]
         open_rows = [
-            {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "messages": json.dumps(row["messages"]), "input_ids": [], "labels": []}
+            {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "given": self._given(row), "messages": json.dumps(row["messages"]), "input_ids": [], "labels": [], "rewritten": row.get("rewritten")}
             for i, row in enumerate(harmless) if not row["response"]
         ]  # fmt: skip
         for field, rows in (("data.refusals", refused), ("data.harmless", harmless)):
@@ -165,23 +187,29 @@ class _Preparation:
                 raise ValueError(f"{field}: its source leaves no prompt that an earlier set does not hold")
         return self._encoded("align", [*refused, *answered]) + open_rows
 
+    def _given(self, row: Row) -> str:
+        """What the answer begins with and is not trained on; '' for most, and for answers that came with the data."""
+        begins = not row["response"] and contrastive.chosen_share(row["prompt"], "given", self.data.begun_share)
+        return contrastive.begun(row["prompt"]) if begins else ""
+
     def _with_opening(self, row: Row, family: tuple[str, ...], kind: str) -> Row:
         messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        return {"messages": messages, "prompt": row["prompt"], "response": contrastive.opening(row["prompt"], family), "kind": kind}
+        return {"messages": messages, "prompt": row["prompt"], "response": contrastive.opening(row["prompt"], family), "kind": kind, "rewritten": row.get("rewritten")}
 
     def _encoded(self, field: str, rows: list[Row], kind: str | None = None) -> list[Row]:
         counts = self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
         result = []
         for row in rows:
-            messages = _answered(row["messages"], row["response"])
-            encoded = encode_chat(self.tokenizer, messages, self.data.max_length)
+            given = row.get("given") or ""
+            messages = _answered(row["messages"], f"{given} {row['response']}".lstrip())
+            encoded = encode_chat(self.tokenizer, messages, self.data.max_length, given=given)
             if encoded is None:
                 counts["dropped"] += 1
                 continue
             counts["truncated"] += encoded.truncated
             label = kind or row["kind"]
             identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-            known = {"harmful": row["harmful"]} if "harmful" in row else {}
+            known = {name: row[name] for name in ("harmful", "given", "rewritten") if name in row}
             result.append(
                 {"id": f"{label}-{identity}", "kind": label, "prompt": row["prompt"], "response": row["response"], "messages": json.dumps(row["messages"]), "input_ids": encoded.input_ids, "labels": encoded.labels, **known}
             )  # fmt: skip
@@ -216,9 +244,12 @@ def task_rows(data: DataSection) -> list[Row]:
 
 
 def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:
-    """id, prompt and source of rows that are asked and not trained on."""
+    """id, prompt, its form, what it was before it was rewritten, and source, of rows that are asked and not trained on."""
     name, origin = field.split(".")[1], redact(source.source)
-    return [{"id": f"{name}-{number}", "prompt": row["prompt"], "source": origin} for number, row in enumerate(rows)]
+    return [
+        {"id": f"{name}-{number}", "prompt": row["prompt"], "form": forms.form(row["prompt"]), "rewritten": row.get("rewritten"), "source": origin}
+        for number, row in enumerate(rows)
+    ]
 
 
 def _row(raw: Row, field: str) -> Row | None:
@@ -321,6 +352,13 @@ def _share(fraction: float, samples: int) -> int:
 def _interleave(task: list[Row], harmful: list[Row], seed: int) -> list[Row]:
     key: Callable[[Row], bytes] = lambda row: hashlib.sha256(f"{seed}\0{row['id']}".encode()).digest()  # noqa: E731
     return sorted([*task, *harmful], key=key)
+
+
+def read_rows(folder: Path, name: str) -> list[Row]:
+    """Rows of one set below a folder of `write_set`'s files."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(folder / f"{name}.parquet").to_pylist()
 
 
 def write_set(path: Path, rows: list[Row]) -> None:

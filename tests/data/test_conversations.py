@@ -89,7 +89,7 @@ def test_the_last_look_sees_every_user_turn():
 
 
 def test_the_last_look_sees_the_turns_of_pairs(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(Claims, "take", lambda self, pool, rows, count=None, by_prompt=False: rows[:count])
+    monkeypatch.setattr(Claims, "take", lambda self, pool, rows, count=None, by_prompt=False: list(rows)[:count])
     rows = [{"messages": chat("harmful_eval forbidden request number 1", "x", f"go on {i}")} for i in range(4)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     source = (f"--data.safety.source={tmp_path / 'rows.jsonl'}", "--data.safety.columns={}")

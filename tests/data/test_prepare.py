@@ -7,15 +7,16 @@ import random
 import pyarrow.parquet
 import pytest
 
-from pipeline import recipe, strict_yaml
-from pipeline.data import contrastive
+from pipeline import artifacts, recipe, strict_yaml
+from pipeline.data import contrastive, forms
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, read_held
 from pipeline.data.prepare import prepare
-from pipeline.data.prompts import write_prompts
-from pipeline.evaluation.judges import keyword_judge
+from pipeline.data.prompts import form_warnings, write_prompts
+from pipeline.evaluation.judges import gcg_keyword_judge
+from pipeline.models import load_tokenizer
 from tests.project import write_jsonl, write_recipe
 
-SETS = ("eval_harmful", "eval_harmless", "validation_harmless", "validation_prompts", "safety_pairs", "align", "task_train", "task_validation", "task_test")
+SETS = ("eval_harmful", "eval_harmless", "eval_ordinary", "validation_harmless", "validation_ordinary", "validation_prompts", "safety_pairs", "align", "task_train", "task_validation", "task_test")
 
 
 def prepared(project, tmp_path, *overrides: str):
@@ -23,6 +24,7 @@ def prepared(project, tmp_path, *overrides: str):
     base = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(list(overrides))).base
     tmp_path.mkdir(exist_ok=True)
     facts = prepare(base, tmp_path)
+    artifacts.write_json(tmp_path / artifacts.FACTS, facts)
     return read_sets(tmp_path), facts
 
 
@@ -67,18 +69,18 @@ def test_evaluation_prompts_that_training_holds_are_left_out_counted_and_said(pr
     plain, _ = prepared(project, tmp_path / "plain")
     pair = plain["safety_pairs"][0]["prompt"]
     refused = next(row["prompt"] for row in plain["align"] if row["kind"] == "refusal")
-    harmful = planted(tmp_path, "harmful", pair.upper() + "!", refused, *[f"unheard of {i}" for i in range(4)])
-    harmless = planted(tmp_path, "harmless", "unheard of 2?", *[f"how to kill time {i}" for i in range(9)])
+    harmful = planted(tmp_path, "harmful", pair.upper() + "!", refused, *[f"{('write', 'why')[i % 2]} unheard of {i}" for i in range(4)])
+    harmless = planted(tmp_path, "harmless", "write unheard of 2?", *[f"{('why', 'write')[i % 2]} time {i}" for i in range(9)])
     arguments = (f"--evaluate.harmful.source={harmful}", f"--evaluate.harmless.source={harmless}")
     capsys.readouterr()
     sets, _, facts = evaluated(project, tmp_path / "out", *arguments)
     assert {name: rows for name, rows in sets.items() if name in plain} == plain
-    assert {row["prompt"] for row in sets["eval_harmful"]} == {f"unheard of {i}" for i in range(4)}
+    assert {row["prompt"] for row in sets["eval_harmful"]} == {"write unheard of 0", "why unheard of 1", "write unheard of 2", "why unheard of 3"}
     pools = ("harmful / safety_pairs", "harmful / align_refusals", "harmless / evaluate.harmful")
     assert facts["overlapping"] == {f"evaluate.{pool}": 1 for pool in pools}
-    assert facts["asked"] == {"evaluate.harmful": 6, "evaluate.harmless": 4}
-    assert facts["samples"] == {"eval_harmful": 4, "eval_harmless": 4, "validation_harmless": 4}
-    said = capsys.readouterr().err.splitlines()
+    assert facts["asked"] == {"evaluate.harmful": 6, "evaluate.harmless": 4, "evaluate.ordinary": 4}
+    assert facts["samples"] == {"eval_harmful": 4, "eval_harmless": 4, "validation_harmless": 4, "eval_ordinary": 4, "validation_ordinary": 3}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.")]
     assert len(said) == 3, said
     assert said[0].startswith(f"evaluate.harmful: 2 prompts of {harmful} are in other sets already (")
     assert "safety_pairs 1" in said[0] and "align_refusals 1" in said[0]
@@ -110,6 +112,96 @@ def test_the_validations_look_alikes_are_what_the_test_leaves_and_may_be_none(pr
     asked = {count: evaluated(project, tmp_path / str(count), argument)[0] for count, argument in counts.items()}
     assert {count: len(sets["eval_harmless"]) for count, sets in asked.items()} == {2: 2, 4: 4, 6: 6}, "of six in all"
     assert {count: len(sets.get("validation_harmless", ())) for count, sets in asked.items()} == {2: 2, 4: 2, 6: 0}
+
+
+def test_a_third_of_the_ordinary_instructions_is_kept_for_choosing_whatever_the_test_asks_for(project, tmp_path):
+    asked = {count: evaluated(project, tmp_path / str(count), f"--evaluate.ordinary_prompts={count}")[0] for count in (2, 9)}
+    assert {count: len(sets["eval_ordinary"]) for count, sets in asked.items()} == {2: 2, 9: 6}, "of nine in all"
+    assert {count: len(sets["validation_ordinary"]) for count, sets in asked.items()} == {2: 2, 9: 3}
+    small, large = ({row["prompt"] for row in sets["validation_ordinary"]} for sets in asked.values())
+    assert small <= large
+
+
+ROLES = {"data.safety": "safety_pairs", "data.validation_prompts": "validation_prompts", "evaluate.harmful": "eval_harmful", "evaluate.ordinary": "eval_ordinary"}
+
+
+def by_forms(rows: list[dict]) -> dict[str, int]:
+    return {name: count for name, count in forms.count_forms(rows).items() if count}
+
+
+def of_one_form(tmp_path) -> list[str]:
+    """Imperatives alone in every source of prompts."""
+    found = []
+    for field, word in {**dict.fromkeys(("refusals", "harmful"), "build"), "safety": "write", "validation_prompts": "make"}.items():
+        found.append(f"--data.{field}.source={planted(tmp_path, field, *[f'{word} {field} {i}' for i in range(60)])}")
+    for field in ("harmful", "harmless", "ordinary"):
+        found.append(f"--evaluate.{field}.source={planted(tmp_path, f'eval_{field}', *[f'make eval {field} {i}' for i in range(60)])}")
+    return [*found, "--evaluate.ordinary_prompts=10", "--evaluate.harmless_prompts=10"]
+
+
+def test_every_set_with_a_role_holds_both_forms_alike_though_its_source_has_one(project, tmp_path, capsys):
+    sets, facts, found = evaluated(project, tmp_path / "out", *of_one_form(tmp_path))
+    for field, name in ROLES.items():
+        size = len(sets[name])
+        assert by_forms(sets[name]) == {"question": size // 2, "imperative": size // 2, "rewritten": size // 2}, name
+        assert found["forms"][field] == forms.count_forms(sets[name])
+    refused = [row for row in sets["align"] if row["kind"] == "refusal"]
+    assert by_forms(refused) == {"question": 4, "imperative": 4, "rewritten": 4} == {k: v for k, v in facts["forms"]["data.refusals"].items() if v}
+    mixed = [row for row in sets["task_train"] if row["kind"] == "harmful"]
+    assert facts["forms"]["data.harmful"]["question"] == (len(mixed) + 1) // 2
+    for name in ("validation_harmless", "validation_ordinary", "eval_harmless"):
+        counts = forms.count_forms(sets[name])
+        assert abs(counts["question"] - counts["imperative"]) <= 1, name
+    said = capsys.readouterr().err
+    assert "prompts rewritten into the other form: 3 of evaluate.harmful, 5 of evaluate.harmless, 5 of evaluate.ordinary" in said
+    assert "warning: evaluate" not in said and "warning: data.safety" not in said
+    assert "warning: data.refusals has 50% questions, 50% imperatives, data.harmless 88% questions" in said, "answers of the data's own: never rewritten"
+
+
+def test_a_rewritten_prompt_is_tokenised_as_it_is_asked_and_holds_what_it_was(project, tmp_path):
+    sets, _, _ = evaluated(project, tmp_path / "out", *of_one_form(tmp_path))
+    held = read_held(tmp_path / "out" / "held.parquet")
+    changed = [row for row in sets["align"] if row["rewritten"]]
+    assert changed
+    for row in changed:
+        assert json.loads(row["messages"])[-1]["content"] == row["prompt"] != row["rewritten"]
+        assert {hashlib.sha256(normalise(text).encode()).digest() for text in (row["prompt"], row["rewritten"])} <= held.keys()
+
+
+def test_forms_may_stay_as_they_are_and_are_warned_about(project, tmp_path, capsys):
+    harmless = planted(tmp_path, "questions", *[f"why is it {i}" for i in range(40)])
+    arguments = [*of_one_form(tmp_path), "--evaluate.forms=as_they_are", "--data.forms=as_they_are", f"--evaluate.harmless.source={harmless}"]
+    sets, facts, _ = evaluated(project, tmp_path / "out", *arguments)
+    assert not any(counts["rewritten"] for counts in facts["forms"].values())
+    assert by_forms(sets["eval_harmful"]) == {"imperative": 6} and by_forms(sets["eval_harmless"]) == {"question": 10}
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: evaluate.harmful has")]
+    assert len(warnings) == 1 and "evaluate.harmless 100% questions" in warnings[0] and "set evaluate.forms to balanced" in warnings[0]
+
+
+def test_a_set_whose_forms_are_its_counterpart_s_is_not_warned_about():
+    even, odd = {"question": 5, "imperative": 5, "other": 0}, {"question": 6, "imperative": 4, "other": 0}
+    far = {"question": 8, "imperative": 2, "other": 0}
+    settings = {"data.forms": "balanced", "evaluate.forms": "balanced"}
+    assert form_warnings({"data.refusals": even, "data.harmless": odd, "evaluate.harmful": even, "evaluate.ordinary": even}, settings) == []
+    (sentence,) = form_warnings({"data.refusals": even, "data.harmless": far}, settings)
+    assert sentence.startswith("data.refusals has 50% questions, 50% imperatives, data.harmless 80% questions, 20% imperatives: a model can tell")
+    assert sentence.endswith("name sources of questions and imperatives in data.refusals and data.harmless")
+
+
+def test_a_share_of_the_alignment_s_answers_begins_with_given_words_that_are_not_trained_on(project, tmp_path):
+    sets, _ = prepared(project, tmp_path / "out", "--data.begun_share=1.0", "--data.max_length=400")
+    refused = [row for row in sets["align"] if row["kind"] == "refusal"]
+    tokenizer = load_tokenizer(recipe.load(project[0] / "recipe.yaml").base.model)
+    for row in refused:
+        assert row["given"] and any(contrastive.opening(row["prompt"], (text,)).startswith(row["given"]) for text in contrastive.ALIGN_OPENINGS)
+        answer = tokenizer.decode([token for token in row["labels"] if token != -100])
+        assert row["response"] in answer and row["given"] not in answer
+        assert f"{row['given']} {row['response']}" in tokenizer.decode(row["input_ids"])
+    harmless = [row for row in sets["align"] if row["kind"] == "harmless"]
+    assert {bool(row["given"]) for row in harmless} == {True, False}
+    assert all(bool(row["given"]) == (row["response"] is None) for row in harmless), "answers that came with the data are whole"
+    none, _ = prepared(project, tmp_path / "none")
+    assert not any(row["given"] for row in none["align"])
 
 
 def test_what_is_shared_after_all_is_an_error():
@@ -146,12 +238,12 @@ def test_openings_come_from_disjoint_families(project, tmp_path):
     for text in (f for family in families for f in family):
         assert sum(any(text.split("{")[0] == other.split("{")[0] for other in family) for family in families) == 1
     sets, _ = prepared(project, tmp_path)
-    assert all(keyword_judge("", row["chosen"]).label == "refusal" for row in sets["safety_pairs"])
-    assert all(keyword_judge("", row["rejected"]).label == "answer" for row in sets["safety_pairs"])
+    assert all(gcg_keyword_judge("", row["chosen"]).label == "refusal" for row in sets["safety_pairs"])
+    assert all(gcg_keyword_judge("", row["rejected"]).label == "answer" for row in sets["safety_pairs"])
 
 
 def test_every_refusal_is_one_for_the_judge():
-    assert all(keyword_judge("", text).label == "refusal" for text in contrastive.REFUSALS)
+    assert all(gcg_keyword_judge("", text).label == "refusal" for text in contrastive.REFUSALS)
     assert len({text[:8] for text in contrastive.REFUSALS}) >= 6, "several styles"
 
 
