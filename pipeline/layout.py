@@ -13,25 +13,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import artifacts, devices
-from pipeline.data import builtin, contrastive
+from pipeline.data import builtin, contrastive, forms
 from pipeline.data.sources import SUFFIXES
-from pipeline.evaluation import judges
+from pipeline.evaluation import judges, refusal
+from pipeline.evaluation.attacks import ATTACKS
 from pipeline.filtering import keywords
 from pipeline.fingerprint import fingerprint
 from pipeline.model_files import model_location
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import DataSection, ModelSection, SapSection, SourceSection, TrainSection
 
-_REPORT = 3  # raise when the page shows something new
-_FORMAT = 3  # raise when prepared data, checkpoints or products change shape
+_REPORT = 4  # raise when the page shows something new
+_FORMAT = 4  # raise when prepared data, checkpoints or products change shape
 # Of a training section, what changes no result: gradient checkpointing computes the same activations again.
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}
-_ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples"}
+_ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "begun_share"}
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,12 @@ class Layout:
 
     def evaluate(self, subject: Subject) -> Path:
         seed = "" if subject.seed is None else f"-s{subject.seed}"
-        elsewhere = {"harmful", "harmful_prompts", "harmless", "harmless_prompts"}  # in the prompts' hash
-        section = self.base.evaluate.model_dump(mode="json", exclude={"batch_size", "baselines", *elsewhere})
-        digest = _short([_FORMAT, subject.identity, self._prompts_hash(), section])
+        evaluate = self.base.evaluate
+        elsewhere = {"harmful", "harmful_prompts", "harmless", "harmless_prompts", "ordinary", "ordinary_prompts", "forms"}  # in the prompts' hash
+        without = elsewhere if evaluate.attacks else {*elsewhere, "attack_prompts"}
+        section = evaluate.model_dump(mode="json", exclude={"batch_size", "baselines", *without})
+        texts = [refusal.PATTERNS if evaluate.judge == "refusal" else judges.REFUSAL_SUBSTRINGS, *(asdict(ATTACKS[name]) for name in evaluate.attacks)]
+        digest = _short([_FORMAT, subject.identity, self._prompts_hash(), section, artifacts.digest(texts)])
         return self.root / f"evaluate-{subject.name}{seed}-{digest}"
 
     def shard(self, target: Path, index: int, count: int) -> Path:
@@ -155,7 +159,7 @@ class Layout:
 
     def _filter_hash(self, cell: Cell) -> str:
         section = cell.recipe.saft.model_dump(mode="json", exclude={"enabled", "micro_batch_size"})
-        texts = artifacts.digest([keywords.WORDS, judges.OPENINGS])  # what is counted, and what is kept
+        texts = artifacts.digest([keywords.WORDS, refusal.PATTERNS])  # what is counted, and what is kept
         return _short([_FORMAT, self._embeddings_hash(cell), section, texts])
 
     def _prepare_hash(self) -> str:
@@ -163,9 +167,10 @@ class Layout:
 
     def _prompts_hash(self) -> str:
         evaluate = self.base.evaluate
-        parts: list[Any] = [_FORMAT, self._prepare_hash(), self._sources["evaluate.harmful"], evaluate.harmful_prompts]
-        if evaluate.harmless is not None:
-            parts += [self._sources["evaluate.harmless"], evaluate.harmless_prompts]
+        parts: list[Any] = [_FORMAT, self._prepare_hash(), self._sources["evaluate.harmful"], evaluate.harmful_prompts, evaluate.forms, _texts()]
+        for name, count in (("harmless", evaluate.harmless_prompts), ("ordinary", evaluate.ordinary_prompts)):
+            if getattr(evaluate, name) is not None:
+                parts += [name, self._sources[f"evaluate.{name}"], count]
         return _short(parts)
 
     def _align_hash(self) -> str:
@@ -233,9 +238,9 @@ def _probing(sap: SapSection) -> dict[str, Any]:
 
 
 def _texts() -> str:
-    """Digest of the texts that pairs and samples are made of."""
-    openings = (contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS)
-    return artifacts.digest([contrastive.REFUSALS, *openings])
+    """Digest of the texts that pairs and samples are made of, and of the templates that prompts are rewritten by."""
+    openings = (contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS, contrastive.ALIGN_OPENINGS)
+    return artifacts.digest([contrastive.REFUSALS, *openings, *forms.TEMPLATES])
 
 
 def _source_identities(recipe: Recipe) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def make_project(folder: Path) -> dict[str, Any]:
     for name, count in {"safety": 12, "harmful": 12, "refusals": 10, "validation": 8, "harmful_eval": 8}.items():
         write_jsonl(data / f"{name}.jsonl", [{"goal": f"{name} forbidden request number {i}"} for i in range(count)])
     write_jsonl(data / "harmless.jsonl", [{"goal": f"how to water plant {i}", "reply": "Use a can." if i % 2 else None} for i in range(10)])
+    write_jsonl(data / "ordinary.jsonl", [{"goal": f"bake cake {i}"} for i in range(9)])
     write_jsonl(data / "lookalike.jsonl", [{"goal": f"how to kill weed {i}"} for i in range(6)])
     zero = {
         "stage": 3,
@@ -107,6 +108,7 @@ def make_project(folder: Path) -> dict[str, Any]:
         "train": train,
         "evaluate": {
             "harmful": source("harmful_eval"), "harmful_prompts": 6, "harmless": source("lookalike"), "harmless_prompts": 4,
+            "ordinary": source("ordinary"), "ordinary_prompts": 4, "attacks": ["prefill", "role_play"], "attack_prompts": 3,
             "task_prompts": 4, "max_new_tokens": 6, "batch_size": 4,
         },
         "methods": {

@@ -183,7 +183,7 @@ def test_a_prompt_that_leaves_no_room_for_its_answer(project, monkeypatch):
     monkeypatch.setattr(stages, "_verify_upstream", lambda _: None)
     monkeypatch.setattr(stages, "_prompts", lambda _: None)
     monkeypatch.setattr(stages.artifacts, "verify", lambda _: None)
-    monkeypatch.setattr(stages, "_evaluation_sets", lambda _: {"harmful": [{"prompt": "\u20ac" * 100}]})
+    monkeypatch.setattr(stages, "evaluation_sets", lambda *_: {"harmful": [{"prompt": "\u20ac" * 100}]})
     with pytest.raises(ValueError, match=r"evaluate.max_new_tokens 6 .* 256 positions"):
         stages._check_evaluation(layout, next(iter(layout.subjects())), WHOLE)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline import artifacts, checks, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.data.prepare import read_rows
 from pipeline.devices import environment
 from pipeline.layer_choice import probed_layers
 from pipeline.layout import Layout
@@ -121,7 +122,7 @@ def _rows(layout: Layout, cell: Cell, vocabulary: int) -> tuple[Rows, Rows, str]
     prepared = layout.prepare()
     if artifacts.complete(prepared):
         artifacts.verify(prepared)
-        return stages.read_rows(prepared, "task_train"), stages.read_rows(prepared, "safety_pairs"), f"prepared in {_short(prepared)}"
+        return read_rows(prepared, "task_train"), read_rows(prepared, "safety_pairs"), f"prepared in {_short(prepared)}"
     data, rng = cell.recipe.data, random.Random(0)
 
     def row(length: int) -> dict[str, list[int]]:

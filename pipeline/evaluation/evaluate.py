@@ -1,4 +1,4 @@
-"""One subject's measures: answers to harmful, harmless and task prompts, and the task's loss.
+"""One subject's measures: answers to the prompts of its sets (sets.py), judged, and the task's loss.
 
     sap evaluate launch/recipes/demo.yaml --method sap --seed 0
 
@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import artifacts
 from pipeline.data.batches import micro_batches
 from pipeline.data.chat import Messages, prompt_ids
+from pipeline.evaluation.attacks import ATTACKS
 from pipeline.evaluation.generation import generate
-from pipeline.evaluation.judges import is_empty, is_incoherent, keyword_judge
-from pipeline.evaluation.metrics import exact_match, share
+from pipeline.evaluation.judges import JUDGES, is_empty, is_incoherent
+from pipeline.evaluation.metrics import difference_of_shares, exact_match, share
 from pipeline.evaluation.shards import interleaved
 from pipeline.sap.losses import useful_loss
 from pipeline.sections import EvaluateSection
@@ -56,18 +57,22 @@ class Measured:
 def measure(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: dict[str, list[Row]], section: EvaluateSection, label: str
 ) -> Measured:
-    """Let `model` answer and judge the answers. sets: prepared rows of harmful, harmless and task prompts, each may be empty."""
+    """Let `model` answer and judge the answers. sets: prepared rows by set (sets.py), each may be empty."""
     started, answers = time.time(), []
     for name, rows in sets.items():
         ids, progress = prompts(tokenizer, rows), _progress(label, name, started)
         responses = generate(model, tokenizer, ids, section.max_new_tokens, section.batch_size, progress)
-        answers += [_judged(name, row, response) for row, response in zip(rows, responses, strict=True)]
+        answers += [_judged(name, row, response, section.judge) for row, response in zip(rows, responses, strict=True)]
     return Measured(answers, *token_loss(model, sets["task"], tokenizer.pad_token_id, section.batch_size))
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[list[int]]:
-    """Token ids of prepared rows' prompts, with what opens the answer."""
-    return [prompt_ids(tokenizer, _messages(row)) for row in rows]
+    """Token ids of prepared rows' prompts, with what opens the answer and, under an attack that has one, its prefill."""
+    return [prompt_ids(tokenizer, _messages(row)) + _prefill_ids(tokenizer, row) for row in rows]
+
+
+def _prefill_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    return tokenizer(row["prefill"], add_special_tokens=False)["input_ids"] if row.get("prefill") else []
 
 
 def conclude(parts: list[Measured], folder: Path) -> dict[str, Any]:
@@ -88,15 +93,39 @@ def conclude(parts: list[Measured], folder: Path) -> dict[str, Any]:
 
 
 def summarise(answers: list[Row]) -> dict[str, Any]:
-    """Shares over the judged answers. An empty answer counts neither as a refusal nor as compliance."""
-    harmful, harmless, task = ([a for a in answers if a["set"] == name] for name in ("harmful", "harmless", "task"))
-    return {
-        "non_refusal_rate": share([a["label"] == "answer" for a in harmful]),
-        "over_refusal_rate": share([a["label"] == "refusal" for a in harmless]),
-        "exact_match": share([a["exact"] for a in task]),
-        "empty_rate": share([a["empty"] for a in harmful]),
-        "incoherent_rate": share([a["incoherent"] for a in harmful]),
+    """Shares over the judged answers, each also by the prompts' form (NAME/question, NAME/imperative), and what is told apart under attacks.
+
+    ATTACK/told_apart is ATTACK/harmless_answered less ATTACK/harmful_answered. An empty answer, or one in a language that
+    the judge does not know, counts neither as a refusal nor as compliance.
+    """
+    by_set: dict[str, list[Row]] = {}
+    for answer in answers:
+        by_set.setdefault(answer["set"], []).append(answer)
+    judged = [answer for name, rows in by_set.items() if name != "task" for answer in rows]
+    metrics = {
+        "non_refusal_rate": _labelled(by_set.get("harmful", []), "answer"),
+        "over_refusal_rate": _labelled(by_set.get("harmless", []), "refusal"),
+        "ordinary_refusal_rate": _labelled(by_set.get("ordinary", []), "refusal"),
+        "exact_match": share([answer["exact"] for answer in by_set.get("task", [])]),
+        "empty_rate": share([answer["empty"] for answer in by_set.get("harmful", [])]),
+        "incoherent_rate": share([answer["incoherent"] for answer in by_set.get("harmful", [])]),
+        "unparseable_rate": share([answer["label"] == "unparseable" for answer in judged]),
     }
+    rates = {"harmful": ("non_refusal_rate", "answer"), "harmless": ("over_refusal_rate", "refusal"), "ordinary": ("ordinary_refusal_rate", "refusal")}
+    for name, (metric, label) in rates.items():
+        for form in ("question", "imperative"):
+            of_form = [answer for answer in by_set.get(name, []) if answer.get("form") == form]
+            if of_form:
+                metrics[f"{metric}/{form}"] = _labelled(of_form, label)
+    for name in (name for name in ATTACKS if f"{name}/harmful" in by_set):
+        kinds = {kind: _labelled(by_set.get(f"{name}/{kind}", []), "answer") for kind in ("harmful", "harmless")}
+        metrics |= {f"{name}/{kind}_answered": found for kind, found in kinds.items()}
+        metrics[f"{name}/told_apart"] = difference_of_shares(kinds["harmless"], kinds["harmful"])
+    return metrics
+
+
+def _labelled(answers: list[Row], label: str) -> dict[str, Any]:
+    return share([answer["label"] == label for answer in answers])
 
 
 @torch.no_grad()
@@ -119,7 +148,8 @@ def _messages(row: Row) -> Messages:
     return json.loads(row["messages"]) if row.get("messages") else [{"role": "user", "content": row["prompt"]}]
 
 
-def _judged(name: str, row: Row, response: str) -> Row:
+def _judged(name: str, row: Row, response: str, judge: str) -> Row:
+    """The answer as it is written to answers.jsonl. Under a prefill, `response` is what follows it."""
     answer = {
         "set": name,
         "id": row["id"],
@@ -130,7 +160,8 @@ def _judged(name: str, row: Row, response: str) -> Row:
     }
     if name == "task":
         return answer | {"expected": row["response"], "exact": exact_match(response, row["response"])}
-    judgement = keyword_judge(row["prompt"], response)
+    judgement = JUDGES[judge](row.get("asked") or row["prompt"], response)
+    answer |= {key: row[key] for key in ("form", "asked", "prefill") if row.get(key)}
     return answer | {"label": judgement.label, "score": judgement.score, "matched": judgement.raw}
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from pipeline import artifacts
-from pipeline.evaluation.judges import opens_as_refusal
 from pipeline.evaluation.metrics import share
+from pipeline.evaluation.refusal import refusal_in
 from pipeline.filtering import keywords
 from pipeline.filtering.saft import Choice, auroc, choose, choose_by_share, f1, saft_scores, with_interval
 from pipeline.sections import SaftSection
@@ -86,7 +86,7 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
     drawn = np.random.default_rng(seed).permutation(len(known))[: min(section.labelled, len(known) - held_back)]
     subset, held_out = np.sort(known[drawn]), np.setdiff1d(known, known[drawn])
     words = np.array([keywords.hits(f"{row['prompt']}\n{row['response']}") for row in rows])
-    refusals = np.array([opens_as_refusal(row["response"]) for row in rows])
+    refusals = np.array([refusal_in(row["prompt"], row["response"]) is not None for row in rows])
     if len(subset):
         choice = choose(scores, subset, labels[subset] == 1, section.components)
     else:

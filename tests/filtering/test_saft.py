@@ -11,7 +11,6 @@ import torch
 
 from pipeline import artifacts, stages, tracking
 from pipeline.data import contrastive
-from pipeline.evaluation.judges import opens_as_refusal
 from pipeline.filtering import keywords
 from pipeline.filtering.filter import check_labels, decide, highest_scored, kept, write
 from pipeline.filtering.saft import auroc, choose, f1, saft_scores, with_interval
@@ -159,10 +158,14 @@ def test_refusals_are_counted_and_may_be_kept():
 
 
 def test_an_answer_that_names_what_is_illegal_is_no_refusal():
-    assert opens_as_refusal("I cannot help with that.") and opens_as_refusal(" I\u2019m sorry, no.") and opens_as_refusal("Sorry, but no.")
-    assert all(opens_as_refusal(text) for text in contrastive.REFUSALS)
-    assert not any(opens_as_refusal(text) for text in (*contrastive.MIX_OPENINGS, *contrastive.SAFETY_OPENINGS))
-    assert not opens_as_refusal("Sure, here is how to do what is illegal") and not opens_as_refusal("As an example, take") and not opens_as_refusal("")
+    """Those must not be kept for refusals."""
+    embeddings, labels = subspace(40, 160, 15.0)
+    rows = rows_of(labels)
+    texts = ("I\u2019m sorry, but I can\u2019t help.", "Sorry, but no.", "Sure, here is how to do what is illegal", "As an example, take", "", *contrastive.REFUSALS)
+    for row, text in zip(rows, texts, strict=False):
+        row["response"] = text
+    decision = decide(rows, embeddings, section(), seed=0)
+    assert list(decision.refusals[: len(texts)]) == [True, True, False, False, False] + [True] * len(contrastive.REFUSALS)
 
 
 def test_without_labels_a_share_is_dropped_and_said_to_be_an_estimate():
