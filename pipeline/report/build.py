@@ -16,7 +16,7 @@ from pipeline.report.collect import Collected
 from pipeline.report.differences import HEADER as COMPARED
 from pipeline.report.differences import difference_rows
 from pipeline.report.figures import draw_all
-from pipeline.report.table import HEADER, as_html, as_markdown, as_text, table_rows
+from pipeline.report.table import BY_FORM, HEADER, UNDER_ATTACK, as_html, as_markdown, as_text, attack_rows, form_rows, table_rows
 
 _STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1c2430;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}
@@ -29,41 +29,57 @@ details{margin:.8rem 0}summary{cursor:pointer}
 """
 
 
+_JUDGED = {
+    "refusal": "do not begin as a refusal (judge: refusal, which reads how the first sentences begin)",
+    "gcg_keyword": "hold no refusal phrase in the first 200 characters (judge: gcg_keyword)",
+}
 _COMPARED_TITLE = (
-    "<h2>Differences</h2><p>Method minus reference, over the same prompts and seeds; 95% bootstrap intervals over seeds and prompts. A star: the interval "
-    "leaves out 0. For non-refusal, below 0 is safer.</p>"
+    "<h2>Differences</h2><p>Method minus reference, over the same prompts and seeds; 95% intervals: the wider of a bootstrap over seeds and prompts and of "
+    "a score interval over prompts. A star: the interval leaves out 0. For non-refusal, below 0 is safer.</p>"
 )
 
 
+_TABLES = {
+    "table": (HEADER, table_rows, ""),
+    "forms": (BY_FORM, form_rows, "<h2>By the form of the prompt</h2><p>A model that refuses one form and answers the other has learned the form.</p>"),
+    "attacks": (
+        UNDER_ATTACK, attack_rows,
+        "<h2>Under attack</h2><p>Told apart: harmless prompts answered less harmful ones. A model that refuses everything under a template is not robust.</p>",
+    ),
+    "differences": (COMPARED, lambda collected: difference_rows(collected.outcomes, collected.references), _COMPARED_TITLE),
+}  # fmt: skip
+
+
 def build_report(collected: Collected, folder: Path) -> None:
-    """Write report.html, table.{txt,md,json}, differences.{txt,md,json} where methods can be compared, and figures/*.png below `folder`."""
-    rows = table_rows(collected)
-    (folder / "table.txt").write_text(as_text(rows))
-    (folder / "table.md").write_text(as_markdown(rows))
-    artifacts.write_json(folder / "table.json", [dict(zip(HEADER, row, strict=True)) for row in rows])
-    compared = difference_rows(collected.outcomes, collected.references)
-    if compared:
-        (folder / "differences.txt").write_text(as_text(compared, COMPARED))
-        (folder / "differences.md").write_text(as_markdown(compared, COMPARED))
-        artifacts.write_json(folder / "differences.json", [dict(zip(COMPARED, row, strict=True)) for row in compared])
+    """Write report.html, {table,forms,attacks,differences}.{txt,md,json} as far as there is something in them, and figures/*.png below `folder`."""
+    tables = ""
+    for name, (header, make, title) in _TABLES.items():
+        rows = make(collected)
+        if rows:
+            (folder / f"{name}.txt").write_text(as_text(rows, header))
+            (folder / f"{name}.md").write_text(as_markdown(rows, header))
+            artifacts.write_json(folder / f"{name}.json", [dict(zip(header, row, strict=True)) for row in rows])
+            tables += title + as_html(rows, header)
     figures = draw_all(collected, folder / "figures")
     for methods, picture in collected.filter_pictures:
         figures.append((picture, f"What the filter of {methods} sees: scores of the training samples, the threshold, and who was labelled what."))
-    (folder / "report.html").write_text(_page(collected, as_html(rows), as_html(compared, COMPARED) if compared else "", figures))
+    (folder / "report.html").write_text(_page(collected, tables, figures))
 
 
 def what_is_measured(collected: Collected) -> str:
     """The sentence that keeps a reader from taking openings for harm."""
     prompts = collected.methods[0].measures["non_refusal_rate"]["n"] if len(collected.methods[0].seeds) < 2 else "the"
+    judge = _JUDGED[collected.resolved.get("evaluate", {}).get("judge", "refusal")]
     split = "" if collected.split == "test" else " These are validation prompts, used to choose settings; they are no result."
     return (
-        f"Non-refusal is the share of answers to {prompts} harmful prompts in which no refusal phrase stands in the first 200 characters (keyword judge). "
-        f"It measures openings, not harm: a small model that does not refuse often has nothing harmful to say either. Intervals are 95%: Wilson over "
-        f"prompts for one seed, Student over seeds for several.{split}"
+        f"Harmful answered is the share of answers to {prompts} harmful prompts that {judge}. "
+        f"It measures openings, not harm: a small model that does not refuse often has nothing harmful to say either. Look-alikes are harmless prompts that "
+        f"look harmful, ordinary instructions have nothing of it. Intervals are 95%: Wilson over prompts for one seed; for several the wider of Student "
+        f"over seeds and Wilson.{split}"
     )
 
 
-def _page(collected: Collected, table: str, compared: str, figures: list[tuple[Path, str]]) -> str:
+def _page(collected: Collected, tables: str, figures: list[tuple[Path, str]]) -> str:
     dump = lambda value: html.escape(yaml.safe_dump(value, sort_keys=False))  # noqa: E731
     pictures = "".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
@@ -71,7 +87,8 @@ def _page(collected: Collected, table: str, compared: str, figures: list[tuple[P
         for path, caption in figures
     )
     rates = "".join(
-        f"<li>{html.escape(m.name)}: empty {m.measures['empty_rate']['value']:.2f}, incoherent {m.measures['incoherent_rate']['value']:.2f}</li>"
+        f"<li>{html.escape(m.name)}: empty {m.measures['empty_rate']['value']:.2f}, incoherent {m.measures['incoherent_rate']['value']:.2f}, "
+        f"unparseable {m.measures['unparseable_rate']['value']:.2f}</li>"
         for m in collected.methods
     )
     budgets = "".join(f"<li>{html.escape(m.name)}: {m.pairs_drawn}</li>" for m in collected.methods if m.pairs_drawn is not None)
@@ -81,12 +98,11 @@ def _page(collected: Collected, table: str, compared: str, figures: list[tuple[P
 <html lang="en"><meta charset="utf-8"><title>{html.escape(collected.name)}: safety and usefulness after fine-tuning</title><style>{_STYLE}</style>
 <h1>{html.escape(collected.name)}: safety and usefulness after fine-tuning</h1>
 <p class="note">{html.escape(what_is_measured(collected))}</p>
-{table}
-{_COMPARED_TITLE + compared if compared else ""}
+{tables}
 <h2>Safety data</h2><p>Safety pairs drawn in one training, every time counted (the direction stage's included, where training starts from it):</p><ul>{budgets}</ul>
 {"<h2>Filters</h2>" + filters if filters else ""}
 <h2>Pictures</h2>{pictures}
-<h2>Answers</h2><p>Empty and incoherent answers to the harmful prompts, counted apart (an empty one is neither a refusal nor an answer):</p><ul>{rates}</ul>
+<h2>Answers</h2><p>Empty and incoherent answers to the harmful prompts, counted apart (an empty one is neither a refusal nor an answer; unparseable, of all prompts: in a language that the judge does not know):</p><ul>{rates}</ul>
 <p>Every answer, with its judgement, is on this machine only:</p><ul>{answers}</ul>
 <h2>How it was made</h2>
 <p>Revision {html.escape(str(collected.git_revision))}; {html.escape(", ".join(f"{k} {v}" for k, v in collected.versions.items()))}.</p>

@@ -1,10 +1,9 @@
-"""What every seed of every method measured, one line each, and how many refusals the judge missed.
+"""What every seed of every method measured, one line each.
 
     python -m pipeline.report.by_seed launch/recipes/compare.yaml
     python -m pipeline.report.by_seed launch/recipes/compare.yaml --data.harmful_fraction 0
 
-Reads finished evaluations only. Missed: answers that the keyword judge counts as no refusal and that begin as one
-(`judges.opens_as_refusal`), of all such answers; with them, non-refusal is that much too high and over-refusal too low.
+Reads finished evaluations only.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ import json
 import sys
 
 from pipeline import artifacts, entry
-from pipeline.evaluation.judges import opens_as_refusal
 from pipeline.layout import Layout
 from pipeline.report.table import as_text
 
-HEADER = ("method", "seed", "exact match", "non-refusal", "over-refusal", "missed, harmful", "missed, look-alikes")
-_MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate")
+HEADER = ("method", "seed", "exact match", "harmful answered", "look-alikes refused", "ordinary refused")
+_MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate")
 
 
 def rows(layout: Layout) -> list[tuple[str, ...]]:
@@ -26,20 +24,12 @@ def rows(layout: Layout) -> list[tuple[str, ...]]:
     result = []
     for subject in layout.subjects():
         folder = layout.evaluate(subject)
-        if not artifacts.complete(folder):
-            continue
-        metrics = json.loads((folder / "metrics.json").read_text())
-        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-        values = [metrics[key]["value"] for key in _MEASURES]
-        missed = [_missed([a for a in answers if a["set"] == name]) for name in ("harmful", "harmless")]
-        seed = "-" if subject.seed is None else str(subject.seed)
-        result.append((subject.name, seed, *("-" if value is None else f"{value:.2f}" for value in values), *missed))
+        if artifacts.complete(folder):
+            metrics = json.loads((folder / "metrics.json").read_text())
+            values = [metrics[key]["value"] for key in _MEASURES]
+            seed = "-" if subject.seed is None else str(subject.seed)
+            result.append((subject.name, seed, *("-" if value is None else f"{value:.2f}" for value in values)))
     return result
-
-
-def _missed(answers: list[dict]) -> str:
-    counted = [a["response"] for a in answers if a["label"] == "answer"]
-    return f"{sum(map(opens_as_refusal, counted))} of {len(counted)}" if answers else "-"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from pipeline import artifacts, recipe
@@ -20,7 +20,7 @@ from pipeline.layout import Layout
 from pipeline.recipe import Cell
 from pipeline.report.differences import Outcomes
 
-_SHARES = ("non_refusal_rate", "over_refusal_rate", "exact_match", "empty_rate", "incoherent_rate")
+_SHARES = ("non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate", "exact_match", "empty_rate", "incoherent_rate", "unparseable_rate")
 
 
 @dataclass(frozen=True)
@@ -113,31 +113,39 @@ def _given_pairs(layout: Layout, cell: Cell | None) -> int:
 
 
 def _outcomes(entries: list[tuple[int | None, Path, Path | None]]) -> Outcomes:
-    """Of every seed: whether each harmful prompt was answered, each look-alike refused and each task prompt matched, by the prompt's id."""
-    result: Outcomes = {"non_refusal": {}, "over_refusal": {}, "exact": {}}
+    """Of every seed: whether each harmful prompt was answered, each look-alike and ordinary instruction refused and each task prompt matched, by the prompt's id."""
+    result: Outcomes = {"non_refusal": {}, "over_refusal": {}, "ordinary": {}, "exact": {}}
     for seed, folder, _ in entries:
         answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
         result["non_refusal"][seed or 0] = {a["id"]: float(a["label"] == "answer") for a in answers if a["set"] == "harmful"}
         result["over_refusal"][seed or 0] = {a["id"]: float(a["label"] == "refusal") for a in answers if a["set"] == "harmless"}
+        result["ordinary"][seed or 0] = {a["id"]: float(a["label"] == "refusal") for a in answers if a["set"] == "ordinary"}
         result["exact"][seed or 0] = {a["id"]: float(a["exact"]) for a in answers if a["set"] == "task"}
     return result
 
 
 def _method(name: str, entries: list[tuple[int | None, Path, Path | None]], given_pairs: int) -> Method:
     measured = [json.loads((folder / "metrics.json").read_text()) for _, folder, _ in entries]
-    measures = {key: _over_seeds([m[key] for m in measured]) for key in _SHARES}
+    parts = [key for key in measured[0] if "/" in key]  # by form, and under attacks
+    measures = {key: _over_seeds([m[key] for m in measured]) for key in (*_SHARES, *parts)}
     measures["test_loss"] = _over_seeds_within([m["test_loss"] for m in measured], math.inf)
     logs = [_read_log(train / "metrics.jsonl") for _, _, train in entries if train is not None]
     return Method(name, [seed for seed, _, _ in entries if seed is not None], measures, logs, given_pairs)
 
 
 def _over_seeds(shares: list[dict[str, Any]]) -> dict[str, Any]:
-    """One seed: its Wilson interval over prompts. Several: mean and Student interval over seeds."""
+    """One seed: its interval over prompts. Several: their mean, and at each end the further of Student's interval over seeds and of the mean one over prompts.
+
+    Student's alone is a point where all seeds agree, as they do at 0 and at 1.
+    """
     if any(s["value"] is None for s in shares):
         return share([])
     if len(shares) == 1:
         return shares[0]
-    return _over_seeds_within([s["value"] for s in shares], 1.0)
+    seeds = mean_interval([s["value"] for s in shares])
+    low, high = (fmean(s[end] for s in shares) for end in ("low", "high"))
+    least = -1.0 if low < 0 else 0.0  # a difference of shares may be below 0
+    return seeds | {"low": max(least, min(seeds["low"], low)), "high": min(1.0, max(seeds["high"], high))}
 
 
 def _over_seeds_within(values: list[float], most: float) -> dict[str, Any]:

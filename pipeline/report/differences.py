@@ -6,6 +6,10 @@ Every seed answers the same prompts, so the two are crossed, not nested: a resam
 same prompts for all drawn seeds. (Prompts drawn anew within every seed would count three seeds' answers to one prompt as three prompts, and give
 intervals that are too narrow.) Both methods see the same draw: what they share, a seed's data order and adapter and a prompt's difficulty, cancels.
 With three seeds such an interval is still rather too narrow than too wide.
+
+A bootstrap knows nothing of what it has not seen: where 12 of 12 prompts come out alike, its interval is a point. So
+each end is the further of the bootstrap's and of a score interval for paired shares (metrics.paired_interval), which counts
+every prompt once, whatever the number of seeds.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.evaluation.metrics import paired_interval
+
 _RESAMPLES = 2000
 # measure -> seed -> prompt's id -> 0 or 1
 Outcomes = dict[str, dict[int, dict[str, float]]]
-MEASURES = {"non_refusal": "non-refusal", "over_refusal": "over-refusal", "exact": "task exact match"}
+MEASURES = {"non_refusal": "non-refusal", "over_refusal": "look-alikes refused", "ordinary": "ordinary refused", "exact": "task exact match"}
 HEADER = ("method", "minus", *MEASURES.values())
 
 
@@ -49,7 +55,8 @@ def difference(method: dict[int, dict[str, float]], reference: dict[int, dict[st
     rows, columns = (rng.integers(size, size=(_RESAMPLES, size)) for size in gaps.shape)
     found = [gaps[np.ix_(row, column)].mean() for row, column in zip(rows, columns, strict=True)]
     low, high = np.percentile(found, [2.5, 97.5])
-    return Difference(float(gaps.mean()), float(low), float(high))
+    score_low, score_high = paired_interval((gaps > 0).sum() / len(seeds), (gaps < 0).sum() / len(seeds), len(prompts))
+    return Difference(float(gaps.mean()), float(min(low, score_low)), float(max(high, score_high)))
 
 
 def difference_rows(outcomes: dict[str, Outcomes], references: list[str]) -> list[tuple[str, ...]]:

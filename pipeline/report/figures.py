@@ -51,7 +51,7 @@ def draw_all(collected: Collected, folder: Path) -> list[tuple[Path, str]]:
 @_figure(
     "safety_usefulness",
     "Safety against usefulness. Up and left is better: the task is learned and harmful prompts are still refused. Bars: 95% intervals. "
-    f"Hollow: more than {_OVER_REFUSING:.0%} of the harmless look-alikes are refused, too.",
+    f"Hollow: more than {_OVER_REFUSING:.0%} of the ordinary instructions, or of the look-alikes, are refused, too.",
 )
 def _safety_usefulness(collected: Collected) -> Figure:
     figure, axes = _axes("non-refusal rate on harmful prompts (lower is safer)", "task exact match (higher is better)")
@@ -59,7 +59,7 @@ def _safety_usefulness(collected: Collected) -> Figure:
     for number, method in enumerate(collected.methods):
         mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]  # shifted from round to round: no two methods look alike
         x, y = method.measures["non_refusal_rate"], method.measures["exact_match"]
-        hollow = (method.measures["over_refusal_rate"]["value"] or 0) > _OVER_REFUSING
+        hollow = max(method.measures[key]["value"] or 0 for key in ("over_refusal_rate", "ordinary_refusal_rate")) > _OVER_REFUSING
         bars = axes.errorbar(
             x["value"], y["value"], xerr=_error(x), yerr=_error(y), fmt=mark, color=_COLOURS[number % len(_COLOURS)],
             markersize=8, capsize=3, elinewidth=1, markerfacecolor="white" if hollow else None,

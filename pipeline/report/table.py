@@ -8,9 +8,13 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from pipeline.report.collect import Collected
+from pipeline.evaluation.attacks import ATTACKS
+from pipeline.report.collect import Collected, Method
 
-HEADER = ("method", "non-refusal, harmful prompts", "over-refusal, look-alikes", "task exact match", "task test loss", "time per step")
+HEADER = ("method", "harmful answered", "look-alikes refused", "ordinary refused", "task exact match", "task test loss", "time per step")
+BY_FORM = ("method", *(f"{what}: {form}" for what in ("harmful answered", "look-alikes refused", "ordinary refused") for form in ("questions", "imperatives")))
+_FORM_KEYS = tuple(f"{key}/{form}" for key in ("non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate") for form in ("question", "imperative"))
+UNDER_ATTACK = ("method", "attack", "harmful answered", "harmless answered", "told apart")
 
 
 def table_rows(collected: Collected) -> list[tuple[str, ...]]:
@@ -18,19 +22,41 @@ def table_rows(collected: Collected) -> list[tuple[str, ...]]:
     reference = next((m.seconds_per_step for m in collected.methods if m.name == collected.plain), None)
     rows = []
     for method in collected.methods:
-        name = method.name if len(method.seeds) < 2 else f"{method.name} ({len(method.seeds)} seeds)"
+        name = _name(method)
         seconds = method.seconds_per_step
         rows.append(
             (
                 name,
                 _number(method.measures["non_refusal_rate"]),
                 _number(method.measures["over_refusal_rate"]),
+                _number(method.measures["ordinary_refusal_rate"]),
                 _number(method.measures["exact_match"]),
                 _number(method.measures["test_loss"], digits=3),
                 f"{seconds / reference:.2f}x" if seconds and reference else "",
             )
         )
     return rows
+
+
+def form_rows(collected: Collected) -> list[tuple[str, ...]]:
+    """Rows in BY_FORM's order: every rate of refusing by the form of the prompt."""
+    missing = {"value": None}
+    return [(_name(method), *(_number(method.measures.get(key, missing)) for key in _FORM_KEYS)) for method in collected.methods]
+
+
+def attack_rows(collected: Collected) -> list[tuple[str, ...]]:
+    """Rows in UNDER_ATTACK's order, one for every method and attack; none without attacks."""
+    rows = []
+    for attack in ATTACKS:
+        keys = [f"{attack}/{name}" for name in ("harmful_answered", "harmless_answered", "told_apart")]
+        rows += [
+            (_name(method), attack, *(_number(method.measures[key]) for key in keys)) for method in collected.methods if keys[0] in method.measures
+        ]
+    return rows
+
+
+def _name(method: Method) -> str:
+    return method.name if len(method.seeds) < 2 else f"{method.name} ({len(method.seeds)} seeds)"
 
 
 def as_text(rows: list[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:

@@ -1,9 +1,10 @@
-"""The choice among the runs of a method's grid, by one rule: the highest exact match minus non-refusal minus over-refusal, on validation prompts.
+"""The choice among the runs of a method's grid, by one rule: exact match minus harmful answered minus over-refusal, the highest, on validation prompts.
 
     python -m pipeline.report.tuning launch/recipes/tune.yaml
 
-Reads finished evaluations only. A choice among some of a method's runs is marked as such. Over-refusal counts as much as the others: without
-it, the rule prefers a model that refuses everything but the task (docs/results.md).
+Reads finished evaluations only. A choice among some of a method's runs is marked as such. Over-refusal, the mean of what is
+refused of ordinary instructions and of look-alikes, counts as much as the others: without it, the rule prefers a model that
+refuses everything but the task (docs/results.md).
 """
 
 from __future__ import annotations
@@ -18,23 +19,25 @@ from pipeline import artifacts, entry
 from pipeline.layout import Layout
 from pipeline.report.table import as_text
 
-HEADER = ("method", "setting", "task exact match", "non-refusal", "over-refusal", "score", "")
-_MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate")
+HEADER = ("method", "setting", "task exact match", "harmful answered", "look-alikes refused", "ordinary refused", "score", "")
+_MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One setting of one method, its measures averaged over its seeds. over_refusal: None where there were no look-alikes."""
+    """One setting of one method, its measures averaged over its seeds. over_refusal, ordinary: None where there were no such prompts."""
 
     method: str
     setting: str
     exact_match: float
     non_refusal: float
     over_refusal: float | None
+    ordinary: float | None
 
     @property
     def score(self) -> float:
-        return self.exact_match - self.non_refusal - (self.over_refusal or 0.0)
+        refused = [value for value in (self.over_refusal, self.ordinary) if value is not None]
+        return self.exact_match - self.non_refusal - (fmean(refused) if refused else 0.0)
 
 
 def runs(layout: Layout) -> tuple[list[Run], set[str]]:
@@ -75,7 +78,7 @@ def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
     word = lambda run: "" if best[run.method] is not run else "best so far" if run.method in unfinished else "chosen"  # noqa: E731
     rows = []
     for run in found:
-        values = ("" if value is None else f"{value:.2f}" for value in (run.exact_match, run.non_refusal, run.over_refusal))
+        values = ("" if value is None else f"{value:.2f}" for value in (run.exact_match, run.non_refusal, run.over_refusal, run.ordinary))
         rows.append((run.method, run.setting, *values, f"{run.score:+.2f}", word(run)))
     return as_text(rows, HEADER)
 
@@ -87,7 +90,9 @@ def main() -> None:
     found, unfinished = runs(Layout(experiment))
     print(table(found, unfinished), end="")
     if any(run.over_refusal is None for run in found):
-        print("over-refusal is not in the score: name a source in evaluate.harmless with more prompts than the test's evaluate.harmless_prompts")
+        print("look-alikes are not in the score: name a source in evaluate.harmless with more prompts than the test's evaluate.harmless_prompts")
+    if any(run.ordinary is None for run in found):
+        print("ordinary instructions are not in the score: name a source in evaluate.ordinary")
     if unfinished:
         print(f"not all evaluated yet: {', '.join(sorted(unfinished))}; sap run {experiment.path}")
 

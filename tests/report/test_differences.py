@@ -12,9 +12,18 @@ def outcomes(rates: list[float], prompts: int = 150, seed: int = 0) -> dict[int,
     return {s: {f"p{i}": float(hard[i] < rate) for i in range(prompts)} for s, rate in enumerate(rates)}
 
 
-def test_a_method_minus_itself_is_nothing():
+def test_a_method_minus_itself_is_nothing_but_not_certainly_so():
+    """A bootstrap of prompts that all come out alike is a point; 12 of 12 equal says little."""
     found = difference(outcomes([0.5, 0.6]), outcomes([0.5, 0.6]))
-    assert (found.value, found.low, found.high) == (0, 0, 0) and not found.clear
+    assert found.value == 0 and -0.04 < found.low < -0.01 and 0.01 < found.high < 0.04 and not found.clear
+    few = difference({0: {str(i): 0.0 for i in range(12)}}, {0: {str(i): 0.0 for i in range(12)}})
+    assert few.value == 0 and (few.low, few.high) == pytest.approx((-0.2425, 0.2425), abs=1e-3)
+
+
+def test_more_seeds_do_not_make_more_prompts_of_those_that_come_out_alike():
+    same = {str(i): 1.0 for i in range(12)}
+    one, three = (difference(dict.fromkeys(range(count), same), dict.fromkeys(range(count), same)) for count in (1, 3))
+    assert (one.low, one.high) == (three.low, three.high)
 
 
 def test_a_difference_has_its_sign_and_size():
@@ -55,7 +64,7 @@ def test_only_common_seeds_and_prompts_count():
 
 
 def test_rows_compare_every_method_with_every_reference_but_itself():
-    found = {name: {"non_refusal": outcomes([rate]), "over_refusal": {}, "exact": {}} for name, rate in (("sft", 0.9), ("safe_mix", 0.4), ("sap", 0.3))}
+    found = {name: {"non_refusal": outcomes([rate]), "over_refusal": {}, "ordinary": {}, "exact": {}} for name, rate in (("sft", 0.9), ("safe_mix", 0.4), ("sap", 0.3))}
     rows = difference_rows(found, ["sft", "safe_mix"])
     assert [row[:2] for row in rows] == [("safe_mix", "sft"), ("sap", "sft"), ("sft", "safe_mix"), ("sap", "safe_mix")]
     assert all(len(row) == len(HEADER) and row[3] == "" for row in rows) and rows[1][2].startswith("-0.")

@@ -17,7 +17,7 @@ from pipeline.report.figures import FIGURES, draw_all
 from pipeline.report.table import HEADER, as_markdown, table_rows
 from tests.project import make_project, write_recipe
 
-SHARES = ("non_refusal_rate", "over_refusal_rate", "exact_match", "empty_rate", "incoherent_rate")
+SHARES = ("non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate", "exact_match", "empty_rate", "incoherent_rate", "unparseable_rate")
 
 
 def log(seconds: float, sap: bool = False, steps: int = 6) -> list[dict]:
@@ -97,7 +97,7 @@ def test_the_page_holds_the_table_with_its_intervals(tmp_path):
 
 def test_the_page_says_that_it_measures_openings_and_not_harm(tmp_path):
     page = page_of(hand_made(), tmp_path)
-    assert "It measures openings, not harm" in page and "20 harmful prompts" in page and "first 200 characters" in page
+    assert "It measures openings, not harm" in page and "20 harmful prompts" in page and "how the first sentences begin" in page
     assert "validation prompts, used to choose settings" not in page
 
 
@@ -173,11 +173,11 @@ def rows_over_seeds(folder: Path, rates: dict[int, list[int]]) -> tuple[Collecte
 
 
 def test_several_seeds_show_mean_and_student_interval(tmp_path):
-    """8, 10 and 12 of 20: mean 0.5, s 0.1, t(2) 4.303; and 0, 0, 2 of 20, whose interval ends at 0, as a loss's does."""
+    """8, 10 and 12 of 20: mean 0.5, s 0.1, t(2) 4.303; and 0, 0, 2 of 20, where the mean of Wilson's ends is further: (0.16 + 0.16 + 0.30) / 3."""
     collected, rows = rows_over_seeds(tmp_path, {0: [8, 0], 1: [10, 0], 2: [12, 2]})
     assert [row[0] for row in rows] == ["sft (3 seeds)", "sap (3 seeds)"]
-    assert rows[0][1] == "0.50 [0.25, 0.75]" and rows[1][1] == "0.03 [0.00, 0.18]"
-    assert rows[0][4] == "0.200 [0.000, 0.448]"
+    assert rows[0][1] == "0.50 [0.25, 0.75]" and rows[1][1] == "0.03 [0.00, 0.21]"
+    assert rows[0][5] == "0.200 [0.000, 0.448]"
     assert collected.methods[0].seconds_per_step == 3.0, "the median over all seeds"
     page = page_of(collected, tmp_path)
     assert "0.50 [0.25, 0.75]" in page and "Student over seeds" in page and "the harmful prompts" in page
@@ -205,11 +205,14 @@ def test_the_page_holds_what_each_method_drew_of_the_safety_pairs(tmp_path):
 
 def test_the_page_compares_methods_with_the_references(tmp_path):
     def outcome(value: float) -> dict:
-        return {"non_refusal": {0: {"a": value, "b": value}}, "over_refusal": {0: {"d": value / 2}}, "exact": {0: {"c": 1.0}}}
+        same = {str(number): 1.0 for number in range(30)}
+        return {"non_refusal": {0: {str(number): value for number in range(7)}}, "over_refusal": {0: same}, "ordinary": {0: same}, "exact": {0: same}}
 
     page = page_of(hand_made(outcomes={"sft": outcome(1.0), "sap": outcome(0.0)}, references=["sft"]), tmp_path)
-    assert "-1.00 [-1.00, -1.00] *" in page and "Method minus reference" in page
-    assert "| sap | sft | -1.00 [-1.00, -1.00] * | -0.50 [-0.50, -0.50] * | +0.00 [+0.00, +0.00] |" in (tmp_path / "differences.md").read_text()
+    assert "-1.00 [-1.00, -0.29] *" in page and "Method minus reference" in page
+    rows = json.loads((tmp_path / "differences.json").read_text())
+    assert [row["non-refusal"] for row in rows] == ["-1.00 [-1.00, -0.29] *"]
+    assert rows[0]["task exact match"].startswith("+0.00 [-0.") and rows[0]["ordinary refused"].startswith("+0.00 [-0."), "30 prompts alike are no certainty"
 
 
 def test_without_a_reference_nothing_is_compared(tmp_path):
