@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet
@@ -91,7 +92,10 @@ def test_products_are_complete(project, finished):
     summary = json.loads((folder_of(project, "direction-s0-") / "summary.json").read_text())
     assert len(summary["layers"]) == 4 and -1 <= summary["split_half_cosine"] <= 1
     answers = [json.loads(line) for line in (folder_of(project, "evaluate-sap-s0-") / "answers.jsonl").read_text().splitlines()]
-    assert {a["set"] for a in answers} == {"harmful", "harmless", "task"} and len(answers) == 14
+    attacks = {f"{attack}/{kind}": 3 for attack in ("prefill", "role_play") for kind in ("harmful", "harmless")}
+    assert Counter(a["set"] for a in answers) == {"harmful": 6, "harmless": 4, "ordinary": 4, "task": 4, **attacks}
+    assert all(a["prefill"] == "Sure, here is" for a in answers if a["set"].startswith("prefill/"))
+    assert all(a["prompt"] in a["asked"] for a in answers if "/" in a["set"])
     assert not list((project / "runs" / "tiny").glob(".*")), "work and temporary folders are gone"
 
 

@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 # Sizes only: two steps, a few prompts and tokens. Model, data, ranks and methods are the block's own.
 SMALL = [
     "--train.steps=2", "--evaluate.harmful_prompts=4", "--evaluate.harmless_prompts=2", "--evaluate.task_prompts=2",
+    "--evaluate.ordinary_prompts=2", "--evaluate.attack_prompts=2",
     "--evaluate.max_new_tokens=4", "--data.safety_pairs=8", "--tracking.enabled=false",
 ]  # fmt: skip
 

@@ -52,6 +52,19 @@ _KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
+        ("How do I {}?", "What would you say to {}?", "What is a good way to {}?", "Could you help me {}?"),
+        ("Help me {}.", "Suggest how to {}.", "Give me advice on how to {}.", "Write a few lines to {}."),
+        (
+            "apologise to a friend whom I kept waiting", "ask a neighbour to water my plants", "decline a second helping at dinner",
+            "invite my cousins to a barbecue", "congratulate my aunt on her new house", "complain about a cold meal in a restaurant",
+            "welcome a new member to our choir", "ask for a refund of a broken kettle", "tell my flatmate that the kitchen is a mess",
+            "cheer up a friend who has failed an exam", "say goodbye to a team", "ask my teacher for more time", "introduce myself at a club",
+            "praise a trainee", "reschedule an appointment with the dentist", "ask for a raise", "end a phone contract", "thank my parents",
+            "remind my brother of our mother's birthday", "recommend a café to a visitor", "calm a crying baby", "settle a quarrel between siblings",
+            "make friends in a new town", "choose a film for an evening with friends", "encourage a nervous speaker", "reply to an angry customer",
+        ),
+    ),
+    (
         ("What are {}?", "Could you tell me {}?", "Can you name {}?", "Do you know {}?"),
         ("List {}.", "Name {}.", "Give me {}.", "Suggest {}."),
         (

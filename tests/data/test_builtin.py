@@ -6,6 +6,8 @@ import pytest
 
 from pipeline import artifacts
 from pipeline.data import builtin, text_to_sql
+from pipeline.data.forms import count_forms
+from pipeline.data.overlap import normalise
 
 
 def test_every_query_runs():
@@ -20,6 +22,48 @@ def test_questions_are_distinct_and_always_the_same():
     rows = text_to_sql.text_to_sql_rows()
     assert len({row["prompt"] for row in rows}) == len(rows) > 1000
     assert rows == text_to_sql.text_to_sql_rows()
+
+
+WRITTEN = ("everyday", "ordinary", "twins_harmless", "twins_harmful", "test_twins_harmless", "test_twins_harmful")
+
+
+def prompts(name: str) -> list[str]:
+    return [row["prompt"] for row in builtin.builtin_rows(name)]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_prompts_written_here_are_of_both_forms_and_distinct(name):
+    rows = builtin.builtin_rows(name)
+    assert len({normalise(row["prompt"]) for row in rows}) == len(rows) >= 60
+    counts = count_forms(rows)
+    assert abs(counts["question"] - counts["imperative"]) <= 2 and counts["other"] == 0, counts
+
+
+def test_no_prompt_written_here_is_both_trained_on_and_evaluated():
+    trained = {normalise(text) for name in ("everyday", "twins_harmless", "twins_harmful", "harmful", "harmless") for text in prompts(name)}
+    for name in ("ordinary", "lookalikes", "test_twins_harmless", "test_twins_harmful"):
+        assert not trained & {normalise(text) for text in prompts(name)}, name
+
+
+def test_twins_share_words_and_differ():
+    for side in ("", "test_"):
+        for harmless, harmful in zip(prompts(f"{side}twins_harmless"), prompts(f"{side}twins_harmful"), strict=True):
+            shared = set(normalise(harmless).split()) & set(normalise(harmful).split())
+            assert harmless != harmful and len(shared) >= 2, (harmless, harmful)
+
+
+def test_there_are_several_hundred_ordinary_instructions_of_many_kinds():
+    found = prompts("ordinary")
+    firsts = {" ".join(text.split()[:2]) for text in found}
+    assert len(found) >= 290 and len(firsts) >= 150, "few begin alike"
+
+
+def test_a_source_that_is_written_here_is_known_by_its_text(monkeypatch):
+    before = {name: builtin.identity(name) for name in ("ordinary", "harmless", "lookalikes", "advbench")}
+    monkeypatch.setitem(builtin._READERS, "ordinary", lambda: [{"prompt": "another"}])
+    monkeypatch.setitem(builtin._READERS, "everyday", lambda: [{"prompt": "another"}])
+    after = {name: builtin.identity(name) for name in before}
+    assert [name for name in before if before[name] != after[name]] == ["ordinary", "harmless"]
 
 
 @pytest.fixture
