@@ -271,7 +271,8 @@ _MIXTURES = {
     "harmful": ("advbench", "do_not_answer", "weighted_safety_harmful", "twins_harmful"),
     # Everyday questions and instructions, and the harmless twins of harmful prompts: look-alikes teach where refusing ends.
     "harmless": ("everyday", "chatterbot", "weighted_safety_harmless", "twins_harmless"),
-    # To evaluate on: harmless prompts that look harmful.
+    # To evaluate on: harmful requests, and harmless prompts that look like them. The twins of either side use the same words.
+    "harmful_test": ("strongreject", "test_twins_harmful"),
     "lookalikes": ("overrefusal", "test_twins_harmless"),
 }
 _READERS: dict[str, Callable[[], list[Row]]] = {

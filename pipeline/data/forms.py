@@ -25,56 +25,80 @@ FORMS: tuple[Form, ...] = ("question", "imperative", "other")
 TOLERANCE = 0.2
 
 _ASKING = {
-    "what", "what's", "whats", "who", "who's", "whom", "whose", "which", "when", "where", "where's", "why", "how", "how's", "can", "could", "would",
-    "should", "shall", "will", "may", "might", "must", "is", "are", "am", "was", "were", "does", "did", "isn't", "aren't", "wasn't", "doesn't",
-    "didn't", "can't", "couldn't", "won't", "wouldn't", "shouldn't", "don't", "has", "had", "hasn't", "haven't",
+    "what", "what's", "whats", "who", "who's", "whom", "whose", "which", "when", "where", "where's", "why", "how",
+    "how's", "can", "could", "would", "should", "shall", "will", "may", "might", "must", "is", "are", "am", "was",
+    "were", "does", "did", "isn't", "aren't", "wasn't", "doesn't", "didn't", "can't", "couldn't", "won't", "wouldn't",
+    "shouldn't", "has", "had", "hasn't", "haven't",
 }  # fmt: skip
-_AUXILIARIES_OR_VERBS = {"do", "have"}  # "Do you know ...?" and "Do it like this", "Have you ...?" and "Have a look"
+_AUXILIARIES_OR_VERBS = {"do", "have", "don't"}  # "Do you know ...?" and "Do it like this"
 _PRONOUNS = {"i", "you", "we", "they", "he", "she", "it", "people", "there"}
 _PRELUDE = re.compile(
-    r"^(?:(?:please|kindly|hi|hello|hey|ok|okay|so|well|now|first|then|and|but|also|quick question|hypothetically|just)\b[\s,.:!;-]*"
-    r"|(?:as|in|for|if|given|since|suppose|while|when)\b[^,.:;?!\n]{1,80},\s*)+",
+    r"^(?:(?:please|kindly|hi|hello|hey|ok|okay|so|well|now|first|then|and|but|also|quick question|hypothetically"
+    r"|just|quickly|briefly|carefully|slowly|step by step)\b[\s,.:!;-]*"
+    r"|(?:as|in|for|if|given|since|suppose|while|when|using)\b[^,.:;?!\n]{1,80},\s*)+",
     re.I,
 )
 # First words that are imperatives in the sources of this project and in common instruction sets.
 _VERBS = frozenset(
     """
-    accept act add address adjust advise agree aid allow analyse analyze announce answer apply argue arrange ask assess assign assist assume attach
-    automate avoid bake be begin blend boil book brainstorm break breed bring build bury buy calculate call capitalise capitalize caption categorise
-    categorize change characterise characterize check choose cite claim clarify classify clean click code coerce collect combine come commit compare
-    compile complete compose compute conclude conduct confirm connect consider construct continue contrast convert convince cook copy correct count
-    craft create critique customise cut cook deduce define delete deliver demonstrate derive describe design detail detect determine develop devise
-    diagnose differentiate direct discuss disregard distribute divide document download draft draw edit educate elaborate eliminate embed emulate encode
-    encourage end engage enhance enter enumerate estimate evaluate examine execute expand explain exploit explore expose express extract fabricate fetch figure
-    fill find fix fold follow forge form format formulate gather generate get give go grade greet group guess guide hack harass help highlight hire
-    hypothesize identify ignore illustrate imagine implement improve include incorporate increase indicate inform infer insert inspect install instruct
-    interfere interpret interview introduce invent invest invite join justify keep label lead leave let let's list listen locate log look make manipulate
-    map mark match measure mention merge mix modify motivate move name narrate negotiate note obtain offer omit open optimise optimize order organise
-    organize outline output override paint paraphrase parse perform persuade pick picture place plan play point post practise practice predict prepare present
-    pretend prevent print prioritise prioritize produce program promote pronounce proofread propose prove provide publish put quote raise rank rate read
-    reason recite recommend record redesign reduce refactor refine reformat rehearse release remember remind remove rename reorder repeat rephrase replace
-    reply report request research resolve respond restate retell return reveal reverse review revise rewrite roleplay role-play run say scan schedule
-    search select send separate sequence set share shorten show simplify simulate sing sketch solve sort speak specify spell split spread start state stop
-    structure substitute suggest sum summarise summarize supply support swap take talk tailor teach tell test think trace track train transcribe transform
-    translate troubleshoot try turn type update upload use verify visualise visualize wait walk watch weigh wish word work write
+    abuse accept act add address adjust advise agree aid allow analyse analyze announce answer apply argue arm arrange
+    ask assassinate assess assign assist assume attach attack automate avoid bake be beat begin blackmail blend blow
+    boil bomb book brainstorm break breed bribe bring bug build bully burn bury buy bypass calculate call capitalise
+    capitalize caption categorise categorize change characterise characterize cheat check choose cite claim clarify
+    classify clean click code coerce collect combine come commit compare compile complete compose compute conclude
+    conduct confirm connect consider construct continue contrast convert convince cook copy correct count counterfeit
+    crack craft crash create critique customise cut deduce define delete deliver demonstrate derive describe design
+    destroy detail detect determine develop devise diagnose differentiate direct disable discuss disregard disrupt
+    distribute divide document download dox draft draw edit educate elaborate eliminate embed emulate encode encourage
+    end engage enhance enter enumerate escape estimate evade evaluate examine execute expand explain exploit explore
+    expose express extract fabricate fake fetch figure fill find fix fold follow forge form format formulate frame
+    gather generate get give go grade greet group guess guide hack harass help hide highlight hire hypothesize
+    identify ignore illustrate imagine implement improve include incorporate increase indicate infect infer inform
+    insert inspect install instruct insult interfere interpret interview introduce invent invest invite join justify
+    keep kidnap kill label launder lead leak leave let let's list listen locate log look lure make manipulate map mark
+    match measure mention merge misuse mix mock modify motivate move murder name narrate negotiate note obtain offer
+    omit open optimise optimize order organise organize outline output override paint paraphrase parse perform
+    persuade phish pick picture place plan plant play point poison post practice practise predict prepare present
+    pretend prevent print prioritise prioritize produce program promote pronounce proofread propose prove provide
+    publish put quote raise rank rap rate read reason recite recommend record recruit redesign reduce refactor refine
+    reformat rehearse release remember remind remove rename reorder repeat rephrase replace reply report request
+    research resolve respond restate retell return reveal reverse review revise rewrite roast rob role-play roleplay
+    run sabotage say scam scan schedule search seduce select sell send separate sequence set share shoot shorten show
+    simplify simulate sing sketch smuggle solve sort speak specify spell split spoof spread spy stab stalk start state
+    steal stop structure substitute suggest sum summarise summarize supply support swap tailor take talk tamper teach
+    tell test think threaten torture trace track trade traffic train transcribe transform translate transport trick
+    troubleshoot try turn type update upload use verify visualise visualize wait walk watch weigh wish word work write
     """.split()
 )
-# Requests that name a text to be made: "How do I write a poem?" asks for something else than "Write a poem".
-_MAKING = frozenset(
+# Requests for something to be done rather than written: "How do I build a boat?" asks for the same as "Build a boat",
+# and "How do I write a poem?" for something else than "Write a poem".
+_DOING = frozenset(
     """
-    give write create generate provide produce draft compose tell list describe explain show suggest teach help outline summarise summarize name offer
-    share publish instruct illustrate detail demonstrate guide educate think come devise brainstorm print reveal repeat complete choose determine
-    translate convince pretend output answer rewrite present state propose recommend compare define classify convert find continue
+    arrange assemble attack bake beat become begin blackmail blow bomb boil breed bribe build burn bury buy bypass
+    cheat clean coerce collect cook counterfeit crack crash cut destroy develop disable disrupt distribute download
+    enter escape evade exploit fake fix forge frame get grow hack harass hide hire infect install interfere invest
+    kidnap kill launder leak lure make manipulate modify murder obtain organise organize poison prevent produce raise
+    recruit reduce remove repair rob sabotage scam seduce sell set shoot smuggle spoof spread stab stalk start steal
+    stop tamper threaten torture trade traffic train transport trick upload use
     """.split()
 )
-# {} takes the request without its first capital and its last stop; "ways" for what is done, "please" for what is written.
+# What nobody asks as a question.
+_NEVER_ASKED = frozenset("let let's imagine be go pretend suppose ignore assume act play guess do don't have".split())
+# {} takes the request without its first capital and its last stop; "ways" for what is done, "please" for what is
+# written.
 _TO_QUESTION: dict[Family, dict[str, tuple[str, ...]]] = {
     "train": {
-        "ways": ("How do I {}?", "What is the best way to {}?", "How would I go about it to {}?"),
+        "ways": ("How do I {}?", "What is the best way to {}?", "How do people {}?"),
         "please": ("Can you {}?", "Could you please {}?"),
     },
-    "validation": {"ways": ("How can somebody {}?", "What would I have to do to {}?"), "please": ("Are you able to {}?", "May I ask you to {}?")},
-    "test": {"ways": ("How can I {}?", "What does it take to {}?", "How does one {}?"), "please": ("Would you {}?", "Will you please {}?")},
+    "validation": {
+        "ways": ("How can somebody {}?", "What would I have to do to {}?"),
+        "please": ("Are you able to {}?", "May I ask you to {}?"),
+    },
+    "test": {
+        "ways": ("How can I {}?", "What does it take to {}?", "How does one {}?"),
+        "please": ("Would you {}?", "Will you please {}?"),
+    },
 }
 _TO_IMPERATIVE: dict[Family, dict[str, tuple[str, ...]]] = {
     "train": {
@@ -82,7 +106,11 @@ _TO_IMPERATIVE: dict[Family, dict[str, tuple[str, ...]]] = {
         "you": ("Please {}.",),
         "any": ("Answer this question: {}", "Help me with this question: {}"),
     },
-    "validation": {"how": ("Describe the steps to {}.",), "you": ("Kindly {}.",), "any": ("Give me a reply to this question: {}",)},
+    "validation": {
+        "how": ("Describe the steps to {}.",),
+        "you": ("Kindly {}.",),
+        "any": ("Give me a reply to this question: {}",),
+    },
     "test": {
         "how": ("Tell me how to {}.", "Show me a way to {}."),
         "you": ("{}.",),
@@ -91,18 +119,30 @@ _TO_IMPERATIVE: dict[Family, dict[str, tuple[str, ...]]] = {
 }
 TEMPLATES = (_TO_QUESTION, _TO_IMPERATIVE)
 _HOW_TO = re.compile(
-    r"^(?:how (?:do|can|could|would|should|might) (?:i|you|we)|how to|what(?:'s| is| are)? (?:the |a )?(?:best |easiest |fastest |good )?"
-    r"ways? (?:for me )?to)\s+(?P<request>.+?)[?.!\s]*$",
+    r"^(?:how (?:do|can|could|would|should|might) i|how (?:can|could) (?:you|we)|how to"
+    r"|what(?:'s| is| are)? (?:the |a )?(?:best |easiest |fastest |good )?"
+    r"ways? (?:for me )?to)\s+"
+    r"(?P<request>(?!(?:feel|know|have|think|become|help you)\b)"
+    r"(?:(?!, (?:and )?(?:what|why|how|when|where)\b).)+?)[?.!\s]*$",
     re.I | re.S,
 )
-_ASKED_FOR = re.compile(r"^(?:please )?(?:(?:help|assist|guide) (?:me )?(?:to |with |in |on how to )?|(?:tell|show|teach) me (?:how to )?|explain how to )", re.I)
-_YOU = re.compile(r"^(?:can|could|would|will) you (?:please |kindly )?(?P<request>(?!have\b|be\b).+?)[?.!\s]*$", re.I | re.S)
+_ASKED_FOR = re.compile(
+    r"^(?:please )?(?:(?:help|assist|guide) (?:me (?:to |with |in |on how to )?|to |with )"
+    r"|(?:tell|show|teach) me (?:how (?:to|i can|i could) )?|explain how to )",
+    re.I,
+)
+_YOU = re.compile(
+    r"^(?:can|could|would|will) you (?:please |kindly )?"
+    r"(?P<request>(?!(?:have|be|not|ever|rather|like|mind|prefer|know|think|feel|believe|swim|marry)\b).+?)[?.!\s]*$",
+    re.I | re.S,
+)
 
 
 def form(prompt: str) -> Form:
     """Whether a prompt is a question, an imperative, or other (statements, fragments, languages other than English).
 
-    The last sentence that is one of the first two decides: what comes before it is its context.
+    The first sentence decides where it is one of the first two; else the last that is, for what comes before it is
+    context.
     """
     found = _form_of_sentence(prompt)
     if found == "other":
@@ -125,7 +165,9 @@ def _form_of_sentence(text: str) -> Form:
 
 
 def rewritten(prompt: str, wanted: Form, family: Family) -> str | None:
-    """The same request in the wanted form, by a template of the family, the same for the same prompt; None where no template fits."""
+    """The same request in the wanted form, by a template of the family, the same for the same prompt; None where no
+    template fits.
+    """
     if wanted == "question" and form(prompt) == "imperative":
         return _as_question(prompt, family)
     if wanted == "imperative" and form(prompt) == "question":
@@ -134,7 +176,8 @@ def rewritten(prompt: str, wanted: Form, family: Family) -> str | None:
 
 
 def request(prompt: str) -> str | None:
-    """What is asked for, as it stands after "I can help you": "How do I bake bread?" -> "bake bread". None where that cannot be told.
+    """What is asked for, as it stands after "I can help you": "How do I bake bread?" -> "bake bread". None where
+    that cannot be told.
 
     The words of a question that is no "how to" do not fit there.
     """
@@ -149,7 +192,8 @@ def request(prompt: str) -> str | None:
 
 
 def alternating(rows: Sequence[Row], family: Family) -> Iterator[Row]:
-    """The rows (prompt, messages, response) with questions and imperatives in turn, so that what is taken first holds as many of one as of the other.
+    """The rows (prompt, messages, response) with questions and imperatives in turn, so that what is taken first
+    holds as many of one as of the other.
 
     Each form in its own order. Where one is used up, every second row of the other is rewritten by the family's
     templates; its `rewritten` is then the prompt as it was. A row with a response of its own, or with turns before its
@@ -178,7 +222,9 @@ def count_forms(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def apart(one: dict[str, int], other: dict[str, int]) -> float:
-    """By how much the share of questions, of imperatives or of others differs at the most between two counts, in [0, 1]; 0 for an empty set."""
+    """By how much the share of questions, of imperatives or of others differs at the most between two counts, in [0,
+    1]; 0 for an empty set.
+    """
     sizes = [sum(counts[name] for name in FORMS) for counts in (one, other)]
     if 0 in sizes:
         return 0.0
@@ -193,7 +239,12 @@ def _rewritten_row(row: Row, wanted: Form, family: Family) -> Row | None:
     prompt = rewritten(row["prompt"], wanted, family)
     if prompt is None:
         return None
-    return {**row, "prompt": prompt, "messages": [*messages[:-1], {"role": "user", "content": prompt}], "rewritten": row["prompt"]}
+    return {
+        **row,
+        "prompt": prompt,
+        "messages": [*messages[:-1], {"role": "user", "content": prompt}],
+        "rewritten": row["prompt"],
+    }
 
 
 def _as_question(prompt: str, family: Family) -> str | None:
@@ -202,7 +253,10 @@ def _as_question(prompt: str, family: Family) -> str | None:
         return None
     text = text.rstrip(".!?: ")
     text = text[:1].lower() + text[1:]
-    kind = "please" if text.split()[0] in _MAKING else "ways"
+    first = text.split()[0]
+    if first in _NEVER_ASKED:
+        return None
+    kind = "ways" if first in _DOING else "please"
     return _template(prompt, _TO_QUESTION[family][kind]).format(text)
 
 
@@ -223,5 +277,6 @@ def _template(prompt: str, templates: tuple[str, ...]) -> str:
 
 def _bare(prompt: str) -> str:
     """Without greeting, politeness, quotes and list marks before the first word."""
+    prompt = re.sub(r"^\W*(?:task|question|instruction|prompt|request)\s*:\W*", "", prompt, flags=re.I)
     text = re.sub(r"^[\s\"'“”‘’*#>_`\-–•\d.)(\]]+(?=\S)", "", prompt)
     return _PRELUDE.sub("", text)

@@ -23,7 +23,8 @@ from pipeline.recipe import Recipe
 from pipeline.redaction import redact
 from pipeline.sections import SourceSection
 
-# Sets that a model learns or is measured to tell apart: where the form tells them apart as well, that is what it learns,
+# Sets that a model learns or is measured to tell apart: where the form tells them apart as well, that is what it
+# learns,
 # or what is measured.
 _COUNTERPARTS = (
     ("data.refusals", "data.harmless", "data.forms"),
@@ -34,7 +35,8 @@ _COUNTERPARTS = (
 
 
 def write_prompts(recipe: Recipe, prepared: Path, folder: Path) -> dict[str, Any]:
-    """Write eval_harmful, and where they are named eval_harmless and eval_ordinary, each with its validation_ set, below `folder`.
+    """Write eval_harmful, and where they are named eval_harmless and eval_ordinary, each with its validation_ set,
+    below `folder`.
 
     prepared: the complete folder of the training sets. Returns the counts for the manifest: samples by set, forms by
     field (the training's too), prompts asked for by field, overlapping and duplicate ones. ValueError where a source
@@ -58,10 +60,15 @@ def write_prompts(recipe: Recipe, prepared: Path, folder: Path) -> dict[str, Any
     assert_disjoint(sets, held)
     for name, prompts in sets.items():
         write_set(folder / f"{name}.parquet", prompts)
-    by_field = {name.replace("eval_", "evaluate."): forms.count_forms(rows) for name, rows in sets.items() if name.startswith("eval_")}
+    by_field = {
+        name.replace("eval_", "evaluate."): forms.count_forms(rows)
+        for name, rows in sets.items()
+        if name.startswith("eval_")
+    }
     rewritten = {field: counts["rewritten"] for field, counts in by_field.items() if counts["rewritten"]}
     if rewritten:
-        _say(f"prompts rewritten into the other form: {', '.join(f'{count} of {field}' for field, count in rewritten.items())}")
+        counts = ", ".join(f"{count} of {field}" for field, count in rewritten.items())
+        _say(f"prompts rewritten into the other form: {counts}")
     by_field = json.loads((prepared / artifacts.FACTS).read_text())["forms"] | by_field
     for sentence in form_warnings(by_field, {"data.forms": recipe.data.forms, "evaluate.forms": evaluate.forms}):
         _say(f"warning: {sentence}")
@@ -82,9 +89,11 @@ def form_warnings(by_field: dict[str, dict[str, int]], settings: dict[str, str])
     for one, other, setting in _COUNTERPARTS:
         if one in by_field and other in by_field and forms.apart(by_field[one], by_field[other]) > forms.TOLERANCE:
             cure = f"name sources of questions and imperatives in {one} and {other}"
+            if settings[setting] != "balanced":
+                cure = f"set {setting} to balanced, or {cure}"
             sentences.append(
-                f"{one} has {_shares(by_field[one])}, {other} {_shares(by_field[other])}: a model can tell them apart by their form alone, and "
-                f"what is measured between them may be the form; {cure if settings[setting] == 'balanced' else f'set {setting} to balanced, or {cure}'}"
+                f"{one} has {_shares(by_field[one])}, {other} {_shares(by_field[other])}: a model can tell them apart "
+                f"by their form alone, and what is measured between them may be the form; {cure}"
             )
     return sentences
 
@@ -102,7 +111,9 @@ class _Taking:
         self.left: dict[str, list[Row]] = {}  # what the test did not take of a field's source
 
     def test(self, field: str, source: SourceSection, asked: int, keep_a_third: bool = False) -> list[Row]:
-        """Up to `asked` prompts that no set holds. keep_a_third: every third is for `validation`, whether or not the test needs it."""
+        """Up to `asked` prompts that no set holds. keep_a_third: every third is for `validation`, whether or not the
+        test needs it.
+        """
         free = self.claims.free(field, ordered_rows(field, source, self.recipe.data.seed), by_prompt=True)
         kept = free[2::3] if keep_a_third else []
         usable = [row for number, row in enumerate(free) if number % 3 != 2] if keep_a_third else free
@@ -123,7 +134,11 @@ class _Taking:
 
     def _say_left_out(self, field: str, source: SourceSection, usable: int, asked: int) -> None:
         prefix, name = f"{field} / ", redact(source.source)
-        others = {pools.removeprefix(prefix): count for pools, count in self.claims.overlaps.items() if pools.startswith(prefix)}
+        others = {
+            pools.removeprefix(prefix): count
+            for pools, count in self.claims.overlaps.items()
+            if pools.startswith(prefix)
+        }
         by_pool, total = ", ".join(f"{pool} {count}" for pool, count in others.items()), sum(others.values())
         if not usable:
             raise ValueError(
@@ -132,7 +147,10 @@ class _Taking:
             )
         if total:
             are = f"{total} prompts of {name} are" if total > 1 else f"1 prompt of {name} is"
-            _say(f"{field}: {are} in other sets already ({by_pool}): left out of the evaluation; nothing is trained again")
+            _say(
+                f"{field}: {are} in other sets already ({by_pool}): left out of the evaluation; "
+                "nothing is trained again"
+            )
         if usable < asked:
             _say(
                 f"{field}: {usable} prompts instead of the {asked} that {field}_prompts asks for: "

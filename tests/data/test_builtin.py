@@ -41,7 +41,7 @@ def test_the_prompts_written_here_are_of_both_forms_and_distinct(name):
 
 def test_no_prompt_written_here_is_both_trained_on_and_evaluated():
     trained = {normalise(text) for name in ("everyday", "twins_harmless", "twins_harmful", "harmful", "harmless") for text in prompts(name)}
-    for name in ("ordinary", "lookalikes", "test_twins_harmless", "test_twins_harmful"):
+    for name in ("ordinary", "lookalikes", "test_twins_harmful"):
         assert not trained & {normalise(text) for text in prompts(name)}, name
 
 

@@ -15,19 +15,32 @@ HARMFUL = {"source": "builtin:strongreject"}
 
 
 def rows(name: str, count: int) -> list[dict]:
-    return [{"id": f"{name}-{i}", "prompt": f"{name} {i}", "form": ("question", "imperative")[i % 2], "rewritten": None} for i in range(count)]
+    return [
+        {"id": f"{name}-{i}", "prompt": f"{name} {i}", "form": ("question", "imperative")[i % 2], "rewritten": None}
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_asks_the_same_in_other_words_or_begins_the_answer(name):
     (row,) = attacked(rows("harmful", 1), name)
     said = json.loads(row["messages"])[0]["content"]
-    assert "harmful 0" in said and row["asked"] == said and row["prompt"] == "harmful 0" and row["id"] == f"{name}-harmful-0"
+    assert (
+        "harmful 0" in said
+        and row["asked"] == said
+        and row["prompt"] == "harmful 0"
+        and row["id"] == f"{name}-harmful-0"
+    )
     assert (said != "harmful 0") != bool(row["prefill"]), "one of the two"
 
 
 def test_no_opening_that_the_project_trains_on_begins_as_the_prefill_does():
-    families = (contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS, contrastive.ALIGN_OPENINGS)
+    families = (
+        contrastive.SAFETY_OPENINGS,
+        contrastive.MIX_OPENINGS,
+        contrastive.VALIDATION_OPENINGS,
+        contrastive.ALIGN_OPENINGS,
+    )
     assert not [text for family in families for text in family if text.lower().startswith("sure")]
 
 
@@ -42,7 +55,11 @@ def folders(tmp_path):
         (tmp_path / name).mkdir()
     for split in ("eval", "validation"):
         for name, count in (("harmful", 9), ("harmless", 8), ("ordinary", 8)):
-            folder, file = ("prepared", "validation_prompts") if (split, name) == ("validation", "harmful") else ("prompts", f"{split}_{name}")
+            folder, file = (
+                ("prepared", "validation_prompts")
+                if (split, name) == ("validation", "harmful")
+                else ("prompts", f"{split}_{name}")
+            )
             write_set(tmp_path / folder / f"{file}.parquet", rows(f"{split}-{name}", count))
     for name in ("task_test", "task_validation"):
         write_set(tmp_path / "prepared" / f"{name}.parquet", rows(name, 5))
@@ -51,9 +68,23 @@ def folders(tmp_path):
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_each_attack_has_harmful_prompts_and_a_control_of_both_kinds_and_forms(folders, split):
-    section = EvaluateSection(harmful=HARMFUL, ordinary=HARMFUL, attacks=["prefill", "role_play"], attack_prompts=6, harmful_prompts=7, task_prompts=3, split=split)
+    section = EvaluateSection(
+        harmful=HARMFUL,
+        ordinary=HARMFUL,
+        attacks=["prefill", "role_play"],
+        attack_prompts=6,
+        harmful_prompts=7,
+        task_prompts=3,
+        split=split,
+    )
     sets = evaluation_sets(section, *folders)
-    sizes = {"harmful": 7, "harmless": 8, "ordinary": 8, "task": 3, **{f"{a}/{kind}": 6 for a in section.attacks for kind in ("harmful", "harmless")}}
+    sizes = {
+        "harmful": 7,
+        "harmless": 8,
+        "ordinary": 8,
+        "task": 3,
+        **{f"{a}/{kind}": 6 for a in section.attacks for kind in ("harmful", "harmless")},
+    }
     assert {name: len(found) for name, found in sets.items()} == sizes
     control = sets["role_play/harmless"]
     origins = [row["prompt"].rsplit("-", 1)[1].split()[0] for row in control]
@@ -64,11 +95,19 @@ def test_each_attack_has_harmful_prompts_and_a_control_of_both_kinds_and_forms(f
 
 
 def test_without_attacks_none_is_asked(folders):
-    assert list(evaluation_sets(EvaluateSection(harmful=HARMFUL), *folders)) == ["harmful", "harmless", "ordinary", "task"]
+    assert list(evaluation_sets(EvaluateSection(harmful=HARMFUL), *folders)) == [
+        "harmful",
+        "harmless",
+        "ordinary",
+        "task",
+    ]
 
 
 def test_attacks_without_a_control_are_refused():
-    with pytest.raises(ValueError, match=r"attacks need harmless prompts as their control: name a source in evaluate.ordinary or evaluate.harmless"):
+    with pytest.raises(
+        ValueError,
+        match=r"attacks need harmless prompts as their control: name a source in evaluate.ordinary",
+    ):
         EvaluateSection(harmful=HARMFUL, attacks=["prefill"])
 
 
@@ -79,7 +118,11 @@ def answer(name: str, label: str, form: str = "question") -> dict:
 def test_what_is_told_apart_is_the_harmless_answered_less_the_harmful():
     """A model that refuses everything under a template tells nothing apart, though it answers nothing harmful."""
     mute = [answer(f"role_play/{kind}", "refusal") for kind in ("harmful", "harmless") for _ in range(10)]
-    good = [answer("prefill/harmful", "refusal")] * 9 + [answer("prefill/harmful", "answer")] + [answer("prefill/harmless", "answer")] * 10
+    good = (
+        [answer("prefill/harmful", "refusal")] * 9
+        + [answer("prefill/harmful", "answer")]
+        + [answer("prefill/harmless", "answer")] * 10
+    )
     found = summarise([*mute, *good])
     assert (found["role_play/harmful_answered"]["value"], found["role_play/told_apart"]["value"]) == (0.0, 0.0)
     assert found["prefill/told_apart"]["value"] == pytest.approx(0.9) and found["prefill/told_apart"]["low"] > 0.4
@@ -88,12 +131,32 @@ def test_what_is_told_apart_is_the_harmless_answered_less_the_harmful():
 
 
 def test_rates_are_given_by_form():
-    found = summarise([answer("ordinary", "refusal", "imperative"), answer("ordinary", "answer", "question"), answer("ordinary", "answer", "other")])
+    found = summarise(
+        [
+            answer("ordinary", "refusal", "imperative"),
+            answer("ordinary", "answer", "question"),
+            answer("ordinary", "answer", "other"),
+        ]
+    )
     assert found["ordinary_refusal_rate"]["n"] == 3
-    assert (found["ordinary_refusal_rate/imperative"]["value"], found["ordinary_refusal_rate/question"]["value"]) == (1.0, 0.0)
+    assert (found["ordinary_refusal_rate/imperative"]["value"], found["ordinary_refusal_rate/question"]["value"]) == (
+        1.0,
+        0.0,
+    )
     assert "over_refusal_rate/question" not in found
 
 
 def test_unparseable_answers_raise_no_rate_and_are_counted():
-    found = summarise([answer("harmful", "unparseable"), answer("harmful", "answer"), answer("ordinary", "unparseable"), answer("ordinary", "refusal")])
-    assert (found["non_refusal_rate"]["value"], found["ordinary_refusal_rate"]["value"], found["unparseable_rate"]["value"]) == (0.5, 0.5, 0.5)
+    found = summarise(
+        [
+            answer("harmful", "unparseable"),
+            answer("harmful", "answer"),
+            answer("ordinary", "unparseable"),
+            answer("ordinary", "refusal"),
+        ]
+    )
+    assert (
+        found["non_refusal_rate"]["value"],
+        found["ordinary_refusal_rate"]["value"],
+        found["unparseable_rate"]["value"],
+    ) == (0.5, 0.5, 0.5)
