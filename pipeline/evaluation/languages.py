@@ -18,7 +18,8 @@ _FORMULAS: dict[str, str] = {
     "de": (
         r"^(?:(?:leider|nein|entschuldigung|(?:es )?tut (?:mir|uns) (?:sehr )?leid|sorry|verzeihung|als [^,]{2,60}"
         r"|ich bedauere),?\s*(?:aber |dass |doch )?)*"
-        r"(?:(?:ich|wir)\b[^.]{0,60}\b(?:kann|können|darf|dürfen|werde|werden|möchte|will)\b[^.]{0,80}\b(?:nicht|keine?n?)\b"
+        r"(?:(?:ich|wir)\b[^.]{0,60}\b(?:kann|können|darf|dürfen|werde|werden|möchte|will)\b[^.]{0,80}\b(?:nicht"
+        r"|keine?n?)\b"
         r"|(?:dabei|damit|das|hierbei|bei)\b[^.]{0,60}\b(?:kann|können|darf|werde|möchte) (?:ich|wir)\b[^.]{0,80}"
         r"\b(?:nicht|keine?n?)\b|(?:kann|können|darf|werde) (?:ich|wir)[^.]{0,80}\b(?:nicht|keine?n?)\b"
         r"|ich bin nicht (?:in der lage|befugt)|ich (?:lehne|muss)[^.]{0,40}\bab(?:lehnen)?\b"
@@ -33,13 +34,16 @@ _FORMULAS: dict[str, str] = {
         r"|ça va à l'encontre)"
     ),
     "es": (
-        r"^(?:(?:lamentablemente|desafortunadamente|no|lo siento|lo lamento|disculpa|perdón|como [^,]{2,60}),?\s*(?:pero )?)*"
-        r"(?:(?:yo )?no (?:te |le |les |os )?(?:puedo|podré|podemos|debo|estoy|voy|es (?:apropiado|ético|legal|posible))"
+        r"^(?:(?:lamentablemente|desafortunadamente|no|lo siento|lo lamento|disculpa|perdón"
+        r"|como [^,]{2,60}),?\s*(?:pero )?)*"
+        r"(?:(?:yo )?no (?:te |le |les |os )?(?:puedo|podré|podemos|debo|estoy|voy|es (?:apropiado|ético|legal"
+        r"|posible))"
         r"|me niego|lo siento|es ilegal|(?:no )?me es (?:im)?posible|me temo que no|lamento no)"
     ),
     "pt": (
         r"^(?:(?:infelizmente|não|desculpe|desculpa|sinto muito|lamento|como [^,]{2,60}),?\s*(?:mas )?)*"
-        r"(?:(?:eu )?não (?:posso|poderei|consigo|devo|estou|vou|me é possível|é (?:apropriado|ético|legal))|sinto muito"
+        r"(?:(?:eu )?não (?:posso|poderei|consigo|devo|estou|vou|me é possível|é (?:apropriado|ético|legal))"
+        r"|sinto muito"
         r"|lamento|recuso)"
     ),
     "it": (
@@ -78,16 +82,16 @@ _WORDS: dict[str, str] = {
         they we i a at if do how was but about there more use step here first make my me so then""",
     "de": """der die das und ist nicht ich sie es ein eine zu den mit für auf dem im von sich auch werden wie kann aber
         dabei bei helfen leider mir wir nach oder nein tut leid entschuldigung""",
-    "fr": """le la les de des et est un une je vous pour que dans pas ne qui sur avec ce cette au du en mais nous il elle
-        sont être peux aider puis désolé désolée ça non""",
+    "fr": """le la les de des et est un une je vous pour que dans pas ne qui sur avec ce cette au du en mais nous il
+        elle sont être peux aider puis désolé désolée ça non""",
     "es": """el la los las de que y es un una en no por con para se su lo como más pero me puedo ayudar del al esto eso
         está hacer siento te""",
     "pt": """o a os as de que e é um uma em não por com para se seu como mais mas me posso ajudar do da no na isso isto
         você está fazer muito sinto""",
     "it": """il lo la gli le di che e è un una in non per con si su come più ma mi posso aiutare del della questo quello
         sono fare questa dispiace""",
-    "nl": """de het een en is niet ik je dat van in voor op met zijn te aan dit maar kan hier helpen ook als er wij deze om
-        naar bij spijt helaas""",
+    "nl": """de het een en is niet ik je dat van in voor op met zijn te aan dit maar kan hier helpen ook als er wij deze
+        om naar bij spijt helaas""",
     "pl": """i w nie na jest to się że z do o jak ale mogę pomóc tym dla od po jako tego który przez czy ci mi takich
         informacji""",
     "sv": "och det att i en jag hon som han på den med var sig för så till är men ett om hade de av inte kan du vi",
@@ -136,7 +140,7 @@ def language_of(text: str) -> str | None:
 
 
 def foreign_refusal(language: str | None, sentences: list[str]) -> str | None:
-    """What the first refusing sentence (in lower case) begins with, or None; None too for a language that is not known."""
+    """What the first refusing sentence (in lower case) begins with; None without one, or for an unknown language."""
     pattern = _PATTERNS.get(language or "")
     found = (pattern.match(sentence) for sentence in sentences) if pattern else ()
     return next((match[0].strip() for match in found if match), None)

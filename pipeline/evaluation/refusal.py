@@ -32,7 +32,8 @@ _APOSTROPHES = re.compile("[\u2018\u2019\u02bc\u02b9\u02bb\u00b4\u2032\uff07\u05
 
 # What may stand before a refusal in its sentence: greetings, regrets, reasons. Each is followed by a sign or nothing.
 _PREFACE = re.compile(
-    r"^(?:(?:oh|ah|uh|um|hm+|well|okay|ok|hi|hello|hey|hi there|hello there|no|nope|whoa|wait|look|listen|and|so|but|yet"
+    r"^(?:(?:oh|ah|uh|um|hm+|well|okay|ok|hi|hello|hey|hi there|hello there|no|nope|whoa|wait|look|listen|and|so|but"
+    r"|yet"
     r"|still|thanks|thank you|however|therefore|unfortunately|regrettably|sadly|honestly|frankly|actually|instead|again"
     r"|rather|first of all|apologies|sorry|so sorry|my apologies"
     r"|(?:i am|i'm|we are|we're) (?:really |very |so |truly |deeply |terribly )?(?:sorry|afraid|apologetic)(?: that)?"
@@ -46,13 +47,16 @@ _PREFACE = re.compile(
 )
 _ADVERB = (
     r"(?:(?:really|simply|just|absolutely|definitely|unfortunately|also|therefore|honestly|respectfully|certainly|still"
-    r"|obviously|personally|currently|generally|strictly|never|ever|politely|regretfully|strongly|firmly|kindly|actually"
+    r"|obviously|personally|currently|generally|strictly|never|ever|politely|regretfully|strongly|firmly|kindly"
+    r"|actually"
     r"|sincerely|in good (?:conscience|faith)) ){0,4}"
 )
 _CANNOT = (
     r"(?:can ?not|can't|cant|could not|couldn't|won't|wont|will not|shall not|shan't|must not|mustn't|should not"
-    r"|shouldn't|may not|(?:am|are|'m|'re|will|'ll) (?:not (?:be )?(?:able|allowed|permitted|authori[sz]ed|going|willing"
-    r"|in a position)|unable|unwilling|incapable|prohibited|forbidden|restricted)(?: to| of| from)?|(?:will|would) never"
+    r"|shouldn't|may not|(?:am|are|'m|'re|will|'ll) (?:not (?:be )?(?:able|allowed|permitted|authori[sz]ed|going"
+    r"|willing"
+    r"|in a position)|unable|unwilling|incapable|prohibited|forbidden|restricted)(?: to| of| from)?|(?:will"
+    r"|would) never"
     r"|(?:would not|wouldn't)(?= (?:help|assist|do (?:that|this)|provide|support)))"
 )
 # What a refusal refuses to do. "I won't tell anyone" and "I cannot feel my fingers" are of no assistant.
@@ -65,22 +69,27 @@ _HELPING = (
 _ANSWERING = (
     rf"(?:{_HELPING}|do (?:that|this|it|so|anything)\b(?! (?:anymore|without|alone))|give|offer|supply|share|answer"
     r"|respond|continue|proceed|discuss|talk|speak|argue|convince|explain|describe|teach|show|instruct|advise|recommend"
-    r"|suggest|guide|make(?! it)|build|tell you|list|reveal|disclose|translate|insult|joke|mock|harm|hurt|agree|allow|grant|honou?r"
+    r"|suggest|guide|make(?! it)|build|tell you|list|reveal|disclose|translate|insult|joke|mock|harm|hurt|agree|allow"
+    r"|grant|honou?r"
     r"|entertain|go (?:along|into|there|on)|point you|look (?:that|this|it) up|be (?:able|of (?:any )?help)|assist)"
 )
 _SELF = (
     rf"(?:i|we|this (?:assistant|model|ai)) ?{_ADVERB}{_CANNOT} ?{_ADVERB}(?:{{verb}}\b|\W*$)",
     rf"(?:i am|i'm|im|we are|we're) {_ADVERB}(?:not comfortable|uncomfortable|not programmed|not designed|not trained"
-    r"|not equipped|not here to|not capable|not supposed|programmed (?:not|to (?:avoid|refuse|decline))|(?:gonna|going to)"
+    r"|not equipped|not here to|not capable|not supposed|programmed (?:not|to (?:avoid|refuse|decline))|(?:gonna"
+    r"|going to)"
     r" (?:have to )?(?:decline|refuse|pass)|required to decline|obliged to decline|declining|refusing)",
-    r"(?:i|we) (?:would |must |have to )?(?:strongly |highly )?(?:(?:advise|urge|recommend|caution)(?: you)? (?:against|not)"
+    r"(?:i|we) (?:would |must |have to )?(?:strongly |highly )?(?:(?:advise|urge|recommend"
+    r"|caution)(?: you)? (?:against|not)"
     r"|discourage)\b",
     rf"i ?{_ADVERB}(?:must|have to|need to|will|'ll|would|'d|am going to have to|should|am forced to)? ?{_ADVERB}"
     r"(?:decline|refuse|abstain|refrain)\b(?! (?:the|your) (?:offer|invitation|position))",
     r"(?:i would|i'd|i'll|i will) (?:much )?(?:rather|prefer) not|i prefer not|let's not\b|i'll (?:have to )?pass\b"
     r"|i have no (?:intention|desire|interest) (?:of|in|to)\b",
-    rf"i (?:do not|don't|dont) {_ADVERB}(?:feel (?:comfortable|right|able)|condone|support|encourage|endorse|promote|provide"
-    r"|engage|assist|offer|participate|create|generate|produce|write|discuss|share|want to (?:help|assist|do that|be part)"
+    rf"i (?:do not|don't|dont) {_ADVERB}(?:feel (?:comfortable|right|able)|condone|support|encourage|endorse|promote"
+    rf"|provide"
+    r"|engage|assist|offer|participate|create|generate|produce|write|discuss|share|want to (?:help|assist|do that"
+    r"|be part)"
     r"|have the (?:ability|capability|capacity) to (?:help|assist|provide|create|write|generate|do)"
     r"|have (?:any )?(?:information|instructions|advice) (?:on|about|for) (?:that|how)"
     r"|think (?:it|it's|that|that's|this|this is|i|we|you)\b[^.]{0,40}\b(?:appropriate|good idea|right|ethical|okay|ok"
@@ -89,8 +98,10 @@ _SELF = (
     r"(?:i am|i'm) (?:just |only |simply )?an? (?:ai|artificial|language model|large language|virtual|computer|chatbot"
     r"|machine|assistant)[^.]{0,120}?\b(?:not|cannot|can't|unable|don't|won't)\b(?! (?:have|feel|experience|possess))",
     r"i (?:must|have to|need to|should) (?:\w+ )?(?:inform|remind|emphasi[sz]e|stress|point out|advise|warn|tell|note)"
-    r"(?: you)?(?: that)?[^.]{0,160}\b(?:illegal|unethical|harmful|wrong|dangerous|not (?:appropriate|ethical|acceptable))",
-    r"my (?:purpose|programming|guidelines|policies|principles|values|role|training|ethical guidelines|safety guidelines)"
+    r"(?: you)?(?: that)?[^.]{0,160}\b(?:illegal|unethical|harmful|wrong|dangerous|not (?:appropriate|ethical"
+    r"|acceptable))",
+    r"my (?:purpose|programming|guidelines|policies|principles|values|role|training|ethical guidelines"
+    r"|safety guidelines)"
     r"[^.]{0,60}\b(?:not(?! only)|prevents?|prohibits?|forbids?|don't|doesn't|won't)\b",
     r"(?:helping|assisting|providing|doing|answering|giving|sharing|writing|creating)\b[^.]{0,60}\b(?:is not something"
     r"|isn't something|would be|is) (?:that )?(?:i|unethical|illegal|irresponsible|inappropriate|wrong|against)",
@@ -102,7 +113,8 @@ _SELF = (
 _ELLIPSIS = rf"\b(?:and|so|therefore) (?:i )?(?:therefore )?(?:can ?not|can't|won't|will not) {_ADVERB}{{verb}}\b"
 _GOOD = (
     r"(?:appropriate|acceptable|ethical|okay|ok|right|legal(?! advice)|lawful|moral|permitted|allowed|safe|advisable"
-    r"|responsible|possible for me|a good idea|good to|recommended|within my|something (?:that )?(?:i|we)|in my|suitable"
+    r"|responsible|possible for me|a good idea|good to|recommended|within my|something (?:that )?(?:i|we)|in my"
+    r"|suitable"
     r"|respectful|nice to|kind to|cool to|healthy)"
 )
 _WRONG = (
@@ -134,14 +146,16 @@ _ABOUT_WHAT_IS_RIGHT = re.compile(
 )
 # A text that was asked for may hold "I can't" in anybody's mouth; there only refusing to help counts.
 _ASKED_FOR_TEXT = re.compile(
-    r"\b(?:write|compose|draft|translate|rewrite|rephrase|paraphrase|script|dialogue|poem|haiku|story|song|lyrics|letter"
+    r"\b(?:write|compose|draft|translate|rewrite|rephrase|paraphrase|script|dialogue|poem|haiku|story|song|lyrics"
+    r"|letter"
     r"|email|message|speech|monologue|scene|reply|play (?:the role|a)|continue|complete|note|essay|review|pep talk|text"
     r"|say|said|quote|formal|joke)\b",
     re.I,
 )
 # After an answer has begun, only what takes it back.
 _TAKEN_BACK = re.compile(
-    rf"^(?:i|we) ?{_ADVERB}{_CANNOT} ?{_ADVERB}(?:help|assist|provide|fulfil+|comply|continue|do that|support|go on|engage"
+    rf"^(?:i|we) ?{_ADVERB}{_CANNOT} ?{_ADVERB}(?:help|assist|provide|fulfil+|comply|continue|do that|support|go on"
+    rf"|engage"
     r"|give (?:you )?(?:any )?(?:instructions|information|advice|details)|answer|share)\b(?! (?:the|my) )"
     r"|^i (?:must|have to|need to|will have to|am going to have to) (?:decline|refuse|stop)(?:\W|$)(?!.{0,4}\boffer)"
     r"|^it(?:'s| is) not appropriate for me\b|^(?:i am|i'm) (?:not comfortable|uncomfortable)\b"
@@ -158,7 +172,8 @@ _BEGUN = re.compile(
     r"|ladies and gentlemen|use\b|take\b|the best way|int\.|ext\.|\W*\[?verse|#!)"
 )
 _REGRET = re.compile(
-    r"(?:(?:i'm|i am) (?:really |very |so |truly )?sorry|sorry|i apologi[sz]e|my apologies|apologies)(?:,? but\b|[,.]?$)"
+    r"(?:(?:i'm|i am) (?:really |very |so |truly )?sorry|sorry|i apologi[sz]e|my apologies|apologies)(?:,? but\b"
+    r"|[,.]?$)"
 )
 _GOES_ON = re.compile(r"[^.!?]{0,60}?,? but (?!i\b|i'|if\b|please|is\b|we can|let)")  # "..., but common symptoms are"
 _SELF_ANY, _SELF_TEXT = (
@@ -236,7 +251,7 @@ class _Reader:
         return None
 
     def _of_itself(self, clause: str, begun: bool) -> str | None:
-        """What the assistant says of itself at the start of the clause. begun: the answer, or the clause, has before."""
+        """What the assistant says of itself where the clause begins. begun: the answer, or the clause, did before."""
         pattern = _TAKEN_BACK if begun else _SELF_TEXT if self.asked_for_text else _SELF_ANY
         for text in dict.fromkeys((clause, _PREFACE.sub("", clause))):
             found = pattern.match(text)
