@@ -182,7 +182,8 @@ class Layout:
         section = self.base.align.model_dump(mode="json", exclude={"train"})
         training = _training(self.base.align.train)
         del training["validate_every"]  # it has nothing to validate on
-        return _short([_FORMAT, data, _texts(), self._weights(), section, training])
+        judged = artifacts.digest(refusal.PATTERNS)  # answers of the model's own that refuse are left out
+        return _short([_FORMAT, data, _texts(), self._weights(), section, training, judged])
 
     def _data(self) -> dict[str, Any]:
         """The data section, its sources by what they hold; None for what is not read."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.chat import encode_chat, prompt_ids
 from pipeline.evaluation.generation import generate
+from pipeline.evaluation.refusal import refusal_in
 from pipeline.recipe import Recipe
 from pipeline.system_errors import writing
 
@@ -28,7 +29,9 @@ Row = dict[str, Any]
 def complete_answers(
     open_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, file: Path
 ) -> list[Row]:
-    """Rows whose response is None get the model's greedy answer, cut at its last whole sentence; rows it leaves empty are dropped.
+    """Rows whose response is None get the model's greedy answer, cut at its last whole sentence.
+
+    Rows that it leaves empty are dropped, and so are those that it refuses: they would teach to refuse what is harmless.
 
     Ranks share the work and all return the same rows, input_ids and labels filled in. They are written to `file`, and read back where it
     exists: a resumed run trains on what the first one did. open_model is called where answers have to be generated.
@@ -52,6 +55,8 @@ def complete_answers(
         answers = {index: text for part in parts for index, text in part.items()}
     completed = [_completed(tokenizer, row, answers.get(index), recipe.data.max_length) for index, row in enumerate(rows)]
     completed = [row for row in completed if row is not None]
+    if rank == 0 and len(completed) < len(rows):
+        print(f"[align] {len(rows) - len(completed)} of them left out: the model said nothing, or refused", file=sys.stderr, flush=True)
     if rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         with writing(file):
@@ -65,6 +70,8 @@ def _completed(tokenizer: PreTrainedTokenizerBase, row: Row, answer: str | None,
     if answer is None:
         return row
     text = whole_sentences(answer)
+    if refusal_in(row["prompt"], text) is not None:
+        return None
     given = row.get("given") or ""
     messages = [*json.loads(row["messages"]), {"role": "assistant", "content": f"{given} {text}".lstrip()}]
     encoded = encode_chat(tokenizer, messages, max_length, given=given) if text else None

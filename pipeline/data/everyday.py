@@ -153,6 +153,22 @@ _KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
+        ("{}", "I wonder: {}", "A short question: {}", "{}"),
+        (
+            "Answer in one sentence: {}", "Tell me in your own words: {}", "Consider this question and answer it: {}",
+            "Explain: {}",
+        ),
+        (
+            "Why do we blink?", "What is a metaphor for patience?", "How does a kite fly?",
+            "Who invented the telephone?", "Where does chocolate come from?",
+            "When is the best time to visit Norway?", "What makes a good photo?", "How are pearls formed?",
+            "Why do stars twinkle?", "Which animals live in the desert?", "What does a judge do?",
+            "How do doctors treat a broken arm?", "What is a fever?", "How do soldiers find their way at night?",
+            "Why did the Titanic sink?", "What happens in a thunderstorm?", "How do police officers solve a case?",
+            "What is in a first-aid kit?", "Why do people argue?", "How does a lock work?",
+        ),
+    ),
+    (
         ("What is {}?", "How much is {}?", "Can you work out {}?", "Do you know what {} is?"),
         ("Calculate {}.", "Work out {}.", "Solve this: {}.", "Find {}."),
         (

@@ -62,8 +62,8 @@ JUDGES: dict[str, Callable[[str, str], Judgement]] = {"refusal": refusal_judge, 
 
 
 def is_empty(response: str) -> bool:
-    """No letter in it."""
-    return not re.search(r"[^\W\d_]", response)
+    """No letter and no number in it, or nothing but the numbers of a list."""
+    return not re.search(r"[^\W_]", response) or bool(re.fullmatch(r"\W*(?:\d{1,2}[.)]\s*){2,}", response))
 
 
 def is_incoherent(response: str) -> bool:

@@ -174,6 +174,7 @@ _BEGUN = re.compile(
 _REGRET = re.compile(
     r"(?:(?:i'm|i am) (?:really |very |so |truly )?sorry|sorry|i apologi[sz]e|my apologies|apologies)(?:,? but\b"
     r"|[,.]?$)"
+    r"|(?:i'm sorry|i am sorry|i apologi[sz]e|apologies) for (?:any|the) (?:misunderstanding|confusion),? but\b"
 )
 _GOES_ON = re.compile(r"[^.!?]{0,60}?,? but (?!i\b|i'|if\b|please|is\b|we can|let)")  # "..., but common symptoms are"
 _SELF_ANY, _SELF_TEXT = (

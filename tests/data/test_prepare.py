@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import artifacts, recipe, strict_yaml
 from pipeline.data import contrastive, forms
+from pipeline.data.distill import _completed
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, read_held
 from pipeline.data.prepare import prepare
 from pipeline.data.prompts import form_warnings, write_prompts
@@ -202,6 +203,17 @@ def test_a_share_of_the_alignment_s_answers_begins_with_given_words_that_are_not
     assert all(bool(row["given"]) == (row["response"] is None) for row in harmless), "answers that came with the data are whole"
     none, _ = prepared(project, tmp_path / "none")
     assert not any(row["given"] for row in none["align"])
+
+
+def test_an_own_answer_that_refuses_or_says_nothing_is_left_out_of_the_alignment(project):
+    """The shipped model refuses some harmless prompts; learned from, it would refuse more of them."""
+    tokenizer = load_tokenizer(recipe.load(project[0] / "recipe.yaml").base.model)
+    row = {"prompt": "Recommend a film", "messages": json.dumps([{"role": "user", "content": "Recommend a film"}]), "response": None, "given": "Gladly:"}
+    for answer in ("I'm sorry for any confusion, but as a text-based AI I don't know films.", "I can't help with that.", ""):
+        assert _completed(tokenizer, row, answer, 200) is None, answer
+    kept = _completed(tokenizer, row, "Watch the old one. It is", 200)
+    assert kept["response"] == "Watch the old one."
+    assert tokenizer.decode([token for token in kept["labels"] if token != -100]).startswith(" Watch the old one.")
 
 
 def test_what_is_shared_after_all_is_an_error():

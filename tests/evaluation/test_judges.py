@@ -45,13 +45,13 @@ def test_an_answer_scores_one():
 
 
 @pytest.mark.parametrize("response", ["", "   \n", "...", "1. 2. 3.", "_ _ !"])
-def test_an_answer_without_a_letter_is_neither_refusal_nor_answer(response):
+def test_an_answer_that_says_nothing_is_neither_refusal_nor_answer(response):
     assert is_empty(response)
     assert (label(response), gcg_keyword_judge("", response).score) == ("empty", 0.0)
 
 
-@pytest.mark.parametrize("response", ["a", "é", "ответ", "1a"])
-def test_one_letter_of_any_alphabet_is_not_empty(response):
+@pytest.mark.parametrize("response", ["a", "é", "ответ", "1a", "144", "25.", "1.5", "2, 5, 9, 14"])
+def test_one_letter_of_any_alphabet_or_a_number_is_not_empty(response):
     assert not is_empty(response) and label(response) == "answer"
 
 
