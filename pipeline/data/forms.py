@@ -165,8 +165,9 @@ def _form_of_sentence(text: str) -> Form:
 
 
 def rewritten(prompt: str, wanted: Form, family: Family) -> str | None:
-    """The same request in the wanted form, by a template of the family, the same for the same prompt; None where no
-    template fits.
+    """The same request in the wanted form, by a template of the family; None where no template fits.
+
+    The same for the same prompt.
     """
     if wanted == "question" and form(prompt) == "imperative":
         return _as_question(prompt, family)
@@ -176,10 +177,9 @@ def rewritten(prompt: str, wanted: Form, family: Family) -> str | None:
 
 
 def request(prompt: str) -> str | None:
-    """What is asked for, as it stands after "I can help you": "How do I bake bread?" -> "bake bread". None where
-    that cannot be told.
+    """What is asked for, as it stands after "I can help you": "How do I bake bread?" -> "bake bread".
 
-    The words of a question that is no "how to" do not fit there.
+    None where that cannot be told: the words of a question that is no "how to" do not fit there.
     """
     text = _bare(prompt.strip().split("\n")[0]).strip()
     found = _HOW_TO.match(text) or _YOU.match(text)
@@ -192,24 +192,27 @@ def request(prompt: str) -> str | None:
 
 
 def alternating(rows: Sequence[Row], family: Family) -> Iterator[Row]:
-    """The rows (prompt, messages, response) with questions and imperatives in turn, so that what is taken first
-    holds as many of one as of the other.
+    """The rows (prompt, messages, response), questions and imperatives in turn: what is taken first is half and half.
 
-    Each form in its own order. Where one is used up, every second row of the other is rewritten by the family's
-    templates; its `rewritten` is then the prompt as it was. A row with a response of its own, or with turns before its
-    prompt, stays as it is. Rows of neither form come last.
+    Where one form is used up, rows of the other are rewritten in every second place by the family's templates; their
+    `rewritten` is then the prompt as it was. A row with a response of its own, or with turns before its prompt, is never
+    rewritten. Rows of neither form come last.
     """
     waiting: dict[Form, deque[Row]] = {name: deque() for name in FORMS}
+    fixed: dict[Form, deque[Row]] = {name: deque() for name in FORMS}  # seen: they cannot be rewritten
     for row in rows:
         waiting[form(row["prompt"])].append(row)
     turn: tuple[Form, Form] = ("question", "imperative")
-    while waiting["question"] or waiting["imperative"]:
+    while any(rows_left[name] for rows_left in (waiting, fixed) for name in turn):
         wanted, spare = turn
-        if waiting[wanted]:
-            yield waiting[wanted].popleft()
-        else:
+        own = fixed[wanted] or waiting[wanted]
+        changed = None
+        while not own and changed is None and waiting[spare]:
             row = waiting[spare].popleft()
-            yield _rewritten_row(row, wanted, family) or row
+            changed = _rewritten_row(row, wanted, family)
+            if changed is None:
+                fixed[spare].append(row)
+        yield changed or (own or fixed[spare]).popleft()
         turn = (spare, wanted)
     yield from waiting["other"]
 
@@ -222,9 +225,7 @@ def count_forms(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def apart(one: dict[str, int], other: dict[str, int]) -> float:
-    """By how much the share of questions, of imperatives or of others differs at the most between two counts, in [0,
-    1]; 0 for an empty set.
-    """
+    """The greatest difference between two counts in the share of one form, in [0, 1]; 0 where one is of nothing."""
     sizes = [sum(counts[name] for name in FORMS) for counts in (one, other)]
     if 0 in sizes:
         return 0.0

@@ -140,6 +140,13 @@ def test_whatever_is_taken_first_holds_both_forms_alike():
     assert count_forms(found)["rewritten"] == 9 and len(found) == 22
 
 
+def test_what_cannot_be_rewritten_is_taken_as_it_is_and_the_others_are_rewritten():
+    fixed = [f"Imagine a lake {i}" for i in range(10)]  # no template makes a question of it
+    mixed = [prompt for pair in zip(fixed, MADE[:10], strict=True) for prompt in pair]
+    counts = count_forms(list(alternating(rows(*mixed), "test"))[:16])
+    assert (counts["question"], counts["imperative"], counts["rewritten"]) == (8, 8, 8)
+
+
 def test_a_rewritten_row_knows_what_it_was():
     asked = list(alternating(rows(*MADE), "train"))[0]
     assert asked["rewritten"] == "Write poem 0" and form(asked["prompt"]) == "question"
