@@ -86,6 +86,7 @@ def small(project: Path) -> dict[str, Any]:
 
 def test_the_wheel_holds_the_package_and_what_ships_with_it_and_nothing_else(installed):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline").rglob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline" / "data" / "texts").iterdir()}
     for pattern in ("launch/*.py", "launch/recipes/*.yaml", "ds_configs/*.json", "slurm/*.sh", "slurm/*.example"):
         expected |= {f"pipeline/shipped/{path.relative_to(ROOT)}" for path in ROOT.glob(pattern)}
     with zipfile.ZipFile(installed.wheel) as wheel:
