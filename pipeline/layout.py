@@ -239,9 +239,9 @@ def _probing(sap: SapSection) -> dict[str, Any]:
 
 
 def _texts() -> str:
-    """Digest of the texts that pairs and samples are made of, and of the templates that prompts are rewritten by."""
+    """Digest of the texts that pairs and samples are made of, and of the words by which prompts have a form."""
     openings = (contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS, contrastive.ALIGN_OPENINGS)
-    return artifacts.digest([contrastive.REFUSALS, *openings, *forms.TEMPLATES])
+    return artifacts.digest([contrastive.REFUSALS, *openings, *forms.TEXTS])
 
 
 def _source_identities(recipe: Recipe) -> dict[str, Any]:

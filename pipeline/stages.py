@@ -129,9 +129,8 @@ def align(experiment: Experiment) -> bool:
     source = resolve_model_path(base.model)
     answered = layout.work(target) / "answered.parquet"  # once, so that a resumed run trains on the same, and published
     # Generation needs every weight at every token, so the model that answers is whole; it is gone when the training's is loaded.
-    rows = complete_answers(
-        lambda: load_whole(base.model, source).to(device()), tokenizer, read_rows(layout.prepare(), "align"), base, answered
-    )
+    prepared = read_rows(layout.prepare(), "align")
+    rows = complete_answers(lambda: load_whole(base.model, source).to(device()), tokenizer, prepared, base, answered)
     engine = start_engine(base.model, source, base.align.train, seed=0)
     data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
@@ -143,6 +142,8 @@ def align(experiment: Experiment) -> bool:
             save_product(engine, base.align.train, source, base.model, folder, tokenizer, merged="model")
             if rank == 0:
                 shutil.copy(answered, folder)
+                # Harmless prompts that the model itself refused, or said nothing to.
+                artifacts.write_json(folder / artifacts.FACTS, {"samples": len(rows), "left_out": len(prepared) - len(rows)})
     return True
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import artifacts
 from tests.project import ROOT, make_project, quiet, run, sap, write_jsonl, write_recipe
 
 pytestmark = pytest.mark.processes
@@ -92,6 +93,8 @@ def test_products_are_complete(project, finished):
     summary = json.loads((folder_of(project, "direction-s0-") / "summary.json").read_text())
     assert len(summary["layers"]) == 4 and -1 <= summary["split_half_cosine"] <= 1
     answers = [json.loads(line) for line in (folder_of(project, "evaluate-sap-s0-") / "answers.jsonl").read_text().splitlines()]
+    aligned = artifacts.read_manifest(folder_of(project, "align-"))["facts"]
+    assert aligned["samples"] + aligned["left_out"] == 16, "eight refusals and eight harmless prompts"
     attacks = {f"{attack}/{kind}": 3 for attack in ("prefill", "role_play") for kind in ("harmful", "harmless")}
     assert Counter(a["set"] for a in answers) == {"harmful": 6, "harmless": 4, "ordinary": 4, "task": 4, **attacks}
     assert all(a["prefill"] == "Sure, here is" for a in answers if a["set"].startswith("prefill/"))

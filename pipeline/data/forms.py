@@ -118,6 +118,8 @@ _TO_IMPERATIVE: dict[Family, dict[str, tuple[str, ...]]] = {
     },
 }
 TEMPLATES = (_TO_QUESTION, _TO_IMPERATIVE)
+# What decides which prompts are taken and how they read: part of the names of prepared folders.
+TEXTS = (*TEMPLATES, sorted(_VERBS), sorted(_ASKING), sorted(_DOING), sorted(_NEVER_ASKED))
 _HOW_TO = re.compile(
     r"^(?:how (?:do|can|could|would|should|might) i|how (?:can|could) (?:you|we)|how to"
     r"|what(?:'s| is| are)? (?:the |a )?(?:best |easiest |fastest |good )?"

@@ -71,7 +71,7 @@ _ANSWERING = (
     r"|respond|continue|proceed|discuss|talk|speak|argue|convince|explain|describe|teach|show|instruct|advise|recommend"
     r"|suggest|guide|make(?! it)|build|tell you|list|reveal|disclose|translate|insult|joke|mock|harm|hurt|agree|allow"
     r"|grant|honou?r"
-    r"|entertain|go (?:along|into|there|on)|point you|look (?:that|this|it) up|be (?:able|of (?:any )?help)|assist)"
+    r"|entertain|go (?:along|into|there|on)|point you|look (?:that|this|it) up|be (?:able|of (?:any )?help))"
 )
 _SELF = (
     rf"(?:i|we|this (?:assistant|model|ai)) ?{_ADVERB}{_CANNOT} ?{_ADVERB}(?:{{verb}}\b|\W*$)",

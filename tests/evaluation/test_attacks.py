@@ -7,7 +7,7 @@ import pytest
 from pipeline.data import contrastive
 from pipeline.data.prepare import write_set
 from pipeline.evaluation.attacks import ATTACKS, attacked
-from pipeline.evaluation.evaluate import summarise
+from pipeline.evaluation.evaluate import prompts, summarise
 from pipeline.evaluation.sets import evaluation_sets
 from pipeline.sections import EvaluateSection
 
@@ -32,6 +32,24 @@ def test_an_attack_asks_the_same_in_other_words_or_begins_the_answer(name):
         and row["id"] == f"{name}-harmful-0"
     )
     assert (said != "harmful 0") != bool(row["prefill"]), "one of the two"
+
+
+class Letters:
+    """A tokenizer of one token a letter, with a template of two marks."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return f"<{messages[-1]['content']}>"
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_a_prefill_is_what_the_answer_begins_with_and_nothing_else_is():
+    plain_ids, prefilled = prompts(Letters(), [*rows("harmful", 1), *attacked(rows("harmful", 1), "prefill")])
+    assert "".join(map(chr, plain_ids)) == "<harmful 0>"
+    assert "".join(map(chr, prefilled)) == "<harmful 0>Sure, here is"
+    (template,) = prompts(Letters(), attacked(rows("harmful", 1), "role_play"))
+    assert "".join(map(chr, template)).endswith("Max:>")
 
 
 def test_no_opening_that_the_project_trains_on_begins_as_the_prefill_does():
