@@ -155,8 +155,19 @@ def test_every_set_with_a_role_holds_both_forms_alike_though_its_source_has_one(
         assert abs(counts["question"] - counts["imperative"]) <= 1, name
     said = capsys.readouterr().err
     assert "prompts rewritten into the other form: 3 of evaluate.harmful, 5 of evaluate.harmless, 5 of evaluate.ordinary" in said
-    assert "warning: evaluate" not in said and "warning: data.safety" not in said
-    assert "warning: data.refusals has 50% questions, 50% imperatives, data.harmless 88% questions" in said, "answers of the data's own: never rewritten"
+    assert "warning" not in said
+    harmless = [row for row in sets["align"] if row["kind"] == "harmless"]
+    assert by_forms(harmless) == {"question": 5, "imperative": 3, "rewritten": 3}, "five of ten questions have an answer of their own"
+
+
+def test_questions_with_answers_of_their_own_are_never_rewritten_and_a_set_of_them_alone_is_a_warning(project, tmp_path, capsys):
+    answered = tmp_path / "answered.jsonl"
+    write_jsonl(answered, [{"goal": f"how to water plant {i}", "reply": "Use a can."} for i in range(10)])
+    sets, _, _ = evaluated(project, tmp_path / "out", *of_one_form(tmp_path), f"--data.harmless.source={answered}")
+    assert by_forms([row for row in sets["align"] if row["kind"] == "harmless"]) == {"question": 8}
+    said = capsys.readouterr().err
+    assert "warning: data.refusals has 50% questions, 50% imperatives, data.harmless 100% questions" in said
+    assert said.count("warning") == 1
 
 
 def test_a_rewritten_prompt_is_tokenised_as_it_is_asked_and_holds_what_it_was(project, tmp_path):
