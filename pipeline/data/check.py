@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.data.overlap import conversation
-from pipeline.data.prepare import check_split, ordered_rows, task_rows
+from pipeline.data.prepare import check_split
+from pipeline.data.rows import ordered_rows, task_rows
 from pipeline.data.sources import SUFFIXES, check_source
 from pipeline.layout import harmful_drawn, sources
 from pipeline.recipe import Recipe

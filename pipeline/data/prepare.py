@@ -14,14 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data import contrastive, forms
 from pipeline.data.chat import Encoded, Messages, encode_chat
 from pipeline.data.overlap import Claims, assert_disjoint, write_held
-from pipeline.data.sources import read_source
+from pipeline.data.rows import Row, ordered_rows, task_rows
 from pipeline.recipe import Recipe
 from pipeline.redaction import redact
 from pipeline.sections import DataSection, SourceSection
@@ -29,7 +28,6 @@ from pipeline.sections import DataSection, SourceSection
 if TYPE_CHECKING:  # torch takes seconds to import, and rows are looked at without it
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
 HELD = "held.parquet"
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
 _VALIDATION_PROMPTS = 150
@@ -70,7 +68,7 @@ class _Preparation:
             ]
             sets["harmful_validation"] = self._encoded("data.validation_prompts", opened)
         sets["safety_pairs"] = self._pairs()
-        task = self._task_pool()
+        task = task_rows(data)
         check_split(data, len(task))
         kept = len(task) - data.validation_samples - data.test_samples
         harmful = self._harmful(kept)
@@ -149,9 +147,6 @@ class _Preparation:
             )
         return pairs
 
-    def _task_pool(self) -> list[Row]:
-        return task_rows(self.data)
-
     def _harmful(self, task_samples: int) -> list[Row]:
         source, wanted = self.data.harmful, _share(self.data.harmful_fraction, task_samples)
         if source is None or (wanted == 0 and source.limit is None):
@@ -218,31 +213,6 @@ class _Preparation:
         return result
 
 
-def ordered_rows(
-    field: str, source: SourceSection, seed: int, required: tuple[str, ...] = ("prompt",), pairs: bool = False
-) -> list[Row]:
-    """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected), ordered by a hash with the seed.
-
-    Raises ValueError naming the field where there is no row with a prompt.
-    """
-    make, stand_in = (_pair, ("messages", "chosen")) if pairs else (_row, ("messages",))
-    found = (make(raw, field) for raw in read_source(source, field, required, stand_in))
-    rows = [row for row in found if row is not None]
-    if not rows:
-        raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
-
-    def place(row: Row) -> tuple[bytes, str]:
-        digest = hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['response']}".encode()).digest()
-        return digest, json.dumps(row)  # conversations may end alike
-
-    return sorted(rows, key=place)[: source.limit]
-
-
-def task_rows(data: DataSection) -> list[Row]:
-    """Rows of the task that have a response, ordered as `ordered_rows`."""
-    return [row for row in ordered_rows("data.task", data.task, data.seed, ("prompt", "response")) if row["response"]]
-
-
 def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:
     """id, prompt, its form, what it was before it was rewritten, and source, of rows that are asked and not trained on."""
     name, origin = field.split(".")[1], redact(source.source)
@@ -250,89 +220,6 @@ def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]
         {"id": f"{name}-{number}", "prompt": row["prompt"], "form": forms.form(row["prompt"]), "rewritten": row.get("rewritten"), "source": origin}
         for number, row in enumerate(rows)
     ]
-
-
-def _row(raw: Row, field: str) -> Row | None:
-    """messages up to the last answer, the last user turn as prompt, the last answer as response ('' where there is none).
-
-    None without a prompt. Raises ValueError naming the field for values that are no text.
-    """
-    if raw.get("messages"):
-        messages, response = _messages(raw["messages"], f"{field}: messages"), ""
-        if messages and messages[-1]["role"] == "assistant":
-            response = messages.pop()["content"]
-    else:
-        texts = {name: _text(raw.get(name), f"{field}: {name}").strip() for name in ("prompt", "input", "system", "response")}
-        prompt = "\n\n".join(text for text in (texts["prompt"], texts["input"]) if text)
-        messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
-        messages, response = [*messages, {"role": "user", "content": prompt}], texts["response"]
-    last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    label = {"harmful": _truth(raw["harmful"], f"{field}: harmful")} if "harmful" in raw else {}
-    return {"messages": messages, "prompt": last, "response": response, **label} if last.strip() else None
-
-
-def _pair(raw: Row, field: str) -> Row | None:
-    """A `_row` with chosen and rejected: texts ('' where there is none), or lists of messages whose last assistant's turns they are.
-
-    What both lists share is the prompt. Both are None where the lists part before those turns: then the two do not answer the same.
-    """
-    answers, prompts = {}, []
-    for side in ("chosen", "rejected"):
-        value, where = raw.get(side), f"{field}: {side}"
-        if isinstance(value, list) and value:
-            messages = _messages(value, where)
-            while messages and messages[-1]["role"] != "assistant":
-                messages.pop()
-            if not messages:
-                raise ValueError(f"{where} is a list of messages without an assistant's turn: map another column with {field}.columns")
-            answers[side] = messages.pop()["content"].strip()
-            prompts.append(messages)
-        else:
-            answers[side] = _text(None if value == [] else value, where).strip()
-    if any(prompt != prompts[0] for prompt in prompts):
-        answers = {"chosen": None, "rejected": None}
-    if prompts and any(message["role"] == "user" for message in prompts[0]):  # answers alone leave the prompt to its own column
-        raw = {**raw, "messages": [*prompts[0], {"role": "assistant", "content": ""}]}
-    row = _row(raw, field)
-    return row and row | answers
-
-
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
-
-
-def _messages(given: Any, where: str) -> Messages:
-    """A conversation of role (or from) and content (or value), a list or its JSON. ValueError names the field for any other."""
-    try:
-        given = json.loads(given) if isinstance(given, str) else given
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} holds text that is no JSON list of messages ({error.msg}): map prompt and response instead") from None
-    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        raise ValueError(f"{where} holds a {type(given).__name__} that is no list of messages with a role and a content")
-    messages = []
-    for message in given:
-        role = str(message.get("role") or message.get("from"))
-        if role not in _ROLES:
-            raise ValueError(f"{where} holds the role '{role}', which is not known: leave such rows out, or use {', '.join(_ROLES)}")
-        content = message.get("content")
-        messages.append({"role": _ROLES[role], "content": _text(message.get("value") if content is None else content, where)})
-    return messages
-
-
-def _truth(value: Any, where: str) -> bool | None:
-    """True, false, or None where nothing is said. ValueError names the field for anything else."""
-    known = {"": None, "true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    text = "" if value is None else str(value).strip().lower()
-    if text not in known:
-        raise ValueError(f"{where} holds {redact(str(value))[:40]!r}: it takes true, false, 1, 0 or nothing, whether the sample is harmful")
-    return known[text]
-
-
-def _text(value: Any, where: str) -> str:
-    """Text and numbers as text, nothing as ''. ValueError names the field for anything else."""
-    if value is None or isinstance(value, str | Number):
-        return "" if value is None else str(value)
-    hint = "map a list of messages to messages, and texts" if isinstance(value, list) else "map a column of texts"
-    raise ValueError(f"{where} holds a {type(value).__name__}, which is no text: {hint} with {where.split(':')[0]}.columns")
 
 
 def _alike(chosen: Encoded, rejected: Encoded) -> bool:

@@ -18,7 +18,8 @@ from typing import Any
 from pipeline import artifacts
 from pipeline.data import forms
 from pipeline.data.overlap import Claims, assert_disjoint, read_held
-from pipeline.data.prepare import HELD, Row, ordered_rows, prompt_rows, write_set
+from pipeline.data.prepare import HELD, Row, prompt_rows, write_set
+from pipeline.data.rows import ordered_rows
 from pipeline.recipe import Recipe
 from pipeline.redaction import redact
 from pipeline.sections import SourceSection

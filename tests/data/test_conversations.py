@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, user_turns
-from pipeline.data.prepare import _pair, _row
+from pipeline.data.rows import _pair, _row
 from tests.data.test_prepare import evaluated, prepared
 from tests.project import make_tokenizer, write_jsonl
 
