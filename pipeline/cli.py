@@ -4,7 +4,7 @@
     sap train launch/recipes/demo.yaml --method sap --seed 1 --train.lr 2e-4
 
 `run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
-training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
+training takes by arithmetic. `template MODEL` shows what of a conversation is trained (sap template --help). `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
 Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone), 75 stopped on request (SIGTERM, SIGUSR1,
 Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pipeline import artifacts, capacity, checks, devices, dry_run, entry, recipe, redaction, runner, strict_yaml
 from pipeline.capacity import Capacity
+from pipeline.data import show_template
 from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
 from pipeline.status import STAGES, check_portable, status
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    if argv[:1] == ["template"]:
+        return show_template.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )

@@ -22,6 +22,7 @@ from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,6 +30,7 @@ from transformers import (  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from pipeline import devices, lean_imports  # noqa: E402
+from pipeline.data.chat import Chat  # noqa: E402
 from pipeline.file_headers import Tensor  # noqa: E402
 from pipeline.lora_targets import ALL_LINEAR, adapted_modules  # noqa: E402
 from pipeline.model_files import model_location, resolve_model_path  # noqa: E402
@@ -74,6 +76,19 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_chat(section: ModelSection) -> Chat:
+    """The tokenizer with its chat template, and the ids at which the model's configs stop generation. Raises ValueError."""
+    path = resolve_model_path(section)
+    try:
+        described = GenerationConfig.from_pretrained(path, revision=section.revision).eos_token_id
+    except (OSError, ValueError):  # none there
+        described = None
+    configured = (described, load_config(section).get_text_config().eos_token_id)
+    stops = [token for value in configured for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
+    name = f"model.chat_template {section.chat_template}" if section.chat_template else f"the chat template of {section.path}"
+    return Chat(load_tokenizer(section), stops, name)
 
 
 def _configured_eos(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> str:

@@ -26,6 +26,7 @@ from torch import nn
 from pipeline import artifacts, recipe
 from pipeline.checks import direction_given
 from pipeline.data.batches import micro_batches, pair_batches
+from pipeline.data.chat import Chat
 from pipeline.data.prepare import read_rows
 from pipeline.devices import environment
 from pipeline.evaluation.evaluate import Measured, conclude, measure, prompts
@@ -40,7 +41,7 @@ from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
 from pipeline.model_checks import check_prompts
 from pipeline.model_files import resolve_model_path
-from pipeline.models import decoder_layers, load_config, load_tokenizer, make_trainable
+from pipeline.models import decoder_layers, load_chat, load_config, load_tokenizer, make_trainable
 from pipeline.recipe import Cell, Experiment
 from pipeline.sap.diagnostics import safety_direction
 from pipeline.sections import ModelSection, TrainSection
@@ -75,7 +76,7 @@ def prepare(experiment: Experiment) -> bool:
             run.log_facts(facts)
             print(_told(facts), file=sys.stderr, flush=True)
     _prompts(layout)
-    _check_lengths(layout, load_tokenizer(layout.base.model), evaluation_sets(layout.base.evaluate, layout.prepare(), layout.prompts()))
+    _check_lengths(layout, load_chat(layout.base.model), evaluation_sets(layout.base.evaluate, layout.prepare(), layout.prompts()))
     return True
 
 
@@ -125,21 +126,21 @@ def align(experiment: Experiment) -> bool:
     rank, _ = environment()
     init_distributed(base.align.train)
     _claim(target)
-    tokenizer = load_tokenizer(base.model)
+    chat = load_chat(base.model)
     source = resolve_model_path(base.model)
     answered = layout.work(target) / "answered.parquet"  # once, so that a resumed run trains on the same, and published
     # Generation needs every weight at every token, so the model that answers is whole; it is gone when the training's is loaded.
     prepared = read_rows(layout.prepare(), "align")
-    rows = complete_answers(lambda: load_whole(base.model, source).to(device()), tokenizer, prepared, base, answered)
+    rows = complete_answers(lambda: load_whole(base.model, source).to(device()), chat, prepared, base, answered)
     engine = start_engine(base.model, source, base.align.train, seed=0)
-    data = TrainingData(rows, [], tokenizer.pad_token_id, validation={})
+    data = TrainingData(rows, [], chat.tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
         loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align", run.event)
         if not loop.run():
             run.stopped()
             return False
         with _publishing(engine, layout, target, {"prepare": layout.prepare().name}) as folder:
-            save_product(engine, base.align.train, source, base.model, folder, tokenizer, merged="model")
+            save_product(engine, base.align.train, source, base.model, folder, chat.tokenizer, merged="model")
             if rank == 0:
                 shutil.copy(answered, folder)
                 # Harmless prompts that the model itself refused, or said nothing to.
@@ -275,32 +276,32 @@ def evaluate(experiment: Experiment, subject: Subject, shard: Shard = WHOLE) -> 
 
 
 def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
-    """Tokenizer and sets of the evaluation. ValueError for all that can be known to be wrong before a weight is read."""
+    """Chat and sets of the evaluation. ValueError for all that can be known to be wrong before a weight is read."""
     _verify_upstream(layout)
     if subject.trained is not None:
         artifacts.verify(subject.trained)
     artifacts.verify(_prompts(layout))
     sets = evaluation_sets(layout.base.evaluate, layout.prepare(), layout.prompts())
     shard.check(len(sets["harmful"]))
-    tokenizer = load_tokenizer(layout.base.model)
-    _check_lengths(layout, tokenizer, sets)
-    return tokenizer, sets
+    chat = load_chat(layout.base.model)
+    _check_lengths(layout, chat, sets)
+    return chat, sets
 
 
-def _check_lengths(layout: Layout, tokenizer: Any, sets: dict[str, list[dict[str, Any]]]) -> None:
+def _check_lengths(layout: Layout, chat: Chat, sets: dict[str, list[dict[str, Any]]]) -> None:
     """ValueError where a prompt leaves the model no room for its answer."""
-    lengths = (len(ids) for rows in sets.values() for ids in prompts(tokenizer, rows))
+    lengths = (len(ids) for rows in sets.values() for ids in prompts(chat, rows))
     check_prompts(load_config(layout.base.model).to_dict(), lengths, layout.base)
 
 
-def _measure(layout: Layout, subject: Subject, shard: Shard, tokenizer: Any, sets: dict[str, list[dict[str, Any]]]) -> Measured:
+def _measure(layout: Layout, subject: Subject, shard: Shard, chat: Chat, sets: dict[str, list[dict[str, Any]]]) -> Measured:
     """Load the subject and let it answer the shard's rows of the sets."""
     base = layout.base
     model: nn.Module = load_whole(base.model, subject.model)  # quantised as in training
     if subject.adapter is not None:
         model = load_adapter(model, subject.adapter)
     label = _run_name(subject) if shard.count == 1 else f"{_run_name(subject)} {shard}"
-    return measure(place(model), tokenizer, shard.of(sets), base.evaluate, label)
+    return measure(place(model), chat, shard.of(sets), base.evaluate, label)
 
 
 def _merge(layout: Layout, subject: Subject, count: int) -> None:

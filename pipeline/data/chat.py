@@ -1,115 +1,149 @@
-"""Chat messages -> token ids and labels, through the tokenizer's own chat template.
+"""Conversations -> token ids and labels, through the model's chat template.
 
-    encoded = encode_chat(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], max_length=128)
+    chat = Chat(tokenizer, configured=[2])
+    (encoded,) = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], max_length=128)
 
-Only what the assistant says is supervised, its end-of-turn token included. The rendered text is tokenised as a whole, and a token is supervised
-where its characters overlap an assistant's turn: so the response is always in `input_ids`, also where a token straddles the border.
+Only what the assistant has to say is supervised, the token included at which generation stops. At every turn that is
+trained, the ids before it are `prompt_ids`, what inference puts there, token for token (chat_template.py). One sequence
+holds all turns where the template and the tokenizer allow that; else every turn has a sequence of its own.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
+from pipeline.data.chat_template import ChatTemplate, Message, Tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-_MARK = "\ue000\ue001"  # private-use characters: no data and no template hold them
-Messages = list[dict[str, str]]
+Messages = list[Message]
+_ANCHORS = ("\n", ".", "a")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """input_ids and labels of equal length; labels are -100 where nothing is supervised."""
+    """input_ids and labels of equal length; labels are -100 where nothing is supervised.
+
+    turn: index of the last supervised message.
+    """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    turn: int = -1
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int, last_turn_only: bool = False, given: str = ""
-) -> Encoded | None:
-    """Token ids and labels of a conversation, cut at max_length tokens; None where no supervised token is left.
+class Chat:
+    """A tokenizer with a chat template. configured: ids of the model's configs at which generation stops.
 
-    last_turn_only: of several assistant's turns only the last is supervised.
-    given: what the last answer begins with and is not trained on.
-
-    The first token is never supervised: nothing precedes it. Raises ValueError for a slow tokenizer, or a template that refuses the
-    messages or changes what the assistant says.
+    notes: what was done otherwise than the template does -> in how many conversations. Raises ValueError for a slow
+    tokenizer, and for a template that cannot be held to its contract.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: use a model with a fast tokenizer (tokenizer.json)")
-    text = render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = assistant_spans(tokenizer, messages, text)[-1 if last_turn_only else 0 :]
-    if given:
-        start, end = spans[-1]
-        spans[-1] = (text.index(given, start, end) + len(given), end)
-    labels = [
-        token if any(start < end_ and begin_ < end for begin_, end_ in spans) else IGNORE
-        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    input_ids, labels = encoded["input_ids"][:max_length], labels[:max_length]
-    if all(label == IGNORE for label in labels[1:]):
-        return None
-    return Encoded(list(input_ids), labels, truncated=len(encoded["input_ids"]) > max_length)
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (), name: str = "the chat template"):
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer: use a model with a fast one (tokenizer.json)")
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, configured, name)
+        self.notes: Counter[str] = Counter()
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Token ids of a conversation that waits for the assistant's answer."""
-    return list(tokenizer(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)["input_ids"])
+    def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
+        """Token ids of a conversation that waits for the assistant's answer."""
+        return self._ids(self.template.prompt(messages, tools))
 
+    def encode(
+        self, messages: Messages, max_length: int, last_turn_only: bool = False, given: str = "", tools: Tools = None
+    ) -> list[Encoded]:
+        """Sequences of at most max_length tokens, each with a supervised one; none where none is left.
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
-    """The chat template's text. A system message moves into the first user message where the template knows no system role."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        if len(messages) < 2 or messages[0]["role"] != "system":
-            raise ValueError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from None
-        first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        return render(tokenizer, [first, *messages[2:]], add_generation_prompt)
+        last_turn_only: of several assistant's turns only the last is supervised.
+        given: what the last answer begins with and is not trained on.
 
+        Turns whose `train` is false are not supervised, nor is what the assistant says before the user does. The first
+        token never is: nothing precedes it. Raises ValueError where the template cannot render the conversation.
+        """
+        turns = _trained(messages)[-1 if last_turn_only else 0 :]
+        found: list[tuple[list[int], list[int], int]] = []
+        for turn in turns:
+            prompt, answer = self._turn(messages[: turn + 1], tools)
+            labels = list(answer)
+            if given and turn == turns[-1]:
+                labels = self._after(given, answer)
+            if found and prompt[: len(found[-1][0])] == found[-1][0]:
+                ids, before, _ = found.pop()
+                supervised = before + [IGNORE] * (len(prompt) - len(ids)) + labels
+            else:
+                supervised = [IGNORE] * len(prompt) + labels
+            found.append((prompt + answer, supervised, turn))
+        if len(found) > 1:
+            self.template.notes.add("past turns are rendered otherwise than present ones: each is trained in a sequence of its own")
+        if found:
+            found[-1] = self._whole(messages, tools, *found[-1])
+        self.notes.update(self.template.notes)
+        self.template.notes.clear()
+        cut = [
+            Encoded(ids[:max_length], labels[:max_length], len(ids) > max_length, turn) for ids, labels, turn in found
+        ]
+        return [encoded for encoded in cut if any(label != IGNORE for label in encoded.labels[1:])]
 
-def assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns in the rendered text: from where generation would begin to the end-of-turn marker.
+    def _turn(self, messages: Messages, tools: Tools) -> tuple[list[int], list[int]]:
+        """Ids of the prompt before the last message and of the answer that it is."""
+        prompt, answer = self.template.turn(messages, tools)
+        before, whole = self._ids(prompt), self._ids(prompt + answer)
+        found = whole[len(before) :]
+        if whole[: len(before)] != before:  # a merge crosses the border, which it cannot at inference
+            found = self._continued(before, answer, self._text(whole))
+        if found[-1] not in self.template.stops:
+            raise ValueError(f"{self.template.name} ends an answer with text that is no token of its own: set eos_token in tokenizer_config.json")
+        return before, found
 
-    A turn begins where the conversation so far, rendered with the generation prompt, ends, and it ends where the conversation rendered up
-    to it does. Templates that render a past turn otherwise than a present one (stripped reasoning, a date, a system prompt in the last user
-    turn) have no such common prefix; there the turn is what changes when a mark stands in its place.
-    """
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:index], add_generation_prompt=True)
-        until = render(tokenizer, messages[: index + 1])
-        if text.startswith(before) and text.startswith(until):
-            start, end = len(before), len(until)
-        else:
-            start, end = _marked(tokenizer, messages, index, text)
-            start = len(before) if text.startswith(before) else start
-        end = start + len(text[start:end].rstrip())  # the line break that some templates put between turns is not the assistant's
-        spans.append((start, end))
-    return spans
-
-
-def _marked(tokenizer: PreTrainedTokenizerBase, messages: Messages, index: int, text: str) -> tuple[int, int]:
-    """Span of turn `index` in `text`: what a mark in the place of its content leaves in common is the template's, or other turns'.
-
-    The end-of-turn marker belongs to it: what follows the mark where the conversation ends with this turn. Searching for the content itself
-    could find it in what the user or the template says.
-    """
-    marked = [*messages[:index], {"role": "assistant", "content": _MARK}, *messages[index + 1 :]]
-    head, found, tail = render(tokenizer, marked).partition(_MARK)
-    start, end = len(head), len(text) - len(tail)
-    if not found or start > end or not (text.startswith(head) and text.endswith(tail)):
+    def _continued(self, before: list[int], answer: str, wanted: str) -> list[int]:
+        """Ids of an answer after those before it: no merge with them, and no mark of a beginning (SentencePiece's space)."""
+        for anchor in ("", *_ANCHORS):
+            start, whole = self._ids(anchor), self._ids(anchor + answer)
+            found = whole[len(start) :]
+            if whole[: len(start)] == start and self._text(before + found) == wanted:
+                return found
         raise ValueError(
-            "the chat template does not render the assistant's answer as it stands: set model.chat_template to a template that does"
+            f"{self.template.name} puts an answer where the tokenizer cannot begin one: "
+            "set model.chat_template to one whose generation prompt ends with a token of its own"
         )
-    marker = render(tokenizer, marked[: index + 1]).partition(_MARK)[2]
-    return start, end + len(marker) if tail.startswith(marker) else end
+
+    def _after(self, given: str, answer: list[int]) -> list[int]:
+        """Labels of an answer of which `given`, and what the template puts before it, is not supervised."""
+        for size in range(1, len(answer) + 1):
+            text = self._text(answer[:size])
+            if given in text:
+                size -= not text.endswith(given)  # a token that goes on after it is
+                return [IGNORE] * size + answer[size:]
+        return list(answer)
+
+    def _whole(
+        self, messages: Messages, tools: Tools, ids: list[int], labels: list[int], turn: int
+    ) -> tuple[list[int], list[int], int]:
+        """With what the template puts after the last turn, unsupervised, where that goes on from these ids."""
+        rendered = self._ids(self.template.whole(messages[: turn + 1], tools))
+        if rendered[: len(ids)] != ids:
+            return ids, labels, turn
+        return rendered, labels + [IGNORE] * (len(rendered) - len(ids)), turn
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _trained(messages: Messages) -> list[int]:
+    """Places of the assistant's turns that are trained."""
+    asked = next((place for place, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    return [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and place > asked and message.get("train", True)
+    ]

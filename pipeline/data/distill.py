@@ -1,6 +1,6 @@
 """The model's own answers to harmless prompts: licence-clean data that keep an aligned model helpful.
 
-rows = complete_answers(lambda: model, tokenizer, rows, recipe, Path("work/answered.parquet"))
+rows = complete_answers(lambda: model, chat, rows, recipe, Path("work/answered.parquet"))
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch.distributed as dist
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from pipeline.data.chat import encode_chat, prompt_ids
+from pipeline.data.chat import Chat
+from pipeline.data.rows import tools_of
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.refusal import refusal_in
 from pipeline.recipe import Recipe
@@ -27,7 +28,7 @@ Row = dict[str, Any]
 
 
 def complete_answers(
-    open_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, file: Path
+    open_model: Callable[[], PreTrainedModel], chat: Chat, rows: list[Row], recipe: Recipe, file: Path
 ) -> list[Row]:
     """Rows whose response is None get the model's greedy answer, cut at its last whole sentence.
 
@@ -46,14 +47,14 @@ def complete_answers(
     if rank == 0 and missing:
         print(f"[align] the model answers {len(missing)} harmless prompts itself", file=sys.stderr, flush=True)
     mine = missing[rank::world_size]
-    prompts = [prompt_ids(tokenizer, json.loads(rows[index]["messages"])) for index in mine]
-    texts = generate(open_model(), tokenizer, prompts, recipe.align.distill_tokens, batch_size=32) if mine else []
+    prompts = [chat.prompt_ids(json.loads(rows[index]["messages"]), tools_of(rows[index])) for index in mine]
+    texts = generate(open_model(), chat.tokenizer, prompts, recipe.align.distill_tokens, batch_size=32) if mine else []
     answers = dict(zip(mine, texts, strict=True))
     if world_size > 1:
         parts: list[dict[int, str]] = [{} for _ in range(world_size)]
         dist.all_gather_object(parts, answers)
         answers = {index: text for part in parts for index, text in part.items()}
-    completed = [_completed(tokenizer, row, answers.get(index), recipe.data.max_length) for index, row in enumerate(rows)]
+    completed = [_completed(chat, row, answers.get(index), recipe.data.max_length) for index, row in enumerate(rows)]
     completed = [row for row in completed if row is not None]
     if rank == 0 and len(completed) < len(rows):
         print(f"[align] {len(rows) - len(completed)} of them left out: the model said nothing, or refused", file=sys.stderr, flush=True)
@@ -65,7 +66,7 @@ def complete_answers(
     return completed
 
 
-def _completed(tokenizer: PreTrainedTokenizerBase, row: Row, answer: str | None, max_length: int) -> Row | None:
+def _completed(chat: Chat, row: Row, answer: str | None, max_length: int) -> Row | None:
     """The row with the model's answer; as it is where it had one; None where nothing is left to learn."""
     if answer is None:
         return row
@@ -74,8 +75,8 @@ def _completed(tokenizer: PreTrainedTokenizerBase, row: Row, answer: str | None,
         return None
     given = row.get("given") or ""
     messages = [*json.loads(row["messages"]), {"role": "assistant", "content": f"{given} {text}".lstrip()}]
-    encoded = encode_chat(tokenizer, messages, max_length, given=given) if text else None
-    return None if encoded is None else {**row, "response": text, "input_ids": encoded.input_ids, "labels": encoded.labels}
+    found = chat.encode(messages, max_length, last_turn_only=True, given=given, tools=tools_of(row)) if text else []
+    return {**row, "response": text, "input_ids": found[0].input_ids, "labels": found[0].labels} if found else None
 
 
 def whole_sentences(text: str) -> str:

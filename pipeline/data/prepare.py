@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.data import contrastive, forms
-from pipeline.data.chat import Encoded, Messages, encode_chat
+from pipeline.data.chat import IGNORE, Chat, Encoded
+from pipeline.data.messages import Message
 from pipeline.data.overlap import Claims, assert_disjoint, write_held
 from pipeline.data.rows import Row, ordered_rows, task_rows
 from pipeline.recipe import Recipe
 from pipeline.redaction import redact
 from pipeline.sections import DataSection, SourceSection
-
-if TYPE_CHECKING:  # torch takes seconds to import, and rows are looked at without it
-    from transformers import PreTrainedTokenizerBase
 
 HELD = "held.parquet"
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
@@ -35,9 +35,9 @@ _VALIDATION_PROMPTS = 150
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Write every set below `folder`; returns the counts for the manifest. ValueError where a split gets no usable sample."""
-    from pipeline.models import load_tokenizer
+    from pipeline.models import load_chat  # torch takes seconds to import, and rows are looked at without it
 
-    return _Preparation(recipe, load_tokenizer(recipe.model)).write(folder)
+    return _Preparation(recipe, load_chat(recipe.model)).write(folder)
 
 
 def check_split(data: DataSection, usable: int, what: str = "usable samples") -> None:
@@ -50,10 +50,11 @@ def check_split(data: DataSection, usable: int, what: str = "usable samples") ->
 
 
 class _Preparation:
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
-        self.recipe, self.data, self.tokenizer = recipe, recipe.data, tokenizer
+    def __init__(self, recipe: Recipe, chat: Chat):
+        self.recipe, self.data, self.chat = recipe, recipe.data, chat
         self.claims = Claims()
         self.counts: dict[str, dict[str, int]] = {}
+        self.notes: dict[str, Counter[str]] = {}  # field -> what its rendering does otherwise than the chat template
 
     def write(self, folder: Path) -> dict[str, Any]:
         data, sets = self.data, {}
@@ -74,9 +75,9 @@ class _Preparation:
         harmful = self._harmful(kept)
         if self.recipe.align.enabled:
             sets["align"] = self._alignment()
-        sets["task_test"] = self._encoded("data.task", self.claims.take("task_test", task, data.test_samples), "task")
+        sets["task_test"] = self._encoded("data.task", self.claims.take("task_test", task, data.test_samples), "task", last=True)
         sets["task_validation"] = self._encoded(
-            "data.task", self.claims.take("task_validation", task[data.test_samples :], data.validation_samples), "task"
+            "data.task", self.claims.take("task_validation", task[data.test_samples :], data.validation_samples), "task", last=True
         )
         train = self._encoded("data.task", self.claims.take("task_train", task[data.test_samples + data.validation_samples :]), "task")
         sets["task_train"] = _interleave(train, harmful[: _share(data.harmful_fraction, len(train))], data.seed)
@@ -93,6 +94,7 @@ class _Preparation:
             "samples": {name: len(rows) for name, rows in sets.items()},
             "forms": {name: forms.count_forms(rows) for name, rows in self._with_role(sets).items()},
             "encoding": self.counts,
+            "template": self._tell_notes(),
             **self.claims.facts(),
             "harmful_in_training": sum(row["kind"] == "harmful" for row in sets["task_train"]),
         }
@@ -131,11 +133,12 @@ class _Preparation:
                 "chosen": row["chosen"] or contrastive.refusal(row["prompt"]),
                 "rejected": row["rejected"] or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS),
             }
-            encoded = {
-                side: encode_chat(self.tokenizer, _answered(row["messages"], text), self.data.safety_max_length, last_turn_only=True)
+            found = {
+                side: self._encode("data.safety", row, _said(text), self.data.safety_max_length, last_turn_only=True)
                 for side, text in texts.items()
             }
-            if None in encoded.values() or _alike(*encoded.values()):
+            encoded = {side: samples[0] for side, samples in found.items() if samples}
+            if len(encoded) < 2 or _alike(*encoded.values()):
                 counts["dropped"] += 1
                 continue
             counts["truncated"] += sum(item.truncated for item in encoded.values())
@@ -182,6 +185,42 @@ class _Preparation:
                 raise ValueError(f"{field}: its source leaves no prompt that an earlier set does not hold")
         return self._encoded("align", [*refused, *answered]) + open_rows
 
+    def _encode(self, field: str, row: Row, answer: Message, max_length: int, **how: Any) -> list[Encoded]:
+        """The row with this answer as sequences; what was done otherwise than the template does is noted for the field."""
+        try:
+            found = self.chat.encode([*row["messages"], answer], max_length, tools=row.get("tools"), **how)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error} (met at the prompt '{redact(row['prompt'])[:60]}')") from None
+        self.notes.setdefault(field, Counter()).update(self.chat.notes)
+        self.chat.notes.clear()
+        return found
+
+    def _sample(self, row: Row, answer: Message, encoded: Encoded, label: str) -> Row:
+        messages = [*row["messages"], answer]
+        identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+        known = {name: row[name] for name in ("harmful", "given", "rewritten") if name in row}
+        if row.get("tools"):
+            known["tools"] = json.dumps(row["tools"])
+        before, said, response = row["messages"], answer, row["response"]
+        if encoded.turn < len(messages) - 1:  # a sequence of an earlier turn
+            identity, before, said = f"{identity}-{encoded.turn}", messages[: encoded.turn], messages[encoded.turn]
+            response = said["content"]
+        if said.get("tool_calls"):
+            spoken = [token for token in encoded.labels if token != IGNORE]
+            response = self.chat.tokenizer.decode(spoken, skip_special_tokens=True).strip()
+        return {
+            "id": f"{label}-{identity}", "kind": label, "prompt": row["prompt"], "response": response, "messages": json.dumps(before),
+            "input_ids": encoded.input_ids, "labels": encoded.labels, **known,
+        }  # fmt: skip
+
+    def _tell_notes(self) -> dict[str, dict[str, int]]:
+        """What was rendered otherwise than the template does, in how many conversations; said, and for the manifest."""
+        found = {field: dict(notes) for field, notes in self.notes.items() if notes}
+        for field, notes in found.items():
+            for note, count in notes.items():
+                print(f"{field}: {note} ({count} conversations)", file=sys.stderr, flush=True)
+        return found
+
     def _given(self, row: Row) -> str:
         """What the answer begins with and is not trained on; '' for most, and for answers that came with the data."""
         begins = not row["response"] and contrastive.chosen_share(row["prompt"], "given", self.data.begun_share)
@@ -191,23 +230,19 @@ class _Preparation:
         messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         return {"messages": messages, "prompt": row["prompt"], "response": contrastive.opening(row["prompt"], family), "kind": kind, "rewritten": row.get("rewritten")}
 
-    def _encoded(self, field: str, rows: list[Row], kind: str | None = None) -> list[Row]:
+    def _encoded(self, field: str, rows: list[Row], kind: str | None = None, last: bool = False) -> list[Row]:
+        """The rows as samples, one for each sequence that a conversation takes. last: only the one with its last answer."""
         counts = self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
         result = []
         for row in rows:
             given = row.get("given") or ""
-            messages = _answered(row["messages"], f"{given} {row['response']}".lstrip())
-            encoded = encode_chat(self.tokenizer, messages, self.data.max_length, given=given)
-            if encoded is None:
-                counts["dropped"] += 1
-                continue
-            counts["truncated"] += encoded.truncated
+            answer = row.get("answer") or _said(f"{given} {row['response']}" if given else row["response"])
+            found = self._encode(field, row, answer, self.data.max_length, given=given)
+            counts["dropped"] += not found
             label = kind or row["kind"]
-            identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-            known = {name: row[name] for name in ("harmful", "given", "rewritten") if name in row}
-            result.append(
-                {"id": f"{label}-{identity}", "kind": label, "prompt": row["prompt"], "response": row["response"], "messages": json.dumps(row["messages"]), "input_ids": encoded.input_ids, "labels": encoded.labels, **known}
-            )  # fmt: skip
+            for encoded in found[-1:] if last else found:
+                counts["truncated"] += encoded.truncated
+                result.append(self._sample(row, answer, encoded, label))
         if rows and not result:
             raise ValueError(f"{field}: no sample has a supervised token within data.max_length {self.data.max_length} tokens: raise it")
         return result
@@ -227,8 +262,8 @@ def _alike(chosen: Encoded, rejected: Encoded) -> bool:
     return chosen.input_ids == rejected.input_ids or chosen.labels[1:] == rejected.labels[1:]
 
 
-def _answered(messages: Messages, response: str) -> Messages:
-    return [*messages, {"role": "assistant", "content": response}]
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
 def _share(fraction: float, samples: int) -> int:

@@ -12,7 +12,7 @@ import json
 from numbers import Number
 from typing import Any
 
-from pipeline.data.chat import Messages
+from pipeline.data.messages import Message, parse_messages, parse_tools
 from pipeline.data.sources import read_source
 from pipeline.redaction import redact
 from pipeline.sections import DataSection, SourceSection
@@ -45,23 +45,39 @@ def task_rows(data: DataSection) -> list[Row]:
     return [row for row in ordered_rows("data.task", data.task, data.seed, ("prompt", "response")) if row["response"]]
 
 
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """The tools that a row of a prepared set may call."""
+    return json.loads(row["tools"]) if row.get("tools") else None
+
+
 def _row(raw: Row, field: str) -> Row | None:
     """messages up to the last answer, the last user turn as prompt, the last answer as response ('' where there is none).
 
-    None without a prompt. Raises ValueError naming the field for values that are no text.
+    answer: the last answer as a message, where it is more than text. tools: what the conversation may call, where there
+    are any. None without a prompt. Raises ValueError naming the field for values that are no text.
     """
+    answer: Message = {}
     if raw.get("messages"):
-        messages, response = _messages(raw["messages"], f"{field}: messages"), ""
+        messages, response = parse_messages(raw["messages"], f"{field}: messages"), ""
         if messages and messages[-1]["role"] == "assistant":
-            response = messages.pop()["content"]
+            answer = messages.pop()
+            response = answer["content"] or json.dumps([call["function"] for call in answer["tool_calls"]])
     else:
-        texts = {name: _text(raw.get(name), f"{field}: {name}").strip() for name in ("prompt", "input", "system", "response")}
-        prompt = "\n\n".join(text for text in (texts["prompt"], texts["input"]) if text)
-        messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
+        texts = {name: _text(raw.get(name), f"{field}: {name}") for name in ("prompt", "input", "system", "response")}
+        prompt = "\n\n".join(text for text in (texts["prompt"], texts["input"]) if text.strip())
+        messages = [{"role": "system", "content": texts["system"]}] if texts["system"].strip() else []
         messages, response = [*messages, {"role": "user", "content": prompt}], texts["response"]
     last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    label = {"harmful": _truth(raw["harmful"], f"{field}: harmful")} if "harmful" in raw else {}
-    return {"messages": messages, "prompt": last, "response": response, **label} if last.strip() else None
+    if not last.strip():
+        return None
+    row = {"messages": messages, "prompt": last, "response": response if response.strip() else ""}
+    if answer.keys() - {"role", "content"}:
+        row["answer"] = answer
+    if raw.get("tools"):
+        row["tools"] = parse_tools(raw["tools"], f"{field}: tools")
+    if "harmful" in raw:
+        row["harmful"] = _truth(raw["harmful"], f"{field}: harmful")
+    return row
 
 
 def _pair(raw: Row, field: str) -> Row | None:
@@ -73,42 +89,25 @@ def _pair(raw: Row, field: str) -> Row | None:
     for side in ("chosen", "rejected"):
         value, where = raw.get(side), f"{field}: {side}"
         if isinstance(value, list) and value:
-            messages = _messages(value, where)
+            messages = parse_messages(value, where)
             while messages and messages[-1]["role"] != "assistant":
                 messages.pop()
             if not messages:
                 raise ValueError(f"{where} is a list of messages without an assistant's turn: map another column with {field}.columns")
-            answers[side] = messages.pop()["content"].strip()
+            answer = messages.pop()
+            if answer.get("tool_calls"):
+                raise ValueError(f"{where} ends with a tool call, and pairs are of texts: leave such rows out")
+            answers[side] = answer["content"]
             prompts.append(messages)
         else:
-            answers[side] = _text(None if value == [] else value, where).strip()
+            text = _text(None if value == [] else value, where)
+            answers[side] = text if text.strip() else ""
     if any(prompt != prompts[0] for prompt in prompts):
         answers = {"chosen": None, "rejected": None}
     if prompts and any(message["role"] == "user" for message in prompts[0]):  # answers alone leave the prompt to its own column
-        raw = {**raw, "messages": [*prompts[0], {"role": "assistant", "content": ""}]}
+        raw = {**raw, "messages": prompts[0]}
     row = _row(raw, field)
     return row and row | answers
-
-
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
-
-
-def _messages(given: Any, where: str) -> Messages:
-    """A conversation of role (or from) and content (or value), a list or its JSON. ValueError names the field for any other."""
-    try:
-        given = json.loads(given) if isinstance(given, str) else given
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} holds text that is no JSON list of messages ({error.msg}): map prompt and response instead") from None
-    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        raise ValueError(f"{where} holds a {type(given).__name__} that is no list of messages with a role and a content")
-    messages = []
-    for message in given:
-        role = str(message.get("role") or message.get("from"))
-        if role not in _ROLES:
-            raise ValueError(f"{where} holds the role '{role}', which is not known: leave such rows out, or use {', '.join(_ROLES)}")
-        content = message.get("content")
-        messages.append({"role": _ROLES[role], "content": _text(message.get("value") if content is None else content, where)})
-    return messages
 
 
 def _truth(value: Any, where: str) -> bool | None:

@@ -21,11 +21,12 @@ from pipeline.sections import SourceSection
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-FIELDS = ("messages", "prompt", "input", "response", "system", "chosen", "rejected", "harmful")
+FIELDS = ("messages", "tools", "prompt", "input", "response", "system", "chosen", "rejected", "harmful")
 
 # Columns of data sets met in the wild, tried in this order where the recipe maps nothing.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations"),
+    "tools": ("tools",),
     "prompt": ("prompt", "instruction", "question", "harmful_input", "goal", "query", "text"),
     "input": ("input", "context"),
     "response": ("response", "output", "answer", "completion", "target"),

@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifacts
 from pipeline.data.batches import micro_batches
-from pipeline.data.chat import Messages, prompt_ids
+from pipeline.data.chat import Chat, Messages
+from pipeline.data.chat_template import without_thought
+from pipeline.data.rows import tools_of
 from pipeline.evaluation.attacks import ATTACKS
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.judges import JUDGES, is_empty, is_incoherent
@@ -55,20 +57,20 @@ class Measured:
 
 
 def measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: dict[str, list[Row]], section: EvaluateSection, label: str
+    model: nn.Module, chat: Chat, sets: dict[str, list[Row]], section: EvaluateSection, label: str
 ) -> Measured:
     """Let `model` answer and judge the answers. sets: prepared rows by set (sets.py), each may be empty."""
     started, answers = time.time(), []
     for name, rows in sets.items():
-        ids, progress = prompts(tokenizer, rows), _progress(label, name, started)
-        responses = generate(model, tokenizer, ids, section.max_new_tokens, section.batch_size, progress)
+        ids, progress = prompts(chat, rows), _progress(label, name, started)
+        responses = generate(model, chat.tokenizer, ids, section.max_new_tokens, section.batch_size, progress)
         answers += [_judged(name, row, response, section.judge) for row, response in zip(rows, responses, strict=True)]
-    return Measured(answers, *token_loss(model, sets["task"], tokenizer.pad_token_id, section.batch_size))
+    return Measured(answers, *token_loss(model, sets["task"], chat.tokenizer.pad_token_id, section.batch_size))
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[list[int]]:
+def prompts(chat: Chat, rows: list[Row]) -> list[list[int]]:
     """Token ids of prepared rows' prompts, with what opens the answer and, under an attack that has one, its prefill."""
-    return [prompt_ids(tokenizer, _messages(row)) + _prefill_ids(tokenizer, row) for row in rows]
+    return [chat.prompt_ids(_messages(row), tools_of(row)) + _prefill_ids(chat.tokenizer, row) for row in rows]
 
 
 def _prefill_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
@@ -159,7 +161,7 @@ def _judged(name: str, row: Row, response: str, judge: str) -> Row:
         "incoherent": is_incoherent(response),
     }
     if name == "task":
-        return answer | {"expected": row["response"], "exact": exact_match(response, row["response"])}
+        return answer | {"expected": row["response"], "exact": exact_match(without_thought(response), without_thought(row["response"]))}
     judgement = JUDGES[judge](row.get("asked") or row["prompt"], response)
     answer |= {key: row[key] for key in ("form", "asked", "prefill") if row.get(key)}
     return answer | {"label": judgement.label, "score": judgement.score, "matched": judgement.raw}

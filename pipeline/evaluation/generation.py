@@ -1,6 +1,6 @@
 """Batched greedy generation whose answers do not depend on the batch.
 
-texts = generate(model, tokenizer, [prompt_ids(tokenizer, messages)], max_new_tokens=32, batch_size=32)
+texts = generate(model, chat.tokenizer, [chat.prompt_ids(messages)], max_new_tokens=32, batch_size=32)
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.chat_template import stop_ids
 
 
 @torch.inference_mode()
@@ -47,9 +49,6 @@ def generate(
 
 
 def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End of sequence of tokenizer and generation config, and the end-of-turn tokens of the usual chat templates."""
+    """Where training ends its answers, and where the generation config of this very model says."""
     configured = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    known = tokenizer.get_vocab()
-    stops |= {known[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>") if token in known}
-    return sorted(token for token in stops if token is not None)
+    return sorted(stop_ids(tokenizer, configured if isinstance(configured, list) else [configured]))

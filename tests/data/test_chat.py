@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.data.chat import encode_chat, prompt_ids
+from pipeline.data.chat import Chat
 from tests.project import TEMPLATE, make_tokenizer
 
 CHATML_MARKED = (
@@ -33,16 +33,16 @@ REASONING = (  # past turns lose what stands before </think>, and the generation
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
     "{% else %}{{ m['content'] }}{% endif %}<end>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# template -> what must be supervised of "The answer is 4." (with the end-of-turn marker where the template has one)
+# template -> what must be supervised of "The answer is 4.": its end of turn, and the tokenizer's eos where that is none at which generation stops
 TEMPLATES = {
     "chatml": (TEMPLATE, "The answer is 4.<|im_end|>"),
     "chatml with generation markers": (CHATML_MARKED, "The answer is 4.<|im_end|>"),
-    "llama 2": (LLAMA2, " The answer is 4. </s>"),
-    "gemma": (GEMMA, "The answer is 4.<end_of_turn>"),
-    "no border": (GLUED, "The answer is 4.;"),
-    "past turns otherwise than present ones": (DATED, "The answer is 4."),
-    "system in the last user turn": (LAST_SYSTEM, " The answer is 4.</s>"),
-    "reasoning": (REASONING, "The answer is 4.<end>"),
+    "llama 2": (LLAMA2, " The answer is 4. </s><|im_end|>"),
+    "gemma": (GEMMA, "The answer is 4.<end_of_turn><|im_end|>"),
+    "no border": (GLUED, "The answer is 4.;<|im_end|>"),
+    "past turns otherwise than present ones": (DATED, "The answer is 4.<|im_end|>"),
+    "system in the last user turn": (LAST_SYSTEM, " The answer is 4.</s><|im_end|>"),
+    "reasoning": (REASONING, "The answer is 4.<end><|im_end|>"),
 }
 
 
@@ -55,11 +55,22 @@ def supervised(tokenizer, encoded) -> str:
     return tokenizer.decode([label for label in encoded.labels if label != -100])
 
 
+def encode(tokenizer, messages, max_length: int, **how):
+    """The one sequence that a conversation takes; None where no supervised token is left."""
+    found = Chat(tokenizer).encode(messages, max_length, **how)
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def encode_all(tokenizer, messages, **how):
+    return Chat(tokenizer).encode(messages, 10_000, **how)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_exactly_the_answer_is_supervised(tokenizer, name):
     tokenizer.chat_template, expected = TEMPLATES[name]
     messages = [{"role": "user", "content": "How much is 2 + 2?"}, {"role": "assistant", "content": "The answer is 4."}]
-    encoded = encode_chat(tokenizer, messages, 200)
+    encoded = encode(tokenizer, messages, 200)
     assert "The answer is 4." in tokenizer.decode(encoded.input_ids), "the response is in input_ids: teacher forcing"
     assert supervised(tokenizer, encoded).strip() == expected.strip()
     assert all(label in (-100, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
@@ -74,7 +85,7 @@ def test_every_assistant_turn_is_supervised(tokenizer, name):
         {"role": "user", "content": "Second question"},
         {"role": "assistant", "content": "Second reply"},
     ]
-    text = supervised(tokenizer, encode_chat(tokenizer, messages, 300))
+    text = "".join(supervised(tokenizer, encoded) for encoded in encode_all(tokenizer, messages))
     assert "First reply" in text and "Second reply" in text and "question" not in text
 
 
@@ -87,15 +98,14 @@ def test_an_answer_that_the_user_or_the_template_says_too(tokenizer, name, answe
     messages = [{"role": "system", "content": system}] if system else []
     for question, reply in ((first, answer), (second, f"{answer}, again"), (first, answer)):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    encoded = encode_chat(tokenizer, messages, 1000)
     marker = expected.strip().removeprefix("The answer is 4.")
-    runs = runs_of(encoded)
-    assert [tokenizer.decode([encoded.labels[i] for i in run]).strip() for run in runs] == [
+    runs = [(encoded, run) for encoded in encode_all(tokenizer, messages) for run in runs_of(encoded)]
+    assert [tokenizer.decode([encoded.labels[i] for i in run]).strip() for encoded, run in runs] == [
         answer + marker,
         f"{answer}, again{marker}",
         answer + marker,
     ]
-    ends = [tokenizer.decode(encoded.input_ids[: run[0]]) for run in runs]
+    ends = [tokenizer.decode(encoded.input_ids[: run[0]]) for encoded, run in runs]
     assert [text.count("Say yes or no, or I end") for text in ends] == [1, 2, 3], "each stands after its own question"
 
 
@@ -111,7 +121,7 @@ def runs_of(encoded) -> list[list[int]]:
     return runs
 
 
-def test_stripped_reasoning_is_not_made_up_for_with_the_next_question(tokenizer):
+def test_stripped_reasoning_is_trained_where_inference_produces_it(tokenizer):
     tokenizer.chat_template = REASONING
     messages = [
         {"role": "user", "content": "First question"},
@@ -119,54 +129,68 @@ def test_stripped_reasoning_is_not_made_up_for_with_the_next_question(tokenizer)
         {"role": "user", "content": "Second question"},
         {"role": "assistant", "content": "hm</think>no"},
     ]
-    encoded = encode_chat(tokenizer, messages, 300)
-    assert [tokenizer.decode([encoded.labels[i] for i in run]) for run in runs_of(encoded)] == ["yes<end>", "hm</think>no<end>"]
+    first, second = encode_all(tokenizer, messages)
+    assert supervised(tokenizer, first) == "a long thought before it</think>yes<end><|im_end|>"
+    assert supervised(tokenizer, second) == "hm</think>no<end><|im_end|>"
+    assert "a long thought" not in tokenizer.decode(second.input_ids), "inference will not see it either"
 
 
 def test_a_template_that_changes_answers_is_refused(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ loop.last }}{{ m['content'] | length if m['role'] == 'assistant' else m['content'] }};{% endfor %}"
     )
-    messages = [{"role": role, "content": "a 5 b"} for role in ("user", "assistant", "user", "assistant")]
-    with pytest.raises(ValueError, match="does not render the assistant's answer"):
-        encode_chat(tokenizer, messages, 100)
+    with pytest.raises(ValueError, match="leaves out what the assistant says"):
+        Chat(tokenizer)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_last_turn_alone_can_be_supervised(tokenizer, name):
     tokenizer.chat_template, expected = TEMPLATES[name]
     messages = [{"role": role, "content": "The answer is 4."} for role in ("user", "assistant") * 2]
-    whole, last = (encode_chat(tokenizer, messages, 300, last_turn_only=only) for only in (False, True))
-    assert last.input_ids == whole.input_ids and supervised(tokenizer, last).strip() == expected.strip()
-    assert len(runs_of(whole)) == 2 and runs_of(last) == runs_of(whole)[1:]
+    whole, (last,) = (encode_all(tokenizer, messages, last_turn_only=only) for only in (False, True))
+    assert last.input_ids == whole[-1].input_ids and supervised(tokenizer, last).strip() == expected.strip()
+    assert sum(len(runs_of(encoded)) for encoded in whole) == 2 and runs_of(last) == runs_of(whole[-1])[-1:]
+
+
+@pytest.mark.parametrize("given, left", [("I cannot", " help with that.<|im_end|>"), ("I cannot help with that.", "<|im_end|>"), ("I can", " cannot help with that.<|im_end|>")])
+def test_what_an_answer_is_given_is_not_trained(tokenizer, given, left):
+    """A token that holds some of both is trained."""
+    tokenizer.chat_template = TEMPLATE
+    messages = [{"role": "user", "content": "I cannot count"}, {"role": "assistant", "content": "I cannot help with that."}]
+    whole, found = encode(tokenizer, messages, 100), encode(tokenizer, messages, 100, given=given)
+    assert found.input_ids == whole.input_ids and supervised(tokenizer, found) == left
 
 
 def test_prompt_of_generation_is_a_prefix_of_training(tokenizer):
     tokenizer.chat_template = TEMPLATE
     user = [{"role": "user", "content": "Count the words"}]
-    encoded = encode_chat(tokenizer, [*user, {"role": "assistant", "content": "Three"}], 100)
-    prompt = prompt_ids(tokenizer, user)
+    encoded = encode(tokenizer, [*user, {"role": "assistant", "content": "Three"}], 100)
+    prompt = Chat(tokenizer).prompt_ids(user)
     assert encoded.input_ids[: len(prompt)] == prompt
     assert all(label == -100 for label in encoded.labels[: len(prompt)]) and encoded.labels[len(prompt)] != -100
 
 
-def test_tokens_that_merge_at_the_border_are_supervised():
-    """A template whose prompt ends in characters that a merge joins with the response's first ones."""
-    from tokenizers import Tokenizer, models
+def test_tokens_that_would_merge_at_the_border_do_not():
+    """A template whose prompt ends in characters that a merge joins with the response's first ones: inference has them apart."""
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"a": 0, "b": 1, "c": 2, ":": 3, ":b": 4, "<pad>": 5}
-    merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [(":", "b")])), eos_token="<pad>")
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(":", "b")]))
+    tokenizer.decoder = decoders.Fuse()
+    merging = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<pad>")
     merging.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}:{% endif %}{% endfor %}"
-    encoded = encode_chat(merging, [{"role": "user", "content": "aa"}, {"role": "assistant", "content": "bca"}], 20)
-    assert encoded.input_ids == [0, 0, 4, 2, 0], "the border is inside token ':b'"
-    assert encoded.labels == [-100, -100, 4, 2, 0]
+    messages = [{"role": "user", "content": "aa"}, {"role": "assistant", "content": "bca"}]
+    encoded = encode(merging, messages, 20)
+    assert Chat(merging).prompt_ids(messages[:1]) == [0, 0, 3]
+    assert encoded.input_ids == [0, 0, 3, 1, 2, 0, 5], "the eos is put there, since the template has no end"
+    assert encoded.labels == [-100, -100, -100, 1, 2, 0, 5]
 
 
 def test_system_message_moves_where_the_template_has_no_such_role(tokenizer):
     tokenizer.chat_template = GEMMA
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    encoded = encode_chat(tokenizer, messages, 200)
+    encoded = encode(tokenizer, messages, 200)
     assert "Be brief.\n\nHi" in tokenizer.decode(encoded.input_ids) and "Hello" in supervised(tokenizer, encoded)
     assert "brief" not in supervised(tokenizer, encoded)
 
@@ -174,11 +198,11 @@ def test_system_message_moves_where_the_template_has_no_such_role(tokenizer):
 def test_truncation_never_leaves_a_sample_without_supervised_tokens(tokenizer):
     tokenizer.chat_template = TEMPLATE
     messages = [{"role": "user", "content": "word " * 20}, {"role": "assistant", "content": "reply " * 20}]
-    whole = encode_chat(tokenizer, messages, 10_000)
+    whole = encode(tokenizer, messages, 10_000)
     first = next(i for i, label in enumerate(whole.labels) if label != -100)
     assert not whole.truncated
     for length in range(1, len(whole.input_ids) + 1):
-        encoded = encode_chat(tokenizer, messages, length)
+        encoded = encode(tokenizer, messages, length)
         if length <= first:
             assert encoded is None
         else:
@@ -190,5 +214,5 @@ def test_a_slow_tokenizer_is_refused(tokenizer):
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match="fast tokenizer"):
-        encode_chat(Slow(), [{"role": "user", "content": "a"}], 10)
+    with pytest.raises(ValueError, match="slow tokenizer"):
+        Chat(Slow())

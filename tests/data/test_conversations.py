@@ -6,12 +6,13 @@ import re
 
 import pytest
 
+from pipeline.data.messages import ROLES
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, user_turns
 from pipeline.data.rows import _pair, _row
 from tests.data.test_prepare import evaluated, prepared
 from tests.project import make_tokenizer, write_jsonl
 
-KNOWN = ["system", "user", "human", "assistant", "gpt", "model"]
+KNOWN = ["system", "developer", "user", "human", "assistant", "gpt", "model", "tool", "function", "observation"]
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
@@ -176,22 +177,23 @@ def test_numbers_become_text_and_nothing_is_empty():
 
 @pytest.mark.parametrize("role", KNOWN)
 def test_known_roles(role):
-    kind = {"human": "user", "gpt": "assistant", "model": "assistant"}.get(role, role)
+    kind = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}.get(role, role)
+    kind = {"function": "tool", "observation": "tool"}.get(role, kind)
     for given in ([{"role": role, "content": "x"}], [{"from": role, "value": "x"}], json.dumps([{"role": role, "content": "x"}])):
         row = _row({"messages": [*chat("q"), *(json.loads(given) if isinstance(given, str) else given), *chat("last")]}, "data.task")
         assert [message["role"] for message in row["messages"]] == ["user", kind, "user"]
 
 
-@pytest.mark.parametrize("role", ["tool", "function", "developer", "User", "bot", None, ["user"]])
+@pytest.mark.parametrize("role", ["narrator", "User", "bot", None, ["user"]])
 def test_unknown_roles_are_refused(role):
     messages = [*chat("q"), {"role": role, "content": "x"}]
     one_sentence(
-        lambda: _row({"messages": messages}, "data.task"), f"data.task: messages .*role '{re.escape(str(role))}'.*{', '.join(KNOWN)}"
+        lambda: _row({"messages": messages}, "data.task"), f"data.task: messages.*role '{re.escape(str(role))}'.*{', '.join(ROLES)}"
     )
 
 
 @pytest.mark.parametrize(
-    "messages", ["no JSON", "[1]", {"role": ["user"], "content": ["q"]}, ["q"], [{"role": "user", "content": [{"type": "text"}]}]]
+    "messages", ["no JSON", "[1]", {"role": ["user"], "content": ["q"]}, ["q"]]
 )
 def test_messages_that_are_none_are_refused(messages):
     one_sentence(lambda: _row({"messages": messages}, "data.task"), "data.task: messages holds")

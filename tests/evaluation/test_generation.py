@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pipeline.data.chat import prompt_ids
+from pipeline.data.chat import Chat
 from pipeline.evaluation.generation import generate
 from pipeline.models import load_model, load_tokenizer
 from pipeline.sections import ModelSection
@@ -24,7 +24,7 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(loaded) -> list[list[int]]:
-    return [prompt_ids(loaded[1], [{"role": "user", "content": question}]) for question in QUESTIONS]
+    return [Chat(loaded[1]).prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
 
 
 @torch.no_grad()
