@@ -66,7 +66,8 @@ def task_rows(data: DataSection, skipped: Skipped | None = None) -> list[Row]:
 def _made(raw: Row, field: str, place: Place, pairs: bool, answered: bool) -> tuple[Row, Bad | None]:
     """A row, or what is wrong with it. answered: whether it must have a response."""
     try:
-        row = (_pair if pairs else _row)(as_conversation(raw), field)
+        raw = as_conversation(raw)
+        row = (_pair if pairs else _row)(raw, field)
     except ValueError as error:
         said = str(error).removeprefix(f"{field}: ")
         name = re.split(r"\W", said, maxsplit=1)[0]

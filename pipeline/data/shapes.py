@@ -59,7 +59,7 @@ def _asked(row: Row) -> Turns:
 def _answered(response: Any) -> Turns:
     if _is_messages(response):
         return list(response)
-    return [] if _blank(response) else [{"role": "assistant", "content": response}]
+    return [] if _blank(response) or response == [] else [{"role": "assistant", "content": response}]
 
 
 def _history(value: Any) -> Turns:

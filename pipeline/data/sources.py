@@ -90,7 +90,7 @@ def check_source(source: SourceSection, field: str) -> None:
     if unknown:
         raise ValueError(
             f"{field}.columns maps to '{unknown[0]}', which is no field: map {', '.join(FIELDS)}, "
-            "e.g. {prompt: instruction, response: output}"
+            "such as {prompt: instruction, response: output}"
         )
 
 
@@ -174,7 +174,7 @@ def _mapping(
         example = f"{{{missing[0]}: {columns[0] if columns else 'NAME'}}}"
         raise ValueError(
             f"{field}: no column of {source.source} is known to hold the {missing[0]}: "
-            f"map it with {field}.columns, e.g. {example}; its columns are {listed}"
+            f"map it with {field}.columns, such as {example}; its columns are {listed}"
         )
     return mapping
 

@@ -182,7 +182,8 @@ def json_rows(text: str, lines: bool) -> tuple[Placed, list[Bad]]:
     try:
         return _whole(text, decoder)
     except NotReadable:
-        if start == "{" and _parses(text.lstrip().partition("\n")[0]):
+        first, _, more = text.strip().partition("\n")
+        if more and _parses(first):
             return _by_line(text, decoder)
         raise
 
