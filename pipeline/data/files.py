@@ -74,7 +74,9 @@ def parts(path: Path, split: str = "train") -> list[Path]:
     if (path / "dataset_dict.json").is_file():  # save_to_disk of several splits
         splits = _metadata(path / "dataset_dict.json").get("splits", [])
         if split not in splits:
-            raise NotReadable(f"holds the splits {', '.join(map(str, splits))} and no '{split}': set split to one of them")
+            raise NotReadable(
+                f"holds the splits {', '.join(map(str, splits))} and no '{split}': set split to one of them"
+            )
         path = path / split
     if (path / "state.json").is_file():  # save_to_disk: it says which files, and in which order
         named = [path / str(item.get("filename")) for item in _metadata(path / "state.json").get("_data_files", [])]
@@ -89,7 +91,9 @@ def _metadata(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise NotReadable(f"has a {path.name} that is no JSON ({type(error).__name__}): copy the whole folder again") from None
+        raise NotReadable(
+            f"has a {path.name} that is no JSON ({type(error).__name__}): copy the whole folder again"
+        ) from None
     return found if isinstance(found, dict) else {}
 
 
@@ -107,7 +111,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _of_split(files: list[Path], split: str) -> list[Path]:
-    """Of files named train-00000.parquet, test-00000.parquet and so on, those of the split; all where none is so named."""
+    """Of files named train-00000.parquet, test-00000.parquet and so on those of the split; else all."""
     names = {path: _SPLIT.match(path.name) for path in files}
     found = sorted({match[1].lower() for match in names.values() if match})
     if len(found) < 2 and (not found or None not in names.values()):
@@ -244,7 +248,7 @@ def _arrow(path: Path, head: bytes) -> Table:
 
 
 def _cannot_be_read(error: Exception, kind: str) -> Exception:
-    """A sentence where the file is at fault; what the system says of it passes (pyarrow's own OSErrors have no number)."""
+    """A sentence where the file is at fault; errors of the system, which have a number, pass."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return NotReadable(f"cannot be read as {kind} ({_first(error)}): it may be cut short, so copy or write it again")

@@ -69,7 +69,7 @@ class Skipped:
         ]
 
     def write(self, folder: Path) -> None:
-        """Every row that was left out, a JSON line each: field, source, place and reason. No file where there is none."""
+        """Every row that was left out, a JSON line each: field, source, place, reason. No file where none was."""
         lines = [
             json.dumps({"field": field, "source": redact(source), "place": str(item.place), "reason": item.reason})
             for field, (source, _, bad) in self.found.items()
@@ -83,12 +83,17 @@ def refusal(field: str, source: SourceSection, bad: list[Bad], total: int) -> st
     """The sentence for more malformed rows than may be left out: the first one, how many there are, and what to do."""
     first = min(bad, key=lambda item: (item.place.part, item.place.number))
     are = f"{len(bad)} of {total} rows {'is' if len(bad) == 1 else 'are'} malformed"
-    share = math.ceil(len(bad) / total * 1000) / 1000
+    share = share_above(len(bad), total)
     skip = f", or set {field}.max_bad_rows to {share:g} to leave them out" if share < 1 else ""
     return (
         f"{field}: {first.said} ({source.source}, {first.place}); {are} and {field}.max_bad_rows is "
         f"{source.max_bad_rows:g} ({by_reason(bad)}): mend them{skip}"
     )
+
+
+def share_above(bad: int, total: int) -> float:
+    """The least share of three decimals that lets `bad` of `total` rows be left out; 1 where only the whole would."""
+    return math.ceil(bad / total * 1000) / 1000
 
 
 def by_reason(bad: list[Bad]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.data.chat import Messages
 from pipeline.data.malformed import Bad, Place, Skipped
 from pipeline.data.shapes import as_conversation
-from pipeline.data.sources import FIELDS, read_source
+from pipeline.data.sources import FIELDS, Found, read_source
 from pipeline.redaction import redact
 from pipeline.sections import DataSection, SourceSection
 
@@ -38,15 +38,8 @@ def ordered_rows(
     out, and kept in `skipped`. Raises ValueError naming the field where their share is above the source's max_bad_rows,
     and where there is no row with a prompt.
     """
-    stand_in = ("messages", "chosen") if pairs else ("messages",)
-    found = read_source(source, field, required, stand_in)
-    rows, bad = [], list(found.bad)
-    for place, raw in found.rows:
-        row, problem = _made(raw, field, place, pairs, "response" in required)
-        if problem is None:
-            rows.append(row)
-        else:
-            bad.append(problem)
+    placed, bad = made_rows(field, read_source(source, field, required, _stand_in(pairs)), required, pairs)
+    rows = [row for _, row in placed]
     if not rows and all(item.reason == NO_PROMPT for item in bad):
         raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
     (skipped or Skipped()).leave_out(field, source, bad, len(rows) + len(bad))
@@ -61,6 +54,25 @@ def ordered_rows(
 def task_rows(data: DataSection, skipped: Skipped | None = None) -> list[Row]:
     """Rows of the task, all of which have a response, ordered as `ordered_rows`."""
     return ordered_rows("data.task", data.task, data.seed, ("prompt", "response"), skipped=skipped)
+
+
+def _stand_in(pairs: bool) -> tuple[str, ...]:
+    """Fields that may hold what another one lacks: conversations hold prompts and answers."""
+    return ("messages", "chosen") if pairs else ("messages",)
+
+
+def made_rows(
+    field: str, found: Found, required: tuple[str, ...], pairs: bool = False
+) -> tuple[list[tuple[Place, Row]], list[Bad]]:
+    """Rows as `ordered_rows` makes them, in the order and with the places of the source, and all malformed ones."""
+    rows, bad = [], list(found.bad)
+    for place, raw in found.rows:
+        row, problem = _made(raw, field, place, pairs, "response" in required)
+        if problem is None:
+            rows.append((place, row))
+        else:
+            bad.append(problem)
+    return rows, bad
 
 
 def _made(raw: Row, field: str, place: Place, pairs: bool, answered: bool) -> tuple[Row, Bad | None]:

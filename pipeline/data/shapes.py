@@ -68,7 +68,9 @@ def _history(value: Any) -> Turns:
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError:
-            raise ValueError("history holds text that is no JSON list: give a list of [question, answer] pairs") from None
+            raise ValueError(
+                "history holds text that is no JSON list: give a list of [question, answer] pairs"
+            ) from None
     if value is None or value == []:
         return []
     if _is_messages(value):
@@ -97,7 +99,9 @@ def _after_system(value: Any, system: Any) -> Any:
     said = own[0].get("content") if own[0].get("content") is not None else own[0].get("value")
     if isinstance(said, str) and said.strip() == system.strip():
         return messages
-    raise ValueError("system says something else than the system message of the conversation beside it: leave one of them")
+    raise ValueError(
+        "system says something else than the system message of the conversation beside it: leave one of them"
+    )
 
 
 def _role(message: dict[str, Any]) -> str:

@@ -45,14 +45,11 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 class Found:
     """A source's rows: each with its place, and the values of the fields that are mapped (messages as they stand).
 
-    bad: rows that are malformed as far as can be seen here. mapping: field -> column. format: of the file, in words.
+    bad: rows that are malformed as far as can be seen here.
     """
 
     rows: list[tuple[Place, Row]]
     bad: list[Bad]
-    mapping: dict[str, str]
-    columns: list[str]
-    format: str
 
 
 def check_hub_id(text: str, field: str) -> None:
@@ -119,11 +116,15 @@ def read_source(
     required: fields that must be mapped, unless one of `stand_in` is, which may hold them. ValueError names the columns
     there are.
     """
-    table = _table(source, field)
+    table = read_table(source, field)
     if not table.rows and table.bad:
         raise ValueError(refusal(field, source, table.bad, len(table.bad)))
-    mapping = _mapping(source, field, table.columns, required, stand_in)
-    found = Found([], list(table.bad), mapping, table.columns, table.format)
+    return mapped(table, _mapping(source, field, table.columns, required, stand_in))
+
+
+def mapped(table: files.Table, mapping: dict[str, str]) -> Found:
+    """The table's rows by field, without those whose values no text can be made of. mapping: field -> column."""
+    found = Found([], list(table.bad))
     for place, raw in table.rows:
         problem = _value_problem(mapping, raw, place)
         if problem is None:
@@ -133,7 +134,8 @@ def read_source(
     return found
 
 
-def _table(source: SourceSection, field: str) -> files.Table:
+def read_table(source: SourceSection, field: str) -> files.Table:
+    """All rows as the source has them, by column. ValueError where it cannot be read, or holds none."""
     path = local_path(source)
     if path is None:
         made = source.source.startswith("builtin:")
@@ -180,7 +182,7 @@ def _mapping(
 
 
 def known_columns(columns: list[str]) -> dict[str, str]:
-    """Field -> column, by the names that data sets have in the wild; letter case and spaces at the ends do not count."""
+    """Field -> column, by the names that data sets have; letter case and spaces at the ends do not count."""
     found = {}
     for name, aliases in _ALIASES.items():
         exact = [alias for alias in aliases if alias in columns]
@@ -234,6 +236,7 @@ def _read_hub(source: SourceSection, field: str) -> list[Row]:
     except (OSError, ValueError, RuntimeError) as error:  # the hub's, the cache's and the library's own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and network, or give a local file ({first})"
+            f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and "
+            f"network, or give a local file ({first})"
         ) from None
     return loaded.to_list()

@@ -108,9 +108,7 @@ def _count(items: list[str], what: str) -> str:
 def _swallows(value: str, columns: int, delimiter: str) -> bool:
     """Whether the lines inside a field all have as many fields as a row: a quote that closes too late took them in."""
     inner = re.split("\r\n|\r|\n", value)[1:-1]
-    return len(inner) >= _SWALLOWED and all(
-        len(fields) == columns for fields in csv.reader(inner, delimiter=delimiter)
-    )
+    return len(inner) >= _SWALLOWED and all(len(fields) == columns for fields in csv.reader(inner, delimiter=delimiter))
 
 
 def undecoded(text: str, place: Place) -> Bad | None:
@@ -129,7 +127,7 @@ class _Twice(dict):  # type: ignore[type-arg]
 
 
 class _Decoder:
-    """JSON with its traps marked: keys that are there twice; NaN and Infinity become floats, which are looked at later."""
+    """JSON with its traps marked: keys that are there twice. NaN and Infinity become floats, looked at later."""
 
     def __init__(self) -> None:
         self._any = False
@@ -144,7 +142,7 @@ class _Decoder:
         return marked
 
     def decode(self, text: str, position: int = 0) -> tuple[Any, int]:
-        """The value that begins there, and where it ends. JSONDecodeError, ValueError (a huge number), RecursionError."""
+        """The value that begins there, and where it ends. JSONDecodeError, ValueError (a number), RecursionError."""
         return self._json.raw_decode(text, position)
 
     def problem(self, value: Any, place: Place) -> Bad | None:
@@ -178,7 +176,9 @@ def json_rows(text: str, lines: bool) -> tuple[Placed, list[Bad]]:
         return _by_line(text, decoder) if lines and "\n{" in text else _whole(text, decoder)
     if start == "{" and lines:
         found = _by_line(text, decoder)
-        return (_or_none(_whole, text) or found) if found[1] and not _parses(text.lstrip().partition("\n")[0]) else found
+        return (
+            (_or_none(_whole, text) or found) if found[1] and not _parses(text.lstrip().partition("\n")[0]) else found
+        )
     try:
         return _whole(text, decoder)
     except NotReadable:

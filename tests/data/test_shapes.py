@@ -41,7 +41,10 @@ SHAPES = {
     "OpenAI": ({"messages": chat("q", "a", system="S")}, chat("q", system="S")),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, chat("q")),
     "lists of messages": (BOTH, chat("q")),
-    "several turns as prompt": ({"prompt": chat("q0", "a0", "q", system="S"), "completion": chat("", "a")[1:]}, chat("q0", "a0", "q", system="S")),
+    "several turns as prompt": (
+        {"prompt": chat("q0", "a0", "q", system="S"), "completion": chat("", "a")[1:]},
+        chat("q0", "a0", "q", system="S"),
+    ),
     "a list and a text": ({"prompt": chat("q"), "completion": "a"}, chat("q")),
     "a text and a list": ({"prompt": "q", "completion": chat("", "a")[1:]}, chat("q")),
     "lists with a system column": ({**BOTH, "system": "S"}, chat("q", system="S")),
@@ -89,7 +92,7 @@ REFUSED = {
     "another system prompt": ({"system": "S", "messages": chat("q", "a", system="T")}, "system says something else"),
     "a system prompt that is none": ({"system": ["S"], "messages": chat("q", "a")}, "system holds a list"),
     "history beside messages": ({"messages": chat("q", "a"), "history": [["b", "c"]]}, "history stands beside"),
-    "history without an answer": ({"prompt": "q", "response": "a", "history": [["b", None]]}, "history holds other than"),
+    "history of halves": ({"prompt": "q", "response": "a", "history": [["b", None]]}, "history holds other than"),
     "history of three": ({"prompt": "q", "response": "a", "history": [["b", "c", "d"]]}, "history holds other than"),
     "history of texts": ({"prompt": "q", "response": "a", "history": ["b", "c"]}, "history holds other than"),
     "history of an object": ({"prompt": "q", "response": "a", "history": {"b": "c"}}, "history holds other than"),
@@ -98,7 +101,7 @@ REFUSED = {
     "a list of texts": ({"prompt": ["q"], "response": "a", "history": [["b", "c"]]}, "prompt holds a list"),
     "no answer": ({"prompt": chat("q"), "completion": []}, "the conversation ends without an answer"),
     "an answer of null": ({"prompt": chat("q"), "completion": None}, "the conversation ends without an answer"),
-    "a role that is none": ({"prompt": chat("q"), "completion": [{"role": "x", "content": "a"}]}, "messages holds the role"),
+    "a role that is none": ({"prompt": chat("q"), "completion": [{"role": "x", "content": "a"}]}, "messages holds"),
 }  # fmt: skip
 
 
