@@ -23,7 +23,7 @@ Placed = list[tuple[Place, Row]]
 
 _SIGNS = {",": "commas", "\t": "tabs"}
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that could not be decoded
-_SWALLOWED = 5  # lines inside one field that all look like rows: more than a text has by chance
+_SWALLOWED = 6  # lines of one row that all look like rows: more than a text has by chance
 # Keys under which one row holds a list: a lone object with such a list is a row, not a wrapper of rows.
 _LISTS_OF_A_ROW = ("messages", "conversations", "history", "chosen", "rejected", "prompt", "completion", "tools")
 
@@ -38,13 +38,16 @@ def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed
     Raises NotReadable for a quote that takes in other lines, and for column names that no row could be mapped by.
     """
     csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters, less than a long document
+    spanned: list[str] = []  # the lines of the row that is read
+    lines = (spanned.append(line) or line for line in io.StringIO(text, newline=""))  # type: ignore[func-returns-value]
     # strict, or a quote that never closes would take in the rest of the file
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] = []
     rows: Placed = []
     bad: list[Bad] = []
     while True:
         place = Place(reader.line_num + 1, "line")
+        spanned.clear()
         try:
             values = next(reader, None)
         except csv.Error as error:
@@ -61,7 +64,7 @@ def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed
             _check_names(names, delimiter, place)
             if header:
                 continue
-        problem = _csv_problem(values, names, delimiter, place)
+        problem = _csv_problem(values, names, delimiter, place, spanned)
         if problem is None:
             rows.append((place, dict(zip(names, values, strict=True))))
         else:
@@ -86,17 +89,23 @@ def _check_names(names: list[str], delimiter: str, place: Place) -> None:
         raise NotReadable(f"is no UTF-8 in {place}, which names the columns: save it as UTF-8")
 
 
-def _csv_problem(values: list[str], names: list[str], delimiter: str, place: Place) -> Bad | None:
-    """What is wrong with a row's fields, None where nothing is."""
+def _csv_problem(values: list[str], names: list[str], delimiter: str, place: Place, lines: list[str]) -> Bad | None:
+    """What is wrong with a row's fields, None where nothing is. lines: as they stand in the file.
+
+    Raises NotReadable for a quote that took in other rows, which nobody could count.
+    """
     escaped = undecoded("".join(values), place)
     if escaped:
         return escaped
+    swallowed = _swallowed(lines, len(names), delimiter)
     if len(values) != len(names):
         said = f"{_count(values, 'field')}, but {_count(names, 'column')}"
+        if swallowed:
+            raise NotReadable(_open_quote(place.number, said))
         said += f": put a field that holds {_SIGNS[delimiter]} in quotes" if len(values) > len(names) else ""
         return Bad(place, "wrong number of fields", said)
-    if len(names) > 1 and any(_swallows(value, len(names), delimiter) for value in values):
-        said = "one field holds lines that are rows themselves, so a quote is not closed where it should be"
+    if swallowed:
+        said = "a field in quotes holds lines that look like rows: close the quote before them, or give JSON Lines"
         return Bad(place, "a quote closed too late", said)
     return None
 
@@ -105,10 +114,10 @@ def _count(items: list[str], what: str) -> str:
     return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
 
 
-def _swallows(value: str, columns: int, delimiter: str) -> bool:
-    """Whether the lines inside a field all have as many fields as a row: a quote that closes too late took them in."""
-    inner = re.split("\r\n|\r|\n", value)[1:-1]
-    return len(inner) >= _SWALLOWED and all(len(fields) == columns for fields in csv.reader(inner, delimiter=delimiter))
+def _swallowed(lines: list[str], columns: int, delimiter: str) -> bool:
+    """Whether each of a row's many lines has as many fields as a row: a quote that closes too late took them in."""
+    many = len(lines) >= _SWALLOWED and columns > 1
+    return many and all(line.count(delimiter) == columns - 1 for line in lines)
 
 
 def undecoded(text: str, place: Place) -> Bad | None:

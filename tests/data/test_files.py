@@ -8,8 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.data import files
+from pipeline import artifacts, layout, paths
+from pipeline.data import check, files
 from pipeline.data.rows import ordered_rows
+from pipeline.recipe import Recipe
 from tests.data.reading import ARRAY, CSV, LINES, ROWS, TEXTS, pairs, read, refusal, source, written
 
 
@@ -194,6 +196,10 @@ def test_of_files_that_are_named_by_split_those_of_the_split_are_read(tmp_path):
     write_parquet(tmp_path / "test-00000-of-00001.parquet", ROWS[:2])
     assert pairs(read(tmp_path)) == ROWS and pairs(read(tmp_path, split="test")) == ROWS[:2]
     assert "holds files of the splits test, train: set split to one of them" in refusal(tmp_path, split="dev")
+    (tmp_path / "one").mkdir()
+    write_parquet(tmp_path / "one" / "test.parquet")
+    assert pairs(read(tmp_path / "one")) == ROWS, "one split alone is what is meant, unless another one is named"
+    assert "holds files of the splits test: set split to one of them" in refusal(tmp_path / "one", split="dev")
     write_parquet(tmp_path / "more.parquet")
     assert "holds files of the splits test, train and others" in refusal(tmp_path)
 
@@ -212,3 +218,41 @@ def test_save_to_disk_with_and_without_splits(tmp_path):
     assert len(read(tmp_path / "three")) == 3, "as it was chosen, not all that was behind it"
     next((tmp_path / "one").glob("*-of-00003.arrow")).unlink()
     assert re.search(r"names data-\d+-of-00003.arrow in its state.json and does not hold it", refusal(tmp_path / "one"))
+
+
+# --- what the rest of the pipeline asks of files
+
+
+def test_a_folder_beside_the_recipe_is_a_path_and_counts_by_what_is_in_it(tmp_path):
+    (tmp_path / "mine" / "ds").mkdir(parents=True)
+    write_parquet(tmp_path / "mine" / "ds" / "a.parquet")
+    raw = {
+        "data": {"task": {"source": "mine/ds"}, "harmful": {"source": "owner/name"}, "safety": {"source": "d.csv.gz"}}
+    }
+    found = paths.resolve(raw, Recipe, tmp_path / "recipe.yaml")["data"]
+    assert found["task"]["source"] == str(tmp_path / "mine" / "ds") and found["harmful"]["source"] == "owner/name"
+    assert found["safety"]["source"] == str(tmp_path / "d.csv.gz")
+    identities = [layout._source_identity(source(tmp_path / "mine" / "ds"), artifacts.file_digest)]
+    for name, rows in (("a.parquet", ROWS[:3]), ("b.parquet", ROWS[3:])):
+        write_parquet(tmp_path / "mine" / "ds" / name, rows)
+        identities.append(layout._source_identity(source(tmp_path / "mine" / "ds"), artifacts.file_digest))
+    moved = (tmp_path / "mine" / "ds").rename(tmp_path / "other")
+    assert layout._source_identity(source(moved), artifacts.file_digest) == identities[-1]
+    assert len({str(identity) for identity in identities}) == 3
+
+
+def test_the_share_that_may_be_left_out_counts_where_it_is_set(tmp_path):
+    path = written(tmp_path, "d.csv", CSV)
+    none, some = (
+        layout._source_identity(source(path, max_bad_rows=share), artifacts.file_digest) for share in (0, 0.1)
+    )
+    assert none != some and "max_bad_rows" not in none
+
+
+def test_what_is_packed_counts_by_what_is_in_it(tmp_path):
+    text = LINES * 1000
+    path = written(tmp_path, "d.jsonl.gz", gzip.compress(text.encode()))
+    assert path.stat().st_size < 9000 and files.unpacked_bytes(path) == len(text.encode()) == check._size(
+        path, source(path), ""
+    )
+    assert files.unpacked_bytes(written(tmp_path, "d.csv", CSV)) == len(CSV.encode())

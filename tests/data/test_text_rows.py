@@ -40,7 +40,12 @@ def test_a_quote_that_never_closes_or_closes_in_another_row(tmp_path):
     opened = written(tmp_path, "d.csv", f'prompt,response\n"open q,a\n{SWALLOWED}"quoted, q",a\n')
     assert "in the row that begins in line 2 (" in refusal(opened)
     late = written(tmp_path, "d.csv", f'prompt,response\n"open q,a\n{SWALLOWED}of 5",a\nlast,row\n')
-    assert "one field holds lines that are rows themselves" in refusal(late) and f"({late}, line 2)" in refusal(late)
+    assert f"lines that look like rows: close the quote before them, or give JSON Lines ({late}, line 2)" in refusal(
+        late
+    )
+    end = written(tmp_path, "d.csv", f'prompt,response\na,b\n"open q,a\n{SWALLOWED}last,row"\n')
+    said = f"{end} has a quote that is not closed where it should be, in the row that begins in line 3 (1 field, but"
+    assert said in refusal(end, max_bad_rows=0.9), "nobody could count what it took in"
     one = written(tmp_path, "d.csv", 'prompt,response\na,b\n"said" he,b\nc,d\n')
     assert f"quotes do not match (',' expected after '\"') ({one}, line 3); 1 of 3" in refusal(one)
     last = written(tmp_path, "d.csv", 'prompt,response\na,b\n"c,d')
@@ -48,9 +53,9 @@ def test_a_quote_that_never_closes_or_closes_in_another_row(tmp_path):
 
 
 def test_texts_of_many_lines_and_fields_of_any_length_are_read(tmp_path):
-    poem, long = "one, two\n" * 3 + "no comma here\n" * 6, "word " * 100_000
-    path = written(tmp_path, "d.csv", f'prompt,response\n"{poem}",b\nc,"{long}"\n')
-    assert [(row["prompt"], row["response"]) for row in read(path)] == [(poem, "b"), ("c", long)]
+    poem, table, long = "one, two\n" * 3 + "no comma here\n" * 6, "name,age\n" * 9 + "b,1", "word " * 100_000
+    path = written(tmp_path, "d.csv", f'prompt,response\n"{poem}",b\nc,"{long}"\n"{table}",d\ne,"{table}"\n')
+    assert [tuple(row.values()) for row in read(path)] == [(poem, "b"), ("c", long), (table, "d"), ("e", table)]
 
 
 HEADERS = {
