@@ -48,8 +48,10 @@ def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
-    parser.add_argument("stage", choices=(*STAGES, "run", "status", "plan", "doctor", "data"), help="what to do; run: everything that is missing")
-    parser.add_argument("recipe", help="path of the recipe, or launch/recipes/NAME.yaml of one that ships with the package; for data: the file")
+    known = (*STAGES, "run", "status", "plan", "doctor", "data")
+    parser.add_argument("stage", choices=known, help="what to do; run: everything that is missing")
+    shipped = "launch/recipes/NAME.yaml of one that ships with the package"
+    parser.add_argument("recipe", help=f"path of the recipe, or {shipped}; for data: the file")
     parser.add_argument("--method", help="only this method of the recipe")
     parser.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap (a grid: the name before its settings): a report of its own")
     parser.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")

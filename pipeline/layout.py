@@ -250,13 +250,14 @@ def _source_identities(recipe: Recipe) -> dict[str, Any]:
 
 
 def _source_identity(source: SourceSection, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """What a source holds and what is taken of it: files by their bytes and their ending, which says how they are read."""
+    """What a source holds and what is taken of it: files by their bytes, and the ending that says how to read."""
     found = _local_files(source)
     if source.source.startswith("builtin:"):
         identity: dict[str, Any] = {"builtin": builtin.identity(source.source.removeprefix("builtin:"))}
     elif found:
         kind = files.suffix(found[0])
-        identity = {"file": kind, "sha256": digest(found[0])} if len(found) == 1 else {"files": kind, "sha256": [digest(file) for file in found]}
+        hashes = [digest(file) for file in found]
+        identity = {"file": kind, "sha256": hashes[0] if len(hashes) == 1 else hashes}
         identity |= {"header": source.header} if kind in (".csv", ".tsv") else {}
     else:
         identity = source.model_dump(mode="json", include={"source", "subset", "split", "revision"})

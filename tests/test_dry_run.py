@@ -76,7 +76,7 @@ def test_rows_after_the_first_fifty_and_long_fields_are_read(project, capsys):
     lines = [json.dumps({"question": f"q {i}", "answer": "a"}) for i in range(80)]
     (folder / "late.jsonl").write_text("\n".join([*lines, "null"]))
     code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'late.jsonl'}")
-    assert code == 2 and f"must hold objects with named values, and this one is a null ({folder / 'late.jsonl'}, line 81)" in error
+    assert code == 2 and f"must hold objects with named values, and this one is a null ({folder}/late.jsonl, line 81)" in error
     (folder / "long.csv").write_text("question,answer\n" + "\n".join(f"q {i},{'word ' * 40_000}" for i in range(20)))
     assert dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'long.csv'}", "--data.test_samples=4")[0] == 0
     (folder / "latin.csv").write_bytes("question,answer\ncaf\xe9,oui\n".encode("latin-1"))
@@ -85,8 +85,12 @@ def test_rows_after_the_first_fifty_and_long_fields_are_read(project, capsys):
 
 
 BAD_CSV = {
-    "commas without quotes": ("question,answer\nq,a\nBroken, row, with, commas\n", "4 fields, but 2 columns: put a field that holds commas in quotes ("),
-    "a quote that never closes": ('question,answer\nq,a\n"open,b\nc,d\n', "has a quote that is not closed where it should be, in the row that begins in line 3 ("),
+    "commas without quotes": (
+        "question,answer\nq,a\nBroken, row, with, commas\n", "4 fields, but 2 columns: put a field that holds commas in quotes ("
+    ),
+    "a quote that never closes": (
+        'question,answer\nq,a\n"open,b\nc,d\n', "is not closed where it should be, in the row that begins in line 3 ("
+    ),
     "semicolons": ("question;answer\nq;a\n", "has the one column 'question;answer': separate its fields with commas"),
     "a name twice": ("question,answer,answer\nq,a,b\n", "names the column 'answer' twice"),
 }

@@ -36,7 +36,8 @@ def check_sources(recipe: Recipe) -> list[str]:
     for field, source in sources(recipe):
         path = local_path(source)
         if path is not None and _size(path, source, field) > _READ_WHOLE:
-            notes.append(f"{field}: {source.source} is large, so its columns and rows are looked at when they are prepared")
+            large = "is large, so its columns and rows are looked at when they are prepared"
+            notes.append(f"{field}: {source.source} {large}")
         elif path is not None and field in unused:
             read_source(source, field, ())  # what cannot be read or mapped is wrong whether or not it is used
         elif path is not None:

@@ -212,11 +212,12 @@ def decoded(data: bytes) -> tuple[str, str]:
     if not mark and len(data) > 1 and data[:2].count(0) == 1:
         raise NotReadable("seems to be UTF-16 without a byte order mark: save it as UTF-8")
     codec = _MARKS.get(mark, "utf-8")
-    if codec in ("utf-8", "utf-8-sig"):
-        return data.decode(codec, errors="surrogateescape"), "UTF-8 with a byte order mark" if mark else "UTF-8"
+    said = codec.upper().removesuffix("-SIG") + (" by its byte order mark" if mark else "")
     try:
-        return data.decode(codec), f"{codec.upper()} by its byte order mark"
+        return data.decode(codec), said
     except UnicodeDecodeError as error:
+        if codec.startswith("utf-8"):
+            return data.decode(codec, errors="surrogateescape"), "UTF-8 with other bytes in it"
         line = data[: error.start].decode(codec, errors="ignore").count("\n") + 1
         raise NotReadable(f"is damaged {codec.upper()} in line {line} ({error.reason}): save it as UTF-8") from None
 

@@ -1,7 +1,7 @@
 """Rows that cannot be used: where each stands, what is wrong with it, and how many may be left out.
 
     skipped = Skipped()
-    skipped.leave_out("data.task", source, bad, total=80)     # ValueError above data.task.max_bad_rows
+    skipped.leave_out("data.task", source, bad, 80, [])       # ValueError above data.task.max_bad_rows
     skipped.facts()                                           # {"data.task": {"no response": 3}}
     skipped.write(folder)                                     # folder / "skipped.jsonl"
 
@@ -49,24 +49,32 @@ class Skipped:
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[str, int, list[Bad]]] = {}  # field -> source, number of its rows, the malformed
+        self.columns: dict[str, tuple[str, list[str]]] = {}  # field -> source, columns that are not mapped
 
-    def leave_out(self, field: str, source: SourceSection, bad: list[Bad], total: int) -> None:
-        """Keep in mind that `bad` of `total` rows are left out. ValueError where the share is above the source's."""
+    def leave_out(self, field: str, source: SourceSection, bad: list[Bad], total: int, columns: list[str]) -> None:
+        """Note that `bad` of `total` rows are left out, and columns. ValueError above the source's max_bad_rows."""
         if bad and len(bad) / total > source.max_bad_rows:
             raise ValueError(refusal(field, source, bad, total))
         if bad:
             self.found[field] = source.source, total, bad
+        if columns:
+            self.columns[field] = source.source, columns
 
     def facts(self) -> dict[str, dict[str, int]]:
         """Field -> reason -> number of rows, for the manifest."""
         return {field: dict(Counter(item.reason for item in bad)) for field, (_, _, bad) in self.found.items()}
 
     def sentences(self) -> list[str]:
-        """One for every field: how many rows were left out, why, and where the first ones stand."""
-        return [
+        """For every field how many rows were left out, why, and where the first ones stand; and columns that were."""
+        columns = [
+            f"{field}: {field}.columns leaves out what may be part of a prompt in {redact(source)}: {', '.join(names)}"
+            for field, (source, names) in self.columns.items()
+        ]
+        rows = [
             f"{field}: {len(bad)} of {total} rows of {redact(source)} are malformed and left out ({by_reason(bad)})"
             for field, (source, total, bad) in self.found.items()
         ]
+        return columns + rows
 
     def write(self, folder: Path) -> None:
         """Every row that was left out, a JSON line each: field, source, place, reason. No file where none was."""

@@ -121,7 +121,8 @@ class _Taking:
         """Up to `asked` prompts that no set holds. keep_a_third: every third is for `validation`, whether or not the
         test needs it.
         """
-        free = self.claims.free(field, ordered_rows(field, source, self.recipe.data.seed, skipped=self.skipped), by_prompt=True)
+        rows = ordered_rows(field, source, self.recipe.data.seed, skipped=self.skipped)
+        free = self.claims.free(field, rows, by_prompt=True)
         kept = free[2::3] if keep_a_third else []
         usable = [row for number, row in enumerate(free) if number % 3 != 2] if keep_a_third else free
         self._say_left_out(field, source, len(usable), asked)

@@ -38,27 +38,24 @@ def ordered_rows(
     out, and kept in `skipped`. Raises ValueError naming the field where their share is above the source's max_bad_rows,
     and where there is no row with a prompt.
     """
-    placed, bad = made_rows(field, read_source(source, field, required, _stand_in(pairs)), required, pairs)
+    skipped = skipped or Skipped()
+    found = read_source(source, field, required, ("messages", "chosen") if pairs else ("messages",))
+    placed, bad = made_rows(field, found, required, pairs)
     rows = [row for _, row in placed]
     if not rows and all(item.reason == NO_PROMPT for item in bad):
         raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
-    (skipped or Skipped()).leave_out(field, source, bad, len(rows) + len(bad))
+    skipped.leave_out(field, source, bad, len(rows) + len(bad), found.unmapped)
 
-    def place_of(row: Row) -> tuple[bytes, str]:
+    def place(row: Row) -> tuple[bytes, str]:
         digest = hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['response']}".encode()).digest()
         return digest, json.dumps(row)  # conversations may end alike
 
-    return sorted(rows, key=place_of)[: source.limit]
+    return sorted(rows, key=place)[: source.limit]
 
 
 def task_rows(data: DataSection, skipped: Skipped | None = None) -> list[Row]:
     """Rows of the task, all of which have a response, ordered as `ordered_rows`."""
     return ordered_rows("data.task", data.task, data.seed, ("prompt", "response"), skipped=skipped)
-
-
-def _stand_in(pairs: bool) -> tuple[str, ...]:
-    """Fields that may hold what another one lacks: conversations hold prompts and answers."""
-    return ("messages", "chosen") if pairs else ("messages",)
 
 
 def made_rows(

@@ -67,9 +67,9 @@ def _history(value: Any) -> Turns:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(
-                "history holds text that is no JSON list: give a list of [question, answer] pairs"
+                "history holds text that is no JSON list: give [question, answer] pairs, or map other columns"
             ) from None
     if value is None or value == []:
         return []
@@ -87,7 +87,7 @@ def _after_system(value: Any, system: Any) -> Any:
     """The conversation with the system prompt before it, unless it has the same; other values as they are."""
     try:
         messages = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value  # a text, as chosen and rejected are in most data sets
     if not _is_messages(messages) or all(_role(message) == "assistant" for message in messages):
         return value  # answers alone: the prompt, and its system prompt, stand elsewhere

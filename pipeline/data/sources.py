@@ -26,6 +26,7 @@ from pipeline.sections import SourceSection
 
 Row = dict[str, Any]
 FIELDS = ("messages", "prompt", "input", "response", "system", "history", "chosen", "rejected", "harmful")
+_PARTS = ("input", "system", "history")  # what belongs to a prompt where a data set has it
 _TEXTS = ("prompt", "input", "response", "system", "chosen", "rejected")
 
 # Columns of data sets met in the wild, tried in this order where the recipe maps nothing.
@@ -45,11 +46,13 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 class Found:
     """A source's rows: each with its place, and the values of the fields that are mapped (messages as they stand).
 
-    bad: rows that are malformed as far as can be seen here.
+    bad: rows that are malformed as far as can be seen here. unmapped: columns that would be part of a prompt by their
+    name, and that the recipe's own mapping leaves out.
     """
 
     rows: list[tuple[Place, Row]]
     bad: list[Bad]
+    unmapped: list[str]
 
 
 def check_hub_id(text: str, field: str) -> None:
@@ -124,7 +127,9 @@ def read_source(
 
 def mapped(table: files.Table, mapping: dict[str, str]) -> Found:
     """The table's rows by field, without those whose values no text can be made of. mapping: field -> column."""
-    found = Found([], list(table.bad))
+    known = known_columns(table.columns)
+    parts = [known[name] for name in _PARTS if name in known and name not in mapping]
+    found = Found([], list(table.bad), [column for column in parts if column not in mapping.values()])
     for place, raw in table.rows:
         problem = _value_problem(mapping, raw, place)
         if problem is None:

@@ -23,7 +23,7 @@ Placed = list[tuple[Place, Row]]
 
 _SIGNS = {",": "commas", "\t": "tabs"}
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that could not be decoded
-_SWALLOWED = 6  # lines of one row that all look like rows: more than a text has by chance
+_SWALLOWED = 6  # lines of one row that look like rows: more than a text has by chance
 # Keys under which one row holds a list: a lone object with such a list is a row, not a wrapper of rows.
 _LISTS_OF_A_ROW = ("messages", "conversations", "history", "chosen", "rejected", "prompt", "completion", "tools")
 
@@ -79,9 +79,9 @@ def _open_quote(line: int, error: str) -> str:
 
 
 def _check_names(names: list[str], delimiter: str, place: Place) -> None:
-    if len(names) == 1 and any(sign in names[0] for sign in ",;\t|"):
-        sign = _SIGNS[delimiter]
-        raise NotReadable(f"has the one column '{names[0][:80]}': separate its fields with {sign}")
+    if len(names) == 1 and any(sign in names[0] for sign in {",", ";", "\t", "|"} - {delimiter}):
+        signs = _SIGNS[delimiter]
+        raise NotReadable(f"has the one column '{names[0][:80]}': separate its fields with {signs}")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise NotReadable(f"names the column '{twice}' twice in {place}: give each a name of its own")
@@ -97,14 +97,14 @@ def _csv_problem(values: list[str], names: list[str], delimiter: str, place: Pla
     escaped = undecoded("".join(values), place)
     if escaped:
         return escaped
-    swallowed = _swallowed(lines, len(names), delimiter)
+    alike = _like_rows(lines, len(names), delimiter)
     if len(values) != len(names):
         said = f"{_count(values, 'field')}, but {_count(names, 'column')}"
-        if swallowed:
+        if alike > 0.5:
             raise NotReadable(_open_quote(place.number, said))
         said += f": put a field that holds {_SIGNS[delimiter]} in quotes" if len(values) > len(names) else ""
         return Bad(place, "wrong number of fields", said)
-    if swallowed:
+    if alike == 1:
         said = "a field in quotes holds lines that look like rows: close the quote before them, or give JSON Lines"
         return Bad(place, "a quote closed too late", said)
     return None
@@ -114,10 +114,14 @@ def _count(items: list[str], what: str) -> str:
     return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
 
 
-def _swallowed(lines: list[str], columns: int, delimiter: str) -> bool:
-    """Whether each of a row's many lines has as many fields as a row: a quote that closes too late took them in."""
-    many = len(lines) >= _SWALLOWED and columns > 1
-    return many and all(line.count(delimiter) == columns - 1 for line in lines)
+def _like_rows(lines: list[str], columns: int, delimiter: str) -> float:
+    """Share of a row's lines that look like rows themselves: taken in, perhaps, by a quote that closes too late.
+
+    0 for a row of few lines, and where a row has one field.
+    """
+    if len(lines) < _SWALLOWED or columns == 1:
+        return 0.0
+    return sum(line.count(delimiter) == columns - 1 for line in lines) / len(lines)
 
 
 def undecoded(text: str, place: Place) -> Bad | None:

@@ -68,7 +68,7 @@ FIELDS = {
     "messages": ({"conversations": [{"from": "human", "value": "q"}]}, "task", {"messages": "conversations"}, ""),
     "pairs": ({"prompt": "q", "chosen": "a"}, "safety", {"prompt": "prompt", "chosen": "chosen"}, ""),
     "prompts": ({"goal": "q", "id": 7}, "harmful", {"prompt": "goal"}, "prompts alone: for data.safety"),
-    "one other text": ({"question": "q", "reply": "a"}, "task", {"prompt": "question", "response": "reply"}, "'reply' as"),
+    "one other text": ({"query": "q", "reply": "a"}, "task", {"prompt": "query", "response": "reply"}, "'reply' as"),
     "two texts": ({"frage": "q", "antwort": "a"}, "task", {"prompt": "frage", "response": "antwort"}, "are guesses"),
 }
 
@@ -110,7 +110,7 @@ REFUSED = {
     "a file that is not there": (["nowhere.csv"], "nowhere.csv does not exist: give a"),
     "an ending that is none": (["d.txt"], "has the unknown ending '.txt'"),
     "columns that are no mapping": (["d.jsonl", "--columns", "[a"], "--columns is '[a': give a mapping"),
-    "a field that is none": (["d.jsonl", "--columns", "{question: a}"], "columns maps to 'question', which is no field"),
+    "a field that is none": (["d.jsonl", "--columns", "{ask: a}"], "columns maps to 'ask', which is no field"),
     "a column that is none": (["d.jsonl", "--columns", "{prompt: b}"], "maps prompt to 'b', which"),
     "a model that is none": (["d.jsonl", "--model", "/nowhere"], "model.path '/nowhere' is no folder"),
     "damaged": (["e.json"], "is no valid JSON at line 1, column 9"),

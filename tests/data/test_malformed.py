@@ -147,5 +147,18 @@ def test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list(project, t
     )
 
 
+def test_parts_of_a_prompt_that_the_recipe_does_not_map_are_said(tmp_path):
+    row = {"instruction": "q", "input": "more", "output": "a", "system": "S", "history": [], "id": 1}
+    path = written(tmp_path, "d.jsonl", json.dumps(row) + "\n")
+    skipped = Skipped()
+    mapped = {"prompt": "instruction", "response": "output", "input": "input"}
+    assert task_rows(data_section(path, columns=mapped), skipped)[0]["prompt"] == "q\n\nmore"
+    said = f"data.task: data.task.columns leaves out what may be part of a prompt in {path}: system, history"
+    assert skipped.sentences() == [said] and skipped.facts() == {}
+    skipped = Skipped()
+    task_rows(data_section(path), skipped)
+    assert skipped.sentences() == [], "where the recipe maps nothing, all that is known is used"
+
+
 def test_places_are_told_in_words():
     assert str(Place(3, "line")) == "line 3" and str(Place(3, part="a.parquet")) == "a.parquet, row 3"

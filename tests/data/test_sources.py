@@ -44,13 +44,15 @@ def rows_of(*arguments):
 def test_formats(tmp_path, kind):
     source = SourceSection(source=str(write(tmp_path, kind)), columns=MAPPING)
     check_source(source, "data.task")
-    assert rows_of(source, "data.task", ("prompt", "response")) == [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    expected = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    assert rows_of(source, "data.task", ("prompt", "response")) == expected
 
 
 def test_csv_without_header(tmp_path):
     (tmp_path / "data.csv").write_text('"a, really",b\nc,d\n')
     source = SourceSection(source=str(tmp_path / "data.csv"), columns={"prompt": "0", "response": "1"}, header=False)
-    assert rows_of(source, "data.task", ("prompt",)) == [{"prompt": "a, really", "response": "b"}, {"prompt": "c", "response": "d"}]
+    expected = [{"prompt": "a, really", "response": "b"}, {"prompt": "c", "response": "d"}]
+    assert rows_of(source, "data.task", ("prompt",)) == expected
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def test_a_quote_that_never_closes_or_closes_in_another_row(tmp_path):
     end = written(tmp_path, "d.csv", f'prompt,response\na,b\n"open q,a\n{SWALLOWED}last,row"\n')
     said = f"{end} has a quote that is not closed where it should be, in the row that begins in line 3 (1 field, but"
     assert said in refusal(end, max_bad_rows=0.9), "nobody could count what it took in"
+    gaps = written(tmp_path, "d.csv", end.read_text().replace("q 7,a 7\n", "\n\n"))
+    assert "in the row that begins in line 3 (1 field, but 2 columns)" in refusal(gaps, max_bad_rows=0.9)
     one = written(tmp_path, "d.csv", 'prompt,response\na,b\n"said" he,b\nc,d\n')
     assert f"quotes do not match (',' expected after '\"') ({one}, line 3); 1 of 3" in refusal(one)
     last = written(tmp_path, "d.csv", 'prompt,response\na,b\n"c,d')
