@@ -230,7 +230,7 @@ def _parquet(path: Path, head: bytes) -> Table:
         raise NotReadable("is no Parquet file, though its name ends so: give it the ending of what it is")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of folders named a=b
-            table = file.read()
+            table = _whole(file.read())
     except (pyarrow.ArrowException, OSError) as error:
         raise _cannot_be_read(error, "Parquet") from None
     return _of_arrow(table, "Parquet")
@@ -243,10 +243,23 @@ def _arrow(path: Path, head: bytes) -> Table:
     try:
         with pyarrow.OSFile(str(path)) as stream:
             opened = pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
-            table = opened.read_all()
+            table = _whole(opened.read_all())
     except (pyarrow.ArrowException, OSError) as error:
         raise _cannot_be_read(error, "Arrow") from None
     return _of_arrow(table, f"Arrow {'file' if is_file else 'stream'}")
+
+
+def _whole(table: Any) -> Any:
+    """The table, after a look at every offset in it: damaged ones would end the process. ArrowException for those."""
+    import pyarrow
+
+    try:
+        table.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):  # texts are looked at row by row
+            raise
+        table.validate()
+    return table
 
 
 def _cannot_be_read(error: Exception, kind: str) -> Exception:

@@ -165,6 +165,16 @@ def test_arrow_columns_that_are_there_twice_or_hold_no_utf8(tmp_path):
     )
 
 
+def test_damaged_offsets_are_refused_before_anything_is_read_by_them(tmp_path):
+    """Read by them, one such file ended the process, and another was a SystemError."""
+    offsets, texts = pyarrow.array([0, 10**9, 2], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"ab")
+    damaged = pyarrow.Array.from_buffers(pyarrow.utf8(), 2, [None, offsets, texts])
+    given = pyarrow.table({"prompt": damaged, "response": ["a", "b"]})
+    with pyarrow.OSFile(str(tmp_path / "d.arrow"), "wb") as sink, pyarrow.ipc.new_file(sink, given.schema) as out:
+        out.write_table(given)
+    assert "cannot be read as Arrow (" in refusal(tmp_path / "d.arrow")
+
+
 @pytest.mark.parametrize("write", [write_arrow, write_parquet])
 def test_a_folder_of_several_files(tmp_path, write):
     kind = {write_arrow: "arrow", write_parquet: "parquet"}[write]
