@@ -17,17 +17,22 @@ Turns = list[dict[str, Any]]
 
 
 def as_conversation(row: Row) -> Row:
-    """The row with `messages` where its conversation stands in other fields; as it is where it needs nothing."""
+    """The row with `messages` where its conversation stands in other fields, without those; else as it is."""
     history = _history(row.get("history"))
     row = {name: value for name, value in row.items() if name != "history"}
     if row.get("messages"):
         if history:
             raise ValueError("history stands beside a conversation, and may be part of it or not: map one of the two")
     elif history or _is_messages(row.get("prompt")) or _is_messages(row.get("response")):
-        row = {**row, "messages": [*history, *_asked(row), *_answered(row.get("response"))]}
-    if not _blank(row.get("system")):
+        messages = [*history, *_asked(row), *_answered(row.get("response"))]
+        row = {name: value for name, value in row.items() if name not in ("prompt", "input", "response")}
+        row["messages"] = messages
+    system = row.get("system")
+    if not _blank(system):
         for name in ("messages", "chosen", "rejected"):
-            row = {**row, name: _after_system(row.get(name), row["system"])} if row.get(name) else row
+            row = {**row, name: _after_system(row.get(name), system)} if row.get(name) else row
+    if row.get("messages"):
+        row.pop("system", None)
     return row
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline import recipe
+from pipeline import artifacts, recipe
 from pipeline.data.check import check_sources
 from pipeline.data.malformed import SKIPPED, Place, Skipped
 from pipeline.data.rows import ordered_rows, task_rows
@@ -129,22 +129,30 @@ def project(tmp_path_factory):
 
 def test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list(project, tmp_path, capsys):
     from pipeline.data.prepare import prepare
+    from pipeline.data.prompts import write_prompts
 
     folder, content = project
     task = folder / "task.jsonl"
     task.write_text((folder / "data" / "task.jsonl").read_text() + '{"question": "no answer"}\n')
     content["data"]["task"] |= {"source": str(task), "max_bad_rows": 0.02}
+    asked = folder / "asked.jsonl"
+    asked.write_text((folder / "data" / "harmful_eval.jsonl").read_text() + '{"goal": null}\n')
+    content["evaluate"]["harmful"] |= {"source": str(asked), "max_bad_rows": 0.2}
     base = recipe.load(write_recipe(folder, content)).base
-    assert check_sources(base) == [
-        f"data.task: 1 of 81 rows of {task} are malformed and left out (no response 1: line 81)"
+    said = [
+        f"data.task: 1 of 81 rows of {task} are malformed and left out (no response 1: line 81)",
+        f"evaluate.harmful: 1 of 9 rows of {asked} are malformed and left out (no prompt 1: line 9)",
     ]
+    assert check_sources(base) == said
     facts = prepare(base, tmp_path)
     assert facts["skipped"] == {"data.task": {"no response": 1}}
     assert json.loads((tmp_path / SKIPPED).read_text())["place"] == "line 81"
-    assert (
-        f"data.task: 1 of 81 rows of {task} are malformed and left out (no response 1: line 81)"
-        in capsys.readouterr().err
-    )
+    artifacts.write_json(tmp_path / artifacts.FACTS, facts)
+    (tmp_path / "prompts").mkdir()
+    assert write_prompts(base, tmp_path, tmp_path / "prompts")["skipped"] == {"evaluate.harmful": {"no prompt": 1}}
+    assert json.loads((tmp_path / "prompts" / SKIPPED).read_text())["place"] == "line 9"
+    lines = capsys.readouterr().err.splitlines()
+    assert all(lines.count(sentence) == 1 for sentence in said)
 
 
 def test_parts_of_a_prompt_that_the_recipe_does_not_map_are_said(tmp_path):
