@@ -24,9 +24,11 @@ def as_conversation(row: Row) -> Row:
         if history:
             raise ValueError("history stands beside a conversation, and may be part of it or not: map one of the two")
     elif history or _is_messages(row.get("prompt")) or _is_messages(row.get("response")):
-        messages = [*history, *_asked(row), *_answered(row.get("response"))]
-        row = {name: value for name, value in row.items() if name not in ("prompt", "input", "response")}
-        row["messages"] = messages
+        asked = _asked(row)
+        if asked:  # else there is no prompt, whatever was said before
+            messages = [*history, *asked, *_answered(row.get("response"))]
+            row = {name: value for name, value in row.items() if name not in ("prompt", "input", "response")}
+            row["messages"] = messages
     system = row.get("system")
     if not _blank(system):
         for name in ("messages", "chosen", "rejected"):

@@ -97,6 +97,7 @@ REFUSED = {
     "history of texts": ({"prompt": "q", "response": "a", "history": ["b", "c"]}, "history holds other than"),
     "history of an object": ({"prompt": "q", "response": "a", "history": {"b": "c"}}, "history holds other than"),
     "history that is no JSON": ({"prompt": "q", "response": "a", "history": "b"}, "history holds text that is no JSON"),
+    "history before nothing": ({"prompt": None, "response": "a", "history": [["b", "c"]]}, "{file} holds no row with"),
     "input beside a list": ({**BOTH, "input": "more"}, "input stands beside a prompt of several messages"),
     "a list of texts": ({"prompt": ["q"], "response": "a", "history": [["b", "c"]]}, "prompt holds a list"),
     "no answer": ({"prompt": chat("q"), "completion": []}, "the conversation ends without an answer"),
@@ -111,5 +112,7 @@ def test_what_could_mean_two_things_is_refused_with_its_line(tmp_path, case):
     with pytest.raises(ValueError) as caught:
         read(tmp_path, row)
     sentence = str(caught.value)
-    assert sentence.startswith(f"data.task: {said}") and f"({tmp_path / 'd.jsonl'}, line 1); 1 of 1 rows is" in sentence
+    file = str(tmp_path / "d.jsonl")
+    assert sentence.startswith(f"data.task: {said.format(file=file)}")
+    assert f"({file}, line 1); 1 of 1 rows is" in sentence or "holds no row with a prompt" in sentence
     assert "\n" not in sentence and ". " not in sentence
