@@ -4,7 +4,8 @@
     sap train launch/recipes/demo.yaml --method sap --seed 1 --train.lr 2e-4
 
 `run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
-training takes by arithmetic. `template MODEL` shows what of a conversation is trained (sap template --help). `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
+training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
+`sap data FILE` says what a data file holds and how a recipe would read it, `sap template MODEL` what of a conversation is trained.
 Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone), 75 stopped on request (SIGTERM, SIGUSR1,
 Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from pipeline import artifacts, capacity, checks, devices, dry_run, entry, recipe, redaction, runner, strict_yaml
 from pipeline.capacity import Capacity
-from pipeline.data import show_template
+from pipeline.data import describe, show_template
 from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
 from pipeline.status import STAGES, check_portable, status
@@ -44,11 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     if argv[:1] == ["template"]:
         return show_template.main(argv[1:])
+    if argv[:1] == ["data"]:
+        return describe.command(argv[1:])
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
-    parser.add_argument("stage", choices=(*STAGES, "run", "status", "plan", "doctor"), help="what to do; run: everything that is missing")
-    parser.add_argument("recipe", help="path of the recipe, or launch/recipes/NAME.yaml of one that ships with the package")
+    known = (*STAGES, "run", "status", "plan", "doctor", "data")
+    parser.add_argument("stage", choices=known, help="what to do; run: everything that is missing")
+    shipped = "launch/recipes/NAME.yaml of one that ships with the package"
+    parser.add_argument("recipe", help=f"path of the recipe, or {shipped}; for data: the file")
     parser.add_argument("--method", help="only this method of the recipe")
     parser.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap (a grid: the name before its settings): a report of its own")
     parser.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")

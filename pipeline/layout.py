@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifacts, devices
-from pipeline.data import builtin, contrastive, forms
-from pipeline.data.sources import SUFFIXES
+from pipeline.data import builtin, contrastive, files, forms
+from pipeline.data.sources import local_path
 from pipeline.evaluation import judges, refusal
 from pipeline.evaluation.attacks import ATTACKS
 from pipeline.filtering import keywords
@@ -250,16 +250,28 @@ def _source_identities(recipe: Recipe) -> dict[str, Any]:
 
 
 def _source_identity(source: SourceSection, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """What a source holds and what is taken of it: a file by its bytes and its ending, which says how they are read."""
-    path = Path(source.source).expanduser()
+    """What a source holds and what is taken of it: files by their bytes, and the ending that says how to read."""
+    found = _local_files(source)
     if source.source.startswith("builtin:"):
         identity: dict[str, Any] = {"builtin": builtin.identity(source.source.removeprefix("builtin:"))}
-    elif path.suffix in SUFFIXES and path.is_file():
-        identity = {"file": path.suffix, "sha256": digest(path)}
-        identity |= {"header": source.header} if path.suffix == ".csv" else {}
+    elif found:
+        kind = files.suffix(found[0])
+        hashes = [digest(file) for file in found]
+        identity = {"file": kind, "sha256": hashes[0] if len(hashes) == 1 else hashes}
+        identity |= {"header": source.header} if kind in (".csv", ".tsv") else {}
     else:
         identity = source.model_dump(mode="json", include={"source", "subset", "split", "revision"})
-    return {**identity, "columns": source.columns, "limit": source.limit}
+    tolerated = {"max_bad_rows": source.max_bad_rows} if source.max_bad_rows else {}
+    return {**identity, "columns": source.columns, "limit": source.limit, **tolerated}
+
+
+def _local_files(source: SourceSection) -> list[Path]:
+    """The files that a local source is read from; none where there are none, which the check of the recipe refuses."""
+    path = local_path(source)
+    try:
+        return [file for file in files.parts(path, source.split) if file.is_file()] if path is not None else []
+    except files.NotReadable:
+        return []
 
 
 def _short(value: Any) -> str:

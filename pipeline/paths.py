@@ -16,7 +16,7 @@ from string import Template
 from typing import Any, get_args
 
 from pipeline import shipped
-from pipeline.data.sources import SUFFIXES
+from pipeline.data import files
 from pipeline.redaction import redact
 from pipeline.sections import PathField, Section
 
@@ -134,7 +134,7 @@ def _resolved(text: str, kind: str, folder: Path) -> str:
         raise ValueError("which is an address: download what is there, and give the file or folder")
     path = _joined(folder, text)
     local = text.startswith(("/", "."))
-    if kind == "data" and not (local or Path(text).suffix in SUFFIXES or os.path.isfile(path)):
+    if kind == "data" and not (local or files.suffix(text) or os.path.exists(path)):
         return text
     if kind == "model" and not (local or text.count("/") != 1 or os.path.isdir(path)):
         return text

@@ -49,17 +49,28 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    source: Annotated[str, PathField("data")] = Field(description="builtin:NAME, a local .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set id")
+    source: Annotated[str, PathField("data")] = Field(
+        description="builtin:NAME, a local .jsonl, .json, .csv, .tsv (also .gz), .parquet or .arrow file, "
+        "a folder of such files or of save_to_disk, or a hub data set id"
+    )
     subset: str | None = Field(None, description="Configuration name of a hub data set")
-    split: str = Field("train", description="Split of a hub data set")
+    split: str = Field("train", description="Split of a hub data set, or of a folder that holds several")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Mapping to the fields messages | prompt, input, response, system, chosen, rejected, and harmful (true, false or nothing: for saft); "
+        description="Mapping to the fields messages | prompt, input, response, system, history, chosen, rejected, "
+        "and harmful (true, false or nothing: for saft); "
         "e.g. {prompt: instruction, response: output}",
     )
-    header: bool = Field(True, description="Whether a CSV file's first line names its columns; else they are called 0, 1, ...")
+    header: bool = Field(
+        True, description="Whether a CSV or TSV file's first line names its columns; else they are called 0, 1, ..."
+    )
     limit: Positive | None = Field(None, description="Rows to use at the most, drawn with data.seed")
+    max_bad_rows: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of malformed rows (wrong number of fields, no JSON, no prompt, no response where it is needed) "
+        "that may be left out, counted and listed; above it the source is refused",
+    )
 
 
 class DataSection(Section):

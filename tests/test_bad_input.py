@@ -18,6 +18,7 @@ from pipeline.sections import ModelSection
 from tests.model_folder import change
 from tests.project import make_project, run, write_jsonl, write_recipe
 
+TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> tuple[Path, dict]:
@@ -92,7 +93,8 @@ CASES = {
     "a data file whose name no system takes": (["--data.task.source", "x" * 300 + ".jsonl"], ["File name too long", "see whether the recipe names the right file"]),
     "an address for a file": (["--data.task.source", "https://ann:hunter2@host/task.jsonl"], ["--data.task.source", "is an address: download"]),
     "an address for a model": (["--model.path", "https://host/m"], ["--model.path", "is an address: download"]),
-    "a folder for a file": (["--data.task.source", "/tmp"], ["data.task.source /tmp is no regular file"]),
+    "a folder without data": (["--data.task.source", str(TESTS)], [f"{TESTS} is a folder without a data file"]),
+    "a device for a file": (["--data.task.source", "/dev/null"], ["data.task.source /dev/null is no regular file"]),
     "a number of ranks that nobody has": (["--train.ranks", "1000000000"], ["train.batch_size 8 does not divide by 1000000000 ranks", "or 8 ranks"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }

@@ -76,17 +76,21 @@ def test_rows_after_the_first_fifty_and_long_fields_are_read(project, capsys):
     lines = [json.dumps({"question": f"q {i}", "answer": "a"}) for i in range(80)]
     (folder / "late.jsonl").write_text("\n".join([*lines, "null"]))
     code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'late.jsonl'}")
-    assert code == 2 and "must hold objects with named values, but row 81 is a NoneType" in error
+    assert code == 2 and f"must hold objects with named values, and this one is a null ({folder}/late.jsonl, line 81)" in error
     (folder / "long.csv").write_text("question,answer\n" + "\n".join(f"q {i},{'word ' * 40_000}" for i in range(20)))
     assert dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'long.csv'}", "--data.test_samples=4")[0] == 0
     (folder / "latin.csv").write_bytes("question,answer\ncaf\xe9,oui\n".encode("latin-1"))
     code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'latin.csv'}")
-    assert code == 2 and "latin.csv cannot be read as a .csv file" in error and "save it again, text as UTF-8" in error
+    assert code == 2 and "the byte 0xe9 is no UTF-8: save the file as UTF-8" in error and "latin.csv, line 2)" in error
 
 
 BAD_CSV = {
-    "commas without quotes": ("question,answer\nq,a\nBroken, row, with, commas\n", "has 4 fields in the row that ends in line 3, and 2 columns: put a field"),
-    "a quote that never closes": ('question,answer\nq,a\n"open,b\nc,d\n', "cannot be read as a .csv file (unexpected end of data)"),
+    "commas without quotes": (
+        "question,answer\nq,a\nBroken, row, with, commas\n", "4 fields, but 2 columns: put a field that holds commas in quotes ("
+    ),
+    "a quote that never closes": (
+        'question,answer\nq,a\n"open,b\nc,d\n', "is not closed where it should be, in the row that begins in line 3 ("
+    ),
     "semicolons": ("question;answer\nq;a\n", "has the one column 'question;answer': separate its fields with commas"),
     "a name twice": ("question,answer,answer\nq,a,b\n", "names the column 'answer' twice"),
 }
@@ -210,5 +214,5 @@ def test_a_large_file_is_looked_at_later(project, capsys, monkeypatch):
     monkeypatch.setattr(check, "_READ_WHOLE", 100)
     folder, content = project
     code, _, error = dry_run(capsys, write_recipe(folder, content))
-    assert code == 0 and "is large, so its rows are looked at when they are prepared" in error
+    assert code == 0 and "is large, so its columns and rows are looked at when they are prepared" in error
     assert json.loads((folder / "data" / "task.jsonl").read_text().splitlines()[0])["question"]

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.data import files
+from pipeline.data.malformed import Skipped
 from pipeline.data.overlap import conversation
 from pipeline.data.prepare import check_split
 from pipeline.data.rows import ordered_rows, task_rows
-from pipeline.data.sources import SUFFIXES, check_source
+from pipeline.data.sources import check_source, local_path, read_source
 from pipeline.layout import harmful_drawn, sources
 from pipeline.recipe import Recipe
 from pipeline.sections import SourceSection
 
-_READ_WHOLE = 200e6  # bytes of a file up to which every row is looked at: seconds
+_READ_WHOLE = 200e6  # bytes of unpacked data up to which every row is looked at: seconds
 
 
 def check_sources(recipe: Recipe) -> list[str]:
     """Paths, mappings, built-in names and the rows of local files. Raises ValueError; returns sentences that are no errors."""
-    data, notes = recipe.data, []
+    data, notes, skipped = recipe.data, [], Skipped()
     for field, source in sources(recipe):
         check_source(source, field)
     if recipe.align.enabled and (data.refusals is None or data.harmless is None):
@@ -32,23 +34,31 @@ def check_sources(recipe: Recipe) -> list[str]:
     unused = {"data.refusals", "data.harmless"} if not recipe.align.enabled else set()
     unused |= set() if harmful_drawn(data) else {"data.harmful"}
     for field, source in sources(recipe):
-        if field in unused or source.source.startswith("builtin:"):
-            continue
-        if Path(source.source).suffix not in SUFFIXES:
+        path = local_path(source)
+        if path is not None and _size(path, source, field) > _READ_WHOLE:
+            large = "is large, so its columns and rows are looked at when they are prepared"
+            notes.append(f"{field}: {source.source} {large}")
+        elif path is not None and field in unused:
+            read_source(source, field, ())  # what cannot be read or mapped is wrong whether or not it is used
+        elif path is not None:
+            _check_rows(field, source, recipe, skipped)
+        elif field not in unused and not source.source.startswith("builtin:"):
             notes.append(f"{field}: {source.source} is taken for a data set of the hub, and looked at when it is prepared")
-            continue
-        if Path(source.source).stat().st_size > _READ_WHOLE:
-            notes.append(f"{field}: {source.source} is large, so its rows are looked at when they are prepared")
-        else:
-            _check_rows(field, source, recipe)
-    return notes
+    return [*notes, *skipped.sentences()]
 
 
-def _check_rows(field: str, source: SourceSection, recipe: Recipe) -> None:
-    """ValueError for a row that cannot be used, and where none can."""
+def _size(path: Path, source: SourceSection, field: str) -> int:
+    try:
+        return files.unpacked_bytes(path, source.split)
+    except files.NotReadable as error:
+        raise ValueError(f"{field}.source {source.source} {error}") from None
+
+
+def _check_rows(field: str, source: SourceSection, recipe: Recipe, skipped: Skipped) -> None:
+    """ValueError for a row that cannot be used, and where none can; rows that may be left out are kept in `skipped`."""
     if field == "data.task":
-        rows = task_rows(recipe.data)
+        rows = task_rows(recipe.data, skipped)
         check_split(recipe.data, len(rows))
         check_split(recipe.data, len({conversation(row) for row in rows}), "different prompts")
     else:
-        ordered_rows(field, source, recipe.data.seed, pairs=field == "data.safety")
+        ordered_rows(field, source, recipe.data.seed, pairs=field == "data.safety", skipped=skipped)

@@ -21,6 +21,7 @@ from typing import Any
 
 from pipeline.data import contrastive, forms
 from pipeline.data.chat import IGNORE, Chat, Encoded
+from pipeline.data.malformed import Skipped
 from pipeline.data.messages import Message
 from pipeline.data.overlap import Claims, assert_disjoint, write_held
 from pipeline.data.rows import Row, ordered_rows, task_rows
@@ -53,6 +54,7 @@ class _Preparation:
     def __init__(self, recipe: Recipe, chat: Chat):
         self.recipe, self.data, self.chat = recipe, recipe.data, chat
         self.claims = Claims()
+        self.skipped = Skipped()
         self.counts: dict[str, dict[str, int]] = {}
         self.notes: dict[str, Counter[str]] = {}  # field -> what its rendering does otherwise than the chat template
 
@@ -60,7 +62,7 @@ class _Preparation:
         data, sets = self.data, {}
         if data.validation_prompts is not None:
             field, source = "data.validation_prompts", data.validation_prompts
-            rows = self._by_form(field, ordered_rows(field, source, data.seed), "validation", by_prompt=True)
+            rows = self._by_form(field, self._ordered(field, source), "validation", by_prompt=True)
             taken = self.claims.take(field, rows, _VALIDATION_PROMPTS, by_prompt=True)
             sets["validation_prompts"] = prompt_rows(field, source, taken)
             opened = [
@@ -69,7 +71,7 @@ class _Preparation:
             ]
             sets["harmful_validation"] = self._encoded("data.validation_prompts", opened)
         sets["safety_pairs"] = self._pairs()
-        task = task_rows(data)
+        task = task_rows(data, self.skipped)
         check_split(data, len(task))
         kept = len(task) - data.validation_samples - data.test_samples
         harmful = self._harmful(kept)
@@ -90,7 +92,11 @@ class _Preparation:
             del row["messages"]  # were there for the check alone
         for name, rows in sets.items():
             write_set(folder / f"{name}.parquet", rows)
+        self.skipped.write(folder)
+        for sentence in self.skipped.sentences():
+            print(sentence, file=sys.stderr, flush=True)
         return {
+            "skipped": self.skipped.facts(),
             "samples": {name: len(rows) for name, rows in sets.items()},
             "forms": {name: forms.count_forms(rows) for name, rows in self._with_role(sets).items()},
             "encoding": self.counts,
@@ -118,10 +124,13 @@ class _Preparation:
             return rows
         return forms.alternating(self.claims.free(field, rows, by_prompt), family)
 
+    def _ordered(self, field: str, source: SourceSection, pairs: bool = False) -> list[Row]:
+        return ordered_rows(field, source, self.data.seed, pairs=pairs, skipped=self.skipped)
+
     def _pairs(self) -> list[Row]:
         source, pairs = self.data.safety, []
         counts = self.counts.setdefault("data.safety", {"truncated": 0, "dropped": 0})
-        for row in self._by_form("safety_pairs", ordered_rows("data.safety", source, self.data.seed, pairs=True), "train"):
+        for row in self._by_form("safety_pairs", self._ordered("data.safety", source, pairs=True), "train"):
             if len(pairs) == self.data.safety_pairs:
                 break
             if not self.claims.take("safety_pairs", [row]):
@@ -155,7 +164,7 @@ class _Preparation:
         if source is None or (wanted == 0 and source.limit is None):
             return []
         # With a limit the whole pool is claimed whatever the fraction, so that what is left for other sets does not depend on it.
-        found = self._by_form("harmful_mix", ordered_rows("data.harmful", source, self.data.seed), "train")
+        found = self._by_form("harmful_mix", self._ordered("data.harmful", source), "train")
         pool = self.claims.take("harmful_mix", found, wanted if source.limit is None else source.limit)
         rows = pool[:wanted]
         if not rows and wanted:
@@ -168,12 +177,12 @@ class _Preparation:
 
     def _alignment(self) -> list[Row]:
         data = self.data
-        found = self._by_form("align_refusals", ordered_rows("data.refusals", data.refusals, data.seed), "train")
+        found = self._by_form("align_refusals", self._ordered("data.refusals", data.refusals), "train")
         refused = [
             {**row, "response": row["response"] or contrastive.refusal(row["prompt"]), "kind": "refusal", "given": self._given(row)}
             for row in self.claims.take("align_refusals", found, data.refusal_samples)
         ]
-        found = self._by_form("align_harmless", ordered_rows("data.harmless", data.harmless, data.seed), "train")
+        found = self._by_form("align_harmless", self._ordered("data.harmless", data.harmless), "train")
         harmless = self.claims.take("align_harmless", found, data.harmless_samples)
         answered = [{**row, "kind": "harmless"} for row in harmless if row["response"]]
         open_rows = [

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.data import forms
+from pipeline.data.malformed import Skipped
 from pipeline.data.overlap import Claims, assert_disjoint, read_held
 from pipeline.data.prepare import HELD, Row, prompt_rows, write_set
 from pipeline.data.rows import ordered_rows
@@ -61,6 +62,9 @@ def write_prompts(recipe: Recipe, prepared: Path, folder: Path) -> dict[str, Any
     assert_disjoint(sets, held)
     for name, prompts in sets.items():
         write_set(folder / f"{name}.parquet", prompts)
+    taking.skipped.write(folder)
+    for sentence in taking.skipped.sentences():
+        _say(sentence)
     by_field = {
         name.replace("eval_", "evaluate."): forms.count_forms(rows)
         for name, rows in sets.items()
@@ -77,6 +81,7 @@ def write_prompts(recipe: Recipe, prepared: Path, folder: Path) -> dict[str, Any
         "samples": {name: len(prompts) for name, prompts in sets.items()},
         "forms": by_field,
         "asked": asked,
+        "skipped": taking.skipped.facts(),
         **taking.claims.facts(),
     }
 
@@ -109,13 +114,15 @@ class _Taking:
 
     def __init__(self, claims: Claims, recipe: Recipe):
         self.claims, self.recipe = claims, recipe
+        self.skipped = Skipped()
         self.left: dict[str, list[Row]] = {}  # what the test did not take of a field's source
 
     def test(self, field: str, source: SourceSection, asked: int, keep_a_third: bool = False) -> list[Row]:
         """Up to `asked` prompts that no set holds. keep_a_third: every third is for `validation`, whether or not the
         test needs it.
         """
-        free = self.claims.free(field, ordered_rows(field, source, self.recipe.data.seed), by_prompt=True)
+        rows = ordered_rows(field, source, self.recipe.data.seed, skipped=self.skipped)
+        free = self.claims.free(field, rows, by_prompt=True)
         kept = free[2::3] if keep_a_third else []
         usable = [row for number, row in enumerate(free) if number % 3 != 2] if keep_a_third else free
         self._say_left_out(field, source, len(usable), asked)

@@ -9,29 +9,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from numbers import Number
 from typing import Any
 
+from pipeline.data.malformed import Bad, Place, Skipped
 from pipeline.data.messages import Message, parse_messages, parse_tools
-from pipeline.data.sources import read_source
+from pipeline.data.shapes import as_conversation
+from pipeline.data.sources import FIELDS, Found, read_source
 from pipeline.redaction import redact
 from pipeline.sections import DataSection, SourceSection
 
 Row = dict[str, Any]
+NO_PROMPT, NO_RESPONSE = "no prompt", "no response"
 
 
 def ordered_rows(
-    field: str, source: SourceSection, seed: int, required: tuple[str, ...] = ("prompt",), pairs: bool = False
+    field: str,
+    source: SourceSection,
+    seed: int,
+    required: tuple[str, ...] = ("prompt",),
+    pairs: bool = False,
+    skipped: Skipped | None = None,
 ) -> list[Row]:
     """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected), ordered by a hash with the seed.
 
-    Raises ValueError naming the field where there is no row with a prompt.
+    Malformed rows (without a prompt, without a response where it is required, with values that are no text) are left
+    out, and kept in `skipped`. Raises ValueError naming the field where their share is above the source's max_bad_rows,
+    and where there is no row with a prompt.
     """
-    make, stand_in = (_pair, ("messages", "chosen")) if pairs else (_row, ("messages",))
-    found = (make(raw, field) for raw in read_source(source, field, required, stand_in))
-    rows = [row for row in found if row is not None]
-    if not rows:
+    skipped = skipped or Skipped()
+    found = read_source(source, field, required, ("messages", "chosen") if pairs else ("messages",))
+    placed, bad = made_rows(field, found, required, pairs)
+    rows = [row for _, row in placed]
+    if not rows and all(item.reason == NO_PROMPT for item in bad):
         raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
+    skipped.leave_out(field, source, bad, len(rows) + len(bad), found.unmapped)
 
     def place(row: Row) -> tuple[bytes, str]:
         digest = hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['response']}".encode()).digest()
@@ -40,9 +53,40 @@ def ordered_rows(
     return sorted(rows, key=place)[: source.limit]
 
 
-def task_rows(data: DataSection) -> list[Row]:
-    """Rows of the task that have a response, ordered as `ordered_rows`."""
-    return [row for row in ordered_rows("data.task", data.task, data.seed, ("prompt", "response")) if row["response"]]
+def task_rows(data: DataSection, skipped: Skipped | None = None) -> list[Row]:
+    """Rows of the task, all of which have a response, ordered as `ordered_rows`."""
+    return ordered_rows("data.task", data.task, data.seed, ("prompt", "response"), skipped=skipped)
+
+
+def made_rows(
+    field: str, found: Found, required: tuple[str, ...], pairs: bool = False
+) -> tuple[list[tuple[Place, Row]], list[Bad]]:
+    """Rows as `ordered_rows` makes them, in the order and with the places of the source, and all malformed ones."""
+    rows, bad = [], list(found.bad)
+    for place, raw in found.rows:
+        row, problem = _made(raw, field, place, pairs, "response" in required)
+        if problem is None:
+            rows.append((place, row))
+        else:
+            bad.append(problem)
+    return rows, bad
+
+
+def _made(raw: Row, field: str, place: Place, pairs: bool, answered: bool) -> tuple[Row, Bad | None]:
+    """A row, or what is wrong with it. answered: whether it must have a response."""
+    try:
+        raw = as_conversation(raw)
+        row = (_pair if pairs else _row)(raw, field)
+    except ValueError as error:
+        said = str(error).removeprefix(f"{field}: ")
+        name = re.split(r"\W", said, maxsplit=1)[0]
+        return {}, Bad(place, f"unusable {name if name in FIELDS else 'value'}", said)
+    if row is None:
+        return {}, Bad(place, NO_PROMPT, NO_PROMPT)
+    if answered and not row["response"].strip():
+        said = "the conversation ends without an answer" if raw.get("messages") else NO_RESPONSE
+        return {}, Bad(place, NO_RESPONSE, said)
+    return row, None
 
 
 def tools_of(row: Row) -> list[dict[str, Any]] | None:

@@ -1,27 +1,33 @@
-"""Data sources: hub data sets and local files, read into rows of known fields.
+"""Data sources: hub data sets, local files and built-in data, read into rows of known fields.
 
-    rows = read_source(SourceSection(source="data.jsonl", columns={"prompt": "question", "response": "answer"}), "data.task", ("prompt", "response"))
+    source = SourceSection(source="data.jsonl", columns={"prompt": "question", "response": "answer"})
+    found = read_source(source, "data.task", ("prompt", "response"))
+    found.rows     # [(Place(1, "line"), {"prompt": "a", "response": "b"}), ...]
+    found.bad      # malformed rows, with the reason
 
-Formats: .jsonl, .json (an array, an object holding one, or several objects one after another), .csv, .parquet, .arrow.
-Every mistake of the user is a ValueError that names the recipe's field.
+How files are read is files.py's. Every mistake of the user is a ValueError that names the recipe's field.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import difflib
+import math
 import os
-import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import builtin
+from pipeline.data import builtin, files
+from pipeline.data.malformed import Bad, Place, refusal
+from pipeline.data.text_rows import NotReadable
 from pipeline.sections import SourceSection
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-FIELDS = ("messages", "tools", "prompt", "input", "response", "system", "chosen", "rejected", "harmful")
+FIELDS = ("messages", "tools", "prompt", "input", "response", "system", "history", "chosen", "rejected", "harmful")
+_PARTS = ("tools", "input", "system", "history")  # what belongs to a prompt where a data set has it
+_TEXTS = ("prompt", "input", "response", "system", "chosen", "rejected")
 
 # Columns of data sets met in the wild, tried in this order where the recipe maps nothing.
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -31,9 +37,23 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "input": ("input", "context"),
     "response": ("response", "output", "answer", "completion", "target"),
     "system": ("system",),
+    "history": ("history",),
     "chosen": ("chosen", "safe_response", "llama3_output"),
     "rejected": ("rejected", "unsafe_response"),
 }
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source's rows: each with its place, and the values of the fields that are mapped (messages as they stand).
+
+    bad: rows that are malformed as far as can be seen here. unmapped: columns that would be part of a prompt by their
+    name, and that the recipe's own mapping leaves out.
+    """
+
+    rows: list[tuple[Place, Row]]
+    bad: list[Bad]
+    unmapped: list[str]
 
 
 def check_hub_id(text: str, field: str) -> None:
@@ -45,6 +65,15 @@ def check_hub_id(text: str, field: str) -> None:
         )
 
 
+def local_path(source: SourceSection) -> Path | None:
+    """The file or folder that a source names, whether or not it is there; None for built-in data and the hub's."""
+    if source.source.startswith("builtin:"):
+        return None
+    path = Path(source.source).expanduser()
+    local = path.is_absolute() or source.source.startswith((".", "~")) or files.suffix(path)
+    return path if local else None
+
+
 def check_source(source: SourceSection, field: str) -> None:
     """What can be said without reading the rows. Raises ValueError."""
     if source.source.startswith("builtin:"):
@@ -53,70 +82,156 @@ def check_source(source: SourceSection, field: str) -> None:
         except ValueError as error:
             raise ValueError(f"{field}.source: {error}") from None
         return
-    path = Path(source.source).expanduser()
-    looks_local = path.suffix in SUFFIXES or path.is_absolute() or source.source.startswith((".", "~"))
-    if not looks_local:
+    path = local_path(source)
+    if path is None:
         check_hub_id(source.source, f"{field}.source")
     else:
-        if not path.is_file():
-            problem = "is no regular file" if path.exists() else "does not exist"
-            raise ValueError(f"{field}.source {source.source} {problem}: give a {', '.join(SUFFIXES)} file, a hub id or builtin:NAME")
-        if path.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{field}.source {source.source} has the unknown ending '{path.suffix}': it must be one of {', '.join(SUFFIXES)}"
-            )
+        _check_path(path, source, field)
     unknown = sorted(set(source.columns) - set(FIELDS))
     if unknown:
         raise ValueError(
-            f"{field}.columns maps to '{unknown[0]}', which is no field: map {', '.join(FIELDS)}, e.g. {{prompt: instruction, response: output}}"
+            f"{field}.columns maps to '{unknown[0]}', which is no field: map {', '.join(FIELDS)}, "
+            "such as {prompt: instruction, response: output}"
         )
-    if looks_local:
-        columns = _columns(_read_file(path, source, field, limit=50))
-        _mapping(source, field, columns, ())
 
 
-def read_source(source: SourceSection, field: str, required: Iterable[str], stand_in: Iterable[str] = ("messages",)) -> list[Row]:
-    """All rows, with the fields of FIELDS that the mapping yields (text values; messages as a list).
+def _check_path(path: Path, source: SourceSection, field: str) -> None:
+    where = f"{field}.source {source.source}"
+    if path.is_dir():
+        try:
+            found = files.parts(path, source.split)
+        except NotReadable as error:
+            raise ValueError(f"{where} {error}") from None
+        if not found:
+            raise ValueError(f"{where} holds no rows")
+        return
+    if not path.is_file():
+        problem = "is no regular file" if path.exists() else "does not exist"
+        raise ValueError(f"{where} {problem}: give a {files.ENDINGS}, a folder of such files, a hub id or builtin:NAME")
+    if not files.suffix(path):
+        raise ValueError(f"{where} has the unknown ending '{path.suffix}': it must be one of {files.ENDINGS}")
 
-    required: fields that must be there, unless one of `stand_in` is, which may hold them. ValueError names the columns there are.
+
+def read_source(
+    source: SourceSection, field: str, required: Iterable[str], stand_in: Iterable[str] = ("messages",)
+) -> Found:
+    """All rows, with the fields of FIELDS that the mapping yields, and the malformed ones.
+
+    required: fields that must be mapped, unless one of `stand_in` is, which may hold them. ValueError names the columns
+    there are.
     """
-    if source.source.startswith("builtin:"):
-        raw = builtin.builtin_rows(source.source.removeprefix("builtin:"))
-    elif Path(source.source).expanduser().suffix in SUFFIXES:
-        raw = _read_file(Path(source.source).expanduser(), source, field)
-    else:
-        raw = _read_hub(source, field)
-    mapping = _mapping(source, field, _columns(raw), required, stand_in)
-    return [{name: row.get(column) for name, column in mapping.items()} for row in raw]
+    table = read_table(source, field)
+    if not table.rows and table.bad:
+        raise ValueError(refusal(field, source, table.bad, len(table.bad)))
+    return mapped(table, _mapping(source, field, table.columns, required, stand_in))
+
+
+def mapped(table: files.Table, mapping: dict[str, str]) -> Found:
+    """The table's rows by field, without those whose values no text can be made of. mapping: field -> column."""
+    known = known_columns(table.columns)
+    parts = [known[name] for name in _PARTS if name in known and name not in mapping]
+    found = Found([], list(table.bad), [column for column in parts if column not in mapping.values()])
+    for place, raw in table.rows:
+        problem = _value_problem(mapping, raw, place)
+        if problem is None:
+            found.rows.append((place, {name: raw.get(column) for name, column in mapping.items()}))
+        else:
+            found.bad.append(problem)
+    return found
+
+
+def read_table(source: SourceSection, field: str) -> files.Table:
+    """All rows as the source has them, by column. ValueError where it cannot be read, or holds none."""
+    path = local_path(source)
+    if path is None:
+        made = source.source.startswith("builtin:")
+        name = source.source.removeprefix("builtin:")
+        raw = builtin.builtin_rows(name) if made else _read_hub(source, field)
+        rows = [(Place(number), row) for number, row in enumerate(raw, 1)]
+        return files.Table("built-in data" if made else "data set of the hub", files.columns_of(rows), rows)
+    _check_path(path, source, field)
+    try:
+        table = files.read(path, source.header, source.split)
+    except NotReadable as error:
+        raise ValueError(f"{field}.source {source.source} {error}") from None
+    if not table.rows and not table.bad:
+        raise ValueError(f"{field}.source {source.source} holds no rows")
+    return table
 
 
 def _mapping(
     source: SourceSection, field: str, columns: list[str], required: Iterable[str], stand_in: Iterable[str] = ()
 ) -> dict[str, str]:
-    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|") and source.source.endswith(".csv"):
-        raise ValueError(f"{field}.source {source.source} has the one column '{columns[0]}': separate its fields with commas")
+    listed = ", ".join(columns)
     for name, column in source.columns.items():
         if column not in columns:
+            near = difflib.get_close_matches(_folded(column), map(_folded, columns), 1, 0.75)
+            meant = next((f" (perhaps '{other}')" for other in columns if near and _folded(other) == near[0]), "")
             raise ValueError(
-                f"{field}.columns maps {name} to '{column}', which {source.source} does not have: its columns are {', '.join(columns)}"
+                f"{field}.columns maps {name} to '{column}', which {source.source} does not have{meant}: "
+                f"its columns are {listed}"
             )
-    mapping = dict(source.columns)
-    if not mapping:
-        mapping = {
-            name: next(alias for alias in aliases if alias in columns)
-            for name, aliases in _ALIASES.items()
-            if any(a in columns for a in aliases)
-        }
+    mapping = dict(source.columns) or known_columns(columns)
     missing = [name for name in required if name not in mapping]
     if missing and not any(name in mapping for name in stand_in):
+        if missing[0] == "response" and not source.columns and _folded(mapping["prompt"]) == "text":
+            raise ValueError(
+                f"{field}: {source.source} holds texts (column '{mapping['prompt']}') and no responses to them: "
+                "give prompts with responses, or messages"
+            )
+        example = f"{{{missing[0]}: {columns[0] if columns else 'NAME'}}}"
         raise ValueError(
-            f"{field}: no column of {source.source} is known to hold the {missing[0]}: map it with {field}.columns, e.g. {{{missing[0]}: {columns[0] if columns else 'NAME'}}}; its columns are {', '.join(columns)}"
+            f"{field}: no column of {source.source} is known to hold the {missing[0]}: "
+            f"map it with {field}.columns, such as {example}; its columns are {listed}"
         )
     return mapping
 
 
-def _columns(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(str(key) for row in rows[:50] for key in row))
+def known_columns(columns: list[str]) -> dict[str, str]:
+    """Field -> column, by the names that data sets have; letter case and spaces at the ends do not count."""
+    found = {}
+    for name, aliases in _ALIASES.items():
+        exact = [alias for alias in aliases if alias in columns]
+        alike = [column for alias in aliases for column in columns if _folded(column) == alias]
+        if exact or alike:
+            found[name] = (exact or alike)[0]
+    return found
+
+
+def _folded(column: str) -> str:
+    return column.strip().lower()
+
+
+def _value_problem(mapping: dict[str, str], row: Row, place: Place) -> Bad | None:
+    """What is wrong with the values of a row that are used, whatever the format."""
+    for name, column in mapping.items():
+        value = row.get(column)
+        if isinstance(value, bool) and name in _TEXTS:
+            said = f"'{column}' is {str(value).lower()}, which is no text: write the text that is meant"
+            return Bad(place, f"no text as {name}", said)
+        what = _unusable(value)
+        if what:
+            return Bad(place, f"{what[0]} in {name}", f"'{column}' {what[1]}")
+    return None
+
+
+def _unusable(value: Any) -> tuple[str, str] | None:
+    """A reason and its sentence for a value, or one inside of it, that no text can be made of."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "NUL", "holds a NUL character: leave it out"
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                code = f"\\u{ord(value[error.start]):04x}"
+                return "half a character", f"holds {code}, half of a character (a lone surrogate): write it whole"
+        return None
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        what = "NaN" if math.isnan(value) else "Infinity"
+        return what, f"is {what}, which is no text: write what is meant, or leave the row out"
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((found for found in map(_unusable, inner) if found), None)
 
 
 def _read_hub(source: SourceSection, field: str) -> list[Row]:
@@ -127,89 +242,7 @@ def _read_hub(source: SourceSection, field: str) -> list[Row]:
     except (OSError, ValueError, RuntimeError) as error:  # the hub's, the cache's and the library's own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and network, or give a local file ({first})"
+            f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and "
+            f"network, or give a local file ({first})"
         ) from None
     return loaded.to_list()
-
-
-def _read_file(path: Path, source: SourceSection, field: str, limit: int | None = None) -> list[Row]:
-    if not path.is_file():
-        raise ValueError(f"{field}.source {path} does not exist: give a {', '.join(SUFFIXES)} file, a hub id or builtin:NAME")
-    try:
-        rows = _read_rows(path, source)
-    except NotReadable as error:
-        raise ValueError(f"{field}.source {path} {error}") from None
-    except (ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and Arrow's own are ValueErrors
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{field}.source {path} cannot be read as a {path.suffix} file ({first}): save it again, text as UTF-8") from None
-    other = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
-    if other:
-        raise ValueError(f"{field}.source {path} must hold objects with named values, but row {other} is a {type(rows[other - 1]).__name__}")
-    if not rows:
-        raise ValueError(f"{field}.source {path} holds no rows")
-    return rows[:limit]
-
-
-def _read_rows(path: Path, source: SourceSection) -> list[Any]:
-    if path.suffix == ".csv":
-        return _read_csv(path, source.header)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix == ".arrow":
-        import datasets
-
-        return datasets.Dataset.from_file(str(path)).to_list()
-    return _read_json(path, lines=path.suffix == ".jsonl")
-
-
-def _read_csv(path: Path, header: bool) -> list[Row]:
-    csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters, less than a long document
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream, strict=True)  # a quote that never closes would take in the rest of the file
-        names, rows = None, []
-        for values in reader:
-            if not values:  # a blank line
-                continue
-            if names is None:
-                names = values if header else [str(number) for number in range(len(values))]
-                if len(set(names)) < len(names):
-                    raise NotReadable(f"names the column '{next(name for name in names if names.count(name) > 1)}' twice: give each a name of its own")
-                if header:
-                    continue
-            if len(values) > len(names):
-                raise NotReadable(
-                    f"has {len(values)} fields in the row that ends in line {reader.line_num}, and {len(names)} columns: put a field that holds commas in quotes"
-                )
-            rows.append(dict(zip(names, [*values, *[None] * (len(names) - len(values))], strict=True)))
-    return rows
-
-
-class NotReadable(ValueError):
-    """What is wrong with a file, and where."""
-
-
-def _read_json(path: Path, lines: bool) -> list[Any]:
-    text = path.read_text(encoding="utf-8-sig")
-    decoder, position, values = json.JSONDecoder(), 0, []
-    while (position := _skip_space(text, position)) < len(text):
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            hint = "the file seems cut short" if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg else "check the file"
-            raise NotReadable(f"is no valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): {hint}") from None
-        values.append(value)
-    if lines or len(values) != 1:
-        return values
-    only = values[0]
-    if isinstance(only, list):
-        return only
-    lists = [value for value in only.values() if isinstance(value, list)] if isinstance(only, dict) else []
-    return lists[0] if len(lists) == 1 else [only]
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n,":
-        position += 1
-    return position

@@ -33,17 +33,26 @@ def write(path, kind: str):
     return file
 
 
+def rows_of(*arguments):
+    """What is read, where no row is malformed."""
+    found = read_source(*arguments)
+    assert not found.bad
+    return [row for _, row in found.rows]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "array.json", "object.json", "concatenated.json", "csv", "parquet", "arrow"])
 def test_formats(tmp_path, kind):
     source = SourceSection(source=str(write(tmp_path, kind)), columns=MAPPING)
     check_source(source, "data.task")
-    assert read_source(source, "data.task", ("prompt", "response")) == [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    expected = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    assert rows_of(source, "data.task", ("prompt", "response")) == expected
 
 
 def test_csv_without_header(tmp_path):
     (tmp_path / "data.csv").write_text('"a, really",b\nc,d\n')
     source = SourceSection(source=str(tmp_path / "data.csv"), columns={"prompt": "0", "response": "1"}, header=False)
-    assert read_source(source, "data.task", ("prompt",)) == [{"prompt": "a, really", "response": "b"}, {"prompt": "c", "response": "d"}]
+    expected = [{"prompt": "a, really", "response": "b"}, {"prompt": "c", "response": "d"}]
+    assert rows_of(source, "data.task", ("prompt",)) == expected
 
 
 @pytest.mark.parametrize(
@@ -57,13 +66,13 @@ def test_csv_without_header(tmp_path):
 )
 def test_known_columns_need_no_mapping(tmp_path, row):
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    (read,) = read_source(SourceSection(source=str(tmp_path / "data.jsonl")), "data.task", ("prompt", "response"))
+    (read,) = rows_of(SourceSection(source=str(tmp_path / "data.jsonl")), "data.task", ("prompt", "response"))
     assert (read["prompt"], read["response"]) == ("q", "a")
 
 
 def test_safe_and_unsafe_responses_become_a_pair(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps({"harmful_input": "q", "safe_response": "s", "unsafe_response": "u"}) + "\n")
-    (read,) = read_source(SourceSection(source=str(tmp_path / "data.jsonl")), "data.safety", ("prompt",))
+    (read,) = rows_of(SourceSection(source=str(tmp_path / "data.jsonl")), "data.safety", ("prompt",))
     assert read == {"prompt": "q", "chosen": "s", "rejected": "u"}
 
 
