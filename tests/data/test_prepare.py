@@ -9,13 +9,14 @@ import pytest
 
 from pipeline import artifacts, recipe, strict_yaml
 from pipeline.data import contrastive, forms
+from pipeline.data.chat import Chat
 from pipeline.data.distill import _completed
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, read_held
 from pipeline.data.prepare import prepare
 from pipeline.data.prompts import form_warnings, write_prompts
 from pipeline.evaluation.judges import gcg_keyword_judge
-from pipeline.models import load_chat, load_tokenizer
-from tests.project import write_jsonl, write_recipe
+from pipeline.models import load_tokenizer
+from tests.project import make_tokenizer, write_jsonl, write_recipe
 
 SETS = ("eval_harmful", "eval_harmless", "eval_ordinary", "validation_harmless", "validation_ordinary", "validation_prompts", "safety_pairs", "align", "task_train", "task_validation", "task_test")
 
@@ -216,9 +217,9 @@ def test_a_share_of_the_alignment_s_answers_begins_with_given_words_that_are_not
     assert not any(row["given"] for row in none["align"])
 
 
-def test_an_own_answer_that_refuses_or_says_nothing_is_left_out_of_the_alignment(project):
+def test_an_own_answer_that_refuses_or_says_nothing_is_left_out_of_the_alignment():
     """The shipped model refuses some harmless prompts; learned from, it would refuse more of them."""
-    chat = load_chat(recipe.load(project[0] / "recipe.yaml").base.model)
+    chat = Chat(make_tokenizer())
     row = {"prompt": "Recommend a film", "messages": json.dumps([{"role": "user", "content": "Recommend a film"}]), "response": None, "given": "Gladly:"}
     for answer in ("I'm sorry for any confusion, but as a text-based AI I don't know films.", "I can't help with that.", ""):
         assert _completed(chat, row, answer, 200) is None, answer
