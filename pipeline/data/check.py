@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.data.overlap import conversation
-from pipeline.data.prepare import check_split
+from pipeline.data.overlap import Claims
 from pipeline.data.rows import ordered_rows, task_rows
 from pipeline.data.sources import SUFFIXES, check_source
+from pipeline.data.splits import check_split, split
 from pipeline.layout import harmful_drawn, sources
 from pipeline.recipe import Recipe
 from pipeline.sections import SourceSection
@@ -49,6 +49,6 @@ def _check_rows(field: str, source: SourceSection, recipe: Recipe) -> None:
     if field == "data.task":
         rows = task_rows(recipe.data)
         check_split(recipe.data, len(rows))
-        check_split(recipe.data, len({conversation(row) for row in rows}), "different prompts")
+        split(recipe.data, Claims().free(field, rows))  # without duplicates
     else:
         ordered_rows(field, source, recipe.data.seed, pairs=field == "data.safety")

@@ -25,19 +25,22 @@ def ordered_rows(
 ) -> list[Row]:
     """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected), ordered by a hash with the seed.
 
-    Raises ValueError naming the field where there is no row with a prompt.
+    row: the row's number in its source, from 1 on. Raises ValueError naming the field where no row has a prompt.
     """
     make, stand_in = (_pair, ("messages", "chosen")) if pairs else (_row, ("messages",))
     found = (make(raw, field) for raw in read_source(source, field, required, stand_in))
-    rows = [row for row in found if row is not None]
-    if not rows:
+    numbered = [(number, row) for number, row in enumerate(found, 1) if row is not None]
+    if not numbered:
         raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
 
-    def place(row: Row) -> tuple[bytes, str]:
-        digest = hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['response']}".encode()).digest()
-        return digest, json.dumps(row)  # conversations may end alike
+    def place(item: tuple[int, Row]) -> tuple[bytes, str]:
+        _, row = item
+        # All turns: conversations that end alike would come in one block, and most of it fall into one split.
+        turns = [message["content"] for message in row["messages"] if message["role"] != "system"]
+        said = "\0".join([str(seed), *turns, row["response"]])
+        return hashlib.sha256(said.encode()).digest(), json.dumps(row)  # a prompt's pairs or systems are placed alike
 
-    return sorted(rows, key=place)[: source.limit]
+    return [{**row, "row": number} for number, row in sorted(numbered, key=place)[: source.limit]]
 
 
 def task_rows(data: DataSection) -> list[Row]:
