@@ -64,7 +64,8 @@ def split(data: DataSection, rows: list[Row]) -> Splits:
     }
     held_out = {id(row) for split_rows in found.values() for row in split_rows}
     notes = (
-        f"data.{field}: {len(split_rows)} instead of {getattr(data, field)}, for rows of one conversation stay together"
+        f"data.{field}: {len(split_rows)} instead of {getattr(data, field)}, for rows of one conversation stay "
+        "together, and one that longer ones begin with is trained on"
         for field, split_rows in found.items()
         if len(split_rows) != getattr(data, field)
     )

@@ -122,7 +122,7 @@ def test_answers_to_one_prompt_stay_together_and_the_console_says_where_that_mak
     sets, facts, _ = with_task(project, tmp_path, rows, "--data.test_samples=25", columns=columns)
     assert [len(sets[name]) for name in SPLITS] == [20, 10, 20]
     said = capsys.readouterr().err
-    assert "data.test_samples: 20 instead of 25, for rows of one conversation stay together" in said
+    assert "data.test_samples: 20 instead of 25, for rows of one conversation stay together, and one" in said
     assert "data.validation_samples: 10 instead of 8" in said
 
 
@@ -147,6 +147,27 @@ def test_too_few_prompts_for_three_splits_are_refused_before_and_while_preparing
     arguments = [f"--data.task.source={tmp_path / 'task.jsonl'}", given, *small]
     base = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(arguments)).base
     one_sentence(lambda: check_sources(base), f"data.task: .*{sentence}")
+
+
+def test_the_check_compares_no_more_rows_than_it_needs_but_all_before_it_refuses(project, monkeypatch):
+    folder, content = project
+    compared: list[int] = []
+    free = Claims.free
+    monkeypatch.setattr(Claims, "free", lambda self, pool, rows: compared.append(len(rows)) or free(self, pool, rows))
+
+    def check(rows: list[dict], *overrides: str) -> None:
+        write_jsonl(folder / "many.jsonl", rows)
+        arguments = [f"--data.task.source={folder / 'many.jsonl'}", *overrides]
+        check_sources(recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(arguments)).base)
+
+    check([{"question": f"q {i}", "answer": "a"} for i in range(400)])
+    assert compared == [4 * 17]
+    rare = [{"question": ("same", f"q {i}")[i % 40 == 0], "answer": f"{i}"} for i in range(400)]
+    check(rare, "--data.test_samples=1", "--data.validation_samples=1")
+    assert compared[1:] == [12, 400]
+    with pytest.raises(ValueError, match="has 1 different prompts"):
+        check([{"question": "same", "answer": f"{i}"} for i in range(400)])
+    assert compared[-2:] == [68, 400]
 
 
 def test_a_task_of_which_an_earlier_set_holds_everything_is_refused_after_it_was_said(project, tmp_path, capsys):
