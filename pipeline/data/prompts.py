@@ -2,10 +2,10 @@
 
     facts = write_prompts(recipe, Path("runs/demo/prepare-1a2b3c4d"), Path("runs/demo/prompts-5e6f7a8b"))
 
-They come after the training sets, so that other prompts to evaluate on never change what is trained. Where one
-stands in a training set, as any turn of a user, it is left out of the evaluation, which is said, counted and listed. No
-prompt is in two sets (overlap.py).
-Each set holds as many questions as imperatives (forms.py), unless evaluate.forms says otherwise.
+They come after the training sets, so that other prompts to evaluate on never change what is trained. Where one stands
+in a training set, as any turn of a user, it is left out of the evaluation, which is said, counted and listed. No prompt
+is in two sets (overlap.py). Each set holds as many questions as imperatives (forms.py), unless evaluate.forms says
+otherwise.
 """
 
 from __future__ import annotations
