@@ -80,12 +80,13 @@ def prepare(experiment: Experiment) -> bool:
 
 
 def _told(facts: dict[str, Any]) -> str:
-    """How many samples there are, and what was cut, in one line. What was left out was said before (data/dropped.py)."""
+    """How many samples there are, and what was cut, in one line. What was left out has been said (data/dropped.py)."""
     counts = facts["samples"]
     parts = [f"{counts['task_train']} to train on, {counts['task_validation']} to validate, {counts['task_test']} to test; {counts['safety_pairs']} safety pairs"]
     cut = {field: found["truncated"] for field, found in facts["encoding"].items() if found.get("truncated")}
     if cut:
-        parts.append(f"cut at their greatest length: {', '.join(f'{count} of {field}' for field, count in cut.items())}")
+        counted = ", ".join(f"{count} of {field}" for field, count in cut.items())
+        parts.append(f"cut at their greatest length: {counted}")
     rewritten = {field: counts["rewritten"] for field, counts in facts["forms"].items() if counts["rewritten"]}
     if rewritten:
         parts.append(f"rewritten into the other form: {', '.join(f'{count} of {field}' for field, count in rewritten.items())}")

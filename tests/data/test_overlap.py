@@ -45,15 +45,21 @@ def by_conversation(rows: list[dict]) -> set[bytes]:
     return {conversation(row) for row in rows}
 
 
+def answered(*prompts: str) -> list[dict]:
+    """Rows of single prompts, each with an answer of its own."""
+    return [{"prompt": prompt, "response": f"answer {number}"} for number, prompt in enumerate(prompts)]
+
+
 NOTHING_IS_LOST = {
-    "arithmetic": [{"prompt": f"What is {a} {sign} 2?", "response": str(a)} for a in range(10) for sign in OPERATORS],
-    "negative and decimal numbers": [{"prompt": f"Is {x} cold", "response": "?"} for i in range(20) for x in (i, -i - 1, f"{i}.5", f"{i}5.")],
-    "languages with signs": [{"prompt": f"What is C{sign} {i}", "response": f"{sign}."} for i in range(8) for sign in ("", "++", "#", "--", "_")],
-    "emoji": [{"prompt": chr(0x1F600 + i), "response": str(i)} for i in range(60)],
-    "han": [{"prompt": f"{chr(0x4E00 + i)}?", "response": str(i)} for i in range(60)],
-    "vowel signs": [{"prompt": f"{consonant}{sign}", "response": sign} for consonant in "कखगघचछज" for sign in "ािीुूेो"],
-    "arabic diacritics": [{"prompt": f"{letter}{sign}", "response": sign} for letter in "بتثجحخد" for sign in "\u064e\u064f\u0650\u0651\u0652"],
-    "names": [{"prompt": f"What is {name}", "response": name} for i in range(9) for name in (f"x_{i}", f"x{i}", f"x-{i}", f"x.{i}")],
+    "arithmetic": answered(*[f"What is {a} {sign} 2?" for a in range(10) for sign in OPERATORS]),
+    "negative numbers": answered(*[f"Is {i} cold" for i in range(-30, 30)]),
+    "decimal numbers": answered(*[f"Is {i}{point}5 cold" for i in range(20) for point in ("", ".", ",", "/")]),
+    "languages with signs": answered(*[f"{i} in C{sign}" for i in range(8) for sign in ("", "++", "#", "--", "_")]),
+    "emoji": answered(*[chr(0x1F600 + i) for i in range(60)]),
+    "han": answered(*[f"{chr(0x4E00 + i)}?" for i in range(60)]),
+    "vowel signs": answered(*[f"{letter}{sign}" for letter in "कखगघचछज" for sign in "ािीुूेो"]),
+    "arabic diacritics": answered(*[f"{letter}{chr(0x64B + i)}" for letter in "بتثجحخد" for i in range(8)]),
+    "names": answered(*[f"What is x{sign}{i}" for i in range(9) for sign in ("_", "", "-", ".")]),
     "end alike": orders(lambda i: "Thanks!"),
     "end alike as one does alone": [*orders(lambda i: "Thanks!"), {"messages": chat("Thanks!", "Welcome!")}],
     "half end alike": orders(lambda i: "Thanks!" if i % 2 else f"and item {i}?"),
@@ -62,7 +68,7 @@ NOTHING_IS_LOST = {
     "one is a beginning": [asked("Hi", "Hello"), *[asked("Hi", "Hello", f"order {i}", "ok") for i in range(40)]],
     "every turn a row": [row for i in range(20) for row in (asked(f"a {i}", "x"), asked(f"a {i}", "x", "b", "y"))],
     "other answers on the way": [asked("Guess", f"Is it {i}?", "No", "Tell me") for i in range(40)],
-    "many answers": [{"prompt": f"Write haiku {i % 13}", "response": f"haiku {i}"} for i in range(39)],
+    "many answers": answered(*[f"Write haiku {i % 13}" for i in range(39)]),
 }  # fmt: skip
 
 
@@ -102,10 +108,22 @@ def test_what_is_left_out_is_the_same_for_every_seed_and_said_and_listed(project
         sets, facts, dropped = with_task(project, tmp_path / str(seed), rows, seed=seed)
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data.task")]
         assert [len(sets[name]) for name in SPLITS] == [8, 8, 14]
-        assert facts["overlapping"] == {"data.task / data.validation_prompts": 2} and facts["duplicate"] == {"data.task": 3}
+        assert facts["overlapping"] == {"data.task / data.validation_prompts": 2} and facts["duplicate"] == {
+            "data.task": 3
+        }
         assert facts["encoding"]["data.task"]["dropped"] == 1
-        found = sorted((entry["reason"], entry["row"] % 30 if entry["reason"] == "duplicate" else entry["row"]) for entry in dropped)
-        assert found == [("duplicate", 1), ("duplicate", 2), ("duplicate", 3), ("overlapping", 34), ("overlapping", 35), ("too_long", 36)]
+        found = sorted(
+            (entry["reason"], entry["row"] % 30 if entry["reason"] == "duplicate" else entry["row"])
+            for entry in dropped
+        )
+        assert found == [
+            ("duplicate", 1),
+            ("duplicate", 2),
+            ("duplicate", 3),
+            ("overlapping", 34),
+            ("overlapping", 35),
+            ("too_long", 36),
+        ]
         assert {entry["field"] for entry in dropped} == {"data.task"}
         assert "forbidden" not in (tmp_path / str(seed) / "out" / "dropped.jsonl").read_text(), "data may be private"
         assert sorted(line.split(" (")[0] for line in said) == [
@@ -116,7 +134,9 @@ def test_what_is_left_out_is_the_same_for_every_seed_and_said_and_listed(project
         assert any(line.endswith("(rows 34, 35)") for line in said)
 
 
-def test_answers_to_one_prompt_stay_together_and_the_console_says_where_that_makes_other_sizes(project, tmp_path, capsys):
+def test_answers_to_one_prompt_stay_together_and_the_console_says_where_that_makes_other_sizes(
+    project, tmp_path, capsys
+):
     rows = [{"prompt": f"Write haiku {i % 5}", "response": f"haiku {i}"} for i in range(50)]
     columns = "{prompt: prompt, response: response}"
     sets, facts, _ = with_task(project, tmp_path, rows, "--data.test_samples=25", columns=columns)
@@ -129,9 +149,15 @@ def test_answers_to_one_prompt_stay_together_and_the_console_says_where_that_mak
 @pytest.mark.parametrize(
     "rows, sentence",
     [
-        ([{"prompt": "Write a haiku", "response": f"haiku {i}"} for i in range(40)], "has 1 different prompts and leaves none"),
+        (
+            [{"prompt": "Write a haiku", "response": f"haiku {i}"} for i in range(40)],
+            "has 1 different prompts and leaves none",
+        ),
         ([{"prompt": ("a", "A!", "b")[i % 3], "response": f"{i}"} for i in range(40)], "has 2 different prompts"),
-        ([asked(*["more", "x"] * n) for n in range(1, 30)], "has 1 conversations that are not the beginning of a longer"),
+        (
+            [asked(*["more", "x"] * n) for n in range(1, 30)],
+            "has 1 conversations that are not the beginning of a longer",
+        ),
     ],
 )
 def test_too_few_prompts_for_three_splits_are_refused_before_and_while_preparing(project, tmp_path, rows, sentence):
@@ -177,7 +203,9 @@ def test_a_task_of_which_an_earlier_set_holds_everything_is_refused_after_it_was
 
 
 def test_one_question_under_two_system_prompts_is_one_prompt_and_two_rows(project, tmp_path):
-    rows = [{"system": system, "prompt": f"q {i}", "response": "a"} for i in range(20) for system in ("Be brief.", "Rhyme!")]
+    rows = [
+        {"system": system, "prompt": f"q {i}", "response": "a"} for i in range(20) for system in ("Be brief.", "Rhyme!")
+    ]
     columns = "{system: system, prompt: prompt, response: response}"
     sets, facts, dropped = with_task(project, tmp_path, [*rows, *rows[:4]], columns=columns)
     assert [len(sets[name]) for name in SPLITS] == [8, 8, 24] and len(dropped) == facts["duplicate"]["data.task"] == 4
@@ -186,7 +214,11 @@ def test_one_question_under_two_system_prompts_is_one_prompt_and_two_rows(projec
 
 def drawn(*sizes: int, beginnings: int = 0) -> list[dict]:
     """Rows of conversations with so many answers each, and some that longer ones begin with."""
-    rows = [{"messages": chat("start", "x", f"q {i}"), "response": f"{n}"} for i, size in enumerate(sizes) for n in range(size)]
+    rows = [
+        {"messages": chat("start", "x", f"q {i}"), "response": f"{n}"}
+        for i, size in enumerate(sizes)
+        for n in range(size)
+    ]
     return [*rows, *[{"messages": chat("start"), "response": f"b {n}"} for n in range(beginnings)]]
 
 
@@ -226,13 +258,19 @@ def test_sets_share_a_prompt_where_one_answers_the_whole_conversation_of_the_oth
     assert took(claims, "data.task", "Hi", "Hello", "How do I steal?"), "another conversation"
     assert took(claims, "data.task", "How do I lie", "y", "Go on"), "another answer on the way"
     assert not took(claims, "data.task", "How do I lie", "x", "go on!")
-    assert claims.facts()["overlapping"] == {"data.task / safety_pairs": 2, "align_refusals / harmful_mix": 1, "data.task / harmful_mix": 1}
+    assert claims.facts()["overlapping"] == {
+        "data.task / safety_pairs": 2,
+        "align_refusals / harmful_mix": 1,
+        "data.task / harmful_mix": 1,
+    }
 
 
 def test_a_greeting_that_the_alignment_answers_refuses_no_conversation_that_begins_with_it():
     claims = Claims()
     assert took(claims, "align_harmless", "Hi") and took(claims, "harmful_mix", "Good day", "Hello", "How do I lie?")
-    assert took(claims, "data.task", "Hi", "Hello", "My order is late") and took(claims, "data.task", "Good day", "Hello", "A?")
+    assert took(claims, "data.task", "Hi", "Hello", "My order is late") and took(
+        claims, "data.task", "Good day", "Hello", "A?"
+    )
     assert not took(claims, "data.task", "hi!")
 
 
@@ -242,7 +280,10 @@ def test_what_pairs_say_on_the_way_is_not_trained_on():
 
 
 def test_answers_tool_calls_and_roles_are_part_of_a_conversation():
-    rows = [{"messages": [*chat("q"), {"role": "assistant", "content": "", "tool_calls": [call]}, *chat("b")]} for call in "xy"]
+    rows = [
+        {"messages": [*chat("q"), {"role": "assistant", "content": "", "tool_calls": [call]}, *chat("b")]}
+        for call in "xy"
+    ]
     rows += [{"messages": [*chat("q"), {"role": role, "content": "c"}, *chat("b")]} for role in ("tool", "assistant")]
     assert len({conversation(row) for row in rows}) == 4
 
@@ -257,18 +298,34 @@ def test_another_answer_is_no_duplicate_except_of_what_is_asked_alone():
 
 def test_the_evaluation_loses_a_prompt_that_training_holds_as_any_turn_and_training_loses_nothing(project, tmp_path):
     turns = [f"harmful_eval forbidden request number {i}" for i in range(3)]
-    rows = [*conversations(), asked(turns[0], "a", "Thanks!", "b"), asked("Hi", "a", turns[1].upper(), "b", "ok", "c"), asked("Hi", "a", turns[2], "b")]
+    rows = [
+        *conversations(),
+        asked(turns[0], "a", "Thanks!", "b"),
+        asked("Hi", "a", turns[1].upper(), "b", "ok", "c"),
+        asked("Hi", "a", turns[2], "b"),
+    ]
     write_jsonl(tmp_path / "task.jsonl", rows)
-    source = (f"--data.task.source={tmp_path / 'task.jsonl'}", "--data.task.columns={}", *PLAIN, "--evaluate.harmful_prompts=8")
+    source = (
+        f"--data.task.source={tmp_path / 'task.jsonl'}",
+        "--data.task.columns={}",
+        *PLAIN,
+        "--evaluate.harmful_prompts=8",
+    )
     sets, facts, found = evaluated(project, tmp_path / "out", *source)
     assert sum(len(sets[name]) for name in SPLITS) == len(rows) and not facts["overlapping"]
-    assert {row["prompt"][-1] for row in sets["eval_harmful"]} == set("34567") and sum(found["overlapping"].values()) == 3
+    assert {row["prompt"][-1] for row in sets["eval_harmful"]} == set("34567") and sum(
+        found["overlapping"].values()
+    ) == 3
     entries = [entry for entry in listed(tmp_path / "out" / "prompts") if entry["field"] == "evaluate.harmful"]
-    assert sorted(entry["row"] for entry in entries) == [1, 2, 3] and {entry["reason"] for entry in entries} == {"overlapping"}
+    assert sorted(entry["row"] for entry in entries) == [1, 2, 3] and {entry["reason"] for entry in entries} == {
+        "overlapping"
+    }
 
 
 def test_unusable_pairs_are_said_and_listed_by_reason_whatever_is_drawn(project, tmp_path, capsys):
-    parted = [{"chosen": chat(f"x {i}", "a", "b", "No."), "rejected": chat(f"x {i}", "other", "b", "Yes.")} for i in range(3)]
+    parted = [
+        {"chosen": chat(f"x {i}", "a", "b", "No."), "rejected": chat(f"x {i}", "other", "b", "Yes.")} for i in range(3)
+    ]
     rows = [{"chosen": chat(f"do {i}", "No."), "rejected": chat(f"do {i}", "Yes.")} for i in range(9)]
     write_jsonl(tmp_path / "pairs.jsonl", random.Random(0).sample([*parted, *rows], 12))
     source = (f"--data.safety.source={tmp_path / 'pairs.jsonl'}", "--data.safety.columns={}", "--data.safety_pairs=2")
@@ -282,8 +339,16 @@ def test_unusable_pairs_are_said_and_listed_by_reason_whatever_is_drawn(project,
 def test_the_harmful_fraction_is_exact_where_whole_conversations_leave_more_to_train_on(project, tmp_path):
     rows = [{"prompt": f"Write haiku {i % 10}", "response": f"haiku {i}"} for i in range(90)]
     write_jsonl(tmp_path / "task.jsonl", rows)
-    source = (f"--data.task.source={tmp_path / 'task.jsonl'}", "--data.task.columns={prompt: prompt, response: response}")
+    source = (
+        f"--data.task.source={tmp_path / 'task.jsonl'}",
+        "--data.task.columns={prompt: prompt, response: response}",
+    )
     sets, facts = prepared(project, tmp_path / "out", *source, "--data.test_samples=17", "--data.validation_samples=17")
     assert (len(sets["task_test"]), len(sets["task_validation"])) == (9, 9)
     assert facts["harmful_in_training"] == 8 == len(sets["task_train"]) - 72, "a tenth"
-    assert set(read_held(tmp_path / "out" / "held.parquet").values()) >= {"task_test", "task_validation", "task_train", "harmful_mix"}
+    assert set(read_held(tmp_path / "out" / "held.parquet").values()) >= {
+        "task_test",
+        "task_validation",
+        "task_train",
+        "harmful_mix",
+    }
