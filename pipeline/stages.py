@@ -81,20 +81,16 @@ def prepare(experiment: Experiment) -> bool:
 
 
 def _told(facts: dict[str, Any]) -> str:
-    """How many samples there are, and what was cut or left out, in one line."""
+    """How many samples there are, and what was cut, in one line. What was left out has been said (data/dropped.py)."""
     counts = facts["samples"]
     parts = [f"{counts['task_train']} to train on, {counts['task_validation']} to validate, {counts['task_test']} to test; {counts['safety_pairs']} safety pairs"]
-    for what in ("truncated", "dropped"):
-        total = {field: found[what] for field, found in facts["encoding"].items() if found.get(what)}
-        if total:
-            said = "cut at their greatest length" if what == "truncated" else "left out, for nothing of their response was left"
-            parts.append(f"{said}: {', '.join(f'{count} of {field}' for field, count in total.items())}")
+    cut = {field: found["truncated"] for field, found in facts["encoding"].items() if found.get("truncated")}
+    if cut:
+        counted = ", ".join(f"{count} of {field}" for field, count in cut.items())
+        parts.append(f"cut at their greatest length: {counted}")
     rewritten = {field: counts["rewritten"] for field, counts in facts["forms"].items() if counts["rewritten"]}
     if rewritten:
         parts.append(f"rewritten into the other form: {', '.join(f'{count} of {field}' for field, count in rewritten.items())}")
-    for what, said in (("overlapping", "in another set already"), ("duplicate", "there already")):
-        if facts.get(what):
-            parts.append(f"{said}: {sum(facts[what].values())} rows ({', '.join(f'{name} {count}' for name, count in facts[what].items())})")
     return f"prepared: {'; '.join(parts)}"
 
 

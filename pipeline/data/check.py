@@ -7,17 +7,18 @@ Needs no tokenizer and no torch.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from pipeline.data import files
 from pipeline.data.malformed import Skipped
-from pipeline.data.overlap import conversation
-from pipeline.data.prepare import check_split
-from pipeline.data.rows import ordered_rows, task_rows
+from pipeline.data.overlap import Claims
+from pipeline.data.rows import Row, ordered_rows, task_rows
 from pipeline.data.sources import check_source, local_path, read_source
+from pipeline.data.splits import check_split, split
 from pipeline.layout import harmful_drawn, sources
 from pipeline.recipe import Recipe
-from pipeline.sections import SourceSection
+from pipeline.sections import DataSection, SourceSection
 
 _READ_WHOLE = 200e6  # bytes of unpacked data up to which every row is looked at: seconds
 
@@ -57,8 +58,17 @@ def _size(path: Path, source: SourceSection, field: str) -> int:
 def _check_rows(field: str, source: SourceSection, recipe: Recipe, skipped: Skipped) -> None:
     """ValueError for a row that cannot be used, and where none can; rows that may be left out are kept in `skipped`."""
     if field == "data.task":
-        rows = task_rows(recipe.data, skipped)
-        check_split(recipe.data, len(rows))
-        check_split(recipe.data, len({conversation(row) for row in rows}), "different prompts")
+        _check_splits(task_rows(recipe.data, skipped), recipe.data)
     else:
         ordered_rows(field, source, recipe.data.seed, pairs=field == "data.safety", skipped=skipped)
+
+
+def _check_splits(rows: list[Row], data: DataSection) -> None:
+    """ValueError where the task's rows cannot be split. What earlier sets hold of them is not known yet."""
+    check_split(data, len(rows))
+    # More rows than can be split can be split as well, and comparing all of a large file takes a minute.
+    some = rows[: 4 * (data.test_samples + data.validation_samples + 1)]
+    with contextlib.suppress(ValueError):
+        split(data, Claims().free("data.task", some))
+        return
+    split(data, Claims().free("data.task", rows))

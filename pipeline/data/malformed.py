@@ -109,10 +109,11 @@ def by_reason(bad: list[Bad]) -> str:
     found: dict[str, list[Place]] = {}
     for item in sorted(bad, key=lambda item: (item.place.part, item.place.number)):
         found.setdefault(item.reason, []).append(item.place)
-    return "; ".join(f"{reason} {len(places)}: {_places(places)}" for reason, places in found.items())
+    return "; ".join(f"{reason} {len(places)}: {named(places)}" for reason, places in found.items())
 
 
-def _places(places: list[Place]) -> str:
+def named(places: list[Place]) -> str:
+    """The first places: `lines 2, 4, 6, 8, 10 and more`."""
     shown, more = places[:_SHOWN], " and more" if len(places) > _SHOWN else ""
     if any(place.part for place in shown):
         return "; ".join(map(str, shown)) + more

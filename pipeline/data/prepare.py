@@ -2,11 +2,12 @@
 
     sap prepare launch/recipes/demo.yaml
 
-Writes one Parquet file a set. Splits and mixtures depend on data.seed and on the prompts themselves, never on the order of rows. No
-normalised prompt (no user turn of a conversation) is in two sets; earlier ones win: validation, safety pairs, harmful
-mix, alignment, task. The evaluation's prompts come after all of these and have a folder of their own (prompts.py),
-which reads in held.parquet who holds which prompt. Sets that teach or test refusing hold as many questions as
-imperatives (forms.py, data.forms).
+Writes one Parquet file a set. Splits and mixtures depend on data.seed and on the prompts themselves, never on the order
+of rows, and data.seed decides what is drawn, not what can be: rows that cannot be used are left out before. No prompt
+is in two sets (overlap.py); earlier ones win: validation, safety pairs, harmful mix, alignment, task. The rows of the
+task that are left are split by conversation (splits.py). What is left out is counted, said and listed (dropped.py). The
+evaluation's prompts come after all of these and have a folder of their own (prompts.py), which reads in held.parquet
+who holds which prompt. Sets that teach or test refusing hold as many questions as imperatives (forms.py, data.forms).
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from typing import Any
 
 from pipeline.data import contrastive, forms
 from pipeline.data.chat import IGNORE, Chat, Encoded
+from pipeline.data.dropped import LISTED, Reason
 from pipeline.data.malformed import Skipped
 from pipeline.data.messages import Message
 from pipeline.data.overlap import Claims, assert_disjoint, write_held
 from pipeline.data.rows import Row, ordered_rows, task_rows
+from pipeline.data.splits import check_split, split
 from pipeline.recipe import Recipe
 from pipeline.redaction import redact
-from pipeline.sections import DataSection, SourceSection
+from pipeline.sections import SourceSection
 
 HELD = "held.parquet"
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
@@ -39,15 +42,6 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     from pipeline.models import load_chat  # torch takes seconds to import, and rows are looked at without it
 
     return _Preparation(recipe, load_chat(recipe.model)).write(folder)
-
-
-def check_split(data: DataSection, usable: int, what: str = "usable samples") -> None:
-    """ValueError where the task's usable samples leave none for training. No prompt is in two splits: they count once as different prompts."""
-    if usable - data.validation_samples - data.test_samples < 1:
-        raise ValueError(
-            f"data.task: {data.task.source} has {usable} {what} and leaves none for training after {data.test_samples} test and "
-            f"{data.validation_samples} validation samples: use more data, or lower data.test_samples and data.validation_samples"
-        )
 
 
 class _Preparation:
@@ -65,9 +59,10 @@ class _Preparation:
             rows = self._by_form(field, self._ordered(field, source), "validation", by_prompt=True)
             taken = self.claims.take(field, rows, _VALIDATION_PROMPTS, by_prompt=True)
             sets["validation_prompts"] = prompt_rows(field, source, taken)
+            numbered = zip(sets["validation_prompts"], [row.get("row") for row in taken], strict=True)
             opened = [
-                self._with_opening(row, contrastive.VALIDATION_OPENINGS, "harmful")
-                for row in sets["validation_prompts"][:_VALIDATION_PAIRS]
+                self._with_opening({**row, "row": number}, contrastive.VALIDATION_OPENINGS, "harmful")
+                for row, number in list(numbered)[:_VALIDATION_PAIRS]
             ]
             sets["harmful_validation"] = self._encoded("data.validation_prompts", opened)
         sets["safety_pairs"] = self._pairs()
@@ -77,17 +72,13 @@ class _Preparation:
         harmful = self._harmful(kept)
         if self.recipe.align.enabled:
             sets["align"] = self._alignment()
-        sets["task_test"] = self._encoded("data.task", self.claims.take("task_test", task, data.test_samples), "task", last=True)
-        sets["task_validation"] = self._encoded(
-            "data.task", self.claims.take("task_validation", task[data.test_samples :], data.validation_samples), "task", last=True
-        )
-        train = self._encoded("data.task", self.claims.take("task_train", task[data.test_samples + data.validation_samples :]), "task")
-        sets["task_train"] = _interleave(train, harmful[: _share(data.harmful_fraction, len(train))], data.seed)
-        if not train:
-            raise ValueError(f"data.task: every training prompt of {data.task.source} is held by an earlier set: use other data")
+        sets |= self._task(task)
+        wanted = _share(data.harmful_fraction, len(sets["task_train"]))
+        sets["task_train"] = _interleave(sets["task_train"], _repeated(harmful, wanted), data.seed)
         # harmful_validation opens the validation prompts
-        held = assert_disjoint({name: rows for name, rows in sets.items() if name != "harmful_validation"})
-        write_held(held | self.claims.owner, folder / HELD)
+        held = assert_disjoint({name: rows for name, rows in _by_kind(sets).items() if name != "harmful_validation"})
+        write_held(held | self.claims.turns, folder / HELD)
+        self.claims.dropped.write(folder / LISTED)
         for row in sets["safety_pairs"]:
             del row["messages"]  # were there for the check alone
         for name, rows in sets.items():
@@ -119,10 +110,12 @@ class _Preparation:
         return {field: rows for field, rows in found.items() if rows}
 
     def _by_form(self, field: str, rows: list[Row], family: forms.Family, by_prompt: bool = False) -> Iterable[Row]:
-        """The rows that no other set holds, questions and imperatives in turn; all as they come where data.forms says so."""
-        if self.data.forms == "as_they_are":
-            return rows
-        return forms.alternating(self.claims.free(field, rows, by_prompt), family)
+        """The rows that no other set holds, questions and imperatives in turn; as they come where data.forms says so.
+
+        All that cannot be used are dropped, however few are then drawn: their number depends on no seed.
+        """
+        usable = self.claims.free(field, rows, by_prompt)
+        return usable if self.data.forms == "as_they_are" else forms.alternating(usable, family)
 
     def _ordered(self, field: str, source: SourceSection, pairs: bool = False) -> list[Row]:
         return ordered_rows(field, source, self.data.seed, pairs=pairs, skipped=self.skipped)
@@ -130,25 +123,30 @@ class _Preparation:
     def _pairs(self) -> list[Row]:
         source, pairs = self.data.safety, []
         counts = self.counts.setdefault("data.safety", {"truncated": 0, "dropped": 0})
-        for row in self._by_form("safety_pairs", self._ordered("data.safety", source, pairs=True), "train"):
+        found = self._ordered("data.safety", source, pairs=True)
+        for row in found:
+            if row["chosen"] is None:
+                self._drop("data.safety", "no_common_prompt", row)
+        paired = [row for row in found if row["chosen"] is not None]
+        for row in self._by_form("safety_pairs", paired, "train"):
             if len(pairs) == self.data.safety_pairs:
                 break
             if not self.claims.take("safety_pairs", [row]):
-                continue
-            if row["chosen"] is None:  # no common prompt
-                counts["dropped"] += 1
                 continue
             texts = {
                 "chosen": row["chosen"] or contrastive.refusal(row["prompt"]),
                 "rejected": row["rejected"] or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS),
             }
-            found = {
+            sides = {
                 side: self._encode("data.safety", row, _said(text), self.data.safety_max_length, last_turn_only=True)
                 for side, text in texts.items()
             }
-            encoded = {side: samples[0] for side, samples in found.items() if samples}
-            if len(encoded) < 2 or _alike(*encoded.values()):
-                counts["dropped"] += 1
+            encoded = {side: samples[0] for side, samples in sides.items() if samples}
+            if len(encoded) < 2:
+                self._drop("data.safety", "too_long", row, "data.safety_max_length")
+                continue
+            if _alike(*encoded.values()):
+                self._drop("data.safety", "no_difference", row)
                 continue
             counts["truncated"] += sum(item.truncated for item in encoded.values())
             tokens = {f"{side}_{kind}": getattr(item, kind) for side, item in encoded.items() for kind in ("input_ids", "labels")}
@@ -171,9 +169,36 @@ class _Preparation:
             raise ValueError(f"data.harmful: {self.data.harmful.source} leaves no prompt that an earlier set does not hold")
         opened = [row if row["response"] else self._with_opening(row, contrastive.MIX_OPENINGS, "harmful") for row in rows]
         encoded = self._encoded("data.harmful", opened, "harmful")
-        # A small pool is used again rather than the fraction missed; the manifest's count of different prompts shows it.
         self.counts["data.harmful"]["different"] = len(encoded)
-        return [{**encoded[i % len(encoded)], "id": f"harmful-{i}"} for i in range(wanted)] if encoded else []
+        return encoded
+
+    def _task(self, rows: list[Row]) -> dict[str, list[Row]]:
+        """The task's three sets, of the rows that no earlier set holds and that have something to learn."""
+        usable = self.claims.free("data.task", rows)
+        samples = {id(row): self._samples("data.task", row, "task") for row in usable}
+        left = [row for row in usable if samples[id(row)]]
+        self.claims.dropped.say()  # also where too few are left
+        if not usable:
+            source = self.data.task.source
+            raise ValueError(f"data.task: every prompt of {source} is held by an earlier set: use other data")
+        if not left:
+            raise ValueError(self._none_fits("data.task"))
+        splits = split(self.data, left)
+        for note in splits.notes:
+            print(note, file=sys.stderr, flush=True)
+        parts = {"task_test": splits.test, "task_validation": splits.validation, "task_train": splits.train}
+        for name, taken in parts.items():
+            self.claims.hold(name, taken)
+        # Of a conversation that takes several sequences the last answer alone is tested: each is asked once.
+        whole = {name: [samples[id(row)][-1] for row in taken] for name, taken in parts.items()}
+        return whole | {"task_train": [sample for row in splits.train for sample in samples[id(row)]]}
+
+    def _drop(self, field: str, reason: Reason, row: Row, other: str = "", tokens: int | None = None) -> None:
+        counts = self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
+        counts["dropped"] += 1
+        if field == "align":
+            field = "data.refusals" if row["kind"] == "refusal" else "data.harmless"
+        self.claims.dropped.add(field, reason, row, other, tokens)
 
     def _alignment(self) -> list[Row]:
         data = self.data
@@ -214,6 +239,7 @@ class _Preparation:
         if encoded.turn < len(messages) - 1:  # a sequence of an earlier turn
             identity, before, said = f"{identity}-{encoded.turn}", messages[: encoded.turn], messages[encoded.turn]
             response = said["content"]
+            known["earlier_turn"] = True
         if said.get("tool_calls"):
             spoken = [token for token in encoded.labels if token != IGNORE]
             response = self.chat.tokenizer.decode(spoken, skip_special_tokens=True).strip()
@@ -237,24 +263,45 @@ class _Preparation:
 
     def _with_opening(self, row: Row, family: tuple[str, ...], kind: str) -> Row:
         messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        return {"messages": messages, "prompt": row["prompt"], "response": contrastive.opening(row["prompt"], family), "kind": kind, "rewritten": row.get("rewritten")}
+        known = {name: row.get(name) for name in ("prompt", "rewritten", "row")}
+        return {"messages": messages, "response": contrastive.opening(row["prompt"], family), "kind": kind, **known}
 
-    def _encoded(self, field: str, rows: list[Row], kind: str | None = None, last: bool = False) -> list[Row]:
-        """The rows as samples, one for each sequence that a conversation takes. last: only the one with its last answer."""
+    def _encoded(self, field: str, rows: list[Row], kind: str | None = None) -> list[Row]:
+        """The rows as samples, one for each sequence that a conversation takes."""
+        self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
+        found = [sample for row in rows for sample in self._samples(field, row, kind or row["kind"])]
+        if rows and not found:
+            raise ValueError(self._none_fits(field))
+        return found
+
+    def _samples(self, field: str, row: Row, kind: str) -> list[Row]:
+        """A conversation as samples, the last of which has its last answer; none where nothing of it can be trained."""
         counts = self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
-        result = []
-        for row in rows:
-            given = row.get("given") or ""
-            answer = row.get("answer") or _said(f"{given} {row['response']}" if given else row["response"])
-            found = self._encode(field, row, answer, self.data.max_length, given=given)
-            counts["dropped"] += not found
-            label = kind or row["kind"]
-            for encoded in found[-1:] if last else found:
-                counts["truncated"] += encoded.truncated
-                result.append(self._sample(row, answer, encoded, label))
-        if rows and not result:
-            raise ValueError(f"{field}: no sample has a supervised token within data.max_length {self.data.max_length} tokens: raise it")
-        return result
+        given = row.get("given") or ""
+        answer = row.get("answer") or _said(f"{given} {row['response']}" if given else row["response"])
+        found = self._encode(field, row, answer, self.data.max_length, given=given)
+        if not found:
+            self._drop_untrained(field, row, answer)
+        counts["truncated"] += sum(encoded.truncated for encoded in found)
+        return [self._sample(row, answer, encoded, kind) for encoded in found]
+
+    def _drop_untrained(self, field: str, row: Row, answer: Message) -> None:
+        whole = self._encode(field, row, answer, 10**9)
+        if not whole:
+            self._drop(field, "not_trained", row)
+            return
+        needed = 1 + next(place for place, label in enumerate(whole[-1].labels) if label != IGNORE)
+        self._drop(field, "too_long", row, "data.max_length", needed)
+
+    def _none_fits(self, field: str) -> str:
+        shortest = self.claims.dropped.shortest(field)
+        if shortest is None:
+            return f"{field}: no conversation has a turn that is to be trained"
+        needed, place = shortest
+        return (
+            f"{field}: no sample has a token to learn within data.max_length {self.data.max_length}: "
+            f"the shortest prompt with a token of its answer takes {needed} ({place}): raise it, or shorten the prompts"
+        )
 
 
 def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:
@@ -278,6 +325,29 @@ def _said(text: str) -> Message:
 def _share(fraction: float, samples: int) -> int:
     """Harmful samples to add to `samples` others so that they are `fraction` of all."""
     return round(fraction / (1 - fraction) * samples)
+
+
+def _repeated(pool: list[Row], wanted: int) -> list[Row]:
+    """A small pool is used again rather than the fraction missed; the manifest counts the different prompts."""
+    return [{**pool[i % len(pool)], "id": f"harmful-{i}"} for i in range(wanted)] if pool else []
+
+
+def _by_kind(sets: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The sets as their prompts were claimed: harmful samples and the two of the alignment are sets themselves.
+
+    Without the sequences of earlier turns, which are no conversations of their own.
+    """
+    owners = {
+        ("task_train", "harmful"): "harmful_mix",
+        ("align", "refusal"): "align_refusals",
+        ("align", "harmless"): "align_harmless",
+    }
+    found: dict[str, list[Row]] = {}
+    for name, rows in sets.items():
+        for row in rows:
+            if not row.get("earlier_turn"):
+                found.setdefault(owners.get((name, row.get("kind")), name), []).append(row)
+    return found
 
 
 def _interleave(task: list[Row], harmful: list[Row], seed: int) -> list[Row]:

@@ -2,9 +2,10 @@
 
     facts = write_prompts(recipe, Path("runs/demo/prepare-1a2b3c4d"), Path("runs/demo/prompts-5e6f7a8b"))
 
-They come after the training sets, so that other prompts to evaluate on never change what is trained. Where the two
-overlap, the prompt is left out of the evaluation, which is said and counted. No prompt is in two sets (overlap.py).
-Each set holds as many questions as imperatives (forms.py), unless evaluate.forms says otherwise.
+They come after the training sets, so that other prompts to evaluate on never change what is trained. Where one stands
+in a training set, as any turn of a user, it is left out of the evaluation, which is said, counted and listed. No prompt
+is in two sets (overlap.py). Each set holds as many questions as imperatives (forms.py), unless evaluate.forms says
+otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.data import forms
+from pipeline.data.dropped import LISTED
 from pipeline.data.malformed import Skipped
 from pipeline.data.overlap import Claims, assert_disjoint, read_held
 from pipeline.data.prepare import HELD, Row, prompt_rows, write_set
@@ -65,6 +67,8 @@ def write_prompts(recipe: Recipe, prepared: Path, folder: Path) -> dict[str, Any
     taking.skipped.write(folder)
     for sentence in taking.skipped.sentences():
         _say(sentence)
+    taking.claims.dropped.say(but=("overlapping",))  # said where the prompts were taken
+    taking.claims.dropped.write(folder / LISTED)
     by_field = {
         name.replace("eval_", "evaluate."): forms.count_forms(rows)
         for name, rows in sets.items()

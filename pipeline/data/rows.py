@@ -34,23 +34,25 @@ def ordered_rows(
 ) -> list[Row]:
     """Rows: messages (up to the answer), prompt, response (pairs: chosen, rejected), ordered by a hash with the seed.
 
-    Malformed rows (without a prompt, without a response where it is required, with values that are no text) are left
-    out, and kept in `skipped`. Raises ValueError naming the field where their share is above the source's max_bad_rows,
-    and where there is no row with a prompt.
+    row: where the row stands in its source. Malformed rows (without a prompt, without a response where it is required,
+    with values that are no text) are left out, and kept in `skipped`. Raises ValueError naming the field where their
+    share is above the source's max_bad_rows, and where there is no row with a prompt.
     """
     skipped = skipped or Skipped()
     found = read_source(source, field, required, ("messages", "chosen") if pairs else ("messages",))
     placed, bad = made_rows(field, found, required, pairs)
-    rows = [row for _, row in placed]
-    if not rows and all(item.reason == NO_PROMPT for item in bad):
+    if not placed and all(item.reason == NO_PROMPT for item in bad):
         raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
-    skipped.leave_out(field, source, bad, len(rows) + len(bad), found.unmapped)
+    skipped.leave_out(field, source, bad, len(placed) + len(bad), found.unmapped)
 
-    def place(row: Row) -> tuple[bytes, str]:
-        digest = hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['response']}".encode()).digest()
-        return digest, json.dumps(row)  # conversations may end alike
+    def drawn(item: tuple[Place, Row]) -> tuple[bytes, str]:
+        _, row = item
+        # All turns: conversations that end alike would come in one block, and most of it fall into one split.
+        turns = [message["content"] or "" for message in row["messages"] if message["role"] != "system"]
+        said = "\0".join([str(seed), *turns, row["response"]])
+        return hashlib.sha256(said.encode()).digest(), json.dumps(row)  # a prompt's pairs or systems are placed alike
 
-    return sorted(rows, key=place)[: source.limit]
+    return [{**row, "row": place} for place, row in sorted(placed, key=drawn)[: source.limit]]
 
 
 def task_rows(data: DataSection, skipped: Skipped | None = None) -> list[Row]:
