@@ -261,7 +261,8 @@ def _source_identity(source: SourceSection, digest: Callable[[Path], str]) -> di
         identity |= {"header": source.header} if kind in (".csv", ".tsv") else {}
     else:
         identity = source.model_dump(mode="json", include={"source", "subset", "split", "revision"})
-    tolerated = {"max_bad_rows": source.max_bad_rows} if source.max_bad_rows else {}
+    tolerated: dict[str, Any] = {"max_bad_rows": source.max_bad_rows} if source.max_bad_rows else {}
+    tolerated |= {"reasoning": source.reasoning} if source.reasoning != "keep" else {}
     return {**identity, "columns": source.columns, "limit": source.limit, **tolerated}
 
 

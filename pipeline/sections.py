@@ -71,6 +71,9 @@ class SourceSection(Section):
         description="Share of malformed rows (wrong number of fields, no JSON, no prompt, no response where it is needed) "
         "that may be left out, counted and listed; above it the source is refused",
     )
+    reasoning: Literal["keep", "drop"] = Field(
+        "keep", description="keep: the reasoning that answers come with is trained as the chat template renders it; drop: it is left out, and counted"
+    )
 
 
 class DataSection(Section):

@@ -148,7 +148,7 @@ def test_rows_that_are_all_alike_are_one_prompt(project, capsys):
     folder, content = project
     write_jsonl(folder / "alike.jsonl", [{"question": "Where is it?", "answer": "There."}] * 60)
     code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'alike.jsonl'}")
-    assert code == 2 and "alike.jsonl has 1 different prompts and leaves none for training" in error
+    assert code == 2 and "alike.jsonl has 1 different prompt, and all answers to one prompt stay in one split" in error
 
 
 def test_a_full_disk_is_known_before(project, capsys, monkeypatch):

@@ -52,8 +52,9 @@ IDLE: list[tuple[str, Settings]] = [
     ("data.harmful.source", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
     ("data.harmful.columns", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
     ("data.harmful.max_bad_rows", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
-    *((f"data.refusals.{field}", UNALIGNED) for field in ("source", "columns", "limit", "max_bad_rows")),
-    *((f"data.harmless.{field}", UNALIGNED) for field in ("source", "columns", "limit", "max_bad_rows")),
+    ("data.harmful.reasoning", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
+    *((f"data.refusals.{field}", UNALIGNED) for field in ("source", "columns", "limit", "max_bad_rows", "reasoning")),
+    *((f"data.harmless.{field}", UNALIGNED) for field in ("source", "columns", "limit", "max_bad_rows", "reasoning")),
     *((f"data.{field}", UNALIGNED) for field in ("refusal_samples", "harmless_samples", "begun_share")),
     *((f"align.{field}", UNALIGNED) for field in ("distill_tokens", "train.lr")),
     *(

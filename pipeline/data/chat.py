@@ -1,7 +1,8 @@
 """Conversations -> token ids and labels, through the model's chat template.
 
     chat = Chat(tokenizer, configured=[2])
-    (encoded,) = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], max_length=128)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    (encoded,) = chat.encode(messages, max_length=128)
 
 Only what the assistant has to say is supervised, the token included at which generation stops. At every turn that is
 trained, the ids before it are `prompt_ids`, what inference puts there, token for token (chat_template.py). One sequence
@@ -45,9 +46,13 @@ class Chat:
     tokenizer, and for a template that cannot be held to its contract.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (), name: str = "the chat template"):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (), name: str = "the chat template"
+    ):
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer: use a model with a fast one (tokenizer.json)")
+            raise ValueError(
+                f"{type(tokenizer).__name__} is a slow tokenizer: use a model with a fast one (tokenizer.json)"
+            )
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, configured, name)
         self.notes: Counter[str] = Counter()
@@ -81,7 +86,9 @@ class Chat:
                 supervised = [IGNORE] * len(prompt) + labels
             found.append((prompt + answer, supervised, turn))
         if len(found) > 1:
-            self.template.notes.add("past turns are rendered otherwise than present ones: each is trained in a sequence of its own")
+            self.template.notes.add(
+                "past turns are rendered otherwise than present ones: each is trained in a sequence of its own"
+            )
         if found:
             found[-1] = self._whole(messages, tools, *found[-1])
         self.notes.update(self.template.notes)
@@ -99,11 +106,14 @@ class Chat:
         if whole[: len(before)] != before:  # a merge crosses the border, which it cannot at inference
             found = self._continued(before, answer, self._text(whole))
         if found[-1] not in self.template.stops:
-            raise ValueError(f"{self.template.name} ends an answer with text that is no token of its own: set eos_token in tokenizer_config.json")
+            raise ValueError(
+                f"{self.template.name} ends an answer with text that is no token of its own: "
+                "set eos_token in tokenizer_config.json"
+            )
         return before, found
 
     def _continued(self, before: list[int], answer: str, wanted: str) -> list[int]:
-        """Ids of an answer after those before it: no merge with them, and no mark of a beginning (SentencePiece's space)."""
+        """Ids of an answer after those before it: no merge with them, and no mark of a beginning, as SentencePiece's."""
         for anchor in ("", *_ANCHORS):
             start, whole = self._ids(anchor), self._ids(anchor + answer)
             found = whole[len(start) :]

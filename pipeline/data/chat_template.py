@@ -25,7 +25,9 @@ from pipeline.data.time_limit import time_limit
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]  # role, content; of an assistant also tool_calls, reasoning_content; of a tool name, tool_call_id
+Message = dict[
+    str, Any
+]  # role, content; of an assistant also tool_calls, reasoning_content; of a tool name, tool_call_id
 Tools = list[dict[str, Any]] | None
 
 _MARKS = ("\ue000\ue001", "\ue002\ue003", "\ue004\ue005")  # private-use characters: in no data, and of no case
@@ -47,7 +49,8 @@ _OPENED = re.compile(rf"({'|'.join(map(re.escape, _THOUGHTS))})\s*\Z")
 _CLOSED = re.compile("|".join(map(re.escape, _THOUGHTS.values())))
 # Ends of turn of the usual templates, for models whose configs do not name them.
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|im_sep_end|>", "<turn|>")
-_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}  # fmt: skip
+_PARAMETERS = {"type": "object", "properties": {}}
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": _PARAMETERS}}
 _SECONDS = 20  # for a template's first rendering: one that loops for ever has to end
 
 
@@ -67,11 +70,13 @@ def without_thought(answer: str) -> str:
 class ChatTemplate:
     """tokenizer: with a chat template. configured: end-of-sequence ids of the model's configs.
 
-    notes: what was done otherwise than the template does since it was last emptied. Raises ValueError, one sentence, for a
-    template that cannot be held to the contract.
+    notes: what was done otherwise than the template does since it was last emptied. Raises ValueError, one sentence,
+    for a template that cannot be held to the contract.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (), name: str = "the chat template"):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (), name: str = "the chat template"
+    ):
         self.tokenizer, self.name = tokenizer, name
         self.stops = stop_ids(tokenizer, configured)
         self.notes: set[str] = set()
@@ -91,7 +96,9 @@ class ChatTemplate:
             if message["role"] == "system" and content not in said:
                 self.notes.add("the chat template leaves out the system prompt, as it will at inference")
             elif message["role"] == "tool" and content not in said and _squeezed(json.dumps(content))[1:-1] not in said:
-                raise ValueError(f"{self.name} leaves out what a tool returns: set model.chat_template to one that knows tools")
+                raise ValueError(
+                    f"{self.name} leaves out what a tool returns: set model.chat_template to one that knows tools"
+                )
         return text
 
     def whole(self, messages: list[Message], tools: Tools = None) -> str:
@@ -99,7 +106,7 @@ class ChatTemplate:
         return self._render(messages, tools)
 
     def turn(self, messages: list[Message], tools: Tools = None) -> tuple[str, str]:
-        """`prompt(messages[:-1])`, and what has to follow it: the last message, the assistant's, up to an end that stops.
+        """`prompt(messages[:-1])`, and what has to follow: the last message, the assistant's, up to an end that stops.
 
         ValueError where the template cannot say it.
         """
@@ -121,11 +128,13 @@ class ChatTemplate:
             said = whole[len(prompt) : len(whole) - len(tail)]
             if all(_squeezed(part) in _squeezed(said) for part in _CLOSED.split(content)):
                 return said + end
-        self.notes.add("the chat template changes answers (white space, or more): they are trained as the data have them")
+        self.notes.add(
+            "the chat template changes answers (white space, or more): they are trained as the data have them"
+        )
         return self._thought(lead, content, last, prompt) + end
 
     def _thought(self, lead: str, content: str, message: Message, prompt: str) -> str:
-        """Lead and content after the prompt, with the message's reasoning; a thought that the prompt opened is closed."""
+        """Lead and content after the prompt, with the message's reasoning; a thought that the prompt opens is closed."""
         reasoning = (message.get("reasoning_content") or "").strip("\n")
         opened = _OPENED.search(prompt + lead) if not _CLOSED.search(lead) else None
         if opened is None:
@@ -175,12 +184,21 @@ class ChatTemplate:
         marked = self._render([*before, {**last, "tool_calls": [named, *last["tool_calls"][1:]]}], tools)
         head = marked.partition(_MARKS[0])[0]
         if _MARKS[0] not in marked or not whole.startswith(head):
-            raise ValueError(f"{self.name} leaves out tool calls: set model.chat_template to one that knows tools, or leave such rows out")
+            raise ValueError(
+                f"{self.name} leaves out tool calls: "
+                "set model.chat_template to one that knows tools, or leave such rows out"
+            )
         said = whole[len(head) :]
         for call in last["tool_calls"]:
             for value in (call["function"]["name"], *_leaves(call["function"].get("arguments"))):
-                if not any(form in said for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])):
-                    raise ValueError(f"{self.name} leaves out arguments of tool calls: set model.chat_template to one that renders them")
+                if not any(
+                    form in said
+                    for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
+                ):
+                    raise ValueError(
+                        f"{self.name} leaves out arguments of tool calls: "
+                        "set model.chat_template to one that renders them"
+                    )
         lead = self._thought(_lead(head, prompt), "", last, prompt)
         places = [said.rfind(stop) + len(stop) for stop in self._stop_texts if stop in said]
         return lead + (said[: max(places)] if places else said.rstrip() + self._appended())
@@ -196,7 +214,8 @@ class ChatTemplate:
 
     def _appended(self) -> str:
         self.notes.add(
-            f"the chat template ends no turn with a token that stops generation: {self.tokenizer.eos_token} is put after answers"
+            "the chat template ends no turn with a token that stops generation: "
+            f"{self.tokenizer.eos_token} is put after answers"
         )
         return self.tokenizer.eos_token
 
@@ -205,7 +224,9 @@ class ChatTemplate:
         user = {"role": "user", "content": _MARKS[1]}
         text = self._tried(user)
         if _MARKS[1] not in text:
-            raise ValueError(f"{self.name} leaves out what the user says: set model.chat_template to a template that renders it")
+            raise ValueError(
+                f"{self.name} leaves out what the user says: set model.chat_template to a template that renders it"
+            )
         tools = [_TOOL] if self.needs_tools else None
         self._user_header = self._render([user], tools).partition(_MARKS[1])[0]
         try:
@@ -216,7 +237,7 @@ class ChatTemplate:
         self.notes.clear()
 
     def _tried(self, user: Message) -> str:
-        """The user's message rendered in the way the template wants it: content as text or parts, with tools or without."""
+        """The user's message rendered as the template wants it: content as text or parts, with tools or without."""
         failure = None
         for self.needs_tools, self.wants_parts in ((False, False), (False, True), (True, False), (True, True)):
             try:
@@ -234,7 +255,9 @@ class ChatTemplate:
     def _render(self, messages: list[Message], tools: Tools = None, generation: bool = False) -> str:
         """The template's text. ValueError, one sentence, for what it refuses."""
         if self.needs_tools and not tools:
-            raise ValueError(f"{self.name} needs `tools`: give every row a tools column, or set model.chat_template to another")
+            raise ValueError(
+                f"{self.name} needs `tools`: give every row a tools column, or set model.chat_template to another"
+            )
         if self.folds_system and (folded := _folded(messages)) is not messages:
             self.notes.add("the chat template takes no system prompt: it is put before what the user says first")
             messages = folded
@@ -243,9 +266,20 @@ class ChatTemplate:
             return self._applied(given, tools, generation)
         except TemplateSyntaxError as error:
             raise ValueError(f"{self.name} has a syntax error in line {error.lineno}: {_line(error)}") from None
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             roles = [message["role"] for message in messages]
-            raise ValueError(f"{self.name} refuses the roles {roles} ({_line(error)}): set model.chat_template to one that takes them") from None
+            raise ValueError(
+                f"{self.name} refuses the roles {roles} ({_line(error)}): "
+                "set model.chat_template to one that takes them"
+            ) from None
 
     def _as_wanted(self, message: Message) -> Message:
         found = {key: value for key, value in message.items() if key not in _OWN}
@@ -263,7 +297,10 @@ class ChatTemplate:
             return apply(messages)
         try:
             return apply(messages)
-        except (TypeError, TemplateError):  # some templates put arguments after text, as the JSON that OpenAI's API gives
+        except (
+            TypeError,
+            TemplateError,
+        ):  # some templates put arguments after text, as the JSON that OpenAI's API gives
             return apply([_with_json_arguments(message) for message in messages])
 
 
@@ -319,7 +356,9 @@ def _leaves(value: Any) -> list[str]:
         return [leaf for name, inner in value.items() for leaf in (name, *_leaves(inner))]
     if isinstance(value, list):
         return [leaf for inner in value for leaf in _leaves(inner)]
-    return [value] if isinstance(value, str) else [] if value is None or isinstance(value, bool) else [json.dumps(value)]
+    return (
+        [value] if isinstance(value, str) else [] if value is None or isinstance(value, bool) else [json.dumps(value)]
+    )
 
 
 def _squeezed(text: str) -> str:

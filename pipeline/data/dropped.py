@@ -64,17 +64,23 @@ class Dropped:
                 places = sorted((entry["place"] for entry in entries), key=lambda place: (place.part, place.number))
                 lengths = [entry["tokens"] for entry in entries if entry["tokens"]]
                 needed = f"; they need {_span(lengths)} tokens" if lengths else ""
-                line = f"{field}: {count} {noun} left out, {_SAID[reason].format(other=other)} ({named(places)}{needed})"
+                line = (
+                    f"{field}: {count} {noun} left out, {_SAID[reason].format(other=other)} ({named(places)}{needed})"
+                )
                 print(line, file=sys.stderr, flush=True)
 
     def shortest(self, field: str) -> tuple[int, Place] | None:
         """Tokens and place of the row of a field that is the least too long; None where none is."""
-        found = [(entry["tokens"], entry["place"]) for entry in self.entries if entry["field"] == field and entry["tokens"]]
+        found = [
+            (entry["tokens"], entry["place"]) for entry in self.entries if entry["field"] == field and entry["tokens"]
+        ]
         return min(found, key=lambda item: item[0], default=None)
 
     def write(self, path: Path) -> None:
         """One JSON object a line: field, reason, other, place and tokens. An empty file where nothing was left out."""
-        artifacts.write_text(path, "".join(json.dumps(entry | {"place": str(entry["place"])}) + "\n" for entry in self.entries))
+        artifacts.write_text(
+            path, "".join(json.dumps(entry | {"place": str(entry["place"])}) + "\n" for entry in self.entries)
+        )
 
 
 def _span(numbers: list[int]) -> str:

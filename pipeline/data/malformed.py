@@ -50,6 +50,7 @@ class Skipped:
     def __init__(self) -> None:
         self.found: dict[str, tuple[str, int, list[Bad]]] = {}  # field -> source, number of its rows, the malformed
         self.columns: dict[str, tuple[str, list[str]]] = {}  # field -> source, columns that are not mapped
+        self.thoughts: dict[str, int] = {}  # field -> rows whose reasoning is left out
 
     def leave_out(self, field: str, source: SourceSection, bad: list[Bad], total: int, columns: list[str]) -> None:
         """Note that `bad` of `total` rows are left out, and columns. ValueError above the source's max_bad_rows."""
@@ -74,7 +75,11 @@ class Skipped:
             f"{field}: {len(bad)} of {total} rows of {redact(source)} are malformed and left out ({by_reason(bad)})"
             for field, (source, total, bad) in self.found.items()
         ]
-        return columns + rows
+        thoughts = [
+            f"{field}: the reasoning of {count} rows is left out, as {field}.reasoning says"
+            for field, count in self.thoughts.items()
+        ]
+        return columns + rows + thoughts
 
     def write(self, folder: Path) -> None:
         """Every row that was left out, a JSON line each: field, source, place, reason. No file where none was."""

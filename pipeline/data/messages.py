@@ -34,7 +34,9 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TRAIN = ("train", "trainable", "weight", "loss")
 _KEPT = ("name", "tool_call_id")
 # What a message says about itself beside what is said: no part of a conversation.
-_ABOUT = frozenset(("id", "index", "timestamp", "created_at", "model", "lang", "language", "metadata", "type", "status"))
+_ABOUT = frozenset(
+    ("id", "index", "timestamp", "created_at", "model", "lang", "language", "metadata", "type", "status")
+)
 
 
 def parse_messages(given: Any, where: str) -> list[Message]:
@@ -42,9 +44,13 @@ def parse_messages(given: Any, where: str) -> list[Message]:
     try:
         given = json.loads(given) if isinstance(given, str) else given
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} holds text that is no JSON list of messages ({error.msg}): map prompt and response instead") from None
+        raise ValueError(
+            f"{where} holds text that is no JSON list of messages ({error.msg}): map prompt and response instead"
+        ) from None
     if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        raise ValueError(f"{where} holds a {type(given).__name__} that is no list of messages with a role and a content")
+        raise ValueError(
+            f"{where} holds a {type(given).__name__} that is no list of messages with a role and a content"
+        )
     return [_message(message, f"{where}: message {number}") for number, message in enumerate(given, 1)]
 
 
@@ -52,12 +58,23 @@ def _message(given: dict[str, Any], where: str) -> Message:
     given = {key: value for key, value in given.items() if value is not None and value != [] and value != {}}
     name = str(given.get("role") or given.get("from"))
     if name not in ROLES:
-        raise ValueError(f"{where} has the role '{name}', which is not known: leave such rows out, or use {', '.join(ROLES)}")
+        raise ValueError(
+            f"{where} has the role '{name}', which is not known: leave such rows out, or use {', '.join(ROLES)}"
+        )
     role = ROLES[name]
-    known = {"role", "from", *_CONTENT, *_KEPT, *_ABOUT, *(("tool_calls", "function_call", *_REASONING) if role == "assistant" else ())}
+    known = {
+        "role",
+        "from",
+        *_CONTENT,
+        *_KEPT,
+        *_ABOUT,
+        *(("tool_calls", "function_call", *_REASONING) if role == "assistant" else ()),
+    }
     other = next((key for key in given if key not in known and key not in _TRAIN), None)
     if other is not None:
-        raise ValueError(f"{where} has the field '{other}', which is not known for the role {role}: leave it out of the data")
+        raise ValueError(
+            f"{where} has the field '{other}', which is not known for the role {role}: leave it out of the data"
+        )
     content, thought = _content(next((given[key] for key in _CONTENT if key in given), None), where)
     calls = _calls(name, content, given, where)
     if name == "function_call":
@@ -88,10 +105,25 @@ def _content(value: Any, where: str) -> tuple[str | None, str | None]:
         raise ValueError(f"{where} has a content that is a {type(value).__name__} and no text")
     texts, thoughts = [], []
     for part in value:
-        kind = "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        text = part if isinstance(part, str) else part.get("thinking" if kind == "thinking" else "text") if isinstance(part, dict) else None
+        kind = (
+            "text"
+            if isinstance(part, str)
+            else part.get("type", "text")
+            if isinstance(part, dict)
+            else type(part).__name__
+        )
+        text = (
+            part
+            if isinstance(part, str)
+            else part.get("thinking" if kind == "thinking" else "text")
+            if isinstance(part, dict)
+            else None
+        )
         if kind not in ("text", "thinking") or not isinstance(text, str):
-            raise ValueError(f"{where} has a part of type '{kind}' in its content, and only text can be trained on: leave such rows out")
+            raise ValueError(
+                f"{where} has a part of type '{kind}' in its content, and only text can be trained on: "
+                "leave such rows out"
+            )
         (texts if kind == "text" else thoughts).append(text)
     return "".join(texts), "".join(thoughts) or None
 
@@ -111,7 +143,9 @@ def _calls(name: str, content: str | None, given: dict[str, Any], where: str) ->
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{where} has a tool call without a function's name: give {{function: {{name, arguments}}}}")
+            raise ValueError(
+                f"{where} has a tool call without a function's name: give {{function: {{name, arguments}}}}"
+            )
         arguments = function.get("arguments", {})
         arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
         rest = {key: call[key] for key in ("id",) if call.get(key)}
@@ -132,7 +166,10 @@ def _train(given: dict[str, Any], where: str) -> bool | None:
     for key in _TRAIN:
         if key in given:
             if given[key] not in (0, 1):
-                raise ValueError(f"{where} has {key} {str(given[key])[:20]!r}, which must be true, false, 1 or 0: a turn is trained or it is not")
+                raise ValueError(
+                    f"{where} has {key} {str(given[key])[:20]!r}, which must be true, false, 1 or 0: "
+                    "a turn is trained or it is not"
+                )
             return bool(given[key])
     return None
 

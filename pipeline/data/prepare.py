@@ -88,6 +88,7 @@ class _Preparation:
             print(sentence, file=sys.stderr, flush=True)
         return {
             "skipped": self.skipped.facts(),
+            "without_reasoning": self.skipped.thoughts,
             "samples": {name: len(rows) for name, rows in sets.items()},
             "forms": {name: forms.count_forms(rows) for name, rows in self._with_role(sets).items()},
             "encoding": self.counts,
@@ -224,7 +225,7 @@ class _Preparation:
         try:
             found = self.chat.encode([*row["messages"], answer], max_length, tools=row.get("tools"), **how)
         except ValueError as error:
-            raise ValueError(f"{field}: {error} (met at the prompt '{redact(row['prompt'])[:60]}')") from None
+            raise ValueError(f"{field}: {error} (met in {row.get('row') or 'the prompt ' + repr(row['prompt'][:60])})") from None
         self.notes.setdefault(field, Counter()).update(self.chat.notes)
         self.chat.notes.clear()
         return found

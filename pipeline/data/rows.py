@@ -43,6 +43,8 @@ def ordered_rows(
     placed, bad = made_rows(field, found, required, pairs)
     if not placed and all(item.reason == NO_PROMPT for item in bad):
         raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
+    if source.reasoning == "drop":
+        skipped.thoughts[field] = sum(_without_reasoning(row) for _, row in placed)
     skipped.leave_out(field, source, bad, len(placed) + len(bad), found.unmapped)
 
     def drawn(item: tuple[Place, Row]) -> tuple[bytes, str]:
@@ -91,13 +93,19 @@ def _made(raw: Row, field: str, place: Place, pairs: bool, answered: bool) -> tu
     return row, None
 
 
+def _without_reasoning(row: Row) -> bool:
+    """Whether the row had reasoning, which is now gone."""
+    messages = [*row["messages"], row.get("answer") or {}]
+    return any([message.pop("reasoning_content", None) is not None for message in messages])
+
+
 def tools_of(row: Row) -> list[dict[str, Any]] | None:
     """The tools that a row of a prepared set may call."""
     return json.loads(row["tools"]) if row.get("tools") else None
 
 
 def _row(raw: Row, field: str) -> Row | None:
-    """messages up to the last answer, the last user turn as prompt, the last answer as response ('' where there is none).
+    """messages up to the last answer, the last user turn as prompt, the last answer as response ('' for none).
 
     answer: the last answer as a message, where it is more than text. tools: what the conversation may call, where there
     are any. None without a prompt. Raises ValueError naming the field for values that are no text.
@@ -127,9 +135,10 @@ def _row(raw: Row, field: str) -> Row | None:
 
 
 def _pair(raw: Row, field: str) -> Row | None:
-    """A `_row` with chosen and rejected: texts ('' where there is none), or lists of messages whose last assistant's turns they are.
+    """A `_row` with chosen and rejected: texts ('' for none), or lists of messages whose last assistant's turns they are.
 
-    What both lists share is the prompt. Both are None where the lists part before those turns: then the two do not answer the same.
+    What both lists share is the prompt. Both are None where the lists part before those turns: they do not answer the
+    same.
     """
     answers, prompts = {}, []
     for side in ("chosen", "rejected"):
@@ -139,7 +148,9 @@ def _pair(raw: Row, field: str) -> Row | None:
             while messages and messages[-1]["role"] != "assistant":
                 messages.pop()
             if not messages:
-                raise ValueError(f"{where} is a list of messages without an assistant's turn: map another column with {field}.columns")
+                raise ValueError(
+                    f"{where} is a list of messages without an assistant's turn: map another column with {field}.columns"
+                )
             answer = messages.pop()
             if answer.get("tool_calls"):
                 raise ValueError(f"{where} ends with a tool call, and pairs are of texts: leave such rows out")
@@ -150,7 +161,8 @@ def _pair(raw: Row, field: str) -> Row | None:
             answers[side] = text if text.strip() else ""
     if any(prompt != prompts[0] for prompt in prompts):
         answers = {"chosen": None, "rejected": None}
-    if prompts and any(message["role"] == "user" for message in prompts[0]):  # answers alone leave the prompt to its own column
+    # Answers alone leave the prompt to its own column.
+    if prompts and any(message["role"] == "user" for message in prompts[0]):
         raw = {**raw, "messages": prompts[0]}
     row = _row(raw, field)
     return row and row | answers
@@ -161,7 +173,10 @@ def _truth(value: Any, where: str) -> bool | None:
     known = {"": None, "true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     text = "" if value is None else str(value).strip().lower()
     if text not in known:
-        raise ValueError(f"{where} holds {redact(str(value))[:40]!r}: it takes true, false, 1, 0 or nothing, whether the sample is harmful")
+        raise ValueError(
+            f"{where} holds {redact(str(value))[:40]!r}: "
+            "it takes true, false, 1, 0 or nothing, whether the sample is harmful"
+        )
     return known[text]
 
 
@@ -170,4 +185,5 @@ def _text(value: Any, where: str) -> str:
     if value is None or isinstance(value, str | Number):
         return "" if value is None else str(value)
     hint = "map a list of messages to messages, and texts" if isinstance(value, list) else "map a column of texts"
-    raise ValueError(f"{where} holds a {type(value).__name__}, which is no text: {hint} with {where.split(':')[0]}.columns")
+    columns = f"{where.split(':')[0]}.columns"
+    raise ValueError(f"{where} holds a {type(value).__name__}, which is no text: {hint} with {columns}")

@@ -3,8 +3,8 @@
     sap template Qwen/Qwen3-8B
     sap template ./model --chat-template mine.jinja
 
-Prints a conversation with the supervised tokens marked, what is done otherwise than the template does, and what it takes
-beside text. Reads the tokenizer alone, no weight.
+Prints a conversation with the supervised tokens marked, what is done otherwise than the template does, and what it
+takes beside text. Reads the tokenizer alone, no weight.
 """
 
 from __future__ import annotations
@@ -47,22 +47,28 @@ _EXTRAS: dict[str, Messages] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """`sap template`'s part of the command line; returns the exit code. Raises ValueError for a template that is refused."""
-    parser = argparse.ArgumentParser(prog="sap template", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """`sap template`'s part of the command line; returns the exit code. ValueError for a template that is refused."""
+    parser = argparse.ArgumentParser(
+        prog="sap template", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="folder, hub id or builtin:NAME")
-    parser.add_argument("--chat-template", type=Path, help="Jinja file that replaces the model's own, as model.chat_template does")
+    parser.add_argument(
+        "--chat-template", type=Path, help="Jinja file that replaces the model's own, as model.chat_template does"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     options = parser.parse_args(argv)
     from pipeline.models import load_chat  # torch takes seconds to import, and --help is answered without it
 
-    path = str(Path(options.model).expanduser().absolute()) if Path(options.model).expanduser().is_dir() else options.model
+    path = (
+        str(Path(options.model).expanduser().absolute()) if Path(options.model).expanduser().is_dir() else options.model
+    )
     section = ModelSection(path=path, chat_template=options.chat_template, revision=options.revision)
     print(describe(load_chat(section), colour=sys.stdout.isatty()))
     return 0
 
 
 def describe(chat: Chat, colour: bool = False) -> str:
-    """The conversation as it is trained, token by token, and what the template takes; ValueError where it is refused."""
+    """The conversation as it is trained, and what the template takes beside text; ValueError where it is refused."""
     stops = ", ".join(chat.tokenizer.convert_ids_to_tokens(sorted(chat.template.stops)))
     tools = [_TOOL] if chat.template.needs_tools else None
     samples = chat.encode(_CONVERSATION, 10**6, tools=tools)

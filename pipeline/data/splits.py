@@ -74,11 +74,11 @@ def split(data: DataSection, rows: list[Row]) -> Splits:
 
 def _check_groups(data: DataSection, groups: int, apart: int) -> None:
     """ValueError where the groups are too few for three splits."""
-    needed = "data.test_samples, data.validation_samples and training each need one: use data of more prompts"
+    needed = "data.test_samples, data.validation_samples and training need one each: use data of more prompts"
     if groups < 3:
+        prompts = "1 different prompt" if groups == 1 else f"{groups} different prompts"
         raise ValueError(
-            f"data.task: {data.task.source} has {groups} different prompts and leaves none for training or for another "
-            f"split, since all answers to one prompt stay in one split; {needed}"
+            f"data.task: {data.task.source} has {prompts}, and all answers to one prompt stay in one split; {needed}"
         )
     if apart < 2:
         raise ValueError(

@@ -1,7 +1,7 @@
 """A limit on the time of code that is not ours, such as a chat template.
 
-    with time_limit(20, "the chat template does not end"):
-        ...
+with time_limit(20, "the chat template does not end"):
+    ...
 """
 
 from __future__ import annotations

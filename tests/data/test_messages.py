@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+from pipeline.data.chat import Chat
 from pipeline.data.messages import parse_messages, parse_tools
 from pipeline.data.rows import _row
+from pipeline.evaluation.evaluate import prompts as asked
+from tests.data.test_prepare import prepared
+from tests.project import make_project, make_tokenizer, write_jsonl
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 ASKED = {"role": "user", "content": "q"}
@@ -22,18 +26,36 @@ def parsed(*messages):
         ({"role": "assistant", "content": None, "tool_calls": [CALL]}, {"content": None, "tool_calls": [CALL]}),
         ({"role": "assistant", "content": "so", "tool_calls": [CALL]}, {"content": "so", "tool_calls": [CALL]}),
         ({"role": "assistant", "tool_calls": json.dumps([CALL])}, {"content": None, "tool_calls": [CALL]}),
-        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]}, {"content": None, "tool_calls": [CALL]}),
-        ({"role": "assistant", "tool_calls": [CALL | {"id": "c1"}]}, {"content": None, "tool_calls": [{"id": "c1"} | CALL]}),
-        ({"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": 1}'}}, {"content": None, "tool_calls": [CALL]}),
-        ({"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}, {"content": None, "tool_calls": [CALL]}),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
+            {"content": None, "tool_calls": [CALL]},
+        ),
+        (
+            {"role": "assistant", "tool_calls": [CALL | {"id": "c1"}]},
+            {"content": None, "tool_calls": [{"id": "c1"} | CALL]},
+        ),
+        (
+            {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+            {"content": None, "tool_calls": [CALL]},
+        ),
+        (
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+            {"content": None, "tool_calls": [CALL]},
+        ),
         ({"role": "assistant", "content": "x", "reasoning_content": "r"}, {"content": "x", "reasoning_content": "r"}),
         ({"role": "assistant", "content": "x", "thinking": "r"}, {"content": "x", "reasoning_content": "r"}),
-        ({"role": "assistant", "content": [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "x"}]}, {"content": "x", "reasoning_content": "r"}),
+        (
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "x"}]},
+            {"content": "x", "reasoning_content": "r"},
+        ),
         ({"role": "assistant", "content": "x", "train": False}, {"content": "x", "train": False}),
         ({"role": "assistant", "content": "x", "weight": 0}, {"content": "x", "train": False}),
         ({"role": "assistant", "content": "x", "weight": 1.0}, {"content": "x", "train": True}),
         ({"role": "assistant", "content": "x", "tool_calls": [], "refusal": None}, {"content": "x"}),
-        ({"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}, {"content": "xy"}),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
+            {"content": "xy"},
+        ),
         ({"role": "assistant", "content": ["x", "y"]}, {"content": "xy"}),
         ({"role": "assistant", "content": "  x\n"}, {"content": "  x\n"}),
         ({"role": "assistant", "content": 7, "id": 3, "timestamp": 12.5}, {"content": "7"}),
@@ -61,7 +83,10 @@ def test_what_a_tool_returns_is_kept():
         ({"role": "user", "content": [7]}, "part of type 'int'"),
         ({"role": "user", "content": {"text": "x"}}, "content that is a dict"),
         ({"role": "user", "content": True}, "content that is a bool"),
-        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "field 'tool_calls', which is not known for the role user"),
+        (
+            {"role": "user", "content": "x", "tool_calls": [CALL]},
+            "field 'tool_calls', which is not known for the role user",
+        ),
         ({"role": "user", "content": "x", "images": ["a.png"]}, "field 'images'"),
         ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "field 'audio'"),
         ({"role": "assistant", "content": "x", "weight": 0.5}, "weight '0.5'"),
@@ -92,7 +117,10 @@ def test_a_row_keeps_its_last_answer_as_a_message_and_its_tools():
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = _row({"messages": [ASKED, {"role": "assistant", "tool_calls": [CALL]}], "tools": tools}, "data.task")
     assert row["messages"] == [ASKED] and row["tools"] == tools
-    assert row["answer"] == {"role": "assistant", "content": None, "tool_calls": [CALL]} and row["response"] == '[{"name": "f", "arguments": {"a": 1}}]'
+    assert (
+        row["answer"] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+        and row["response"] == '[{"name": "f", "arguments": {"a": 1}}]'
+    )
     assert "answer" not in _row({"messages": [ASKED, {"role": "assistant", "content": "x"}]}, "data.task")
 
 
@@ -100,3 +128,96 @@ def test_white_space_of_prompts_and_responses_is_theirs():
     row = _row({"prompt": "  q\n", "response": "\n    def f():\n"}, "data.task")
     assert (row["prompt"], row["messages"][0]["content"], row["response"]) == ("  q\n", "  q\n", "\n    def f():\n")
     assert _row({"prompt": "q", "response": " \n "}, "data.task")["response"] == "", "nothing is said"
+
+
+TOOL_TEMPLATE = (
+    "{% for t in tools or [] %}<|im_start|>tool {{ t.function.name }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<why>{{ m.reasoning_content }}</why>{% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("messages")
+    content = make_project(folder)
+    (folder / "tools.jinja").write_text(TOOL_TEMPLATE)
+    return folder, content
+
+
+def prepared_rows(project, tmp_path, rows, *overrides):
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = (
+        f"--data.task.source={tmp_path / 'rows.jsonl'}",
+        "--data.task.columns={}",
+        f"--model.chat_template={project[0] / 'tools.jinja'}",
+    )
+    return prepared(project, tmp_path / "out", *source, *overrides)
+
+
+def test_calls_of_tools_are_trained_tested_and_asked_for_with_their_tools(project, tmp_path):
+    """What is expected of a tested answer is what the template makes of the call."""
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+    calls = [
+        {
+            "id": f"c{i}",
+            "type": "function",
+            "function": {"name": "find", "arguments": json.dumps({"what": f"thing {i}"})},
+        }
+        for i in range(40)
+    ]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"find {i}"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+            ],
+            "tools": tools,
+        }
+        for i, call in enumerate(calls)
+    ]
+    sets, facts = prepared_rows(project, tmp_path, rows)
+    assert not facts["encoding"]["data.task"]["dropped"]
+    chat = Chat(make_tokenizer_with(TOOL_TEMPLATE))
+    for row in (*sets["task_test"], *[row for row in sets["task_train"] if row["kind"] == "task"]):
+        said = chat.tokenizer.decode([token for token in row["labels"] if token != -100])
+        number = row["prompt"].removeprefix("find ")
+        assert f'"what": "thing {number}"' in said and said.endswith("</call><|im_end|>")
+        assert row["response"] == said.removesuffix("<|im_end|>")
+        (prompt,) = asked(chat, [row])
+        assert row["input_ids"][: len(prompt)] == prompt and "tool find" in chat.tokenizer.decode(prompt)
+
+
+def test_reasoning_is_kept_refused_or_left_out_and_counted(project, tmp_path, capsys):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"ask {i}"},
+                {"role": "assistant", "content": f"say {i}", "reasoning_content": f"think {i}"},
+            ]
+        }
+        for i in range(40)
+    ]
+    for folder in ("kept", "dropped", "refused"):
+        (tmp_path / folder).mkdir()
+    sets, facts = prepared_rows(project, tmp_path / "kept", rows)
+    text = make_tokenizer().decode(sets["task_test"][0]["input_ids"])
+    assert "<why>think" in text and facts["without_reasoning"] == {}
+    plain = "--model.chat_template=null"
+    with pytest.raises(
+        ValueError, match="data.task: .* leaves out reasoning_content: set `reasoning` of the source to drop"
+    ):
+        prepared_rows(project, tmp_path / "refused", rows, plain)
+    capsys.readouterr()
+    sets, facts = prepared_rows(project, tmp_path / "dropped", rows, plain, "--data.task.reasoning=drop")
+    assert all("think" not in make_tokenizer().decode(row["input_ids"]) for row in sets["task_train"])
+    assert facts["without_reasoning"] == {"data.task": 40}
+    assert "data.task: the reasoning of 40 rows is left out, as data.task.reasoning says" in capsys.readouterr().err
+
+
+def make_tokenizer_with(template: str):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer

@@ -157,7 +157,7 @@ def test_answers_to_one_prompt_stay_together_and_the_console_says_where_that_mak
     [
         (
             [{"prompt": "Write a haiku", "response": f"haiku {i}"} for i in range(40)],
-            "has 1 different prompts and leaves none",
+            "has 1 different prompt, and all answers to one prompt stay in one split",
         ),
         ([{"prompt": ("a", "A!", "b")[i % 3], "response": f"{i}"} for i in range(40)], "has 2 different prompts"),
         (
@@ -197,7 +197,7 @@ def test_the_check_compares_no_more_rows_than_it_needs_but_all_before_it_refuses
     rare = [{"question": ("same", f"q {i}")[i % 40 == 0], "answer": f"{i}"} for i in range(400)]
     check(rare, "--data.test_samples=1", "--data.validation_samples=1")
     assert compared[1:] == [12, 400]
-    with pytest.raises(ValueError, match="has 1 different prompts"):
+    with pytest.raises(ValueError, match="has 1 different prompt, "):
         check([{"question": "same", "answer": f"{i}"} for i in range(400)])
     assert compared[-2:] == [68, 400]
 

@@ -1,6 +1,7 @@
 """One contract for every chat template: what is trained is what inference has to produce, token for token.
 
-The reference is transformers' own apply_chat_template: what it renders with a generation prompt is the prompt of inference.
+The reference is transformers' own apply_chat_template: what it renders with a generation prompt is the prompt of
+inference.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def merging():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     ends = ("assistant\n", "[/INST] ", "Assistant:", "ASSISTANT:", "\n\n", "]", ">", "</think>\n\n", "### Response:\n")
-    texts = [f"{end}{start}" for end in ends for start in ("Sure, with wc.", "The answer is", "No reason.", "\n    def")]
+    texts = [
+        f"{end}{start}" for end in ends for start in ("Sure, with wc.", "The answer is", "No reason.", "\n    def")
+    ]
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -60,9 +63,13 @@ def sentencepiece():
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     specials = ["<unk>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    alphabet = sorted({*"▁.,:;?!#*+-<>[]()|/'\"{}_", *map(chr, range(48, 58)), *map(chr, range(65, 91)), *map(chr, range(97, 123))})
+    alphabet = sorted(
+        {*"▁.,:;?!#*+-<>[]()|/'\"{}_", *map(chr, range(48, 58)), *map(chr, range(65, 91)), *map(chr, range(97, 123))}
+    )
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["▁how▁do▁I▁count▁the▁lines", "▁Sure,▁with▁wc.", "assistant:▁The▁answer▁is"] * 20, trainer)
+    tokenizer.train_from_iterator(
+        ["▁how▁do▁I▁count▁the▁lines", "▁Sure,▁with▁wc.", "assistant:▁The▁answer▁is"] * 20, trainer
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
 
@@ -84,7 +91,9 @@ def impatient(monkeypatch):
 def chats(plain):
     """Family -> Chat, each made once."""
     made: dict[str, Chat] = {}
-    return lambda name: made.setdefault(name, None) or made.update({name: with_family(plain, FAMILIES[name])}) or made[name]
+    return lambda name: (
+        made.setdefault(name, None) or made.update({name: with_family(plain, FAMILIES[name])}) or made[name]
+    )
 
 
 def with_family(plain, family: Family) -> Chat:
@@ -116,12 +125,18 @@ def check(chat: Chat, messages: list[dict], samples, tools=None) -> None:
         mine = turns[len(trained) : len(trained) + len(runs)]
         assert mine and mine[-1] == sample.turn
         for place, (start, end) in zip(mine, runs, strict=True):
-            assert sample.input_ids[:start] == reference(chat, messages[:place], tools), "the prompt of inference, token for token"
+            assert sample.input_ids[:start] == reference(chat, messages[:place], tools), (
+                "the prompt of inference, token for token"
+            )
             assert sample.labels[start:end] == sample.input_ids[start:end]
             said = chat.tokenizer.decode(sample.labels[start:end], clean_up_tokenization_spaces=False)
-            assert messages[place]["content"] in " " + said, "verbatim, but for the space that SentencePiece puts at a beginning"
+            assert messages[place]["content"] in " " + said, (
+                "verbatim, but for the space that SentencePiece puts at a beginning"
+            )
             assert sample.labels[end - 1] in chat.template.stops, "generation stops here"
-            assert all(label not in chat.template.stops for label in sample.labels[start : end - 1][-1:]), "and ends once"
+            assert all(label not in chat.template.stops for label in sample.labels[start : end - 1][-1:]), (
+                "and ends once"
+            )
             for other in messages:
                 assert other["role"] == "assistant" or not other["content"] or other["content"] not in said
         trained += mine
@@ -168,8 +183,20 @@ def test_what_cannot_be_held_to_the_contract_is_refused_by_name(plain, name):
     assert FAMILIES[name].outcome.removeprefix("refused: ") in str(caught.value) and "\n" not in str(caught.value)
 
 
-CALL = {"type": "function", "function": {"name": "count_lines", "arguments": {"path": "a.txt", "deep": {"most": 12}, "names": ["x y", "z\"q"]}}}
-TOOLS = [{"type": "function", "function": {"name": "count_lines", "description": "Counts.", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {
+    "type": "function",
+    "function": {"name": "count_lines", "arguments": {"path": "a.txt", "deep": {"most": 12}, "names": ["x y", 'z"q']}},
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "count_lines",
+            "description": "Counts.",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
 CALLING = [
     FIRST[0],
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -208,7 +235,16 @@ def test_a_template_that_renders_one_call_of_two_is_refused(chats):
 
 
 THOUGHT = [FIRST[0], FIRST[1] | {"reasoning_content": "They want lines.\n\nSo wc."}]
-THINKING = {"qwen 3", "qwen 3, thinking", "magistral", "deepseek r1", "gpt-oss", "nemotron", "command r7b, reasoning", "seed-oss"}
+THINKING = {
+    "qwen 3",
+    "qwen 3, thinking",
+    "magistral",
+    "deepseek r1",
+    "gpt-oss",
+    "nemotron",
+    "command r7b, reasoning",
+    "seed-oss",
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - REFUSED))
@@ -225,7 +261,9 @@ def test_reasoning_is_supervised_before_the_answer_or_refused(chats, name):
 
 
 @pytest.mark.parametrize("name", ["qwen 3", "qwen 3, thinking", "deepseek r1"])
-@pytest.mark.parametrize("content", ["<think>\nThey want lines.\n</think>\n\nSure, with wc.", "They want lines.</think>Sure, with wc."])
+@pytest.mark.parametrize(
+    "content", ["<think>\nThey want lines.\n</think>\n\nSure, with wc.", "They want lines.</think>Sure, with wc."]
+)
 def test_a_thought_inside_an_answer_is_opened_and_closed_once(chats, name, content):
     chat = chats(name)
     (sample,) = chat.encode([FIRST[0], {"role": "assistant", "content": content}], 10_000)
@@ -236,25 +274,32 @@ def test_a_thought_inside_an_answer_is_opened_and_closed_once(chats, name, conte
 
 
 def supervised(chat: Chat, sample) -> list[str]:
-    decode = lambda run: chat.tokenizer.decode(sample.input_ids[slice(*run)], clean_up_tokenization_spaces=False)  # noqa: E731
-    return [decode(run) for run in runs_of(sample.labels)]
+    runs = [sample.input_ids[start:end] for start, end in runs_of(sample.labels)]
+    return [chat.tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
 
 
 def test_turns_that_are_not_to_be_trained_are_not(chats):
     chat = chats("qwen 2.5")
     messages = [*FIRST[:1], FIRST[1] | {"train": False}, *SECOND]
     (sample,) = chat.encode(messages, 10_000)
-    assert supervised(chat, sample) == ["The answer is: wc -w<|im_end|>"] and "Sure, with wc." in chat.tokenizer.decode(sample.input_ids)
+    assert supervised(chat, sample) == ["The answer is: wc -w<|im_end|>"] and "Sure, with wc." in chat.tokenizer.decode(
+        sample.input_ids
+    )
     assert chat.encode([FIRST[0], FIRST[1] | {"train": False}], 10_000) == []
 
 
 def test_what_the_assistant_says_first_is_not_trained(chats):
     chat = chats("qwen 2.5")
     (sample,) = chat.encode([{"role": "assistant", "content": "Hello, you."}, *FIRST], 10_000)
-    assert supervised(chat, sample) == ["Sure, with wc.<|im_end|>"] and "Hello, you." in chat.tokenizer.decode(sample.input_ids)
+    assert supervised(chat, sample) == ["Sure, with wc.<|im_end|>"] and "Hello, you." in chat.tokenizer.decode(
+        sample.input_ids
+    )
 
 
-@pytest.mark.parametrize("text, left", [("<think>\na\n</think>\n\nb", "b"), ("\n</think>\n\nb", "b"), ("a[/THINK]b", "b"), ("no thought", "no thought")])
+@pytest.mark.parametrize(
+    "text, left",
+    [("<think>\na\n</think>\n\nb", "b"), ("\n</think>\n\nb", "b"), ("a[/THINK]b", "b"), ("no thought", "no thought")],
+)
 def test_what_an_answer_says_after_its_thought(text, left):
     assert chat_template.without_thought(text) == left
 
