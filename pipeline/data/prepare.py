@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pipeline.sections import SourceSection
 HELD = "held.parquet"
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
 _VALIDATION_PROMPTS = 150
+_SECONDS = 5  # between two lines of progress
 
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -176,7 +178,7 @@ class _Preparation:
     def _task(self, rows: list[Row]) -> dict[str, list[Row]]:
         """The task's three sets, of the rows that no earlier set holds and that have something to learn."""
         usable = self.claims.free("data.task", rows)
-        samples = {id(row): self._samples("data.task", row, "task") for row in usable}
+        samples = {id(row): self._samples("data.task", row, "task") for row in _shown("data.task", usable)}
         left = [row for row in usable if samples[id(row)]]
         self.claims.dropped.say()  # also where too few are left
         if not usable:
@@ -303,6 +305,16 @@ class _Preparation:
             f"{field}: no sample has a token to learn within data.max_length {self.data.max_length}: "
             f"the shortest prompt with a token of its answer takes {needed} ({place}): raise it, or shorten the prompts"
         )
+
+
+def _shown(field: str, rows: list[Row]) -> Iterator[Row]:
+    """The rows; every few seconds a line says how many were taken."""
+    last = time.monotonic()
+    for number, row in enumerate(rows):
+        if time.monotonic() - last > _SECONDS:
+            last = time.monotonic()
+            print(f"[prepare] {field}: {number:,} of {len(rows):,} rows", file=sys.stderr, flush=True)
+        yield row
 
 
 def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:

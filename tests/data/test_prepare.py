@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import artifacts, recipe, strict_yaml
 from pipeline.data import contrastive, forms
+from pipeline.data import prepare as prepare_module
 from pipeline.data.chat import Chat
 from pipeline.data.distill import _completed
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, read_held
@@ -323,3 +324,9 @@ def test_a_label_that_is_none_is_refused(project, tmp_path):
     source = (f"--data.task.source={tmp_path / 'task.jsonl'}", "--data.task.columns={prompt: question, response: answer, harmful: bad}")
     with pytest.raises(ValueError, match="data.task: harmful holds 'perhaps': it takes true, false"):
         prepared(project, tmp_path / "out", *source)
+
+
+def test_long_work_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "_SECONDS", -1)
+    assert list(prepare_module._shown("data.task", [{"n": 0}, {"n": 1}])) == [{"n": 0}, {"n": 1}]
+    assert capsys.readouterr().err.splitlines()[-1] == "[prepare] data.task: 1 of 2 rows"
