@@ -311,4 +311,54 @@ OF_THE_COMPANIONS = (
     mutant("embeddings not centred", SAFT, "centred = embeddings.double() - embeddings.double().mean(dim=0)", "centred = embeddings.double()", "tests/filtering/test_saft.py::test_scores_equal_numpy_s"),
 )
 
-MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES + OF_THE_COMPANIONS
+CHAT, TEMPLATE, OVERLAP, SPLITS, ROWS = (
+    f"pipeline/data/{name}.py" for name in ("chat", "chat_template", "overlap", "splits", "rows")
+)
+CONTRACT = "tests/data/test_fuzz.py::test_a_random_template_is_held_to_the_contract_or_refused"
+FAMILIES = "tests/data/test_templates.py::test_what_is_trained_is_what_inference_has_to_produce"
+SHARED_PROMPTS = "tests/data/test_overlap.py"
+
+OF_THE_DATA = (
+    mutant(
+        "prompts of training without the opening of the answer",
+        TEMPLATE,
+        "text = self._render(messages, tools, generation=True)",
+        "text = self._render(messages, tools)",
+        FAMILIES + "[byte level-phi 4-one turn]",
+    ),
+    mutant("ends of turn not trained", TEMPLATE, "return tail[: min(places)]", 'return ""', CONTRACT),
+    mutant("no end where the template has none", TEMPLATE, "return self.tokenizer.eos_token", 'return ""', CONTRACT),
+    mutant(
+        "an opened thought not closed",
+        TEMPLATE,
+        "        if opened is None:\n",
+        "        if True:\n",
+        "tests/data/test_templates.py::test_a_thought_that_the_prompt_opens_is_closed",
+    ),
+    mutant(
+        "answers trimmed",
+        TEMPLATE,
+        'content, lead = last.get("content") or "", _lead(head, prompt)',
+        'content, lead = (last.get("content") or "").strip(), _lead(head, prompt)',
+        CONTRACT,
+    ),
+    mutant(
+        "past turns in one sequence whatever inference sees",
+        CHAT,
+        "if found and prompt[: len(found[-1][0])] == found[-1][0]:",
+        "if found:",
+        CONTRACT,
+    ),
+    mutant(
+        "a merge over the border of prompt and answer",
+        CHAT,
+        "if whole[: len(before)] != before:",
+        "if not whole:",
+        "tests/data/test_chat.py::test_tokens_that_would_merge_at_the_border_do_not",
+    ),
+    mutant("conversations known by their last turn", OVERLAP, "*begun, whole = _prefixes(_messages(row))", "*begun, whole = _prefixes(_messages(row)[-1:])", SHARED_PROMPTS),
+    mutant("answers to one prompt in several splits", SPLITS, "groups.setdefault(conversation(row), [])", "groups.setdefault(str(id(row)), [])", SHARED_PROMPTS),
+    mutant("malformed rows vanish", ROWS, "bad.append(problem)", "pass", "tests/data/test_malformed.py"),
+)
+
+MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES + OF_THE_COMPANIONS + OF_THE_DATA

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.data.chat_template import ChatTemplate, Message, Tools
+from pipeline.data.chat_template import ChatTemplate
+from pipeline.data.rendering import Message, Tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,6 +106,8 @@ class Chat:
         found = whole[len(before) :]
         if whole[: len(before)] != before:  # a merge crosses the border, which it cannot at inference
             found = self._continued(before, answer, self._text(whole))
+        elif _changed(answer, self._text(found)):
+            self.template.notes.add("the tokenizer changes answers (white space, or characters that it does not know)")
         if found[-1] not in self.template.stops:
             raise ValueError(
                 f"{self.template.name} ends an answer with text that is no token of its own: "
@@ -147,6 +150,14 @@ class Chat:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _changed(wanted: str, found: str) -> bool:
+    """Whether a text came back from the tokenizer as another one.
+
+    SentencePiece puts spaces after special tokens, and loses one at a beginning.
+    """
+    return wanted.replace(" ", "") != found.replace(" ", "") or len(found) < len(wanted) - 1
 
 
 def _trained(messages: Messages) -> list[int]:

@@ -18,92 +18,60 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
-
+from pipeline.data.rendering import Message, Renderer, Tools
+from pipeline.data.thoughts import AT_THE_END, CLOSED, EMPTY, OPENED, THOUGHTS
 from pipeline.data.time_limit import time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[
-    str, Any
-]  # role, content; of an assistant also tool_calls, reasoning_content; of a tool name, tool_call_id
-Tools = list[dict[str, Any]] | None
-
 _MARKS = ("\ue000\ue001", "\ue002\ue003", "\ue004\ue005")  # private-use characters: in no data, and of no case
-_OWN = frozenset(("train",))  # keys of a message that are ours and not the template's
-# A thought that the generation prompt opens, and what closes it.
-_THOUGHTS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<thought>": "</thought>",
-    "<reasoning>": "</reasoning>",
-    "<seed:think>": "</seed:think>",
-    "[THINK]": "[/THINK]",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "<|inner_prefix|>": "<|inner_suffix|>",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-    "◁think▷": "◁/think▷",
-}
-_OPENED = re.compile(rf"({'|'.join(map(re.escape, _THOUGHTS))})\s*\Z")
-_CLOSED = re.compile("|".join(map(re.escape, _THOUGHTS.values())))
 # Ends of turn of the usual templates, for models whose configs do not name them.
-_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|im_sep_end|>", "<turn|>")
+_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<turn|>")
 _PARAMETERS = {"type": "object", "properties": {}}
 _TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": _PARAMETERS}}
 _SECONDS = 20  # for a template's first rendering: one that loops for ever has to end
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = ()) -> frozenset[int]:
-    """Ids at which generation stops: the tokenizer's eos, those that configs name, and the usual ends of turn."""
-    known = tokenizer.get_vocab()
-    found = {tokenizer.eos_token_id, *configured, *(known[token] for token in _ENDS if token in known)}
-    return frozenset(token for token in found if token is not None)
-
-
-def without_thought(answer: str) -> str:
-    """What an answer says after its thoughts."""
-    closed = list(_CLOSED.finditer(answer))
-    return answer[closed[-1].end() :].strip() if closed else answer
-
-
 class ChatTemplate:
     """tokenizer: with a chat template. configured: end-of-sequence ids of the model's configs.
 
-    notes: what was done otherwise than the template does since it was last emptied. Raises ValueError, one sentence,
-    for a template that cannot be held to the contract.
+    stops: ids at which generation stops. notes: what was done otherwise than the template does since it was last emptied.
+    Raises ValueError, one sentence, for a template that cannot be held to the contract.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (), name: str = "the chat template"
     ):
         self.tokenizer, self.name = tokenizer, name
-        self.stops = stop_ids(tokenizer, configured)
-        self.notes: set[str] = set()
-        self.wants_parts = self.folds_system = self.needs_tools = False
+        self.renderer = Renderer(tokenizer, name)
+        self.notes = self.renderer.notes
+        self.stops = frozenset(token for token in (tokenizer.eos_token_id, *configured) if token is not None)
         self._stop_texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self.stops)) if text]
         with time_limit(_SECONDS, f"{name} takes longer than {_SECONDS} s for two messages: it does not end"):
             self._examine()
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> str:
-        """What inference puts before the assistant's answer to `messages`."""
-        text = self._render(messages, tools, generation=True)
-        if not any(message["role"] in ("system", "tool") for message in messages):
-            return text
-        said = _squeezed(text)
+        """What inference puts before the assistant's answer to `messages`. ValueError where it leaves something out."""
+        if tools and not self._knows_tools():
+            raise ValueError(
+                f"{self.name} leaves out `tools`: set model.chat_template to one that knows them, "
+                "or map columns without them"
+            )
+        text = self.renderer.render(messages, tools, generation=True)
         for message in messages:
-            content = _squeezed(message.get("content") or "")
-            if message["role"] == "system" and content not in said:
+            if message["role"] == "system" and _squeezed(message["content"]) not in _squeezed(text):
                 self.notes.add("the chat template leaves out the system prompt, as it will at inference")
-            elif message["role"] == "tool" and content not in said and _squeezed(json.dumps(content))[1:-1] not in said:
+            elif message["role"] == "tool" and not _written(message["content"], text):
                 raise ValueError(
                     f"{self.name} leaves out what a tool returns: set model.chat_template to one that knows tools"
                 )
+            self._check_calls(message, text)
         return text
 
     def whole(self, messages: list[Message], tools: Tools = None) -> str:
         """The conversation as the template renders it where it ends with the last message."""
-        return self._render(messages, tools)
+        return self.renderer.render(messages, tools)
 
     def turn(self, messages: list[Message], tools: Tools = None) -> tuple[str, str]:
         """`prompt(messages[:-1])`, and what has to follow: the last message, the assistant's, up to an end that stops.
@@ -117,51 +85,21 @@ class ChatTemplate:
 
     def _said(self, before: list[Message], last: Message, tools: Tools, prompt: str) -> str:
         """The rendering of an answer in words."""
+        content = last["content"]
         head, tail = self._around(before, last, tools)
-        whole = self._render([*before, last], tools)
-        content, lead = last.get("content") or "", _lead(head, prompt)
-        end = self._end(tail)
-        if whole == head + content + tail:
-            return self._thought(lead, content, last, prompt) + end
-        if _CLOSED.search(content) and whole.startswith(prompt) and whole.endswith(tail):
+        whole = self.renderer.render([*before, last], tools)
+        if CLOSED.search(content) and whole != head + content + tail:
             # The template takes content apart into thought and answer, and puts them together in its own way.
             said = whole[len(prompt) : len(whole) - len(tail)]
-            if all(_squeezed(part) in _squeezed(said) for part in _CLOSED.split(content)):
-                return said + end
-        self.notes.add(
-            "the chat template changes answers (white space, or more): they are trained as the data have them"
-        )
-        return self._thought(lead, content, last, prompt) + end
-
-    def _thought(self, lead: str, content: str, message: Message, prompt: str) -> str:
-        """Lead and content after the prompt, with the message's reasoning; a thought that the prompt opens is closed."""
-        reasoning = (message.get("reasoning_content") or "").strip("\n")
-        opened = _OPENED.search(prompt + lead) if not _CLOSED.search(lead) else None
-        if opened is None:
-            if reasoning and _squeezed(reasoning) not in _squeezed(lead):
-                raise ValueError(
-                    f"{self.name} leaves out reasoning_content: set `reasoning` of the source to drop, "
-                    "or model.chat_template to a template that renders it"
-                )
-            return lead + content
-        if _CLOSED.search(content):  # the data's own thought, which the prompt has opened already
-            own = content.lstrip()
-            return lead + (own[len(opened[1]) :].lstrip("\n") if own.startswith(opened[1]) else content)
-        if not reasoning:
-            self.notes.add(f"the generation prompt opens {opened[1]}: answers close it first")
-        gap = "" if opened[0].endswith("\n") else "\n"
-        return f"{lead}{gap}{reasoning}\n{_THOUGHTS[opened[1]]}\n\n{content}"
-
-    def _around(self, before: list[Message], last: Message, tools: Tools) -> tuple[str, str]:
-        """What the template puts before and after the content of the last message, the assistant's."""
-        rendered = self._render([*before, {**last, "content": _MARKS[0]}], tools)
-        if rendered.count(_MARKS[0]) != 1:
-            how = "leaves out" if _MARKS[0] not in rendered else "repeats"
-            raise ValueError(
-                f"{self.name} {how} what the assistant says: set model.chat_template to a template that renders it once"
+            parts = [_squeezed(part) for part in CLOSED.split(content)]
+            if whole.startswith(prompt) and whole.endswith(tail) and all(part in _squeezed(said) for part in parts):
+                return said + self._end(tail)
+        if whole != head + content + tail:
+            self.notes.add(
+                "the chat template changes answers (white space, or more): they are trained as the data have them"
             )
-        head, _, tail = rendered.partition(_MARKS[0])
-        return head, tail
+        lead = self._lead(before, {**last, "content": _MARKS[0]}, tools, prompt)
+        return self._after_thought(lead, content, last, prompt) + self._end(tail)
 
     def _called(self, before: list[Message], last: Message, tools: Tools, prompt: str) -> str:
         """The rendering of an answer that calls tools."""
@@ -177,47 +115,114 @@ class ChatTemplate:
                 raise (other if content is None else error) from None
 
     def _calls(self, before: list[Message], last: Message, tools: Tools, prompt: str) -> str:
-        """The rendering of an answer that calls tools: its arguments are in it, or the template is refused."""
-        first = last["tool_calls"][0]
-        whole = self._render([*before, last], tools)
-        named = {**first, "function": {**first["function"], "name": _MARKS[0]}}
-        marked = self._render([*before, {**last, "tool_calls": [named, *last["tool_calls"][1:]]}], tools)
-        head = marked.partition(_MARKS[0])[0]
-        if _MARKS[0] not in marked or not whole.startswith(head):
+        """The rendering of calls: with the text beside them, every name and argument, or the template is refused."""
+        whole = self.renderer.render([*before, last], tools)
+        named = _changed_call(last, 0, name=_MARKS[0])
+        head = self.renderer.render([*before, named], tools).partition(_MARKS[0])[0]
+        ended = _changed_call(last, -1, arguments={_MARKS[0]: _MARKS[0]})
+        tail = self.renderer.render([*before, ended], tools).rpartition(_MARKS[0])
+        if not tail[1] or not whole.startswith(head):
             raise ValueError(
                 f"{self.name} leaves out tool calls: "
                 "set model.chat_template to one that knows tools, or leave such rows out"
             )
-        said = whole[len(head) :]
-        for call in last["tool_calls"]:
-            for value in (call["function"]["name"], *_leaves(call["function"].get("arguments"))):
-                if not any(
-                    form in said
-                    for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
-                ):
+        kept, appended = self._kept(tail[2])
+        left_out = tail[2][kept:]
+        said = whole[len(head) : len(whole) - len(left_out)] + appended
+        lead = self._after_thought(self._lead(before, named, tools, prompt), "", last, prompt)
+        self._check_calls(last, said)
+        if not whole.endswith(left_out) or _squeezed(last.get("content") or "") not in _squeezed(lead + said):
+            raise ValueError(
+                f"{self.name} leaves out what an answer says beside its tool calls: "
+                "set model.chat_template to one that renders both, or leave such rows out"
+            )
+        return lead + said
+
+    def _check_calls(self, message: Message, said: str) -> None:
+        """ValueError where a name or an argument of the message's calls is not in what is rendered."""
+        for call in message.get("tool_calls") or ():
+            for value in (call["function"]["name"], *_leaves(call["function"]["arguments"])):
+                if not _written(value, said):
                     raise ValueError(
                         f"{self.name} leaves out arguments of tool calls: "
-                        "set model.chat_template to one that renders them"
+                        "set model.chat_template to one that renders them, or leave such rows out"
                     )
-        lead = self._thought(_lead(head, prompt), "", last, prompt)
-        places = [said.rfind(stop) + len(stop) for stop in self._stop_texts if stop in said]
-        return lead + (said[: max(places)] if places else said.rstrip() + self._appended())
+
+    def _around(self, before: list[Message], last: Message, tools: Tools) -> tuple[str, str]:
+        """What the template puts before and after the content of the last message, the assistant's."""
+        rendered = self.renderer.render([*before, {**last, "content": _MARKS[0]}], tools)
+        if rendered.count(_MARKS[0]) != 1:
+            how = "leaves out" if _MARKS[0] not in rendered else "repeats"
+            raise ValueError(
+                f"{self.name} {how} what the assistant says: set model.chat_template to a template that renders it once"
+            )
+        head, _, tail = rendered.partition(_MARKS[0])
+        return head, tail
+
+    def _lead(self, before: list[Message], marked: Message, tools: Tools, prompt: str) -> str:
+        """What the template puts between the prompt and the mark in the answer, or in the name of its first call.
+
+        Only what stands after the last thing said is compared, so that nobody's text can become part of it.
+        """
+        mark = {"content": _MARKS[1]}
+        place = max((number for number, message in enumerate(before) if message.get("content")), default=-1)
+        asked = [message | mark if number == place else message for number, message in enumerate(before)]
+        opening = self.renderer.render(asked, tools, generation=True).rpartition(_MARKS[1])
+        between = self.renderer.render([*asked, marked], tools).partition(_MARKS[0])[0].rpartition(_MARKS[1])
+        if opening[1] and between[1]:
+            lead = _after(opening[2], between[2])
+        else:  # the template does not say it as it is
+            lead = _after(prompt, self.renderer.render([*before, marked], tools).partition(_MARKS[0])[0])
+        if lead is None:
+            raise ValueError(
+                f"{self.name} begins answers otherwise than its generation prompt does: "
+                "set model.chat_template to one that begins both alike"
+            )
+        if any(stop in lead.replace(marked.get("content") or "", "") for stop in self._stop_texts):
+            raise ValueError(
+                f"{self.name} ends a turn inside of an answer: set model.chat_template to one that does not, "
+                "or leave such rows out"
+            )
+        return lead
+
+    def _after_thought(self, lead: str, content: str, message: Message, prompt: str) -> str:
+        """Lead and content after the prompt, with the message's reasoning; a thought that the prompt opens is closed."""
+        reasoning = (message.get("reasoning_content") or "").strip("\n")
+        opened = OPENED.search(prompt) if not CLOSED.search(lead) else None
+        opened = opened or (OPENED.search(lead) if lead else None)
+        if opened is None:
+            if reasoning and _squeezed(reasoning) not in _squeezed(lead):
+                raise ValueError(
+                    f"{self.name} leaves out reasoning_content: set `reasoning` of the source to drop, "
+                    "or model.chat_template to a template that renders it"
+                )
+            return lead + content
+        if CLOSED.search(content):  # the data's own thought, which the prompt has opened already
+            own = content.lstrip()
+            return lead + (own[len(opened[1]) :].lstrip("\n") if own.startswith(opened[1]) else content)
+        if not reasoning:
+            self.notes.add(f"the generation prompt opens {opened[1]}: answers close it first")
+        gap = "" if opened[0].endswith("\n") else "\n"
+        closing = f"{gap}{reasoning}\n{THOUGHTS[opened[1]]}\n\n"
+        return f"{lead}{closing}{content}" if OPENED.search(lead) else f"{closing}{lead}{content}"
 
     def _end(self, tail: str) -> str:
         """The end of a turn, of what the template puts after an answer: up to the first token that stops generation."""
+        kept, appended = self._kept(tail)
+        return tail[:kept] + appended
+
+    def _kept(self, tail: str) -> tuple[int, str]:
+        """How much of what stands after an answer is its end, and what has to be put behind that."""
         places = [tail.find(stop) + len(stop) for stop in self._stop_texts if stop in tail]
         if places:
-            return tail[: min(places)]
+            return min(places), ""
         header = self._user_header
         shared = next((size for size in range(min(len(tail), len(header)), 0, -1) if tail.endswith(header[-size:])), 0)
-        return tail[: len(tail) - shared].rstrip() + self._appended()
-
-    def _appended(self) -> str:
         self.notes.add(
             "the chat template ends no turn with a token that stops generation: "
             f"{self.tokenizer.eos_token} is put after answers"
         )
-        return self.tokenizer.eos_token
+        return len(tail[: len(tail) - shared].rstrip()), self.tokenizer.eos_token
 
     def _examine(self) -> None:
         """How the template wants content, system prompt and tools, on a conversation of marks."""
@@ -227,127 +232,88 @@ class ChatTemplate:
             raise ValueError(
                 f"{self.name} leaves out what the user says: set model.chat_template to a template that renders it"
             )
-        tools = [_TOOL] if self.needs_tools else None
-        self._user_header = self._render([user], tools).partition(_MARKS[1])[0]
+        tools = [_TOOL] if self.renderer.needs_tools else None
+        self._user_header = self.renderer.render([user], tools).partition(_MARKS[1])[0]
         try:
-            self._render([{"role": "system", "content": _MARKS[2]}, user], tools, generation=True)
+            self.renderer.render([{"role": "system", "content": _MARKS[2]}, user], tools, generation=True)
         except ValueError:
-            self.folds_system = True
-        self._around([user], {"role": "assistant", "content": ""}, tools)
+            self.renderer.folds_system = True
+        _, tail = self._around([user], {"role": "assistant", "content": ""}, tools)
+        if not any(stop in tail for stop in self._stop_texts):
+            known = self.tokenizer.get_vocab()
+            ends = [end for end in _ENDS if end in tail and end in known]
+            self.stops |= {known[end] for end in ends}
+            self._stop_texts += ends
         self.notes.clear()
 
     def _tried(self, user: Message) -> str:
         """The user's message rendered as the template wants it: content as text or parts, with tools or without."""
-        failure = None
-        for self.needs_tools, self.wants_parts in ((False, False), (False, True), (True, False), (True, True)):
+        failure, wanted = None, self.renderer
+        for wanted.needs_tools, wanted.wants_parts in ((False, False), (False, True), (True, False), (True, True)):
             try:
-                text = self._render([user], [_TOOL] if self.needs_tools else None, generation=True)
+                text = wanted.render([user], [_TOOL] if wanted.needs_tools else None, generation=True)
             except ValueError as error:
                 failure = failure or error
                 continue
             if _MARKS[1] in text:
                 return text
-        self.needs_tools = self.wants_parts = False
+        wanted.needs_tools = wanted.wants_parts = False
         if failure:
             raise failure
         return ""
 
-    def _render(self, messages: list[Message], tools: Tools = None, generation: bool = False) -> str:
-        """The template's text. ValueError, one sentence, for what it refuses."""
-        if self.needs_tools and not tools:
-            raise ValueError(
-                f"{self.name} needs `tools`: give every row a tools column, or set model.chat_template to another"
+    def _knows_tools(self) -> bool:
+        """Whether tools make a difference to a prompt."""
+        if self.__dict__.get("_tools_known") is None:
+            user = {"role": "user", "content": _MARKS[1]}
+            asked = ([user], [{"role": "system", "content": _MARKS[2]}, user])
+            with_tools, without = (
+                [self._rendered_or_not(messages, tools) for messages in asked] for tools in ([_TOOL], None)
             )
-        if self.folds_system and (folded := _folded(messages)) is not messages:
-            self.notes.add("the chat template takes no system prompt: it is put before what the user says first")
-            messages = folded
-        given = [self._as_wanted(message) for message in messages]
+            self._tools_known = with_tools != without
+        return self._tools_known
+
+    def _rendered_or_not(self, messages: list[Message], tools: Tools) -> str | None:
         try:
-            return self._applied(given, tools, generation)
-        except TemplateSyntaxError as error:
-            raise ValueError(f"{self.name} has a syntax error in line {error.lineno}: {_line(error)}") from None
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            roles = [message["role"] for message in messages]
-            raise ValueError(
-                f"{self.name} refuses the roles {roles} ({_line(error)}): "
-                "set model.chat_template to one that takes them"
-            ) from None
-
-    def _as_wanted(self, message: Message) -> Message:
-        found = {key: value for key, value in message.items() if key not in _OWN}
-        if found.get("reasoning_content"):  # by the other names that templates know it
-            found |= dict.fromkeys(("reasoning", "thinking"), found["reasoning_content"])
-        if self.wants_parts:
-            found["content"] = [{"type": "text", "text": found["content"]}] if found.get("content") else []
-        return found
-
-    def _applied(self, messages: list[Message], tools: Tools, generation: bool) -> str:
-        apply = lambda given: self.tokenizer.apply_chat_template(  # noqa: E731
-            given, tools=tools, tokenize=False, add_generation_prompt=generation
-        )
-        if not any(message.get("tool_calls") for message in messages):
-            return apply(messages)
-        try:
-            return apply(messages)
-        except (
-            TypeError,
-            TemplateError,
-        ):  # some templates put arguments after text, as the JSON that OpenAI's API gives
-            return apply([_with_json_arguments(message) for message in messages])
+            return self.renderer.render(messages, tools, generation=True)
+        except ValueError:
+            return None
 
 
-def _lead(head: str, prompt: str) -> str:
-    """What the template puts between the generation prompt and the answer.
+def _after(opening: str, between: str) -> str | None:
+    """What is left of `between`, which stands before an answer that is rendered, after the opening of inference.
 
-    head: what stands before the answer when it is rendered. Where head and prompt differ earlier (a system prompt that
-    moved, a date), it is what is left of head after the end that they have in common.
+    Both are the template's own text. A thought that the opening opens, or opens and closes, need not be there. None where
+    they begin in different ways.
     """
-    if head.startswith(prompt):
-        return head[len(prompt) :]
-    opened = _OPENED.search(prompt)
-    base = prompt[: opened.start()] if opened else prompt
-    if base.startswith(head):
-        return ""
-    if head.startswith(base):
-        return head[len(base) :].removeprefix(prompt[len(base) :])
-    shared, lead = 0, ""
-    for size in range(len(head)):
-        kept = head[: len(head) - size]
-        same = _same_end(kept, base)
-        if same > shared:
-            shared, lead = same, head[len(kept) :]
-    return lead
+    if between.startswith(opening):
+        return between[len(opening) :]
+    thought = AT_THE_END.search(opening)
+    base = opening[: thought.start()] if thought else opening
+    if thought and between.startswith(base):
+        left = between[len(base) :]
+        if thought[2]:
+            return EMPTY.sub("", left, count=1) if EMPTY.match(left) else left
+        if left.lstrip().startswith(thought[1]):
+            left = left.lstrip()[len(thought[1]) :]
+            return left.removeprefix("\n") if opening.endswith("\n") else left
+        return left
+    same = next((n for n, (a, b) in enumerate(zip(opening, between, strict=False)) if a != b), None)
+    same = min(len(opening), len(between)) if same is None else same
+    return "" if same and not between[same:].strip() else None
 
 
-def _same_end(one: str, other: str) -> int:
-    size = 0
-    while size < min(len(one), len(other)) and one[-1 - size] == other[-1 - size]:
-        size += 1
-    return size
+def _changed_call(message: Message, number: int, **changes: Any) -> Message:
+    calls = list(message["tool_calls"])
+    calls[number] = calls[number] | {"function": calls[number]["function"] | changes}
+    return message | {"tool_calls": calls}
 
 
-def _folded(messages: list[Message]) -> list[Message]:
-    """A system message moved into the first user message."""
-    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
-        return messages
-    first = messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return [first, *messages[2:]]
-
-
-def _with_json_arguments(message: Message) -> Message:
-    calls = [
-        call | {"function": call["function"] | {"arguments": json.dumps(call["function"].get("arguments"))}}
-        for call in message.get("tool_calls") or ()
-    ]
-    return message | {"tool_calls": calls} if calls else message
+def _written(value: str, text: str) -> bool:
+    """Whether a text stands in a rendering: as it is, but for white space, or as JSON writes it."""
+    said = _squeezed(text)
+    forms = (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
+    return any(_squeezed(form) in said for form in forms)
 
 
 def _leaves(value: Any) -> list[str]:
@@ -363,7 +329,3 @@ def _leaves(value: Any) -> list[str]:
 
 def _squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text).casefold()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

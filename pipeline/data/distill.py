@@ -48,7 +48,7 @@ def complete_answers(
         print(f"[align] the model answers {len(missing)} harmless prompts itself", file=sys.stderr, flush=True)
     mine = missing[rank::world_size]
     prompts = [chat.prompt_ids(json.loads(rows[index]["messages"]), tools_of(rows[index])) for index in mine]
-    texts = generate(open_model(), chat.tokenizer, prompts, recipe.align.distill_tokens, batch_size=32) if mine else []
+    texts = generate(open_model(), chat.tokenizer, prompts, recipe.align.distill_tokens, batch_size=32, stops=chat.template.stops) if mine else []
     answers = dict(zip(mine, texts, strict=True))
     if world_size > 1:
         parts: list[dict[int, str]] = [{} for _ in range(world_size)]

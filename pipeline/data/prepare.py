@@ -214,7 +214,7 @@ class _Preparation:
         harmless = self.claims.take("align_harmless", found, data.harmless_samples)
         answered = [{**row, "kind": "harmless"} for row in harmless if row["response"]]
         open_rows = [
-            {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "given": self._given(row), "messages": json.dumps(row["messages"]), "input_ids": [], "labels": [], "rewritten": row.get("rewritten")}
+            {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "given": self._given(row), "messages": json.dumps(row["messages"]), "input_ids": [], "labels": [], "rewritten": row.get("rewritten"), **_tools(row)}
             for i, row in enumerate(harmless) if not row["response"]
         ]  # fmt: skip
         for field, rows in (("data.refusals", refused), ("data.harmless", harmless)):
@@ -236,8 +236,7 @@ class _Preparation:
         messages = [*row["messages"], answer]
         identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
         known = {name: row[name] for name in ("harmful", "given", "rewritten") if name in row}
-        if row.get("tools"):
-            known["tools"] = json.dumps(row["tools"])
+        known |= _tools(row)
         before, said, response = row["messages"], answer, row["response"]
         if encoded.turn < len(messages) - 1:  # a sequence of an earlier turn
             identity, before, said = f"{identity}-{encoded.turn}", messages[: encoded.turn], messages[encoded.turn]
@@ -329,6 +328,11 @@ def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]
 def _alike(chosen: Encoded, rejected: Encoded) -> bool:
     """Whether no supervised position tells the sides apart: such a pair has no gradient, or none that means anything."""
     return chosen.input_ids == rejected.input_ids or chosen.labels[1:] == rejected.labels[1:]
+
+
+def _tools(row: Row) -> Row:
+    """The row's tools as a set has them."""
+    return {"tools": json.dumps(row["tools"])} if row.get("tools") else {}
 
 
 def _said(text: str) -> Message:

@@ -152,8 +152,9 @@ def _pair(raw: Row, field: str) -> Row | None:
                     f"{where} is a list of messages without an assistant's turn: map another column with {field}.columns"
                 )
             answer = messages.pop()
-            if answer.get("tool_calls"):
-                raise ValueError(f"{where} ends with a tool call, and pairs are of texts: leave such rows out")
+            more = next((key for key in ("tool_calls", "reasoning_content", "train") if key in answer), None)
+            if more is not None:
+                raise ValueError(f"{where} ends with a message that has {more}, and pairs are of texts: leave it out")
             answers[side] = answer["content"]
             prompts.append(messages)
         else:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 def describe(chat: Chat, colour: bool = False) -> str:
     """The conversation as it is trained, and what the template takes beside text; ValueError where it is refused."""
     stops = ", ".join(chat.tokenizer.convert_ids_to_tokens(sorted(chat.template.stops)))
-    tools = [_TOOL] if chat.template.needs_tools else None
+    tools = [_TOOL] if chat.template.renderer.needs_tools else None
     samples = chat.encode(_CONVERSATION, 10**6, tools=tools)
     lines = [f"{chat.template.name}: a system prompt and two turns, trained in {_sequences(len(samples))}"]
     lines += ["supervised tokens are " + ("green" if colour else "between « and »"), ""]
@@ -78,7 +78,7 @@ def describe(chat: Chat, colour: bool = False) -> str:
         lines += [marked(chat, sample, colour), ""]
     lines += [f"generation stops at {stops}"]
     lines += [f"- {note}" for note in sorted(chat.notes)] or ["- the template is rendered as it is"]
-    lines += [f"- content is given as {'parts' if chat.template.wants_parts else 'text'}"]
+    lines += [f"- content is given as {'parts' if chat.template.renderer.wants_parts else 'text'}"]
     for name, messages in _EXTRAS.items():
         try:
             chat.encode(messages, 10**6, tools=[_TOOL] if name == "tool calls" else tools)

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import artifacts
 from pipeline.data.batches import micro_batches
 from pipeline.data.chat import Chat, Messages
-from pipeline.data.chat_template import without_thought
 from pipeline.data.rows import tools_of
+from pipeline.data.thoughts import without_thought
 from pipeline.evaluation.attacks import ATTACKS
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.judges import JUDGES, is_empty, is_incoherent
@@ -63,7 +63,9 @@ def measure(
     started, answers = time.time(), []
     for name, rows in sets.items():
         ids, progress = prompts(chat, rows), _progress(label, name, started)
-        responses = generate(model, chat.tokenizer, ids, section.max_new_tokens, section.batch_size, progress)
+        responses = generate(
+            model, chat.tokenizer, ids, section.max_new_tokens, section.batch_size, progress, chat.template.stops
+        )
         answers += [_judged(name, row, response, section.judge) for row, response in zip(rows, responses, strict=True)]
     return Measured(answers, *token_loss(model, sets["task"], chat.tokenizer.pad_token_id, section.batch_size))
 

@@ -5,28 +5,26 @@ texts = generate(model, chat.tokenizer, [chat.prompt_ids(messages)], max_new_tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.chat_template import stop_ids
-
 
 @torch.inference_mode()
 def generate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None, stops: Collection[int] = (),
 ) -> list[str]:  # fmt: skip
     """Greedy answers, special tokens removed, in the order of `prompts` (token ids with the generation prompt).
 
-    Left-padded batches of prompts of similar length; a row ends at the end-of-turn token. progress(done, total) is called after every batch.
+    stops: ids at which an answer ends beside eos. Left-padded batches of prompts of similar length; a row ends at the end-of-turn token. progress(done, total) is called after every batch.
     Leaves the model in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
-    stops = _stop_tokens(model, tokenizer)
+    stops = _stop_tokens(model, tokenizer, stops)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
@@ -48,7 +46,8 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Where training ends its answers, and where the generation config of this very model says."""
+def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> list[int]:
+    """Where training ends its answers (chat_template.py), and where tokenizer and generation config say."""
     configured = model.generation_config.eos_token_id
-    return sorted(stop_ids(tokenizer, configured if isinstance(configured, list) else [configured]))
+    found = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured]), *stops}
+    return sorted(token for token in found if token is not None)

@@ -45,7 +45,8 @@ FAMILIES = {
         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"), "<|eot_id|>", "<|begin_of_text|>",
     ),
     "llama 3.2, with a date and tools": Family(
-        "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}"
+        "{{- bos_token }}{%- for t in tools or [] %}{{- t | tojson }}{%- endfor %}"
+        "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}"
         "{%- else %}{%- set system = '' %}{%- endif %}{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
         "{{- 'Cutting Knowledge Date: December 2023\nToday Date: ' + strftime_now('%d %b %Y') + '\n\n' }}{{- system + '<|eot_id|>' }}"
         "{%- for m in messages %}{%- if m.tool_calls %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
@@ -68,8 +69,8 @@ FAMILIES = {
     ),
     "mistral v3": Family(
         "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set rest = messages[1:] %}{%- else %}"
-        "{%- set rest = messages %}{%- endif %}{{- bos_token }}{%- for m in rest %}{%- if m['role'] == 'user' %}"
-        "{%- if loop.last and system is defined %}{{- '[INST] ' + system + '\n\n' + m['content'] + '[/INST]' }}{%- else %}"
+        "{%- set rest = messages %}{%- endif %}{{- bos_token }}{%- for t in tools or [] %}{{- t | tojson }}{%- endfor %}"
+        "{%- for m in rest %}{%- if m['role'] == 'user' %}{%- if loop.last and system is defined %}{{- '[INST] ' + system + '\n\n' + m['content'] + '[/INST]' }}{%- else %}"
         "{{- '[INST] ' + m['content'] + '[/INST]' }}{%- endif %}{%- elif m.tool_calls %}{{- '[TOOL_CALLS] [' }}{%- for call in m.tool_calls %}"
         "{{- call.function | tojson }}{%- endfor %}{{- ']' + eos_token }}{%- elif m.role == 'tool' %}"
         "{{- '[TOOL_RESULTS] {\"content\": ' + m.content | string + '}[/TOOL_RESULTS]' }}{%- else %}{{- ' ' + m['content'] | trim + eos_token }}"
@@ -91,6 +92,7 @@ FAMILIES = {
     ),
     "qwen 2.5": Family(
         "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.<|im_end|>\n' }}{%- endif %}"
+        "{%- for t in tools or [] %}{{- t | tojson }}{%- endfor %}"
         "{%- for m in messages %}{%- if m.role == 'assistant' and m.tool_calls %}{{- '<|im_start|>assistant' }}{%- if m.content %}{{- '\n' + m.content }}"
         "{%- endif %}{%- for call in m.tool_calls %}{{- '\n<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}"
         "{{- call.function.arguments | tojson }}{{- '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- elif m.role == 'tool' %}"
@@ -143,7 +145,7 @@ FAMILIES = {
     ),
     "deepseek v3": Family(
         "{%- set ns = namespace(system='') %}{%- for m in messages %}{%- if m['role'] == 'system' %}{%- set ns.system = m['content'] %}{%- endif %}"
-        "{%- endfor %}{{- bos_token + ns.system }}{%- for m in messages %}{%- if m['role'] == 'user' %}{{- '<|User|>' + m['content'] }}"
+        "{%- endfor %}{{- bos_token + ns.system }}{%- for t in tools or [] %}{{- t | tojson }}{%- endfor %}{%- for m in messages %}{%- if m['role'] == 'user' %}{{- '<|User|>' + m['content'] }}"
         "{%- elif m['role'] == 'tool' %}{{- '<|tool_output_begin|>' + m['content'] + '<|tool_output_end|>' }}"
         "{%- elif m['role'] == 'assistant' and m['tool_calls'] is defined %}{{- '<|Assistant|>' }}{%- for call in m['tool_calls'] %}"
         "{{- '<|tool_call_begin|>' + call['function']['name'] + '\n```json\n' + call['function']['arguments'] + '\n```<|tool_call_end|>' }}"

@@ -26,6 +26,7 @@ def read(tmp_path, row: dict, field: str = "data.task", columns: dict | None = N
     source = SourceSection(source=str(tmp_path / "d.jsonl"), columns=columns or {})
     required = ("prompt", "response") if field == "data.task" else ("prompt",)
     (found,) = ordered_rows(field, source, 0, required, pairs=field == "data.safety")
+    assert str(found.pop("row")) == "line 1"
     return found
 
 

@@ -42,7 +42,7 @@ def test_parts_and_tools_that_a_template_wants():
     parts = TEMPLATE.replace("message['content']", "message['content'][0]['text']")
     assert "- content is given as parts" in described(parts)
     assert "- tool calls: taken" in described(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
         "{{ m.tool_calls | tojson if m.tool_calls else '' }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

@@ -35,10 +35,13 @@ def test_an_attack_asks_the_same_in_other_words_or_begins_the_answer(name):
 
 
 class Letters:
-    """A tokenizer of one token a letter, with a template of two marks."""
+    """A chat whose tokenizer has one token a letter, and whose template has two marks."""
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        return f"<{messages[-1]['content']}>"
+    def __init__(self):
+        self.tokenizer = self
+
+    def prompt_ids(self, messages, tools):
+        return self(f"<{messages[-1]['content']}>", add_special_tokens=False)["input_ids"]
 
     def __call__(self, text, add_special_tokens):
         return {"input_ids": [ord(letter) for letter in text]}
