@@ -57,6 +57,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, configured, name)
         self.notes: Counter[str] = Counter()
+        added = tokenizer.added_tokens_decoder.values()
+        self._specials = tuple(token.content for token in added if token.special and token.content)
 
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Token ids of a conversation that waits for the assistant's answer."""
@@ -86,6 +88,9 @@ class Chat:
             else:
                 supervised = [IGNORE] * len(prompt) + labels
             found.append((prompt + answer, supervised, turn))
+        said = "\0".join(message.get("content") or "" for message in messages if message["role"] != "assistant")
+        if any(token in said for token in self._specials):
+            self.template.notes.add("what users, systems or tools say holds special tokens, which are read as such")
         if len(found) > 1:
             self.template.notes.add(
                 "past turns are rendered otherwise than present ones: each is trained in a sequence of its own"
@@ -108,6 +113,8 @@ class Chat:
             found = self._continued(before, answer, self._text(whole))
         elif _changed(answer, self._text(found)):
             self.template.notes.add("the tokenizer changes answers (white space, or characters that it does not know)")
+        if any(token in self.template.stops for token in found[:-1]):
+            raise ValueError("an answer holds text at which generation stops, as an end of turn: leave it out of the data")
         if found[-1] not in self.template.stops:
             raise ValueError(
                 f"{self.template.name} ends an answer with text that is no token of its own: "

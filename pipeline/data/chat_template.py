@@ -118,10 +118,10 @@ class ChatTemplate:
         """The rendering of calls: with the text beside them, every name and argument, or the template is refused."""
         whole = self.renderer.render([*before, last], tools)
         named = _changed_call(last, 0, name=_MARKS[0])
-        head = self.renderer.render([*before, named], tools).partition(_MARKS[0])[0]
+        head, _, rest = self.renderer.render([*before, named], tools).partition(_MARKS[0])
         ended = _changed_call(last, -1, arguments={_MARKS[0]: _MARKS[0]})
         tail = self.renderer.render([*before, ended], tools).rpartition(_MARKS[0])
-        if not tail[1] or not whole.startswith(head):
+        if not tail[1] or not whole.startswith(head) or _MARKS[0] in rest:
             raise ValueError(
                 f"{self.name} leaves out tool calls: "
                 "set model.chat_template to one that knows tools, or leave such rows out"
@@ -298,9 +298,17 @@ def _after(opening: str, between: str) -> str | None:
             left = left.lstrip()[len(thought[1]) :]
             return left.removeprefix("\n") if opening.endswith("\n") else left
         return left
-    same = next((n for n, (a, b) in enumerate(zip(opening, between, strict=False)) if a != b), None)
-    same = min(len(opening), len(between)) if same is None else same
-    return "" if same and not between[same:].strip() else None
+    # White space alone may differ: the prompt of inference is the one that counts.
+    there, here = "".join(opening.split()), "".join(between.split())
+    if there.startswith(here):
+        return ""
+    if not here.startswith(there):
+        return None
+    seen = place = 0
+    while seen < len(there):
+        seen += not between[place].isspace()
+        place += 1
+    return between[place:].lstrip()
 
 
 def _changed_call(message: Message, number: int, **changes: Any) -> Message:

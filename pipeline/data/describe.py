@@ -29,6 +29,7 @@ from pipeline.system_errors import reading_input
 
 Row = dict[str, Any]
 Count = Callable[[list[str]], list[int]]  # lengths of texts
+_TOKENISED = 1000  # texts at a time
 _KINDS = {"str": "text", "bool": "true or false", "int": "number", "float": "number", "dict": "object"}
 _HINT = "--columns '{prompt: COLUMN, response: COLUMN}'"
 
@@ -87,7 +88,15 @@ def _measure(model: str | None) -> tuple[Count, str]:
     name = model or BUILTIN
     tokenizer = load_tokenizer(ModelSection(path=str(Path(name).absolute()) if Path(name).is_dir() else name))
     unit = f"tokens of {name}, without the chat template's own"
-    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]], unit
+
+    def count(texts: list[str]) -> list[int]:
+        lengths: list[int] = []
+        for start in range(0, len(texts), _TOKENISED):  # all at once would take gigabytes
+            found = tokenizer(texts[start : start + _TOKENISED], add_special_tokens=False)["input_ids"]
+            lengths += [len(ids) for ids in found]
+        return lengths
+
+    return count, unit
 
 
 def describe(source: SourceSection, count: Count, unit: str) -> str:

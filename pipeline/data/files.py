@@ -289,4 +289,20 @@ def _of_arrow(table: Any, format: str) -> Table:
             except UnicodeDecodeError as error:
                 said = f"a text holds the byte 0x{error.object[error.start]:02x}, which is no UTF-8: write it as UTF-8"
                 bad.append(Bad(Place(number), "bytes that are no UTF-8", said))
-    return Table(format, names, [(Place(number), row) for number, row in values], bad)
+    except (ValueError, OverflowError) as error:  # a date that Python does not know
+        raise NotReadable(f"holds a value that cannot be read ({_first(error)}): leave its column out") from None
+    return Table(format, names, [(Place(number), without_fillers(row)) for number, row in values], bad)
+
+
+def without_fillers(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls with which Arrow fills the keys of a struct that other rows have.
+
+    A call's arguments, or a tool's schema, would be trained with them. A null that was meant cannot be told from those.
+    """
+    return {name: _filled(value) for name, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(inner) for name, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value

@@ -109,7 +109,7 @@ def _one(given: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
     """The value that a message has under any of these names; ValueError where two say different things."""
     found = {name: given[name] for name in names if name in given}
     values = list(found.values())
-    if any(value != values[0] for value in values):
+    if any(value != values[0] for value in values[1:]):
         raise ValueError(f"{where} has {' and '.join(found)}, which differ: leave one of them")
     return values[0] if values else None
 
@@ -171,6 +171,7 @@ def _calls(name: str, content: str | None, given: dict[str, Any], where: str) ->
         arguments = _one(function, _ARGUMENTS, where)
         arguments = _parsed(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
         arguments = {} if arguments in (None, "") else arguments
+        _check_json(arguments, f"{where} has a tool call whose arguments")
         rest = {key: call[key] for key in ("id",) if call.get(key)}
         found.append(rest | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return found
@@ -202,4 +203,13 @@ def parse_tools(given: Any, where: str) -> list[dict[str, Any]]:
     tools = [_parsed(tool) if isinstance(tool, str) else tool for tool in given] if isinstance(given, list) else None
     if tools is None or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{where} holds a {type(given).__name__} that is no list of definitions of tools")
+    _check_json(tools, f"{where} holds tools that")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _check_json(value: Any, what: str) -> None:
+    """ValueError for what JSON cannot say: templates write it as that."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} are no JSON ({str(error)[:80]}): write them as text and numbers") from None

@@ -203,8 +203,8 @@ def _same(row: Row, by_prompt: bool) -> bytes:
     if by_prompt:
         return wording(row["prompt"])
     system = [wording(_text(message)).hex() for message in _messages(row) if message["role"] == "system"]
-    answers = [row.get(name) for name in ("response", "chosen", "rejected")]
-    return hashlib.sha256(conversation(row) + json.dumps([system, answers]).encode()).digest()
+    said = [row.get(name) for name in ("response", "chosen", "rejected", "answer", "tools")]
+    return hashlib.sha256(conversation(row) + json.dumps([system, said]).encode()).digest()
 
 
 def _prefixes(messages: list[dict[str, Any]]) -> list[bytes]:

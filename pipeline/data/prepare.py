@@ -154,6 +154,7 @@ class _Preparation:
             counts["truncated"] += sum(item.truncated for item in encoded.values())
             tokens = {f"{side}_{kind}": getattr(item, kind) for side, item in encoded.items() for kind in ("input_ids", "labels")}
             pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], "messages": row["messages"], "rewritten": row.get("rewritten"), **texts, **tokens})
+        self._say_fewer("data.safety_pairs", source, len(pairs), self.data.safety_pairs)
         if len(pairs) < 2:
             raise ValueError(
                 f"data.safety: {source.source} yields {len(pairs)} usable pairs (data.safety_max_length {self.data.safety_max_length}): at least 2 are needed"
@@ -173,6 +174,13 @@ class _Preparation:
         opened = [row if row["response"] else self._with_opening(row, contrastive.MIX_OPENINGS, "harmful") for row in rows]
         encoded = self._encoded("data.harmful", opened, "harmful")
         self.counts["data.harmful"]["different"] = len(encoded)
+        if encoded and len(encoded) < wanted:
+            print(
+                f"data.harmful_fraction: {len(encoded)} different samples of {redact(source.source)} make up {wanted}, "
+                "so some are used more than once",
+                file=sys.stderr,
+                flush=True,
+            )
         return encoded
 
     def _task(self, rows: list[Row]) -> dict[str, list[Row]]:
@@ -196,6 +204,14 @@ class _Preparation:
         whole = {name: [samples[id(row)][-1] for row in taken] for name, taken in parts.items()}
         return whole | {"task_train": [sample for row in splits.train for sample in samples[id(row)]]}
 
+    def _say_fewer(self, field: str, source: SourceSection, found: int, asked: int) -> None:
+        if found < asked:
+            print(
+                f"{field}: {found} instead of {asked}, for {redact(source.source)} has no more that can be used",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _drop(self, field: str, reason: Reason, row: Row, other: str = "", tokens: int | None = None) -> None:
         counts = self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
         counts["dropped"] += 1
@@ -212,6 +228,8 @@ class _Preparation:
         ]
         found = self._by_form("align_harmless", self._ordered("data.harmless", data.harmless), "train")
         harmless = self.claims.take("align_harmless", found, data.harmless_samples)
+        self._say_fewer("data.refusal_samples", data.refusals, len(refused), data.refusal_samples)
+        self._say_fewer("data.harmless_samples", data.harmless, len(harmless), data.harmless_samples)
         answered = [{**row, "kind": "harmless"} for row in harmless if row["response"]]
         open_rows = [
             {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "given": self._given(row), "messages": json.dumps(row["messages"]), "input_ids": [], "labels": [], "rewritten": row.get("rewritten"), **_tools(row)}
@@ -317,10 +335,21 @@ def _shown(field: str, rows: list[Row]) -> Iterator[Row]:
 
 
 def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:
-    """id, prompt, its form, what it was before it was rewritten, and source, of rows that are asked and not trained on."""
+    """id, prompt, its form, what it was before it was rewritten, and source, of rows that are asked and not trained on.
+
+    conversation: what is asked where that is more than the prompt, with earlier turns or a system prompt; JSON.
+    """
     name, origin = field.split(".")[1], redact(source.source)
     return [
-        {"id": f"{name}-{number}", "prompt": row["prompt"], "form": forms.form(row["prompt"]), "rewritten": row.get("rewritten"), "source": origin}
+        {
+            "id": f"{name}-{number}",
+            "prompt": row["prompt"],
+            "form": forms.form(row["prompt"]),
+            "rewritten": row.get("rewritten"),
+            "source": origin,
+            "conversation": json.dumps(row["messages"]) if len(row["messages"]) > 1 else None,
+            **_tools(row),
+        }
         for number, row in enumerate(rows)
     ]
 

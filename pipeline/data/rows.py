@@ -113,6 +113,9 @@ def _row(raw: Row, field: str) -> Row | None:
     answer: Message = {}
     if raw.get("messages"):
         messages, response = parse_messages(raw["messages"], f"{field}: messages"), ""
+        _check_beside(raw, messages, field)
+        if messages and messages[-1]["role"] != "assistant" and raw.get("response"):
+            messages.append({"role": "assistant", "content": _text(raw["response"], f"{field}: response")})
         if messages and messages[-1]["role"] == "assistant":
             answer = messages.pop()
             response = answer["content"] or json.dumps([call["function"] for call in answer["tool_calls"]])
@@ -132,6 +135,19 @@ def _row(raw: Row, field: str) -> Row | None:
     if "harmful" in raw:
         row["harmful"] = _truth(raw["harmful"], f"{field}: harmful")
     return row
+
+
+def _check_beside(raw: Row, messages: list[Message], field: str) -> None:
+    """ValueError where a text beside a conversation says what the conversation does not."""
+    said = [" ".join((message["content"] or "").split()) for message in messages]
+    for name in ("prompt", "input", "response"):
+        text = " ".join(_text(raw.get(name), f"{field}: {name}").split())
+        answers = name == "response" and messages and messages[-1]["role"] != "assistant"
+        if text and not answers and not any(text in content for content in said):
+            raise ValueError(
+                f"{field}: {name} stands beside a conversation that does not hold it: "
+                f"name the columns to use in {field}.columns"
+            )
 
 
 def _pair(raw: Row, field: str) -> Row | None:

@@ -14,10 +14,12 @@ from typing import Any
 
 Row = dict[str, Any]
 Turns = list[dict[str, Any]]
+_LISTS = ("prompt", "response", "chosen", "rejected")  # may be lists of messages, or their JSON
 
 
 def as_conversation(row: Row) -> Row:
     """The row with `messages` where its conversation stands in other fields, without those; else as it is."""
+    row = row | {name: _parsed(row[name]) for name in _LISTS if name in row}
     history = _history(row.get("history"))
     row = {name: value for name, value in row.items() if name != "history"}
     if row.get("messages"):
@@ -36,6 +38,17 @@ def as_conversation(row: Row) -> Row:
     if row.get("messages"):
         row.pop("system", None)
     return row
+
+
+def _parsed(value: Any) -> Any:
+    """A list of messages that is written as JSON; other values as they are."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if _is_messages(found) else value
 
 
 def _is_messages(value: Any) -> bool:

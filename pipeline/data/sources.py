@@ -209,7 +209,10 @@ def _value_problem(mapping: dict[str, str], row: Row, place: Place) -> Bad | Non
         if isinstance(value, bool) and name in _TEXTS:
             said = f"'{column}' is {str(value).lower()}, which is no text: write the text that is meant"
             return Bad(place, f"no text as {name}", said)
-        what = _unusable(value)
+        try:
+            what = _unusable(value)
+        except RecursionError:
+            what = "nesting", "is nested too deep: give lists of messages, or texts"
         if what:
             return Bad(place, f"{what[0]} in {name}", f"'{column}' {what[1]}")
     return None
@@ -245,4 +248,4 @@ def _read_hub(source: SourceSection, field: str) -> list[Row]:
             f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and "
             f"network, or give a local file ({first})"
         ) from None
-    return loaded.to_list()
+    return [files.without_fillers(row) for row in loaded.to_list()]

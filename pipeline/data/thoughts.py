@@ -16,6 +16,7 @@ THOUGHTS = {
     "<|inner_prefix|>": "<|inner_suffix|>",
     "<|begin_of_thought|>": "<|end_of_thought|>",
     "◁think▷": "◁/think▷",
+    "<|channel>thought": "<channel|>",
 }
 _OPEN = "|".join(map(re.escape, THOUGHTS))
 _CLOSE = "|".join(map(re.escape, THOUGHTS.values()))

@@ -49,7 +49,8 @@ def attacked(rows: list[Row], name: str) -> list[Row]:
     result = []
     for row in rows:
         asked = attack.template.replace("{prompt}", row["prompt"])
-        messages = json.dumps([{"role": "user", "content": asked}])
+        before = json.loads(row["conversation"])[:-1] if row.get("conversation") else []
+        messages = json.dumps([*before, {"role": "user", "content": asked}])
         result.append(
             {**row, "id": f"{name}-{row['id']}", "asked": asked, "messages": messages, "prefill": attack.prefill}
         )

@@ -149,7 +149,8 @@ def _write_answers(folder: Path, answers: list[Row]) -> None:
 
 
 def _messages(row: Row) -> Messages:
-    return json.loads(row["messages"]) if row.get("messages") else [{"role": "user", "content": row["prompt"]}]
+    told = row.get("messages") or row.get("conversation")
+    return json.loads(told) if told else [{"role": "user", "content": row["prompt"]}]
 
 
 def _judged(name: str, row: Row, response: str, judge: str) -> Row:

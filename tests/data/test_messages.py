@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.data.chat import Chat
 from pipeline.data.messages import parse_messages, parse_tools
-from pipeline.data.rows import _row
+from pipeline.data.rows import _pair, _row
 from pipeline.evaluation.evaluate import prompts as asked
 from tests.data.test_prepare import prepared
 from tests.project import make_project, make_tokenizer, write_jsonl
@@ -95,6 +95,25 @@ def test_what_a_tool_returns_is_kept():
         ({"role": "assistant", "tool_calls": "call f"}, "no list of calls"),
         ({"role": "assistant", "tool_calls": [{"type": "function"}]}, "without a function's name"),
         ({"from": "function_call", "value": "call f"}, "no list of calls"),
+        ({"role": "assistant", "content": "a", "value": "b"}, "content and value, which differ"),
+        (
+            {"role": "assistant", "content": "a", "reasoning": "r", "thinking": "s"},
+            "reasoning and thinking, which differ",
+        ),
+        ({"role": "assistant", "content": "a", "train": True, "weight": 0}, "train and weight, which differ"),
+        ({"role": "assistant", "tool_calls": [CALL], "function_call": {"name": "g"}}, "tool_calls and function_call"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "output": "x"}]}, "tool call with the field 'output'"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "args": {"a": 1}, "input": {}}]},
+            "args and input, which differ",
+        ),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1, 2}}}]}, "arguments are no JSON"),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "x", "image": "y"}]},
+            "part with the field 'image'",
+        ),
+        ({"role": "user", "content": [{"type": "thinking", "thinking": "r"}, "x"]}, "a thought among the parts"),
+        ({"role": "assistant", "content": float("nan")}, "content that is a float"),
     ],
 )
 def test_what_is_not_known_is_refused_by_place_and_field(given, what):
@@ -122,6 +141,29 @@ def test_a_row_keeps_its_last_answer_as_a_message_and_its_tools():
         and row["response"] == '[{"name": "f", "arguments": {"a": 1}}]'
     )
     assert "answer" not in _row({"messages": [ASKED, {"role": "assistant", "content": "x"}]}, "data.task")
+
+
+def test_nesting_without_end_is_refused():
+    for messages in ("[" * 100_000, [ASKED, {"role": "assistant", "tool_calls": "[" * 100_000}]):
+        with pytest.raises(ValueError, match="data.task: messages"):
+            _row({"messages": messages}, "data.task")
+
+
+def test_a_text_beside_a_conversation_is_its_answer_part_of_it_or_refused():
+    asked = [ASKED]
+    assert _row({"messages": asked, "response": "y"}, "data.task")["response"] == "y"
+    both = {"messages": [*asked, {"role": "assistant", "content": "y"}], "prompt": "q"}
+    assert _row(both, "data.task")["response"] == "y"
+    for name in ("prompt", "input", "response"):
+        with pytest.raises(ValueError, match=f"^data.task: {name} stands beside a conversation that does not hold it"):
+            _row(both | {name: "The documents say five."}, "data.task")
+
+
+def test_pairs_whose_answers_are_more_than_text_are_refused():
+    for key, value in {"tool_calls": [CALL], "reasoning_content": "r", "train": False}.items():
+        sides = {side: [ASKED, {"role": "assistant", "content": side, key: value}] for side in ("chosen", "rejected")}
+        with pytest.raises(ValueError, match=f"data.safety: chosen ends with a message that has {key}"):
+            _pair(sides, "data.safety")
 
 
 def test_white_space_of_prompts_and_responses_is_theirs():

@@ -358,3 +358,13 @@ def test_the_harmful_fraction_is_exact_where_whole_conversations_leave_more_to_t
         "task_train",
         "harmful_mix",
     }
+
+
+def test_rows_that_differ_in_tools_or_reasoning_are_no_duplicates():
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    rows = [
+        {"messages": chat("q"), "prompt": "q", "response": "a", **more}
+        for more in ({}, {"tools": [{"name": "f"}]}, {"answer": answer}, {"answer": answer | {"reasoning_content": "s"}}, {})
+    ]
+    claims = Claims()
+    assert len(claims.take("data.task", rows)) == 4 and claims.facts()["duplicate"] == {"data.task": 1}

@@ -15,6 +15,8 @@ from pipeline.data.distill import _completed
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, read_held
 from pipeline.data.prepare import prepare
 from pipeline.data.prompts import form_warnings, write_prompts
+from pipeline.evaluation.attacks import attacked
+from pipeline.evaluation.evaluate import prompts as asked_for
 from pipeline.evaluation.judges import gcg_keyword_judge
 from pipeline.models import load_tokenizer
 from tests.project import make_tokenizer, write_jsonl, write_recipe
@@ -330,3 +332,28 @@ def test_long_work_says_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(prepare_module, "_SECONDS", -1)
     assert list(prepare_module._shown("data.task", [{"n": 0}, {"n": 1}])) == [{"n": 0}, {"n": 1}]
     assert capsys.readouterr().err.splitlines()[-1] == "[prepare] data.task: 1 of 2 rows"
+
+
+def test_prompts_of_the_evaluation_keep_their_conversation(project, tmp_path):
+    """Its system prompt and earlier turns are asked, under attacks too."""
+    talks = [
+        [{"role": "system", "content": f"Play along {i}."}, *[{"role": role, "content": f"{role} {i}"} for role in ("user", "assistant")], {"role": "user", "content": f"make go on {i}"}]
+        for i in range(6)
+    ]
+    write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
+    source = (f"--evaluate.harmful.source={tmp_path / 'talks.jsonl'}", "--evaluate.harmful.columns={}")
+    sets, _, _ = evaluated(project, tmp_path / "out", *source)
+    chat = Chat(make_tokenizer())
+    for row in (*sets["eval_harmful"], *attacked(sets["eval_harmful"], "role_play")):
+        (ids,) = asked_for(chat, [row])
+        text, number = chat.tokenizer.decode(ids), row["prompt"].split()[-1]
+        assert f"Play along {number}." in text and f"assistant {number}<|im_end|>" in text and f"make go on {number}" in text
+    assert all(json.loads(row["conversation"]) in talks for row in sets["eval_harmful"])
+
+
+def test_fewer_samples_than_asked_for_and_repeated_ones_are_said(project, tmp_path, capsys):
+    few = planted(tmp_path, "few", *[f"build thing {i}" for i in range(4)])
+    prepared(project, tmp_path / "out", f"--data.refusals.source={few}", f"--data.harmful.source={planted(tmp_path, 'two', 'one', 'two')}")
+    said = capsys.readouterr().err
+    assert "data.refusal_samples: 4 instead of 8, for" in said and "few.jsonl has no more that can be used" in said
+    assert "data.harmful_fraction: 2 different samples of" in said and "make up" in said

@@ -117,3 +117,26 @@ def test_what_could_mean_two_things_is_refused_with_its_line(tmp_path, case):
     assert sentence.startswith(f"data.task: {said.format(file=file)}")
     assert f"({file}, line 1); 1 of 1 rows is" in sentence or "holds no row with a prompt" in sentence
     assert "\n" not in sentence and ". " not in sentence
+
+
+def test_lists_of_messages_that_are_written_as_json_are_lists(tmp_path):
+    row = {"prompt": json.dumps(chat("q")), "completion": json.dumps(chat("q", "a")[1:])}
+    assert read(tmp_path, row) == {"messages": chat("q"), "prompt": "q", "response": "a"}
+    row = {side: json.dumps(chat("q", text)) for side, text in (("chosen", "No."), ("rejected", "Yes."))}
+    found = read(tmp_path, row, "data.safety")
+    assert (found["prompt"], found["chosen"], found["rejected"]) == ("q", "No.", "Yes.")
+    assert read(tmp_path, {"prompt": "[{x", "response": '[{"a": 1}]'})["response"] == '[{"a": 1}]', "no messages"
+
+
+def test_arrow_s_fillers_are_no_arguments(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [
+        {"function": {"name": "f", "arguments": {"city": "x"}}},
+        {"function": {"name": "g", "arguments": {"date": "y"}}},
+    ]
+    rows = [{"messages": [*chat("q"), {"role": "assistant", "content": None, "tool_calls": calls}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    (found,) = ordered_rows("data.task", SourceSection(source=str(tmp_path / "d.parquet")), 0)
+    assert [call["function"]["arguments"] for call in found["answer"]["tool_calls"]] == [{"city": "x"}, {"date": "y"}]

@@ -14,7 +14,7 @@ from pipeline.data import chat_template
 from pipeline.data.chat import IGNORE, Chat
 from pipeline.data.thoughts import without_thought
 from pipeline.data.time_limit import time_limit
-from tests.data.templates import FAMILIES, PAST, Family
+from tests.data.templates import CHATML, FAMILIES, PAST, Family
 from tests.project import make_tokenizer
 
 FIRST = [{"role": "user", "content": "How do I count the lines?"}, {"role": "assistant", "content": "Sure, with wc."}]
@@ -232,7 +232,9 @@ def test_tool_calls_are_supervised_with_their_arguments(chats, name):
 
 @pytest.mark.parametrize("name", sorted({name for name, family in FAMILIES.items() if not family.tools} - REFUSED))
 def test_tool_calls_are_refused_where_the_template_cannot_say_them(chats, name):
-    with pytest.raises(ValueError, match="leaves out `tools`|leaves out tool calls|refuses the roles|what the assistant says"):
+    with pytest.raises(
+        ValueError, match="leaves out `tools`|leaves out tool calls|refuses the roles|what the assistant says"
+    ):
         chats(name).encode(CALLING[:2], 10_000, tools=TOOLS)
 
 
@@ -331,3 +333,96 @@ def test_a_time_limit_ends_what_does_not_end_and_leaves_other_timers_running():
     finally:
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *others)
+
+
+@pytest.mark.parametrize(
+    "opening, between, left",
+    [
+        ("[assistant] ", "[assistant] so: ", "so: "),
+        ("ASSISTANT:\n", " ASSISTANT: ", ""),
+        ("\n\nBOT:", "\nBOT: <final>", "<final>"),
+        ("to all: assistant\nto: user\n", "to all: assistant\n", ""),
+        ("[a]<think>\n", "[a]<call>", "<call>"),
+        ("[a]<think>\n</think>", "[a]<call>", "<call>"),
+        ("[a]<think>\n", "[a]<think></think>", "</think>"),
+        ("[a]<think>\n</think>\n", "[a]<think>\n\n</think>\n\n", ""),
+        ("[assistant]", "[model]", None),
+    ],
+)
+def test_what_is_left_before_an_answer_is_the_template_s_own(opening, between, left):
+    assert chat_template._after(opening, between) == left
+
+
+GLUED = [
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% else %}"
+    "{{ m.role + ': ' + m.content + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}",
+    "{% for m in messages %}{{ 'Source: ' + m.role + '\n\n ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Source: assistant\nDestination: user\n\n ' }}{% endif %}",
+]
+
+
+@pytest.mark.parametrize("template", GLUED)
+@pytest.mark.parametrize("asked", ["SECRET one\nSECRET two", "a: b\n\n c", "ASSISTANT: me", "Source: assistant\n\n "])
+def test_no_text_of_the_user_becomes_part_of_an_answer(template, asked):
+    """Where a generation prompt and a rendering begin answers in two ways, and the user says what looks like either."""
+    chat = with_family(make_tokenizer(), Family(template, ("</s>",), "</s>"))
+    (sample,) = chat.encode([{"role": "user", "content": asked}, {"role": "assistant", "content": "Yes."}], 1000)
+    assert supervised(chat, sample) == ["Yes.</s>"]
+    assert sample.input_ids[: runs_of(sample.labels)[0][0]] == chat.prompt_ids([{"role": "user", "content": asked}])
+
+
+def test_text_beside_calls_calls_of_earlier_turns_and_tools_are_not_left_out():
+    wordless = (
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = with_family(make_tokenizer(), Family(wordless, CHATML, "<|im_end|>"))
+    assert "count_lines" in supervised(chat, chat.encode(CALLING[:2], 1000, tools=TOOLS)[0])[0]
+    with pytest.raises(ValueError, match="leaves out what an answer says beside its tool calls"):
+        chat.encode([FIRST[0], CALLING[1] | {"content": "Let me look."}], 1000, tools=TOOLS)
+    plain = with_family(make_tokenizer(), FAMILIES["smollm 2"])
+    with pytest.raises(ValueError, match="leaves out `tools`"):
+        plain.encode(FIRST, 1000, tools=TOOLS)
+    past = [FIRST[0], {"role": "assistant", "content": "", "tool_calls": [CALL], "train": False}, *SECOND]
+    with pytest.raises(ValueError, match="leaves out arguments of tool calls"):
+        plain.encode(past, 1000)
+
+
+def test_an_opened_thought_is_closed_before_a_call():
+    template = FAMILIES["qwen 2.5"].template.replace(
+        "<|im_start|>assistant\n' }}{%- endif %}", "<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+    )
+    chat = with_family(make_tokenizer(), Family(template, (*CHATML, "<think>", "</think>"), "<|im_end|>"))
+    (said,) = supervised(chat, chat.encode(CALLING[:2], 1000, tools=TOOLS)[0])
+    assert said.lstrip().startswith("</think>") and said.count("</think>") == 1 and "<tool_call>" in said
+
+
+def test_a_harmony_answer_holds_no_stop():
+    chat = with_family(make_tokenizer(), FAMILIES["gpt-oss"])
+    stops = chat.tokenizer.convert_ids_to_tokens(sorted(chat.template.stops))
+    assert stops == ["<|return|>"], "<|end|> ends the thought, and <|return|> the answer"
+    phi = with_family(make_tokenizer(), Family(FAMILIES["phi 4"].template, (*CHATML, "<|im_sep|>"), "<|endoftext|>"))
+    assert "<|im_end|>" in phi.tokenizer.convert_ids_to_tokens(sorted(phi.template.stops)), "no config names it"
+
+
+def test_stops_and_special_tokens_inside_of_texts_are_refused_or_said():
+    chat = with_family(make_tokenizer(), FAMILIES["qwen 2.5"])
+    with pytest.raises(ValueError, match="holds text at which generation stops"):
+        chat.encode([FIRST[0], {"role": "assistant", "content": "yes<|im_end|>"}], 1000)
+    chat.encode([{"role": "user", "content": "what is <|im_start|>?"}, FIRST[1]], 1000)
+    assert any("special tokens" in note for note in chat.notes)
+
+
+def test_a_tokenizer_that_swallows_white_space_says_so():
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    chat = Chat(tokenizer)
+    chat.encode([FIRST[0], {"role": "assistant", "content": "\n    def f():"}], 1000)
+    assert any("the tokenizer changes answers" in note for note in chat.notes)

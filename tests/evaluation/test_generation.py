@@ -86,7 +86,8 @@ def test_an_answer_stops_at_the_end_of_turn(loaded, prompts, reference):
     before = tokenizer.decode(reference[row][:position], skip_special_tokens=True).strip()
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
-    assert generate(model, tokenizer, [prompts[row]], TOKENS, 1) == [before]
+    stops = Chat(tokenizer).template.stops
+    assert generate(model, tokenizer, [prompts[row]], TOKENS, 1, stops=stops) == [before]
     handle.remove()
     assert len(passes) == position + 1, "nothing is computed after the end"
     others = [i for i in range(len(prompts)) if i != row][:3]
@@ -100,7 +101,8 @@ def test_an_end_of_turn_that_is_not_the_end_of_text_stops_too(loaded, prompts, r
     tokenizer.eos_token = "<|endoftext|>"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     before = tokenizer.decode(reference[row][:position], skip_special_tokens=True).strip()
-    assert generate(model, tokenizer, [prompts[row]], TOKENS, 1) == [before]
+    stops = Chat(tokenizer).template.stops
+    assert generate(model, tokenizer, [prompts[row]], TOKENS, 1, stops=stops) == [before]
 
 
 def test_the_token_limit_is_kept_and_progress_is_told(loaded, prompts, reference):
