@@ -322,12 +322,12 @@ OF_THE_DATA = (
     mutant(
         "prompts of training without the opening of the answer",
         TEMPLATE,
-        "text = self._render(messages, tools, generation=True)",
-        "text = self._render(messages, tools)",
+        "text = self.renderer.render(messages, tools, generation=True)\n        for message",
+        "text = self.renderer.render(messages, tools)\n        for message",
         FAMILIES + "[byte level-phi 4-one turn]",
     ),
-    mutant("ends of turn not trained", TEMPLATE, "return tail[: min(places)]", 'return ""', CONTRACT),
-    mutant("no end where the template has none", TEMPLATE, "return self.tokenizer.eos_token", 'return ""', CONTRACT),
+    mutant("ends of turn not trained", TEMPLATE, "return min(places), \"\"", 'return 0, ""', CONTRACT),
+    mutant("no end where the template has none", TEMPLATE, "rstrip()), self.tokenizer.eos_token", 'rstrip()), ""', CONTRACT),
     mutant(
         "an opened thought not closed",
         TEMPLATE,
@@ -338,8 +338,8 @@ OF_THE_DATA = (
     mutant(
         "answers trimmed",
         TEMPLATE,
-        'content, lead = last.get("content") or "", _lead(head, prompt)',
-        'content, lead = (last.get("content") or "").strip(), _lead(head, prompt)',
+        "return self._after_thought(lead, content, last, prompt) + self._end(tail)",
+        "return self._after_thought(lead, content.strip(), last, prompt) + self._end(tail)",
         CONTRACT,
     ),
     mutant(
@@ -347,7 +347,7 @@ OF_THE_DATA = (
         CHAT,
         "if found and prompt[: len(found[-1][0])] == found[-1][0]:",
         "if found:",
-        CONTRACT,
+        FAMILIES + "[byte level-tulu 2-several turns]",
     ),
     mutant(
         "a merge over the border of prompt and answer",
@@ -356,9 +356,16 @@ OF_THE_DATA = (
         "if not whole:",
         "tests/data/test_chat.py::test_tokens_that_would_merge_at_the_border_do_not",
     ),
+    mutant(
+        "text of the user in answers",
+        TEMPLATE,
+        "        if opening[1] and between[1]:\n            lead = _after(opening[2], between[2])",
+        "        if opening[1] and between[1]:\n            lead = opening[1] + between[2]",
+        FAMILIES + "[byte level-qwen 2.5-one turn]",
+    ),
     mutant("conversations known by their last turn", OVERLAP, "*begun, whole = _prefixes(_messages(row))", "*begun, whole = _prefixes(_messages(row)[-1:])", SHARED_PROMPTS),
     mutant("answers to one prompt in several splits", SPLITS, "groups.setdefault(conversation(row), [])", "groups.setdefault(str(id(row)), [])", SHARED_PROMPTS),
-    mutant("malformed rows vanish", ROWS, "bad.append(problem)", "pass", "tests/data/test_malformed.py"),
+    mutant("malformed rows vanish", ROWS, "bad.append(problem)", "pass", "tests/data/test_malformed.py::test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list"),
 )
 
 MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES + OF_THE_COMPANIONS + OF_THE_DATA
