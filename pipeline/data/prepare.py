@@ -134,8 +134,6 @@ class _Preparation:
         for row in self._by_form("safety_pairs", paired, "train"):
             if len(pairs) == self.data.safety_pairs:
                 break
-            if not self.claims.take("safety_pairs", [row]):
-                continue
             texts = {
                 "chosen": row["chosen"] or contrastive.refusal(row["prompt"]),
                 "rejected": row["rejected"] or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS),
@@ -150,6 +148,8 @@ class _Preparation:
                 continue
             if _alike(*encoded.values()):
                 self._drop("data.safety", "no_difference", row)
+                continue
+            if not self.claims.take("safety_pairs", [row]):
                 continue
             counts["truncated"] += sum(item.truncated for item in encoded.values())
             tokens = {f"{side}_{kind}": getattr(item, kind) for side, item in encoded.items() for kind in ("input_ids", "labels")}
@@ -167,12 +167,16 @@ class _Preparation:
             return []
         # With a limit the whole pool is claimed whatever the fraction, so that what is left for other sets does not depend on it.
         found = self._by_form("harmful_mix", self._ordered("data.harmful", source), "train")
-        pool = self.claims.take("harmful_mix", found, wanted if source.limit is None else source.limit)
-        rows = pool[:wanted]
-        if not rows and wanted:
-            raise ValueError(f"data.harmful: {self.data.harmful.source} leaves no prompt that an earlier set does not hold")
-        opened = [row if row["response"] else self._with_opening(row, contrastive.MIX_OPENINGS, "harmful") for row in rows]
-        encoded = self._encoded("data.harmful", opened, "harmful")
+        self.counts["data.harmful"] = {"truncated": 0, "dropped": 0}
+
+        def samples(row: Row) -> list[Row]:
+            opened = row if row["response"] else self._with_opening(row, contrastive.MIX_OPENINGS, "harmful")
+            return self._samples("data.harmful", opened, "harmful")
+
+        pool = self._drawn("harmful_mix", found, wanted if source.limit is None else source.limit, samples)
+        encoded = [sample for row in pool[:wanted] for sample in row]
+        if not encoded and wanted:
+            raise ValueError(f"data.harmful: {self.data.harmful.source} leaves no prompt that can be used and that no earlier set holds")
         self.counts["data.harmful"]["different"] = len(encoded)
         if encoded and len(encoded) < wanted:
             print(
@@ -204,6 +208,22 @@ class _Preparation:
         whole = {name: [samples[id(row)][-1] for row in taken] for name, taken in parts.items()}
         return whole | {"task_train": [sample for row in splits.train for sample in samples[id(row)]]}
 
+    def _drawn(
+        self, pool: str, rows: Iterable[Row], count: int, samples: Callable[[Row], list[Row]]
+    ) -> list[list[Row]]:
+        """Samples of the first `count` rows that have any and that no other set holds, now the pool's, row by row.
+
+        What cannot be used holds no prompt, and takes no place among the rows that are drawn.
+        """
+        drawn: list[list[Row]] = []
+        for row in rows:
+            if len(drawn) == count:
+                break
+            found = samples(row)
+            if found and self.claims.take(pool, [row]):
+                drawn.append(found)
+        return drawn
+
     def _say_fewer(self, field: str, source: SourceSection, found: int, asked: int) -> None:
         if found < asked:
             print(
@@ -220,25 +240,39 @@ class _Preparation:
         self.claims.dropped.add(field, reason, row, other, tokens)
 
     def _alignment(self) -> list[Row]:
-        data = self.data
-        found = self._by_form("align_refusals", self._ordered("data.refusals", data.refusals), "train")
-        refused = [
-            {**row, "response": row["response"] or contrastive.refusal(row["prompt"]), "kind": "refusal", "given": self._given(row)}
-            for row in self.claims.take("align_refusals", found, data.refusal_samples)
+        """Refusals and answers as samples, then the harmless prompts that the model itself will answer."""
+        data, kinds = self.data, {}
+        for kind, field, source, count in (
+            ("refusal", "data.refusals", data.refusals, data.refusal_samples),
+            ("harmless", "data.harmless", data.harmless, data.harmless_samples),
+        ):
+            pool = "align_refusals" if kind == "refusal" else "align_harmless"
+            found = self._by_form(pool, self._ordered(field, source), "train")
+            kinds[kind] = self._drawn(pool, found, count, lambda row, kind=kind: self._aligning(row, kind))
+            self._say_fewer(f"data.{kind}_samples", source, len(kinds[kind]), count)
+            if not kinds[kind]:
+                raise ValueError(f"{field}: {source.source} leaves no prompt that can be used and that no earlier set holds")
+        rows = [sample for drawn in (*kinds["refusal"], *kinds["harmless"]) for sample in drawn]
+        answered = [row for row in rows if row["response"] is not None]
+        numbered = [
+            row | {"id": f"harmless-open-{number}"}
+            for number, (row, *_) in enumerate(kinds["harmless"])
+            if row["response"] is None
         ]
-        found = self._by_form("align_harmless", self._ordered("data.harmless", data.harmless), "train")
-        harmless = self.claims.take("align_harmless", found, data.harmless_samples)
-        self._say_fewer("data.refusal_samples", data.refusals, len(refused), data.refusal_samples)
-        self._say_fewer("data.harmless_samples", data.harmless, len(harmless), data.harmless_samples)
-        answered = [{**row, "kind": "harmless"} for row in harmless if row["response"]]
-        open_rows = [
-            {"id": f"harmless-open-{i}", "kind": "harmless", "prompt": row["prompt"], "response": None, "given": self._given(row), "messages": json.dumps(row["messages"]), "input_ids": [], "labels": [], "rewritten": row.get("rewritten"), **_tools(row)}
-            for i, row in enumerate(harmless) if not row["response"]
-        ]  # fmt: skip
-        for field, rows in (("data.refusals", refused), ("data.harmless", harmless)):
-            if not rows:
-                raise ValueError(f"{field}: its source leaves no prompt that an earlier set does not hold")
-        return self._encoded("align", [*refused, *answered]) + open_rows
+        return answered + numbered
+
+    def _aligning(self, row: Row, kind: str) -> list[Row]:
+        """A row of the alignment as samples. A harmless prompt without an answer is one that the model will answer."""
+        row = {**row, "kind": kind}
+        if kind == "refusal":
+            response = row["response"] or contrastive.refusal(row["prompt"])
+            return self._samples("align", {**row, "response": response, "given": self._given(row)}, kind)
+        if row["response"]:
+            return self._samples("align", row, kind)
+        known = {name: row.get(name) for name in ("kind", "prompt", "rewritten")}
+        messages = json.dumps(row["messages"])
+        unanswered = {"response": None, "given": self._given(row), "messages": messages, "input_ids": [], "labels": []}
+        return [{"id": "harmless-open", **known, **unanswered, **_tools(row)}]
 
     def _encode(self, field: str, row: Row, answer: Message, max_length: int, **how: Any) -> list[Encoded]:
         """The row with this answer as sequences; what was done otherwise than the template does is noted for the field."""

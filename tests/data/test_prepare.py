@@ -357,3 +357,20 @@ def test_fewer_samples_than_asked_for_and_repeated_ones_are_said(project, tmp_pa
     said = capsys.readouterr().err
     assert "data.refusal_samples: 4 instead of 8, for" in said and "few.jsonl has no more that can be used" in said
     assert "data.harmful_fraction: 2 different samples of" in said and "make up" in said
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_cannot_be_used_takes_no_place_and_holds_no_prompt(project, tmp_path, seed):
+    """Half of every source is too long; the other half fills what is asked for, whatever the seed."""
+    long = "very " * 200
+    sources = []
+    for field in ("refusals", "harmful", "safety"):
+        texts = [f"build {field} {i}{' ' + long if i % 2 else ''}" for i in range(40)]
+        sources.append(f"--data.{field}.source={planted(tmp_path, field, *texts)}")
+    task = [{"question": f"build safety {i} {long}", "answer": "a"} for i in (1, 3)] + [{"question": f"ask {i}", "answer": "a"} for i in range(60)]
+    write_jsonl(tmp_path / "task.jsonl", task)
+    sources.append(f"--data.task.source={tmp_path / 'task.jsonl'}")
+    sets, facts, _ = evaluated(project, tmp_path / "out", *sources, f"--data.seed={seed}", "--data.harmful_fraction=0.1")
+    assert sum(row["kind"] == "refusal" for row in sets["align"]) == 8 and len(sets["safety_pairs"]) == 8
+    assert facts["encoding"]["data.harmful"]["different"] == facts["harmful_in_training"]
+    assert not any(pools.startswith("data.task / safety_pairs") for pools in facts["overlapping"]), "a pair that was too long holds nothing"
