@@ -43,6 +43,8 @@ _MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
+# Data that is not read as it is: in a folder of data it would be left out unsaid.
+_NEARLY = frozenset((".ndjson", ".zst", ".zip", ".xz", ".bz2", ".7z", ".feather", ".orc", ".xlsx", ".xls", ".pkl", ".txt"))
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z0-9])", re.I)  # how a file of a hub data set begins
 
 
@@ -107,7 +109,20 @@ def _data_files(folder: Path) -> list[Path]:
         folders = [path.name for path in shown if path.is_dir()]
         hint = f"name one of its folders ({', '.join(folders[:5])})" if folders else f"give one with {ENDINGS} files"
         raise NotReadable(f"is a folder without a data file: {hint}")
+    others = [path.name for path in shown if path not in files and _is_data(path)]
+    if others:
+        raise NotReadable(
+            f"holds {', '.join(others[:5])} beside its {kinds[0]} files, which would not be read: "
+            "unpack or rename what belongs to the data, and move away the rest"
+        )
     return files
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file that is not read, or a folder, looks as if it held data."""
+    if path.is_dir():
+        return any(suffix(inner) or inner.suffix.lower() in _NEARLY for inner in path.iterdir() if inner.is_file())
+    return path.suffix.lower() in _NEARLY
 
 
 def _of_split(files: list[Path], split: str) -> list[Path]:

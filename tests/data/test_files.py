@@ -206,12 +206,12 @@ def test_of_files_that_are_named_by_split_those_of_the_split_are_read(tmp_path):
     write_parquet(tmp_path / "test-00000-of-00001.parquet", ROWS[:2])
     assert pairs(read(tmp_path)) == ROWS and pairs(read(tmp_path, split="test")) == ROWS[:2]
     assert "holds files of the splits test, train: set split to one of them" in refusal(tmp_path, split="dev")
+    write_parquet(tmp_path / "more.parquet")
+    assert "holds files of the splits test, train and others" in refusal(tmp_path)
     (tmp_path / "one").mkdir()
     write_parquet(tmp_path / "one" / "test.parquet")
     assert pairs(read(tmp_path / "one")) == ROWS, "one split alone is what is meant, unless another one is named"
     assert "holds files of the splits test: set split to one of them" in refusal(tmp_path / "one", split="dev")
-    write_parquet(tmp_path / "more.parquet")
-    assert "holds files of the splits test, train and others" in refusal(tmp_path)
 
 
 def test_save_to_disk_with_and_without_splits(tmp_path):
@@ -266,3 +266,12 @@ def test_what_is_packed_counts_by_what_is_in_it(tmp_path):
         path, source(path), ""
     )
     assert files.unpacked_bytes(written(tmp_path, "d.csv", CSV)) == len(CSV.encode())
+
+
+@pytest.mark.parametrize("other", ["part-2.jsonl.zst", "part-3.ndjson", "part-4.txt", "more/part-5.jsonl"])
+def test_what_a_folder_holds_beside_its_data_is_not_left_out_unsaid(tmp_path, other):
+    folder = tmp_path / "data"
+    (folder / other).parent.mkdir(parents=True)
+    (folder / other).write_text(LINES)
+    (folder / "part-1.jsonl").write_text(LINES)
+    assert f"holds {other.split('/')[0]} beside its .jsonl files, which would not be read" in refusal(folder)
