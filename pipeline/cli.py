@@ -32,21 +32,25 @@ _ON_RANKS = {"align", "filter", "direction", "train"}  # stages that start ranks
 _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
 
 
+# Commands that look at one file or model, and take no recipe.
+_WITHOUT_RECIPE: dict[str, Callable[[list[str]], int]] = {
+    "data": lambda argv: describe.command(argv[1:]),
+    "template": lambda argv: show_template.main(argv[1:]),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `sap`; returns the exit code."""
 
     def work() -> int:
+        given = sys.argv[1:] if argv is None else list(argv)
         with runner.stoppable():
-            return _main(sys.argv[1:] if argv is None else list(argv))
+            return _WITHOUT_RECIPE.get(given[0], _main)(given) if given else _main(given)
 
     return entry.guarded(work)
 
 
 def _main(argv: list[str]) -> int:
-    if argv[:1] == ["template"]:
-        return show_template.main(argv[1:])
-    if argv[:1] == ["data"]:
-        return describe.command(argv[1:])
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )

@@ -75,6 +75,7 @@ class Chat:
         Turns whose `train` is false are not supervised, nor is what the assistant says before the user does. The first
         token never is: nothing precedes it. Raises ValueError where the template cannot render the conversation.
         """
+        self.template.notes.clear()  # of prompts that were asked for, and of conversations that were refused
         turns = _trained(messages)[-1 if last_turn_only else 0 :]
         found: list[tuple[list[int], list[int], int]] = []
         for turn in turns:
@@ -114,7 +115,9 @@ class Chat:
         elif _changed(answer, self._text(found)):
             self.template.notes.add("the tokenizer changes answers (white space, or characters that it does not know)")
         if any(token in self.template.stops for token in found[:-1]):
-            raise ValueError("an answer holds text at which generation stops, as an end of turn: leave it out of the data")
+            raise ValueError(
+                "an answer holds text at which generation stops, as an end of turn: leave it out of the data"
+            )
         if found[-1] not in self.template.stops:
             raise ValueError(
                 f"{self.template.name} ends an answer with text that is no token of its own: "

@@ -19,8 +19,8 @@ What is compared
   nothing by it.
 - A prompt that was rewritten (forms.py) holds what it was before, too.
 
-Within a set, a row that has conversation, system prompt and answer of another is a duplicate; several answers to one
-prompt are none. A set of prompts that are asked keeps each prompt once.
+Within a set, a row that has conversation, system prompt, tools and answer of another is a duplicate; several answers to
+one prompt are none. A set of prompts that are asked keeps each prompt once.
 
 What counts as the same prompt says wording.py. Prompts are known by a sha256, so that the file that says who holds
 which prompt holds no prompt.

@@ -156,6 +156,7 @@ class _Preparation:
             pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], "messages": row["messages"], "rewritten": row.get("rewritten"), **texts, **tokens})
         self._say_fewer("data.safety_pairs", source, len(pairs), self.data.safety_pairs)
         if len(pairs) < 2:
+            self.claims.dropped.say()
             raise ValueError(
                 f"data.safety: {source.source} yields {len(pairs)} usable pairs (data.safety_max_length {self.data.safety_max_length}): at least 2 are needed"
             )
@@ -176,7 +177,7 @@ class _Preparation:
         pool = self._drawn("harmful_mix", found, wanted if source.limit is None else source.limit, samples)
         encoded = [sample for row in pool[:wanted] for sample in row]
         if not encoded and wanted:
-            raise ValueError(f"data.harmful: {self.data.harmful.source} leaves no prompt that can be used and that no earlier set holds")
+            raise ValueError(self._none_left("data.harmful", source))
         self.counts["data.harmful"]["different"] = len(encoded)
         if encoded and len(encoded) < wanted:
             print(
@@ -224,6 +225,11 @@ class _Preparation:
                 drawn.append(found)
         return drawn
 
+    def _none_left(self, field: str, source: SourceSection) -> str:
+        """The sentence for a source of which nothing is left, after saying why its rows were left out."""
+        self.claims.dropped.say()
+        return f"{field}: {source.source} leaves no prompt that can be used and that no earlier set holds"
+
     def _say_fewer(self, field: str, source: SourceSection, found: int, asked: int) -> None:
         if found < asked:
             print(
@@ -251,7 +257,7 @@ class _Preparation:
             kinds[kind] = self._drawn(pool, found, count, lambda row, kind=kind: self._aligning(row, kind))
             self._say_fewer(f"data.{kind}_samples", source, len(kinds[kind]), count)
             if not kinds[kind]:
-                raise ValueError(f"{field}: {source.source} leaves no prompt that can be used and that no earlier set holds")
+                raise ValueError(self._none_left(field, source))
         rows = [sample for drawn in (*kinds["refusal"], *kinds["harmless"]) for sample in drawn]
         answered = [row for row in rows if row["response"] is not None]
         numbered = [
@@ -275,11 +281,12 @@ class _Preparation:
         return [{"id": "harmless-open", **known, **unanswered, **_tools(row)}]
 
     def _encode(self, field: str, row: Row, answer: Message, max_length: int, **how: Any) -> list[Encoded]:
-        """The row with this answer as sequences; what was done otherwise than the template does is noted for the field."""
+        """The row with this answer as sequences; what is done otherwise than the template does is noted for the field."""
         try:
             found = self.chat.encode([*row["messages"], answer], max_length, tools=row.get("tools"), **how)
         except ValueError as error:
-            raise ValueError(f"{field}: {error} (met in {row.get('row') or 'the prompt ' + repr(row['prompt'][:60])})") from None
+            met = row.get("row") or f"the prompt {row['prompt'][:60]!r}"
+            raise ValueError(f"{field}: {error} (met in {met})") from None
         self.notes.setdefault(field, Counter()).update(self.chat.notes)
         self.chat.notes.clear()
         return found
@@ -340,7 +347,9 @@ class _Preparation:
         return [self._sample(row, answer, encoded, kind) for encoded in found]
 
     def _drop_untrained(self, field: str, row: Row, answer: Message) -> None:
-        whole = self._encode(field, row, answer, 10**9)
+        """Drop a row of which no token can be learned: it is too long, or none of its turns is to be trained."""
+        whole = self.chat.encode([*row["messages"], answer], 10**9, tools=row.get("tools"))
+        self.chat.notes.clear()  # counted already
         if not whole:
             self._drop(field, "not_trained", row)
             return

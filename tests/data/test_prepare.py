@@ -374,3 +374,18 @@ def test_what_cannot_be_used_takes_no_place_and_holds_no_prompt(project, tmp_pat
     assert sum(row["kind"] == "refusal" for row in sets["align"]) == 8 and len(sets["safety_pairs"]) == 8
     assert facts["encoding"]["data.harmful"]["different"] == facts["harmful_in_training"]
     assert not any(pools.startswith("data.task / safety_pairs") for pools in facts["overlapping"]), "a pair that was too long holds nothing"
+
+
+def test_a_row_that_is_left_out_is_noted_once_and_why_is_said_where_nothing_is_left(project, tmp_path, capsys):
+    (tmp_path / "endless.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    rows = [{"question": f"ask {i}{' very' * 300 * (i < 5)}", "answer": "a"} for i in range(60)]
+    write_jsonl(tmp_path / "task.jsonl", rows)
+    given = (f"--data.task.source={tmp_path / 'task.jsonl'}", f"--model.chat_template={tmp_path / 'endless.jinja'}")
+    _, facts = prepared(project, tmp_path / "out", *given)
+    assert facts["encoding"]["data.task"]["dropped"] == 5
+    assert list(facts["template"]["data.task"].values()) == [60], "conversations, those that are left out once"
+    capsys.readouterr()
+    long = planted(tmp_path, "long", *[f"build {i} {'very ' * 200}" for i in range(6)])
+    with pytest.raises(ValueError, match="data.refusals: .* leaves no prompt that can be used"):
+        prepared(project, tmp_path / "none", f"--data.refusals.source={long}")
+    assert "data.refusals: 6 rows left out, for nothing of the response is left" in capsys.readouterr().err
