@@ -270,7 +270,7 @@ _MIXTURES = {
     # Harmful prompts to train on, in both forms: imperatives (AdvBench) and questions (Do-Not-Answer).
     "harmful": ("advbench", "do_not_answer", "weighted_safety_harmful", "twins_harmful"),
     # Everyday questions and instructions, and the harmless twins of harmful prompts: look-alikes teach where refusing ends.
-    "harmless": ("everyday", "chatterbot", "weighted_safety_harmless", "twins_harmless"),
+    "harmless": ("everyday", "chatterbot", "weighted_safety_harmless", "twins_harmless", "train_lookalikes"),
     # To evaluate on: harmful requests, and harmless prompts that look like them. The twins of either side use the same words.
     "harmful_test": ("strongreject", "test_twins_harmful"),
     "lookalikes": ("overrefusal", "test_twins_harmless"),
@@ -286,6 +286,7 @@ _READERS: dict[str, Callable[[], list[Row]]] = {
     "chatterbot": _chatterbot,
     "everyday": everyday_rows,
     "ordinary": lambda: [{"prompt": line} for line in _lines("ordinary.txt")],
+    "train_lookalikes": lambda: [{"prompt": line} for line in _lines("lookalikes_train.txt")],
     "twins_harmless": lambda: _twins("twins_train.tsv", 0),
     "twins_harmful": lambda: _twins("twins_train.tsv", 1),
     "test_twins_harmless": lambda: _twins("twins_test.tsv", 0),
@@ -293,7 +294,9 @@ _READERS: dict[str, Callable[[], list[Row]]] = {
     "text_to_sql": text_to_sql_rows,
     **{name: functools.partial(_mixture, name) for name in _MIXTURES},
 }
-_WRITTEN_HERE = {"everyday", "ordinary", "twins_harmless", "twins_harmful", "test_twins_harmless", "test_twins_harmful", "text_to_sql"}
+_WRITTEN_HERE = {
+    "everyday", "ordinary", "train_lookalikes", "twins_harmless", "twins_harmful", "test_twins_harmless", "test_twins_harmful", "text_to_sql",
+}  # fmt: skip
 
 
 def _last_line(text: str) -> str:

@@ -24,7 +24,7 @@ def test_questions_are_distinct_and_always_the_same():
     assert rows == text_to_sql.text_to_sql_rows()
 
 
-WRITTEN = ("everyday", "ordinary", "twins_harmless", "twins_harmful", "test_twins_harmless", "test_twins_harmful")
+WRITTEN = ("everyday", "ordinary", "train_lookalikes", "twins_harmless", "twins_harmful", "test_twins_harmless", "test_twins_harmful")
 
 
 def prompts(name: str) -> list[str]:
