@@ -27,7 +27,7 @@ from pipeline import artifacts, recipe
 from pipeline.checks import direction_given
 from pipeline.data.batches import micro_batches, pair_batches
 from pipeline.data.chat import Chat
-from pipeline.data.prepare import read_rows
+from pipeline.data.sets import read_rows
 from pipeline.devices import environment
 from pipeline.evaluation.evaluate import Measured, conclude, measure, prompts
 from pipeline.evaluation.placement import place

@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline import artifacts, checks, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
-from pipeline.data.prepare import read_rows
+from pipeline.data.sets import read_rows
 from pipeline.devices import environment
 from pipeline.layer_choice import probed_layers
 from pipeline.layout import Layout

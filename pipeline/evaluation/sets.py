@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from pipeline.data.prepare import Row, read_rows
+from pipeline.data.sets import Row, read_rows
 from pipeline.evaluation.attacks import attacked
 from pipeline.sections import EvaluateSection
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.data import contrastive
-from pipeline.data.prepare import write_set
+from pipeline.data.sets import write_set
 from pipeline.evaluation.attacks import ATTACKS, attacked
 from pipeline.evaluation.evaluate import prompts, summarise
 from pipeline.evaluation.sets import evaluation_sets
