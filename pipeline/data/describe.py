@@ -12,6 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +24,7 @@ import yaml
 
 from pipeline.data import builtin, files
 from pipeline.data.malformed import Bad, by_reason, share_above
-from pipeline.data.rows import made_rows
+from pipeline.data.rows import doubts, made_rows
 from pipeline.data.sources import check_source, known_columns, mapped, read_source, read_table
 from pipeline.redaction import redact
 from pipeline.sections import DataSection, ModelSection, SourceSection
@@ -30,12 +33,17 @@ from pipeline.system_errors import reading_input
 Row = dict[str, Any]
 Count = Callable[[list[str]], list[int]]  # lengths of texts
 _TOKENISED = 1000  # texts at a time
+_SECONDS = 5  # between two lines of progress
+_NO_TEXT = re.compile(r"(?:.*[_\W])?(?:id|uuid|guid|hash|url|uri|date|time|timestamp|lang|language)", re.I)  # names of columns
 _KINDS = {"str": "text", "bool": "true or false", "int": "number", "float": "number", "dict": "object"}
 _HINT = "--columns '{prompt: COLUMN, response: COLUMN}'"
 
 
 def command(argv: Sequence[str]) -> int:
-    """`sap data`: prints the description; returns the exit code. ValueError, one sentence, for what cannot be read."""
+    """`sap data`: prints the description. ValueError, one sentence, for what cannot be read.
+
+    Returns the exit code: 2 where every row is malformed.
+    """
     parser = argparse.ArgumentParser(
         prog="sap data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -57,8 +65,9 @@ def command(argv: Sequence[str]) -> int:
     )  # fmt: skip
     with reading_input():
         count, unit = _measure(options.model)
-        print(redact(describe(source, count, unit)))
-    return 0
+        text, usable = describe(source, count, unit)
+        print(redact(text))
+    return 0 if usable else 2
 
 
 def _located(text: str) -> str:
@@ -91,7 +100,11 @@ def _measure(model: str | None) -> tuple[Count, str]:
 
     def count(texts: list[str]) -> list[int]:
         lengths: list[int] = []
+        last = time.monotonic()
         for start in range(0, len(texts), _TOKENISED):  # all at once would take gigabytes
+            if time.monotonic() - last > _SECONDS:
+                last = time.monotonic()
+                print(f"[data] lengths of {start:,} of {len(texts):,} texts", file=sys.stderr, flush=True)
             found = tokenizer(texts[start : start + _TOKENISED], add_special_tokens=False)["input_ids"]
             lengths += [len(ids) for ids in found]
         return lengths
@@ -99,8 +112,11 @@ def _measure(model: str | None) -> tuple[Count, str]:
     return count, unit
 
 
-def describe(source: SourceSection, count: Count, unit: str) -> str:
-    """The lines. count: lengths of texts, in `unit`. Raises ValueError where the source cannot be read."""
+def describe(source: SourceSection, count: Count, unit: str) -> tuple[str, bool]:
+    """The lines, and whether any row may be used. count: lengths of texts, in `unit`.
+
+    Raises ValueError where the source cannot be read.
+    """
     check_source(source, "data.task")
     table = read_table(source, "data.task")
     total = len(table.rows) + len(table.bad)
@@ -113,14 +129,17 @@ def describe(source: SourceSection, count: Count, unit: str) -> str:
     field = _field(mapping)
     if field is None or not table.rows:
         lines.append(f"mapping     {remark or f'none: nothing is mapped to a prompt, so add it, as in {_HINT}'}")
-        return "\n".join([*lines, *_dropped(table.bad, total, "data.task")])
+        return "\n".join([*lines, *_dropped(table.bad, total, "data.task")]), bool(table.rows)
     required = ("prompt", "response") if field == "data.task" else ("prompt",)
-    placed, bad = made_rows(field, mapped(table, mapping), required, pairs=field == "data.safety")
+    found = mapped(table, mapping)
+    placed, bad = made_rows(field, found, required, pairs=field == "data.safety")
     rows = [row for _, row in placed]
     lines += ["mapping     to paste into a recipe:", *_yaml(source, field, mapping)]
     lines += [f"            {remark}"] if remark else []
+    lines += [f"not used    {', '.join(found.unused)}"] if found.unused else []
+    lines += _named("mind", doubts(found, placed))
     lines += _lengths(rows, count, unit) + _duplicates(rows)
-    return "\n".join([*lines, *_dropped(bad, total, field)])
+    return "\n".join([*lines, *_dropped(bad, total, field)]), bool(rows)
 
 
 def _proposed(values: dict[str, list[Any]]) -> tuple[dict[str, str], str]:
@@ -130,7 +149,11 @@ def _proposed(values: dict[str, list[Any]]) -> tuple[dict[str, str], str]:
     columns of texts in all the first for the prompt: that is a guess, and said.
     """
     found = known_columns(list(values))
-    texts = [name for name, of in values.items() if name not in found.values() and _all_texts(of)]
+    texts = [
+        name
+        for name, of in values.items()
+        if name not in found.values() and _all_texts(of) and not _NO_TEXT.fullmatch(name.strip())
+    ]
     if not {"messages", "chosen", "rejected", "response"} & found.keys():
         if "prompt" in found and len(texts) == 1:
             return {**found, "response": texts[0]}, f"('{texts[0]}' as the response is a guess: see whether it is)"

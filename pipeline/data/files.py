@@ -50,12 +50,18 @@ _SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z0-9])", re.I) 
 
 @dataclass(frozen=True)
 class Table:
-    """What a file or folder holds: its format in words, column names, rows with their places, and malformed rows."""
+    """What a file or folder holds: its format in words, column names, rows with their places, and malformed rows.
+
+    labels: column -> names of the classes that its numbers stand for (`datasets`' ClassLabel). doubtful: places of rows
+    that may be several (text_rows.csv_rows).
+    """
 
     format: str
     columns: list[str]
     rows: Placed
     bad: list[Bad] = field(default_factory=list)
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    doubtful: list[Place] = field(default_factory=list)
 
 
 def suffix(path: str | Path) -> str:
@@ -170,6 +176,8 @@ def read(path: Path, header: bool = True, split: str = "train") -> Table:
         list(dict.fromkeys(name for table in tables for name in table.columns)),
         [(replace(place, part=name), row) for name, table in named for place, row in table.rows],
         [replace(bad, place=replace(bad.place, part=name)) for name, table in named for bad in table.bad],
+        tables[0].labels if tables else {},
+        [replace(place, part=name) for name, table in named for place in table.doubtful],
     )
 
 
@@ -189,8 +197,8 @@ def _read_file(path: Path, header: bool) -> Table:
     text, encoding = decoded(data)
     name = ", ".join((_NAMES[kind], *(["gzip"] if packed else []), encoding))
     if kind in (".csv", ".tsv"):
-        columns, rows, bad = csv_rows(text, "\t" if kind == ".tsv" else ",", header)
-        return Table(name, columns, rows, bad)
+        columns, rows, bad, doubtful = csv_rows(text, "\t" if kind == ".tsv" else ",", header)
+        return Table(name, columns, rows, bad, doubtful=doubtful)
     rows, bad = json_rows(text, lines=kind == ".jsonl")
     return Table(name, columns_of(rows), rows, bad)
 
@@ -306,7 +314,18 @@ def _of_arrow(table: Any, format: str) -> Table:
                 bad.append(Bad(Place(number), "bytes that are no UTF-8", said))
     except (ValueError, OverflowError) as error:  # a date that Python does not know
         raise NotReadable(f"holds a value that cannot be read ({_first(error)}): leave its column out") from None
-    return Table(format, names, [(Place(number), without_fillers(row)) for number, row in values], bad)
+    rows = [(Place(number), without_fillers(row)) for number, row in values]
+    return Table(format, names, rows, bad, _labels(table.schema.metadata or {}))
+
+
+def _labels(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of the classes, by column, from what `datasets` keeps in a schema."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        found = {name: feature for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        return {name: [str(label) for label in feature["names"]] for name, feature in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # none, or of a kind that is not known here
+        return {}
 
 
 def without_fillers(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Rows that cannot be used: where each stands, what is wrong with it, and how many may be left out.
 
     skipped = Skipped()
-    skipped.leave_out("data.task", source, bad, 80, [])       # ValueError above data.task.max_bad_rows
+    skipped.leave_out("data.task", source, bad, 80)           # ValueError above data.task.max_bad_rows
     skipped.facts()                                           # {"data.task": {"no response": 3}}
     skipped.write(folder)                                     # folder / "skipped.jsonl"
 
@@ -49,28 +49,35 @@ class Skipped:
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[str, int, list[Bad]]] = {}  # field -> source, number of its rows, the malformed
-        self.columns: dict[str, tuple[str, list[str]]] = {}  # field -> source, columns that are not mapped
+        self.totals: dict[str, int] = {}  # field -> number of its source's rows
+        self.notes: dict[str, list[str]] = {}  # field -> sentences about what is there and not used, or used as it is
         self.thoughts: dict[str, int] = {}  # field -> rows whose reasoning is left out
 
-    def leave_out(self, field: str, source: SourceSection, bad: list[Bad], total: int, columns: list[str]) -> None:
-        """Note that `bad` of `total` rows are left out, and columns. ValueError above the source's max_bad_rows."""
+    def leave_out(self, field: str, source: SourceSection, bad: list[Bad], total: int) -> None:
+        """Note that `bad` of `total` rows are left out. ValueError above the source's max_bad_rows."""
         if bad and len(bad) / total > source.max_bad_rows:
             raise ValueError(refusal(field, source, bad, total))
+        self.totals[field] = total
         if bad:
             self.found[field] = source.source, total, bad
-        if columns:
-            self.columns[field] = source.source, columns
+
+    def add(self, field: str, source: SourceSection, bad: Bad) -> None:
+        """Note a row more, after `leave_out`: one that no conversation can be rendered of. Raises as `leave_out`."""
+        before = self.found[field][2] if field in self.found else []
+        self.leave_out(field, source, [*before, bad], self.totals[field])
+
+    def note(self, field: str, sentences: list[str]) -> None:
+        """Keep what is to be said of a field's source."""
+        if sentences:
+            self.notes[field] = sentences
 
     def facts(self) -> dict[str, dict[str, int]]:
         """Field -> reason -> number of rows, for the manifest."""
         return {field: dict(Counter(item.reason for item in bad)) for field, (_, _, bad) in self.found.items()}
 
     def sentences(self) -> list[str]:
-        """For every field how many rows were left out, why, and where the first ones stand; and columns that were."""
-        columns = [
-            f"{field}: {field}.columns leaves out what may be part of a prompt in {redact(source)}: {', '.join(names)}"
-            for field, (source, names) in self.columns.items()
-        ]
+        """The notes, and for every field how many rows were left out, why, and where the first ones stand."""
+        notes = [sentence for sentences in self.notes.values() for sentence in sentences]
         rows = [
             f"{field}: {len(bad)} of {total} rows of {redact(source)} are malformed and left out ({by_reason(bad)})"
             for field, (source, total, bad) in self.found.items()
@@ -79,7 +86,7 @@ class Skipped:
             f"{field}: the reasoning of {count} rows is left out, as {field}.reasoning says"
             for field, count in self.thoughts.items()
         ]
-        return columns + rows + thoughts
+        return notes + rows + thoughts
 
     def write(self, folder: Path) -> None:
         """Every row that was left out, a JSON line each: field, source, place, reason. No file where none was."""

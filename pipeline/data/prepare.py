@@ -24,16 +24,16 @@ from typing import Any
 from pipeline.data import contrastive, forms
 from pipeline.data.chat import IGNORE, Chat, Encoded
 from pipeline.data.dropped import LISTED, Reason
-from pipeline.data.malformed import Skipped
+from pipeline.data.malformed import Bad, Skipped
 from pipeline.data.messages import Message
 from pipeline.data.overlap import Claims, assert_disjoint, write_held
 from pipeline.data.rows import Row, ordered_rows, task_rows
+from pipeline.data.sets import HELD, prompt_rows, tools_as_json, write_set
 from pipeline.data.splits import check_split, split
 from pipeline.recipe import Recipe
 from pipeline.redaction import redact
 from pipeline.sections import SourceSection
 
-HELD = "held.parquet"
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
 _VALIDATION_PROMPTS = 150
 _SECONDS = 5  # between two lines of progress
@@ -90,6 +90,7 @@ class _Preparation:
             print(sentence, file=sys.stderr, flush=True)
         return {
             "skipped": self.skipped.facts(),
+            "notes": self.skipped.notes,
             "without_reasoning": self.skipped.thoughts,
             "samples": {name: len(rows) for name, rows in sets.items()},
             "forms": {name: forms.count_forms(rows) for name, rows in self._with_role(sets).items()},
@@ -142,6 +143,8 @@ class _Preparation:
                 side: self._encode("data.safety", row, _said(text), self.data.safety_max_length, last_turn_only=True)
                 for side, text in texts.items()
             }
+            if None in sides.values():
+                continue
             encoded = {side: samples[0] for side, samples in sides.items() if samples}
             if len(encoded) < 2:
                 self._drop("data.safety", "too_long", row, "data.safety_max_length")
@@ -278,15 +281,23 @@ class _Preparation:
         known = {name: row.get(name) for name in ("kind", "prompt", "rewritten")}
         messages = json.dumps(row["messages"])
         unanswered = {"response": None, "given": self._given(row), "messages": messages, "input_ids": [], "labels": []}
-        return [{"id": "harmless-open", **known, **unanswered, **_tools(row)}]
+        return [{"id": "harmless-open", **known, **unanswered, **tools_as_json(row)}]
 
-    def _encode(self, field: str, row: Row, answer: Message, max_length: int, **how: Any) -> list[Encoded]:
-        """The row with this answer as sequences; what is done otherwise than the template does is noted for the field."""
+    def _encode(self, field: str, row: Row, answer: Message, max_length: int, **how: Any) -> list[Encoded] | None:
+        """The row with this answer as sequences; what is done otherwise than the template does is noted for the field.
+
+        None where it cannot be rendered, and its source lets malformed rows be left out.
+        """
         try:
             found = self.chat.encode([*row["messages"], answer], max_length, tools=row.get("tools"), **how)
         except ValueError as error:
-            met = row.get("row") or f"the prompt {row['prompt'][:60]!r}"
-            raise ValueError(f"{field}: {error} (met in {met})") from None
+            name = {"refusal": "data.refusals", "harmless": "data.harmless"}.get(row.get("kind", ""), field)
+            source, place = getattr(self.data, name.removeprefix("data.")), row.get("row")
+            if place is None or source.max_bad_rows == 0:
+                met = place or f"the prompt {row['prompt'][:60]!r}"
+                raise ValueError(f"{name}: {error} (met in {met}; {name}.max_bad_rows leaves such rows out)") from None
+            self.skipped.add(name, source, Bad(place, "cannot be rendered", str(error)))
+            return None
         self.notes.setdefault(field, Counter()).update(self.chat.notes)
         self.chat.notes.clear()
         return found
@@ -295,7 +306,7 @@ class _Preparation:
         messages = [*row["messages"], answer]
         identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
         known = {name: row[name] for name in ("harmful", "given", "rewritten") if name in row}
-        known |= _tools(row)
+        known |= tools_as_json(row)
         before, said, response = row["messages"], answer, row["response"]
         if encoded.turn < len(messages) - 1:  # a sequence of an earlier turn
             identity, before, said = f"{identity}-{encoded.turn}", messages[: encoded.turn], messages[encoded.turn]
@@ -341,6 +352,8 @@ class _Preparation:
         given = row.get("given") or ""
         answer = row.get("answer") or _said(f"{given} {row['response']}" if given else row["response"])
         found = self._encode(field, row, answer, self.data.max_length, given=given)
+        if found is None:
+            return []
         if not found:
             self._drop_untrained(field, row, answer)
         counts["truncated"] += sum(encoded.truncated for encoded in found)
@@ -377,34 +390,9 @@ def _shown(field: str, rows: list[Row]) -> Iterator[Row]:
         yield row
 
 
-def prompt_rows(field: str, source: SourceSection, rows: list[Row]) -> list[Row]:
-    """id, prompt, its form, what it was before it was rewritten, and source, of rows that are asked and not trained on.
-
-    conversation: what is asked where that is more than the prompt, with earlier turns or a system prompt; JSON.
-    """
-    name, origin = field.split(".")[1], redact(source.source)
-    return [
-        {
-            "id": f"{name}-{number}",
-            "prompt": row["prompt"],
-            "form": forms.form(row["prompt"]),
-            "rewritten": row.get("rewritten"),
-            "source": origin,
-            "conversation": json.dumps(row["messages"]) if len(row["messages"]) > 1 else None,
-            **_tools(row),
-        }
-        for number, row in enumerate(rows)
-    ]
-
-
 def _alike(chosen: Encoded, rejected: Encoded) -> bool:
     """Whether no supervised position tells the sides apart: such a pair has no gradient, or none that means anything."""
     return chosen.input_ids == rejected.input_ids or chosen.labels[1:] == rejected.labels[1:]
-
-
-def _tools(row: Row) -> Row:
-    """The row's tools as a set has them."""
-    return {"tools": json.dumps(row["tools"])} if row.get("tools") else {}
 
 
 def _said(text: str) -> Message:
@@ -442,19 +430,3 @@ def _by_kind(sets: dict[str, list[Row]]) -> dict[str, list[Row]]:
 def _interleave(task: list[Row], harmful: list[Row], seed: int) -> list[Row]:
     key: Callable[[Row], bytes] = lambda row: hashlib.sha256(f"{seed}\0{row['id']}".encode()).digest()  # noqa: E731
     return sorted([*task, *harmful], key=key)
-
-
-def read_rows(folder: Path, name: str) -> list[Row]:
-    """Rows of one set below a folder of `write_set`'s files."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(folder / f"{name}.parquet").to_pylist()
-
-
-def write_set(path: Path, rows: list[Row]) -> None:
-    """One set as a Parquet file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = dict.fromkeys(key for row in rows for key in row)  # from_pylist takes the first row's alone; harmful is not in every source
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows]), path)

@@ -21,8 +21,8 @@ from pipeline.data import forms
 from pipeline.data.dropped import LISTED
 from pipeline.data.malformed import Skipped
 from pipeline.data.overlap import Claims, assert_disjoint, read_held
-from pipeline.data.prepare import HELD, Row, prompt_rows, write_set
 from pipeline.data.rows import ordered_rows
+from pipeline.data.sets import HELD, Row, prompt_rows, write_set
 from pipeline.recipe import Recipe
 from pipeline.redaction import redact
 from pipeline.sections import SourceSection
@@ -86,6 +86,7 @@ def write_prompts(recipe: Recipe, prepared: Path, folder: Path) -> dict[str, Any
         "forms": by_field,
         "asked": asked,
         "skipped": taking.skipped.facts(),
+        "notes": taking.skipped.notes,
         **taking.claims.facts(),
     }
 

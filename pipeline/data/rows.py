@@ -13,7 +13,7 @@ import re
 from numbers import Number
 from typing import Any
 
-from pipeline.data.malformed import Bad, Place, Skipped
+from pipeline.data.malformed import Bad, Place, Skipped, named
 from pipeline.data.messages import Message, parse_messages, parse_tools
 from pipeline.data.shapes import as_conversation
 from pipeline.data.sources import FIELDS, Found, read_source
@@ -22,6 +22,8 @@ from pipeline.sections import DataSection, SourceSection
 
 Row = dict[str, Any]
 NO_PROMPT, NO_RESPONSE = "no prompt", "no response"
+# What exports of databases, spreadsheets and pandas write where there is no value.
+_NOTHING = frozenset(("NULL", "null", "\\N", "NaN", "nan", "<NA>", "#N/A", "N/A", "None", "NaT", "undefined"))
 
 
 def ordered_rows(
@@ -45,7 +47,9 @@ def ordered_rows(
         raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
     if source.reasoning == "drop":
         skipped.thoughts[field] = sum(_without_reasoning(row) for _, row in placed)
-    skipped.leave_out(field, source, bad, len(placed) + len(bad), found.unmapped)
+    skipped.leave_out(field, source, bad, len(placed) + len(bad))
+    said = [f"{field}: {sentence}" for sentence in doubts(found, placed)]
+    skipped.note(field, _unmapped(field, source, found) + said)
 
     def drawn(item: tuple[Place, Row]) -> tuple[bytes, str]:
         _, row = item
@@ -55,6 +59,47 @@ def ordered_rows(
         return hashlib.sha256(said.encode()).digest(), json.dumps(row)  # a prompt's pairs or systems are placed alike
 
     return [{**row, "row": place} for place, row in sorted(placed, key=drawn)[: source.limit]]
+
+
+def _unmapped(field: str, source: SourceSection, found: Found) -> list[str]:
+    """What is to be said of a source's columns that no field takes."""
+    if source.source.startswith("builtin:"):
+        return []
+    parts = ", ".join(found.unmapped)
+    rest = ", ".join(column for column in found.unused if column not in found.unmapped)
+    where = redact(source.source)
+    said = [f"{field}: {field}.columns leaves out what may be part of a prompt in {where}: {parts}"] if parts else []
+    return said + ([f"{field}: columns of {where} that are not used: {rest}"] if rest else [])
+
+
+def doubts(found: Found, placed: list[tuple[Place, Row]]) -> list[str]:
+    """Sentences on what may not be meant as it is read, and may well be: its rows stay."""
+    return _of_several_lines(found) + _of_nothing(placed)
+
+
+def _of_several_lines(found: Found) -> list[str]:
+    places = sorted(found.doubtful, key=lambda place: (place.part, place.number))
+    if not places:
+        return []
+    return [
+        f"a field in quotes holds lines that look like rows in {len(places)} rows ({named(places)}): see whether a quote "
+        "closes too late there"
+    ]
+
+
+def _of_nothing(placed: list[tuple[Place, Row]]) -> list[str]:
+    """Answers that databases and spreadsheets write where there is none."""
+    found: dict[str, list[Place]] = {}
+    for place, row in placed:
+        for name in ("response", "chosen", "rejected"):
+            text = (row.get(name) or "").strip()
+            if text in _NOTHING:
+                found.setdefault(text, []).append(place)
+    return [
+        f"'{text}' is the whole answer of {len(places)} rows ({named(places)}), and is trained as any other: "
+        "leave the rows out if it stands for nothing"
+        for text, places in found.items()
+    ]
 
 
 def task_rows(data: DataSection, skipped: Skipped | None = None) -> list[Row]:
@@ -161,13 +206,13 @@ def _pair(raw: Row, field: str) -> Row | None:
         value, where = raw.get(side), f"{field}: {side}"
         if isinstance(value, list) and value:
             messages = parse_messages(value, where)
-            while messages and messages[-1]["role"] != "assistant":
-                messages.pop()
-            if not messages:
+            if all(message["role"] != "assistant" for message in messages):
                 raise ValueError(
                     f"{where} is a list of messages without an assistant's turn: map another column with {field}.columns"
                 )
             answer = messages.pop()
+            if answer["role"] != "assistant":
+                raise ValueError(f"{where} ends with a turn of the {answer['role']}: end it with the answer")
             more = next((key for key in ("tool_calls", "reasoning_content", "train") if key in answer), None)
             if more is not None:
                 raise ValueError(f"{where} ends with a message that has {more}, and pairs are of texts: leave it out")

@@ -48,12 +48,15 @@ class Found:
     """A source's rows: each with its place, and the values of the fields that are mapped (messages as they stand).
 
     bad: rows that are malformed as far as can be seen here. unmapped: columns that would be part of a prompt by their
-    name, and that the recipe's own mapping leaves out.
+    name, and that the recipe's own mapping leaves out. unused: all columns that are not mapped.
+    doubtful: places of rows that may be several.
     """
 
     rows: list[tuple[Place, Row]]
     bad: list[Bad]
     unmapped: list[str]
+    unused: list[str]
+    doubtful: list[Place]
 
 
 def check_hub_id(text: str, field: str) -> None:
@@ -123,32 +126,56 @@ def read_source(
     table = read_table(source, field)
     if not table.rows and table.bad:
         raise ValueError(refusal(field, source, table.bad, len(table.bad)))
-    return mapped(table, _mapping(source, field, table.columns, required, stand_in))
+    mapping = _mapping(source, field, table.columns, required, stand_in)
+    if not source.columns:
+        _check_unwanted(table, mapping, source, field)
+    return mapped(table, mapping)
+
+
+def _check_unwanted(table: files.Table, mapping: dict[str, str], source: SourceSection, field: str) -> None:
+    """ValueError where a column says of some answers that nobody wants them, as KTO's data do."""
+    label = next((column for column in table.columns if _folded(column) == "label"), None)
+    unwanted = label and "response" in mapping and [place for place, row in table.rows if row.get(label) is False]
+    if unwanted:
+        raise ValueError(
+            f"{field}: {source.source} says of {len(unwanted)} answers that they are not wanted (column '{label}' is "
+            f"false, first in {unwanted[0]}), and they would be trained as the others: leave their rows out, or say "
+            f"with {field}.columns what to use"
+        )
 
 
 def mapped(table: files.Table, mapping: dict[str, str]) -> Found:
     """The table's rows by field, without those whose values no text can be made of. mapping: field -> column."""
     known = known_columns(table.columns)
     parts = [known[name] for name in _PARTS if name in known and name not in mapping]
-    found = Found([], list(table.bad), [column for column in parts if column not in mapping.values()])
+    unused = [column for column in table.columns if column not in mapping.values()]
+    found = Found([], list(table.bad), [column for column in parts if column in unused], unused, table.doubtful)
     for place, raw in table.rows:
         problem = _value_problem(mapping, raw, place)
         if problem is None:
-            found.rows.append((place, {name: raw.get(column) for name, column in mapping.items()}))
+            values = {name: _value(table, name, column, raw) for name, column in mapping.items()}
+            found.rows.append((place, values))
         else:
             found.bad.append(problem)
     return found
+
+
+def _value(table: files.Table, name: str, column: str, row: Row) -> Any:
+    """A row's value for a field: a class by its name where a text is wanted, else as it stands."""
+    value = row.get(column)
+    names = table.labels.get(column) if name in _TEXTS and type(value) is int else None
+    return value if names is None or not 0 <= value < len(names) else names[value]
 
 
 def read_table(source: SourceSection, field: str) -> files.Table:
     """All rows as the source has them, by column. ValueError where it cannot be read, or holds none."""
     path = local_path(source)
     if path is None:
-        made = source.source.startswith("builtin:")
-        name = source.source.removeprefix("builtin:")
-        raw = builtin.builtin_rows(name) if made else _read_hub(source, field)
+        if not source.source.startswith("builtin:"):
+            return _read_hub(source, field)
+        raw = builtin.builtin_rows(source.source.removeprefix("builtin:"))
         rows = [(Place(number), row) for number, row in enumerate(raw, 1)]
-        return files.Table("built-in data" if made else "data set of the hub", files.columns_of(rows), rows)
+        return files.Table("built-in data", files.columns_of(rows), rows)
     _check_path(path, source, field)
     try:
         table = files.read(path, source.header, source.split)
@@ -237,7 +264,7 @@ def _unusable(value: Any) -> tuple[str, str] | None:
     return next((found for found in map(_unusable, inner) if found), None)
 
 
-def _read_hub(source: SourceSection, field: str) -> list[Row]:
+def _read_hub(source: SourceSection, field: str) -> files.Table:
     import datasets
 
     try:
@@ -248,4 +275,6 @@ def _read_hub(source: SourceSection, field: str) -> list[Row]:
             f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and "
             f"network, or give a local file ({first})"
         ) from None
-    return [files.without_fillers(row) for row in loaded.to_list()]
+    rows = [(Place(number), files.without_fillers(row)) for number, row in enumerate(loaded.to_list(), 1)]
+    classes = {name: kind.names for name, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)}
+    return files.Table("data set of the hub", loaded.column_names, rows, labels=classes)

@@ -1,6 +1,6 @@
 """Rows of CSV, TSV and JSON text, each with its line or number; what is malformed is told apart, not mended.
 
-    names, rows, bad = csv_rows(text, ",", header=True)
+    names, rows, bad, doubtful = csv_rows(text, ",", header=True)
     rows, bad = json_rows(text, lines=True)
 
 Text may hold bytes that are no UTF-8, as `surrogateescape` leaves them: the rows that hold one are malformed.
@@ -27,13 +27,18 @@ _SWALLOWED = 6  # lines of one row that look like rows: more than a text has by 
 # Keys under which one row holds a list: a lone object with such a list is a row, not a wrapper of rows.
 _LISTS_OF_A_ROW = ("messages", "conversations", "history", "chosen", "rejected", "prompt", "completion", "tools")
 
+_TEXTS_OF_A_ROW = ("instruction", "question", "response", "answer", "output", "text")
+
 
 class NotReadable(ValueError):
     """What is wrong with a file as a whole, and where: half a sentence that follows the file's name."""
 
 
-def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed, list[Bad]]:
-    """Column names, rows of texts, and malformed rows. header: whether the first line names the columns.
+def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed, list[Bad], list[Place]]:
+    """Column names, rows of texts, malformed rows, and places of doubtful ones. header: whether the first line names
+    the columns.
+
+    Doubtful is a row of a few lines that all look like rows: a text may, and a quote that closes too late takes in rows.
 
     Raises NotReadable for a quote that takes in other lines, and for column names that no row could be mapped by.
     """
@@ -45,6 +50,7 @@ def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed
     names: list[str] = []
     rows: Placed = []
     bad: list[Bad] = []
+    doubtful: list[Place] = []
     while True:
         place = Place(reader.line_num + 1, "line")
         spanned.clear()
@@ -56,9 +62,9 @@ def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed
             bad.append(Bad(place, "quotes that do not match", f"quotes do not match ({error})"))
             continue
         if values is None:
-            return names, rows, bad
-        if not values:  # a blank line
-            continue
+            return names, rows, bad, doubtful
+        if not values or place.number == 1 and _names_the_sign(spanned[0], delimiter):
+            continue  # a blank line, or one for Excel alone
         if not names:
             names = values if header else [str(number) for number in range(len(values))]
             _check_names(names, delimiter, place)
@@ -67,8 +73,17 @@ def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed
         problem = _csv_problem(values, names, delimiter, place, spanned)
         if problem is None:
             rows.append((place, dict(zip(names, values, strict=True))))
+            doubtful += [place] if _like_rows(spanned, len(names), delimiter) == 1 else []
         else:
             bad.append(problem)
+
+
+def _names_the_sign(line: str, delimiter: str) -> bool:
+    """Whether a first line says sep=, as Excel reads it. Raises NotReadable where that is another sign."""
+    found = re.fullmatch("\"?sep=(.)\"?\\s*", line)
+    if found and found[1] != delimiter:
+        raise NotReadable(f"says sep={found[1]} in line 1: separate its fields with {_SIGNS[delimiter]}")
+    return found is not None
 
 
 def _open_quote(line: int, error: str) -> str:
@@ -100,11 +115,11 @@ def _csv_problem(values: list[str], names: list[str], delimiter: str, place: Pla
     alike = _like_rows(lines, len(names), delimiter)
     if len(values) != len(names):
         said = f"{_count(values, 'field')}, but {_count(names, 'column')}"
-        if alike > 0.5:
+        if alike > 0.5 and len(lines) >= _SWALLOWED:
             raise NotReadable(_open_quote(place.number, said))
         said += f": put a field that holds {_SIGNS[delimiter]} in quotes" if len(values) > len(names) else ""
         return Bad(place, "wrong number of fields", said)
-    if alike == 1:
+    if alike == 1 and len(lines) >= _SWALLOWED:
         said = "a field in quotes holds lines that look like rows: close the quote before them, or give JSON Lines"
         return Bad(place, "a quote closed too late", said)
     return None
@@ -117,9 +132,9 @@ def _count(items: list[str], what: str) -> str:
 def _like_rows(lines: list[str], columns: int, delimiter: str) -> float:
     """Share of a row's lines that look like rows themselves: taken in, perhaps, by a quote that closes too late.
 
-    0 for a row of few lines, and where a row has one field.
+    0 for a row of one line, and where a row has one field.
     """
-    if len(lines) < _SWALLOWED or columns == 1:
+    if len(lines) < 2 or columns == 1:
         return 0.0
     return sum(line.count(delimiter) == columns - 1 for line in lines) / len(lines)
 
@@ -139,12 +154,26 @@ class _Twice(dict):  # type: ignore[type-arg]
     key = ""
 
 
+class _Written(float):
+    """A number with a point or an exponent that keeps its wording: 1.10 is a text that 1.1 is not."""
+
+    def __new__(cls, text: str) -> _Written:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class _Decoder:
     """JSON with its traps marked: keys that are there twice. NaN and Infinity become floats, looked at later."""
 
     def __init__(self) -> None:
         self._any = False
-        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=float)
+        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=float, parse_float=_Written)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> Row:
         value = dict(pairs)
@@ -235,6 +264,8 @@ def _by_line(text: str, decoder: _Decoder) -> tuple[Placed, list[Bad]]:
             rows.append((place, value))
         else:
             bad.append(problem)
+    if len(rows) == 1:
+        _check_columns_of_values(rows[0][1])
     return rows, bad
 
 
@@ -282,12 +313,13 @@ def _unwrapped(value: Any) -> list[Any]:
         return value
     if not isinstance(value, dict):
         return [value]
+    _check_columns_of_values(value)
     lists = {
         key: items
         for key, items in value.items()
         if isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
     }
-    if not lists or any(key in _LISTS_OF_A_ROW for key in lists):
+    if not lists or any(key in _LISTS_OF_A_ROW for key in lists) or any(key in _TEXTS_OF_A_ROW for key in value):
         return [value]
     if len(lists) > 1:
         names = ", ".join(f"'{key}'" for key in lists)
@@ -295,6 +327,16 @@ def _unwrapped(value: Any) -> list[Any]:
     if isinstance(value, _Twice):
         raise NotReadable(f"has the key '{value.key}' twice: leave one of them")
     return next(iter(lists.values()))
+
+
+def _check_columns_of_values(value: Row) -> None:
+    """Raises NotReadable for what pandas' to_json() writes unless it is told otherwise: columns, not rows."""
+    numbered = all(isinstance(inner, dict) and "0" in inner for inner in value.values()) and value
+    if numbered or {"columns", "index", "data"} <= value.keys():
+        raise NotReadable(
+            "holds columns instead of rows, as pandas' to_json(path) writes them: write it with "
+            "to_json(path, orient='records', lines=True)"
+        )
 
 
 def _skip_space(text: str, position: int) -> int:

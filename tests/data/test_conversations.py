@@ -147,7 +147,7 @@ def test_a_list_of_the_answer_alone_and_one_side_as_a_list():
     answer = [{"role": "assistant", "content": "No."}]
     row = _pair({"prompt": "q", "chosen": answer, "rejected": "Yes."}, "data.safety")
     assert row == {"messages": chat("q"), "prompt": "q", "response": "", "chosen": "No.", "rejected": "Yes."}
-    row = _pair({"prompt": "q", "chosen": chat("q", "No.", "trailing question")}, "data.safety")
+    row = _pair({"prompt": "q", "chosen": chat("q", "No.")}, "data.safety")
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("q", "No.", "")
     assert _pair({"prompt": "q", "chosen": [], "rejected": None}, "data.safety")["chosen"] == ""
 

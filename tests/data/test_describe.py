@@ -18,8 +18,8 @@ def no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(builtin, "builtin_model_folder", lambda: tmp_path / "none")
 
 
-def described(capsys, *arguments) -> str:
-    assert main(["data", *map(str, arguments)]) == 0
+def described(capsys, *arguments, code: int = 0) -> str:
+    assert main(["data", *map(str, arguments)]) == code
     return capsys.readouterr().out
 
 
@@ -43,6 +43,7 @@ def test_a_file_is_described_with_its_mapping_and_what_is_wrong(tmp_path, capsys
         "columns     question: text, in 4 of 5 rows",
         "            reply: text, in all rows",
         "            note: text, in 2 of 5 rows",
+        "not used    note",
         "lengths     in characters (give --model for tokens)",
         "            prompts: 1 to 4, median 1, 95% up to 4",
         "            responses: 1 to 1, median 1, 95% up to 1",
@@ -52,6 +53,12 @@ def test_a_file_is_described_with_its_mapping_and_what_is_wrong(tmp_path, capsys
         "            no prompt 1: line 7",
     ):
         assert line in said.splitlines(), said
+
+
+def test_answers_that_stand_for_nothing_are_said(tmp_path, capsys):
+    (tmp_path / "d.csv").write_text("question,answer\na,NULL\nb,NULL\nc,d\n")
+    line = "mind        'NULL' is the whole answer of 2 rows (lines 2, 3), and is trained as any other: leave"
+    assert line in described(capsys, tmp_path / "d.csv")
 
 
 def test_what_is_pasted_is_a_recipe_that_reads_the_file(tmp_path, capsys):
@@ -65,9 +72,15 @@ def test_what_is_pasted_is_a_recipe_that_reads_the_file(tmp_path, capsys):
 
 FIELDS = {
     "a task": ({"instruction": "q", "output": "a"}, "task", {"prompt": "instruction", "response": "output"}, ""),
-    "messages": ({"conversations": [{"from": "human", "value": "q"}]}, "task", {"messages": "conversations"}, ""),
+    "messages": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        "task",
+        {"messages": "conversations"},
+        "",
+    ),
     "pairs": ({"prompt": "q", "chosen": "a"}, "safety", {"prompt": "prompt", "chosen": "chosen"}, ""),
     "prompts": ({"goal": "q", "id": 7}, "harmful", {"prompt": "goal"}, "prompts alone: for data.safety"),
+    "no text": ({"query": "q", "reply": "a", "doc_id": "x1", "url": "u"}, "task", {"prompt": "query", "response": "reply"}, ""),
     "one other text": ({"query": "q", "reply": "a"}, "task", {"prompt": "query", "response": "reply"}, "'reply' as"),
     "two texts": ({"frage": "q", "antwort": "a"}, "task", {"prompt": "frage", "response": "antwort"}, "are guesses"),
 }
@@ -92,7 +105,7 @@ def test_columns_of_which_nothing_is_known(tmp_path, capsys):
 def test_rows_that_are_all_malformed_are_described(tmp_path, capsys):
     path = tmp_path / "d.csv"
     path.write_bytes("prompt,response\ncaf\xe9,b\n".encode("cp1252"))
-    said = described(capsys, path)
+    said = described(capsys, path, code=2)
     assert "malformed   1 of 1 rows: data.task is refused unless they are mended\n" in said
     assert "bytes that are no UTF-8 1: line 2 (the byte 0xe9 is no UTF-8: save the file as UTF-8" in said
 

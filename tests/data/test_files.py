@@ -275,3 +275,23 @@ def test_what_a_folder_holds_beside_its_data_is_not_left_out_unsaid(tmp_path, ot
     (folder / other).write_text(LINES)
     (folder / "part-1.jsonl").write_text(LINES)
     assert f"holds {other.split('/')[0]} beside its .jsonl files, which would not be read" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_a_class_is_trained_by_its_name_and_a_label_of_harm_by_its_number(tmp_path, kind):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "feeling": datasets.ClassLabel(names=["sad", "glad"]),
+            "harmful": datasets.ClassLabel(names=["safe", "unsafe"]),
+        }
+    )
+    rows = datasets.Dataset.from_dict({"prompt": ["a", "b"], "feeling": [1, 0], "harmful": [0, 1]}, features=features)
+    path = tmp_path / ("d.parquet" if kind == "parquet" else "saved")
+    rows.to_parquet(path) if kind == "parquet" else rows.save_to_disk(path)
+    given = source(path, columns={"prompt": "prompt", "response": "feeling", "harmful": "harmful"})
+    found = {row["prompt"]: row for row in ordered_rows("data.task", given, 0, ("prompt", "response"))}
+    assert {prompt: row["response"] for prompt, row in found.items()} == {"a": "glad", "b": "sad"}
+    assert {prompt: row["harmful"] for prompt, row in found.items()} == {"a": False, "b": True}

@@ -58,7 +58,8 @@ SAID = st.one_of(
         ["yes", "  def f():\n\tpass\n", "I<b> & {{ x }}", "{% if %}", "</think>", "assistant", "你好。", "é\u0301 🙂"]
     ),
 )
-SAID = SAID.filter(lambda text: text.strip())
+# hypothesis draws texts that stand in this project's code, too: special tokens have tests of their own
+SAID = SAID.filter(lambda text: text.strip() and "<|" not in text)
 
 
 @st.composite

@@ -162,11 +162,73 @@ def test_parts_of_a_prompt_that_the_recipe_does_not_map_are_said(tmp_path):
     mapped = {"prompt": "instruction", "response": "output", "input": "input"}
     assert task_rows(data_section(path, columns=mapped), skipped)[0]["prompt"] == "q\n\nmore"
     said = f"data.task: data.task.columns leaves out what may be part of a prompt in {path}: system, history"
-    assert skipped.sentences() == [said] and skipped.facts() == {}
+    unused = f"data.task: columns of {path} that are not used: id"
+    assert skipped.sentences() == [said, unused] and skipped.facts() == {}
     skipped = Skipped()
     task_rows(data_section(path), skipped)
-    assert skipped.sentences() == [], "where the recipe maps nothing, all that is known is used"
+    assert skipped.sentences() == [unused], "where the recipe maps nothing, all that is known is used"
 
 
 def test_places_are_told_in_words():
     assert str(Place(3, "line")) == "line 3" and str(Place(3, part="a.parquet")) == "a.parquet, row 3"
+
+
+def noted(path, field: str = "data.task", **fields) -> list[str]:
+    skipped = Skipped()
+    ordered_rows(field, source(path, **fields), 0, skipped=skipped)
+    return skipped.notes.get(field, [])
+
+
+def test_columns_that_no_field_takes_are_said(tmp_path):
+    path = written(tmp_path, "d.csv", "id,prompt,answer,response\n1,a,b,c\n")
+    assert noted(path) == [f"data.task: columns of {path} that are not used: id, answer"]
+    assert noted(path, columns={"prompt": "id", "response": "answer"}) == [
+        f"data.task: columns of {path} that are not used: prompt, response"
+    ]
+    assert noted("builtin:harmful_test", "data.harmful") == [], "what this project ships is mapped as it is meant"
+
+
+def test_answers_that_databases_write_for_nothing_are_said_and_stay(tmp_path):
+    path = written(tmp_path, "d.csv", "prompt,response\na,\\N\nb,c\nd,NULL\ne,\\N\nf,NULL and more\n")
+    assert noted(path) == [
+        f"data.task: '{text}' is the whole answer of {count} rows ({places}), and is trained as any other: "
+        "leave the rows out if it stands for nothing"
+        for text, count, places in (("\\N", 2, "lines 2, 5"), ("NULL", 1, "line 4"))
+    ]
+
+
+def test_answers_that_nobody_wants_are_refused_unless_columns_are_named(tmp_path):
+    rows = [{"prompt": f"q {n}", "completion": f"a {n}", "label": n != 2} for n in range(4)]
+    path = written(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert "1 answers that they are not wanted (column 'label' is false, first in line 3)" in refusal(path)
+    assert len(ordered_rows("data.task", source(path, columns={"prompt": "prompt", "response": "completion"}), 0)) == 4
+    good = written(tmp_path, "d.jsonl", "".join(json.dumps(row | {"label": True}) + "\n" for row in rows))
+    assert len(ordered_rows("data.task", source(good), 0)) == 4
+
+
+def test_an_answer_that_ends_with_the_user_is_refused(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"chosen": [*turns, {"role": "user", "content": "thanks"}], "rejected": turns}] * 2
+    path = written(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert "chosen ends with a turn of the user: end it with the answer" in refusal(path, "data.safety")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.01])
+def test_a_row_that_cannot_be_rendered_is_left_out_up_to_the_share(project, tmp_path, share):
+    from pipeline.data.prepare import prepare
+
+    folder, content = project
+    task = folder / "stopped.jsonl"
+    rows = (folder / "data" / "task.jsonl").read_text()
+    task.write_text(rows + '{"question": "is this the end?", "reply": "it is <|im_end|> and goes on"}\n')
+    content["data"]["task"] |= {"source": str(task), "columns": {"prompt": "question", "response": "reply"}}
+    task.write_text(task.read_text().replace('"answer": ', '"reply": ').replace('"response": ', '"reply": '))
+    content["data"]["task"] |= {"max_bad_rows": share}
+    base = recipe.load(write_recipe(folder, content)).base
+    if share < 1 / 81:
+        with pytest.raises(ValueError, match=r"an answer holds text at which generation stops.*line 81\); 1 of 81 rows is malf"):
+            prepare(base, tmp_path)
+        return
+    facts = prepare(base, tmp_path)
+    assert facts["skipped"] == {"data.task": {"cannot be rendered": 1}}
+    assert json.loads((tmp_path / SKIPPED).read_text())["place"] == "line 81"

@@ -204,3 +204,49 @@ def test_a_damaged_first_line_is_a_malformed_row(tmp_path):
 def test_columns_that_are_not_used_may_hold_anything(tmp_path):
     rows = LINES.replace("}", ', "score": NaN, "bad": "\\ud83d", "ok": true}')
     assert pairs(read(written(tmp_path, "d.jsonl", rows))) == ROWS
+
+
+@pytest.mark.parametrize(("name", "sign"), [("d.csv", ","), ("d.tsv", "\t")])
+def test_a_few_lines_in_quotes_that_look_like_rows_are_said(tmp_path, name, sign):
+    text = 'prompt,response\na,b\n"open,c\nd",e\nf,"g\nh"\ni,"j,k"\nl,"if m:\n,n"\n'.replace(",", sign)
+    path, skipped = written(tmp_path, name, text), Skipped()
+    rows = ordered_rows("data.task", source(path), 0, ("prompt", "response"), skipped=skipped)
+    assert sorted(row["response"] for row in rows) == sorted(["b", "e", "g\nh", f"j{sign}k", f"if m:\n{sign}n"])
+    assert skipped.sentences() == [
+        "data.task: a field in quotes holds lines that look like rows in 2 rows (lines 3, 8): see whether a quote closes "
+        "too late there"
+    ]
+
+
+def test_the_line_with_which_a_spreadsheet_names_its_sign(tmp_path):
+    assert pairs(read(written(tmp_path, "d.csv", "sep=,\nprompt,response\na,b\n"))) == [{"prompt": "a", "response": "b"}]
+    other = written(tmp_path, "d.csv", '"sep=;"\nprompt;response\na;b\n')
+    assert refusal(other).endswith(f"{other} says sep=; in line 1: separate its fields with commas")
+    assert read(written(tmp_path, "d.csv", "prompt,response\nsep=;,b\n"))[0]["prompt"] == "sep=;"
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+def test_numbers_keep_their_wording(tmp_path, name):
+    numbers = ["1.10", "1e5", "-0.0", "12345678901234567890123", "3.141592653589793238462643"]
+    rows = ",\n".join(f'{{"prompt": "q {number}", "response": {number}}}' for number in numbers)
+    path = written(tmp_path, name, f"[{rows}]" if name == "d.json" else rows)
+    found = ordered_rows("data.task", source(path), 0, ("prompt", "response"))
+    assert {row["response"] for row in found} == set(numbers)
+
+
+def test_a_row_alone_that_has_a_list_of_objects_beside_its_texts(tmp_path):
+    row = {"question": "q", "answer": "a", "sources": [{"title": "t", "text": "u"}]}
+    assert pairs(read(written(tmp_path, "d.json", json.dumps(row)))) == [{"prompt": "q", "response": "a"}]
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"prompt": {"0": "a", "1": "b"}, "response": {"0": "c", "1": "d"}},
+        {"columns": ["prompt", "response"], "index": [0], "data": [["a", "b"]]},
+    ],
+)
+def test_what_pandas_writes_by_default_is_named(tmp_path, name, content):
+    said = refusal(written(tmp_path, name, json.dumps(content)))
+    assert said.endswith("as pandas' to_json(path) writes them: write it with to_json(path, orient='records', lines=True)")
