@@ -311,8 +311,9 @@ OF_THE_COMPANIONS = (
     mutant("embeddings not centred", SAFT, "centred = embeddings.double() - embeddings.double().mean(dim=0)", "centred = embeddings.double()", "tests/filtering/test_saft.py::test_scores_equal_numpy_s"),
 )
 
-CHAT, TEMPLATE, OVERLAP, SPLITS, ROWS = (
-    f"pipeline/data/{name}.py" for name in ("chat", "chat_template", "overlap", "splits", "rows")
+CHAT, TEMPLATE, OVERLAP, SPLITS, ROWS, TEXT_ROWS, SOURCES, PREPARE = (
+    f"pipeline/data/{name}.py"
+    for name in ("chat", "chat_template", "overlap", "splits", "rows", "text_rows", "sources", "prepare")
 )
 CONTRACT = "tests/data/test_fuzz.py::test_a_random_template_is_held_to_the_contract_or_refused"
 FAMILIES = "tests/data/test_templates.py::test_what_is_trained_is_what_inference_has_to_produce"
@@ -366,6 +367,34 @@ OF_THE_DATA = (
     mutant("conversations known by their last turn", OVERLAP, "*begun, whole = _prefixes(_messages(row))", "*begun, whole = _prefixes(_messages(row)[-1:])", SHARED_PROMPTS),
     mutant("answers to one prompt in several splits", SPLITS, "groups.setdefault(conversation(row), [])", "groups.setdefault(str(id(row)), [])", SHARED_PROMPTS),
     mutant("malformed rows vanish", ROWS, "bad.append(problem)", "pass", "tests/data/test_malformed.py::test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list"),
+    mutant(
+        "numbers in other words",
+        TEXT_ROWS,
+        "parse_float=_Written",
+        "parse_float=float",
+        "tests/data/test_text_rows.py::test_numbers_keep_their_wording[d.json]",
+    ),
+    mutant(
+        "classes by their numbers",
+        SOURCES,
+        "names = table.labels.get(column) if name in _TEXTS",
+        "names = None if name in _TEXTS",
+        "tests/data/test_files.py::test_a_class_is_trained_by_its_name_and_a_label_of_harm_by_its_number[parquet]",
+    ),
+    mutant(
+        "unwanted answers trained",
+        SOURCES,
+        "if row.get(label) is False]",
+        "if row.get(label) is None]",
+        "tests/data/test_malformed.py::test_answers_that_nobody_wants_are_refused_unless_columns_are_named",
+    ),
+    mutant(
+        "rows that cannot be rendered vanish",
+        PREPARE,
+        'self.skipped.add(name, source, Bad(place, "cannot be rendered", str(error)))',
+        "pass",
+        "tests/data/test_malformed.py::test_a_row_that_cannot_be_rendered_is_left_out_up_to_the_share[0.02]",
+    ),
 )
 
 MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES + OF_THE_COMPANIONS + OF_THE_DATA
