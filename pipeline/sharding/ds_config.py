@@ -67,6 +67,9 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
         raise ValueError(
             f"{field}.ds_config {path} sets train_batch_size to {total!r}, but {field}.batch_size of the recipe makes it {train.batch_size}: take it out of the file"
         )
+    # DeepSpeed's own linear inspects a signature at every call, for memory that is not held anyway: saved weights are the
+    # parameters, which are released with their layer.
+    zero.setdefault("memory_efficient_linear", False)
     # With an offloaded optimizer DeepSpeed insists on its own CPU Adam, which compiles for minutes, unless it is told.
     return {"zero_force_ds_cpu_optimizer": False, **config, **{key: value for key, (_, value) in owned.items()}}
 

@@ -59,7 +59,9 @@ class Fsdp2Engine(Engine):
         self.module = module.to(device).train()
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
-        self.optimizer = optimizer_of(self.parameters)
+        # This rank's rows as plain tensors: on DTensors an optimizer spends its time on placements.
+        self._rows_of = [nn.Parameter(local) for local in self.storage()]
+        self.optimizer = optimizer_of(self._rows_of)
         self.max_grad_norm = max_grad_norm
 
     def forward_backward(
@@ -71,7 +73,7 @@ class Fsdp2Engine(Engine):
     def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
         loss = self._backward(loss_fn, batches)
         shard = self.accumulated_gradient()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradient()
         return loss, shard
 
     def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
@@ -125,10 +127,13 @@ class Fsdp2Engine(Engine):
             for p in self.parameters:
                 if p.grad is not None:
                     p.grad.to_local().mul_(factor)
+        for p, rows in zip(self.parameters, self._rows_of, strict=True):
+            rows.grad = None if p.grad is None else p.grad.to_local()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradient()
         self.drop_gathered()
 
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
@@ -152,20 +157,23 @@ class Fsdp2Engine(Engine):
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
         self.drop_gathered()
         given = {key: [torch.zeros(local.numel(), device=self.device) for local in self.storage()] for key in vectors}
-        for p in self.parameters:
-            self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for rows in self._rows_of:
+            self.optimizer.state[rows] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
         state = self._state(given)
         dcp.load(state, checkpoint_id=str(folder))
-        for name, p in self.named.items():
-            self.optimizer.state[p]["step"] = state[f"step.{name}"]
+        for name, rows in zip(self.named, self._rows_of, strict=True):
+            self.optimizer.state[rows]["step"] = state[f"step.{name}"]
         return {key: [state[f"vector.{key}.{name}"].to_local().flatten() for name in self.named] for key in vectors}
 
     def _state(self, vectors: dict[str, Shard]) -> dict[str, torch.Tensor]:
         """Everything of a checkpoint under names that do not depend on the number of ranks; DTensors, which DCP reshards."""
         state: dict[str, torch.Tensor] = {}
-        for name, p in self.named.items():
+        for (name, p), rows in zip(self.named.items(), self._rows_of, strict=True):
             state[f"weight.{name}"] = p.detach()
-            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+            state |= {
+                f"{key}.{name}": value if key == "step" else self._like(p, value.detach())
+                for key, value in self.optimizer.state[rows].items()
+            }
         for key, parts in vectors.items():
             state |= {f"vector.{key}.{name}": self._like(p, part) for (name, p), part in zip(self.named.items(), parts, strict=True)}
         return state
@@ -178,6 +186,10 @@ class Fsdp2Engine(Engine):
             loss.backward()
             total += loss.detach().double()
         return self.sum_over_ranks(total).item()
+
+    def _clear_gradient(self) -> None:
+        for p in self.parameters:
+            p.grad = None
 
     def _read(self, places: Places, source: Source, dtype: torch.dtype) -> None:
         """Put this rank's rows of a parameter of `dtype`, read from its source, where the sharded one without memory is."""

@@ -99,7 +99,7 @@ def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
     from pipeline.sharding.zero3 import Zero3Engine
 
     config = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {})
-    return Zero3Engine(module, adamw(_trainable(module), train), config, sources)
+    return Zero3Engine(module, adamw(_trainable(module), train), config, decoder_layers(module), sources)
 
 
 def _refuse_damaged(found: list[str]) -> None:

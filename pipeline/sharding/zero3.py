@@ -1,9 +1,10 @@
 """DeepSpeed ZeRO-3: the same verbs on partitioned weights.
 
-    engine = Zero3Engine(model, optimizer, ds_config)       # after deepspeed.init_distributed()
+    engine = Zero3Engine(model, optimizer, ds_config, decoder_layers(model))       # after deepspeed.init_distributed()
 
 Three flat rank-local views, all in the order of `fp16_groups`, are everything this module touches: the compute copy (`lp`), the
-optimizer's float32 master, and the averaged gradient. What goes wrong silently without care, and is handled here:
+optimizer's float32 master, and the averaged gradient. A decoder layer is fetched, and released, as a whole: DeepSpeed's hooks on
+every submodule cost more time than the arithmetic of a small layer. What goes wrong silently without care, and is handled here:
 - a gathered copy of a weight may outlive the pass that used it, and an edit of the shard is then invisible: all gathered copies are
   dropped before the shard is edited and again before it is restored (DeepSpeed #5667 is what happens otherwise);
 - `optimizer.zero_grad()` resets the accumulation counter but not the buffer: a parameter used only in a discarded pass would move at the
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from pipeline.sharding.deepspeed_private import gradients_by_parameter
 from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
 from pipeline.weights import Sources, fill, read
 
@@ -37,15 +39,20 @@ class Zero3Engine(Engine):
     """A Shard here is one flat tensor per ZeRO sub-group."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], sources: Sources | None = None
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], blocks: Sequence[nn.Module] = (),
+        sources: Sources | None = None,
     ):  # fmt: skip
-        """sources: values of the module's placeholders (pipeline/weights.py); each rank reads its part."""
+        """blocks: modules gathered as a whole, one at a time. sources: values of the module's placeholders (pipeline/weights.py);
+        each rank reads its part."""
         import deepspeed
 
         if sources:
             partition(module, sources, ds_config)
         dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
-        self.ds, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        for block in blocks:
+            deepspeed.utils.set_z3_leaf_module(block, True)
+        with gradients_by_parameter():
+            self.ds, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         self.module = self.ds.module
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device(self.ds.device)
