@@ -24,14 +24,14 @@ from pipeline.model_outline import outlined
 from pipeline.model_size import NF4_BLOCK, Counted, Weight, count_model
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import LisaSection, SapSection, TrainSection
-from pipeline.sharding.ds_config import read_ds_config
+from pipeline.sharding.ds_config import fetched_by_layer, read_ds_config
 
 CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
 TFLOPS, UTILISATION = 312.0, 0.35  # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
 # DeepSpeed's defaults of what is read here (deepspeed/runtime/zero/config.py).
 ZERO_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 100_000,
-    "stage3_max_live_parameters": 1_000_000_000, "stage3_max_reuse_distance": 1_000_000_000, "sub_group_size": 1_000_000_000,
+    "reduce_bucket_size": 500_000_000, "stage3_param_persistence_threshold": 100_000, "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
 }  # fmt: skip
 Moment = Literal["always", "in a pass", "between"]
 
@@ -213,8 +213,8 @@ def _state(plan: Plan) -> list[Row]:
 def _gathered(plan: Plan) -> list[Row]:
     """Weights that are whole on a GPU while a pass runs, beside its shards.
 
-    ZeRO-3 prefetches until stage3_max_live_parameters are live; it keeps what recurs within stage3_max_reuse_distance, of which forward and
-    backward make half, and a layer that is recomputed. To the largest of these come a tensor that overfills it and one fetched on demand. A
+    ZeRO-3 fetches a layer at a time and prefetches until stage3_max_live_parameters are live; it keeps what recurs within
+    stage3_max_reuse_distance, of which forward and backward make half. To the larger comes a tensor that overfills it and one fetched on demand. A
     prefetched bucket, overfilled likewise, arrives in a buffer and is copied out. Tensors up to the persistence threshold stay whole. FSDP2
     holds the layer at work, the next one, a third in the buffer of the all-gather, and embeddings and head all along.
     """
@@ -224,8 +224,11 @@ def _gathered(plan: Plan) -> list[Row]:
     if plan.train.engine == "zero3" and plan.ranks > 1:
         everything, first = sum(w.numel for w in others), sum(w.numel for w in others if not w.in_layer)
         largest = max((w.numel for w in others), default=0)
-        reach = max(_zero(plan, "stage3_max_live_parameters"), _zero(plan, "stage3_max_reuse_distance") // 2, (everything - first) // layers)
-        live, bucket = min(reach + 2 * largest, everything), min(_zero(plan, "stage3_prefetch_bucket_size") + largest, everything)
+        layer = max(sum(w.numel for w in plan.model.weights if w.in_layer) // layers, 1)
+        sizes = fetched_by_layer(plan.zero, layer, sum(w.numel for w in plan.model.weights if not w.in_layer))
+        ahead, most = (_zero(replace(plan, zero=sizes), f"stage3_{name}") for name in ("prefetch_bucket_size", "max_live_parameters"))
+        reach = max(most, _zero(plan, "stage3_max_reuse_distance") // 2, layer)
+        live, bucket = min(reach + 2 * largest, everything), min(ahead + largest, everything)
         # Embeddings and head first: they are the widest where layers are in 4 bits.
         size = sum(min(part / max(first, 1), 1) * outer + max(part - first, 0) * inner / max(everything - first, 1) for part in (live, bucket))
         formula = f"{_short(live)} live + {_short(bucket)} in the bucket that arrives; {small / 1e9:.2f} GB persistent"
@@ -296,8 +299,8 @@ def _pass(plan: Plan, sequences: float, length: int, micro_batches: float, layer
     """(FLOPs, bytes received) of a forward pass and a backward pass through the last `layers`; of_weights: with the weights' gradients.
 
     2 FLOPs a weight and token, forward and for the input's gradient, and for the gradient of those weights that are trained; attention's
-    products 4 x length x queries forward, twice that backward; once more forward where a layer is recomputed. ZeRO-3 gathers frozen weights
-    of a recomputed layer twice on the way back, whatever stage3_max_reuse_distance: it drops them when the first of its modules is done.
+    products 4 x length x queries forward, twice that backward; once more forward where a layer is recomputed. Weights are gathered once
+    forward and once backward, whether a layer is recomputed or not.
     """
     model, train = plan.model, plan.train
     linear, adapter = sum(out * into for out, into in model.linears), sum(train.lora.r * (out + into) for out, into in model.adapted)
@@ -307,8 +310,7 @@ def _pass(plan: Plan, sequences: float, length: int, micro_batches: float, layer
     head = 2 * model.vocabulary * model.hidden * (3 if of_weights and train.adapter == "full" else 2)
     flops = sequences * length * (model.layers * forward + layers * backward + head)
     inner, outer = _split(_moving(plan)[0])
-    twice = train.engine == "zero3" and train.gradient_checkpointing and train.adapter == "lora"
-    received = outer + inner * (1 + (2 if twice else 1) * layers / model.layers)
+    received = outer + inner * (1 + layers / model.layers)
     return flops, micro_batches * received * (plan.ranks - 1) / plan.ranks
 
 
@@ -325,7 +327,7 @@ def _split(weights: Sequence[Weight]) -> tuple[float, float]:
 
 
 def _zero(plan: Plan, key: str) -> int:
-    return int(plan.zero.get(key, plan.zero.get(key.removeprefix("stage3_"), ZERO_DEFAULTS[key])))
+    return int(plan.zero.get(key, plan.zero.get(key.removeprefix("stage3_"), ZERO_DEFAULTS.get(key))))
 
 
 def _short(count: float) -> str:

@@ -230,7 +230,8 @@ def check_engine(rank: int, engine_name: str, adapter: str) -> None:
     else:
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
         batch = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "train_batch_size": 8}
-        engine = Zero3Engine(module, optimizer, {**batch, "zero_optimization": ZERO, "steps_per_print": 10**9})
+        config = {**batch, "zero_optimization": ZERO, "steps_per_print": 10**9}
+        engine = Zero3Engine(module, optimizer, config, decoder_layers(module))
     held = sum(w.held(engine_name, 2) * w.width for w in plan.model.weights)
     real = held_weights(engine.module, 2).shard
     assert real <= held and (rank == 1 or real == held), (real, held)
@@ -246,7 +247,7 @@ def check_engine(rank: int, engine_name: str, adapter: str) -> None:
     passes = dict(zip(("main", "probed", "safety"), planner._passes(plan), strict=True))
     batches = {"main": 2, "probed": 2, "safety": 1}  # micro-batches a rank, in the plan
     for name, (live, gathered) in watched_passes(engine, plan, rank).items():
-        assert 0.8 * bound <= live <= bound, (name, live, bound)
+        assert 0.75 * bound <= live <= bound, (name, live, bound)
         received = passes[name][2] * 2 / 4 / batches[name]  # bytes of one rank of two -> elements of float32
         ahead = bound if name == "probed" else 0  # prefetched for layers that a truncated backward pass does not reach
         assert 0.85 * received <= gathered <= received + ahead, (name, gathered, received)

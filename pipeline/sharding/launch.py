@@ -17,7 +17,7 @@ from pipeline import devices, lean_imports
 from pipeline.devices import environment
 from pipeline.models import decoder_layers
 from pipeline.sections import TrainSection
-from pipeline.sharding.ds_config import read_ds_config
+from pipeline.sharding.ds_config import fetched_by_layer, read_ds_config
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.single import SingleEngine
 from pipeline.weights import Sources, fill
@@ -98,8 +98,11 @@ def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
         return Fsdp2Engine(module, decoder_layers(module), lambda ps: adamw(ps, train), train.max_grad_norm, device(), dtype, sources)
     from pipeline.sharding.zero3 import Zero3Engine
 
-    config = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {})
-    return Zero3Engine(module, adamw(_trainable(module), train), config, decoder_layers(module), sources)
+    config, blocks = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {}), decoder_layers(module)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    others = sum(p.numel() for p in module.parameters()) - sum(sizes)
+    config["zero_optimization"] = fetched_by_layer(config["zero_optimization"], max(sizes), others)
+    return Zero3Engine(module, adamw(_trainable(module), train), config, blocks, sources)
 
 
 def _refuse_damaged(found: list[str]) -> None:

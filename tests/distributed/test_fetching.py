@@ -1,0 +1,104 @@
+"""How ZeRO-3 fetches: a layer or so with one collective, while the layer before it is at work; what is live stays bounded."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.models import decoder_layers, make_trainable
+from pipeline.sap.losses import useful_loss
+from pipeline.sections import LoraSection, TrainSection
+from pipeline.sharding.launch import init_distributed, open_engine
+from tests.distributed.ranks import spawn
+from tests.tiny import StepBatches
+
+LAYERS = 6
+CONFIG = LlamaConfig(
+    vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2
+)
+
+
+class Trace:
+    """What a pass does, in order: ("gather", layers), ("fetch", layer), ("work", layer), of layers alone; and how much is live."""
+
+    def __init__(self, engine):
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+        self.events: list[tuple[str, object]] = []
+        self.live = 0
+        blocks = decoder_layers(engine.module)
+        owner = {p: number for number, block in enumerate(blocks) for p in block.parameters()}
+        place = {block: number for number, block in enumerate(blocks)}
+        parameters = list(engine.module.parameters())
+        gather_name = "_PartitionedParameterCoordinator__all_gather_params_"
+        fetch, gather = Coordinator.fetch_sub_module, getattr(Coordinator, gather_name)
+
+        def fetching(coordinator, module, forward):
+            if module in place:
+                self.events.append(("fetch", place[module]))
+            fetch(coordinator, module, forward)
+            live = sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+            self.live = max(self.live, live)
+
+        def gathering(coordinator, params, *arguments, **options):
+            params = list(params)
+            asked = [p for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            layers = sorted({owner[p] for p in asked if p in owner})
+            if layers:
+                self.events.append(("gather", layers))
+            return gather(coordinator, params, *arguments, **options)
+
+        Coordinator.fetch_sub_module = fetching
+        setattr(Coordinator, gather_name, gathering)
+        for number, block in enumerate(blocks):
+            block.mlp.register_forward_hook(lambda *_, number=number: self.events.append(("work", number)))
+
+
+def check_fetching(rank: int, folder, adapter: str) -> None:
+    path = folder / "ds.json"
+    zero = {"stage": 3, "overlap_comm": True, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    if rank == 0:
+        path.write_text(json.dumps({"zero_optimization": zero}))
+    train = TrainSection(
+        steps=1, engine="zero3", adapter=adapter, batch_size=8, micro_batch_size=2, gradient_checkpointing=False,
+        lora=LoraSection(r=3, target_modules=["q_proj", "v_proj"]), ds_config=str(path),
+    )  # fmt: skip
+    init_distributed(train)
+    torch.distributed.barrier()
+    torch.manual_seed(0)
+    module = make_trainable(LlamaForCausalLM(CONFIG), train, seed=0)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in decoder_layers(module)]
+    others = sum(p.numel() for p in module.parameters()) - sum(sizes)
+    largest = max(p.numel() for p in module.parameters())
+    engine = open_engine(module, train)
+    trace, batches = Trace(engine), StepBatches(rank, 2).useful(0)
+    for _ in range(3):  # the first pass is recorded, prefetching begins with the second
+        trace.events.clear()
+        trace.live = 0
+        engine.forward_backward(useful_loss, batches[:1])
+    events, turn = trace.events, trace.events.index(("work", LAYERS - 1))
+    for layer in range(1, LAYERS):
+        assert asked_for(events[: events.index(("work", layer - 1))], layer), f"layer {layer} is not asked for in time: {events}"
+        late = events[events.index(("work", layer - 1)) : events.index(("work", layer))]
+        assert not asked_for(late, layer), f"something of layer {layer} is asked for when it is needed: {events}"
+    backward = events[turn:]
+    for layer in range(LAYERS - 2, -1, -1):
+        at = backward.index(("fetch", layer))
+        rest = [place for place in range(at, len(backward)) if backward[place] == ("fetch", layer - 1)] or [len(backward)]
+        assert not asked_for(backward[at : rest[0]], layer), f"something of layer {layer} is asked for when it is needed: {events}"
+    collectives = sum(event[0] == "gather" for event in trace.events)
+    assert collectives <= 2 * LAYERS + 4, trace.events
+    # DeepSpeed asks for tensors until a size is reached, so the last one may exceed it.
+    most = 2 * max(sizes) + others + largest
+    assert max(sizes) < trace.live <= most, (trace.live, most)
+
+
+def asked_for(events: list, layer: int) -> bool:
+    return any(kind == "gather" and layer in what for kind, what in events)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_next_layer_is_on_its_way_while_one_works(tmp_path, adapter):
+    spawn(2, check_fetching, tmp_path, adapter)
