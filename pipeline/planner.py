@@ -24,7 +24,7 @@ from pipeline.model_outline import outlined
 from pipeline.model_size import NF4_BLOCK, Counted, Weight, count_model
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import LisaSection, SapSection, TrainSection
-from pipeline.sharding.ds_config import fetched_by_layer, read_ds_config
+from pipeline.sharding.ds_config import fetched_by_layer, read_ds_config, reduces_once
 
 CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
 TFLOPS, UTILISATION = 312.0, 0.35  # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
@@ -206,7 +206,9 @@ def _state(plan: Plan) -> list[Row]:
     elif engine == "fsdp2":
         inner = sum(weight.numel for weight in trained if weight.in_layer)
         group = max(inner // plan.model.layers, numel - inner)
-        rows.append(Row("gradients reduced", f"{_short(group)} of the largest group, twice, x 4 bytes", group * 8, "in a pass"))
+        whole = numel if reduces_once(numel, sum(weight.numel for weight in plan.model.weights)) else 0
+        formula = f"{_short(group)} of the largest group, twice{f', + {_short(whole)} whole' if whole else ''}, x 4 bytes"
+        rows.append(Row("gradients reduced", formula, group * 8 + whole * 4, "in a pass"))
     return rows
 
 

@@ -225,9 +225,23 @@ OF_THE_ENGINES = (
     mutant(
         "fsdp2: auxiliary gradients not cleared",
         FSDP2,
-        "        shard = self.accumulated_gradient()\n        self.optimizer.zero_grad(set_to_none=True)\n",
+        "        shard = self.accumulated_gradient()\n        self._clear_gradient()\n",
         "        shard = self.accumulated_gradient()\n",
         FSDP2_EXACT,
+    ),
+    mutant(
+        "fsdp2: gradients of an adapter never reduced",
+        FSDP2,
+        "number == len(batches) or not self._reduces_once",
+        "not self._reduces_once",
+        "tests/distributed/test_fetching.py::test_fsdp2_reduces_an_adapter_s_gradients_once_a_step[lora]",
+    ),
+    mutant(
+        "zero3: tensors fetched one by one",
+        "pipeline/sharding/deepspeed_private.py",
+        "set_z3_leaf_module(block, True)",
+        "set_z3_leaf_module(block, False)",
+        "tests/distributed/test_fetching.py::test_the_next_layer_is_on_its_way_while_one_works[lora]",
     ),
     mutant(
         "fsdp2: probe gradients not reduced",
@@ -385,7 +399,7 @@ OF_THE_DATA = (
         "unwanted answers trained",
         SOURCES,
         "if row.get(label) is False]",
-        "if row.get(label) is None]",
+        "if row.get(label) is not None]",
         "tests/data/test_malformed.py::test_answers_that_nobody_wants_are_refused_unless_columns_are_named",
     ),
     mutant(

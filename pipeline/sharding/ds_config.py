@@ -74,6 +74,14 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
     return {"zero_force_ds_cpu_optimizer": False, **config, **{key: value for key, (_, value) in owned.items()}}
 
 
+def reduces_once(trained: int, everything: int) -> bool:
+    """Whether a rank of FSDP2 may hold gradients whole until the last micro-batch, and reduce them once: those of an adapter.
+
+    trained, everything: elements that are trained, and of all weights.
+    """
+    return trained < 0.05 * everything
+
+
 def fetched_by_layer(zero: dict[str, Any], layer: int, others: int) -> dict[str, Any]:
     """zero_optimization with the sizes that fetching whole decoder layers wants, where the file says nothing of them.
 

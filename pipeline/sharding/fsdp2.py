@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard as RowShard
 
+from pipeline.sharding.ds_config import reduces_once
 from pipeline.sharding.engine import Engine, LossFunction, Shard, clip_factor, stacked_gradients
 from pipeline.weights import Source, Sources, read
 
@@ -63,6 +64,7 @@ class Fsdp2Engine(Engine):
         self._rows_of = [nn.Parameter(local) for local in self.storage()]
         self.optimizer = optimizer_of(self._rows_of)
         self.max_grad_norm = max_grad_norm
+        self._reduces_once = reduces_once(sum(p.numel() for p in self.parameters), sum(p.numel() for p in module.parameters()))
 
     def forward_backward(
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
@@ -181,7 +183,9 @@ class Fsdp2Engine(Engine):
     def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
         assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
         total = self.zero()
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            # Whole gradients of an adapter are small: they wait for the last micro-batch, and are reduced in one go.
+            self.module.set_requires_gradient_sync(number == len(batches) or not self._reduces_once)
             loss = loss_fn(self.module, batch.to(self.device))
             loss.backward()
             total += loss.detach().double()

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.sharding.deepspeed_private import gradients_by_parameter
+from pipeline.sharding.deepspeed_private import fetched_whole, gradients_by_parameter
 from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
 from pipeline.weights import Sources, fill, read
 
@@ -49,8 +49,7 @@ class Zero3Engine(Engine):
         if sources:
             partition(module, sources, ds_config)
         dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
-        for block in blocks:
-            deepspeed.utils.set_z3_leaf_module(block, True)
+        fetched_whole(blocks)
         with gradients_by_parameter():
             self.ds, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         self.module = self.ds.module

@@ -1,4 +1,7 @@
-"""How ZeRO-3 fetches: a layer or so with one collective, while the layer before it is at work; what is live stays bounded."""
+"""How ZeRO-3 fetches: a layer or so with one collective, while the layer before it is at work; what is live stays bounded.
+
+And how FSDP2 reduces: the gradients of an adapter once a step.
+"""
 
 import json
 
@@ -78,21 +81,38 @@ def check_fetching(rank: int, folder, adapter: str) -> None:
         trace.events.clear()
         trace.live = 0
         engine.forward_backward(useful_loss, batches[:1])
-    events, turn = trace.events, trace.events.index(("work", LAYERS - 1))
-    for layer in range(1, LAYERS):
-        assert asked_for(events[: events.index(("work", layer - 1))], layer), f"layer {layer} is not asked for in time: {events}"
-        late = events[events.index(("work", layer - 1)) : events.index(("work", layer))]
-        assert not asked_for(late, layer), f"something of layer {layer} is asked for when it is needed: {events}"
-    backward = events[turn:]
-    for layer in range(LAYERS - 2, -1, -1):
-        at = backward.index(("fetch", layer))
-        rest = [place for place in range(at, len(backward)) if backward[place] == ("fetch", layer - 1)] or [len(backward)]
-        assert not asked_for(backward[at : rest[0]], layer), f"something of layer {layer} is asked for when it is needed: {events}"
-    collectives = sum(event[0] == "gather" for event in trace.events)
-    assert collectives <= 2 * LAYERS + 4, trace.events
-    # DeepSpeed asks for tensors until a size is reached, so the last one may exceed it.
-    most = 2 * max(sizes) + others + largest
-    assert max(sizes) < trace.live <= most, (trace.live, most)
+    if rank == 0:
+        # DeepSpeed asks for tensors until a size is reached, so the last one may exceed it.
+        most = 2 * max(sizes) + others + largest
+        found = {"events": trace.events, "live": trace.live, "least": max(sizes), "most": most}
+        (folder / "trace.json").write_text(json.dumps(found))
+
+
+def check_reducing(rank: int, folder, adapter: str) -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    train = TrainSection(
+        steps=1, engine="fsdp2", adapter=adapter, batch_size=8, micro_batch_size=2, gradient_checkpointing=False,
+        lora=LoraSection(r=3, target_modules=["q_proj", "v_proj"]),
+    )  # fmt: skip
+    init_distributed(train)
+    torch.manual_seed(0)
+    engine = open_engine(make_trainable(LlamaForCausalLM(CONFIG), train, seed=0), train)
+    reduce, counted = groups.foreach_reduce, []
+    groups.foreach_reduce = lambda *arguments, **options: counted.append(1) or reduce(*arguments, **options)
+    batches = StepBatches(rank, 2).useful(0)
+    assert len(batches) > 1
+    engine.forward_backward(useful_loss, batches)
+    if rank == 0:
+        (folder / "counted.json").write_text(json.dumps([len(counted), len(batches)]))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_fsdp2_reduces_an_adapter_s_gradients_once_a_step(tmp_path, adapter):
+    spawn(2, check_reducing, tmp_path, adapter)
+    counted, batches = json.loads((tmp_path / "counted.json").read_text())
+    groups = LAYERS if adapter == "lora" else LAYERS + 1  # and the root's embeddings, norm and head
+    assert counted == groups * (1 if adapter == "lora" else batches) and batches > 1
 
 
 def asked_for(events: list, layer: int) -> bool:
@@ -102,3 +122,17 @@ def asked_for(events: list, layer: int) -> bool:
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_the_next_layer_is_on_its_way_while_one_works(tmp_path, adapter):
     spawn(2, check_fetching, tmp_path, adapter)
+    found = json.loads((tmp_path / "trace.json").read_text())
+    events = found["events"]
+    assert found["least"] < found["live"] <= found["most"], found
+    assert sum(kind == "gather" for kind, _ in events) <= 2 * LAYERS + 4, events
+    turn = events.index(["work", LAYERS - 1])
+    for layer in range(1, LAYERS):
+        before, there = events.index(["work", layer - 1]), events.index(["work", layer])
+        assert asked_for(events[:before], layer), f"layer {layer} is not asked for in time: {events}"
+        assert not asked_for(events[before:there], layer), f"something of layer {layer} is asked for when it is needed: {events}"
+    backward = events[turn:]
+    for layer in range(LAYERS - 2, -1, -1):
+        at = backward.index(["fetch", layer])
+        end = backward.index(["fetch", layer - 1]) if layer else len(backward)
+        assert not asked_for(backward[at:end], layer), f"something of layer {layer} is asked for when it is needed: {events}"
