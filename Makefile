@@ -4,7 +4,7 @@ VENV := .venv
 SEEDS ?= 1
 RUN := $(VENV)/bin/python -m pipeline.cli
 
-.PHONY: help setup demo test matrix test-all mutants slurm lint clean
+.PHONY: help setup demo test matrix test-all mutants slurm bench lint clean
 help:
 	@echo "make setup            set up .venv and nothing more"
 	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all         the tests, then sharded training against one process in every pair of factors (FULL=1: every combination, hours)"
 	@echo "make mutants          plant faults and see that the tests notice"
 	@echo "make slurm            job scripts on a real Slurm cluster, with faults (needs root and Slurm's programs)"
+	@echo "make bench            what a step of each engine costs in host time"
 	@echo "make lint             ruff"
 	@echo "make clean            remove .venv and runs"
 
@@ -45,6 +46,9 @@ mutants: $(VENV)/ready
 
 slurm: $(VENV)/ready
 	@$(VENV)/bin/python -m pytest -q -s tests/slurm/chains.py tests/slurm/faults.py
+
+bench: $(VENV)/ready
+	@$(RUN) bench
 
 lint: $(VENV)/ready
 	@$(VENV)/bin/ruff check .

@@ -5,7 +5,8 @@
 
 `run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
 training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
-`sap data FILE` says what a data file holds and how a recipe would read it, `sap template MODEL` what of a conversation is trained.
+`sap data FILE` says what a data file holds and how a recipe would read it, `sap template MODEL` what of a conversation is trained,
+`sap bench` what a step of each engine costs in host time.
 Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone), 75 stopped on request (SIGTERM, SIGUSR1,
 Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
 """
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline import artifacts, capacity, checks, devices, dry_run, entry, recipe, redaction, runner, strict_yaml
+from pipeline import artifacts, bench, capacity, checks, devices, dry_run, entry, recipe, redaction, runner, strict_yaml
 from pipeline.capacity import Capacity
 from pipeline.data import describe, show_template
 from pipeline.layout import Layout
@@ -37,6 +38,7 @@ _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no o
 _WITHOUT_RECIPE: dict[str, Callable[[list[str]], int]] = {
     "data": lambda argv: describe.command(argv[1:]),
     "template": lambda argv: show_template.main(argv[1:]),
+    "bench": lambda argv: bench.command(argv[1:]),
 }
 
 
