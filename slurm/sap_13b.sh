@@ -8,7 +8,7 @@
 #   weights 26.0 / 8                  3.3     logits, 4 x 512 tokens x 32,000                0.8
 #   LoRA, AdamW, SAP's vectors        0.02    activations: 40 hidden states, one layer       1.4
 #   gradients being reduced           0.2     CUDA and NCCL (assumed)                        2.0
-#   weights that ZeRO-3 has gathered  3.1     together 10.8: 45% of 24 GB, 14% of 80 GB
+#   weights that ZeRO-3 has gathered  3.6     together 11.3: 47% of 24 GB, 14% of 80 GB
 # A step takes 2.8 times the FLOPs of plain fine-tuning, about 4 s at 35% of an A100.
 #
 #SBATCH --job-name=sap_13b

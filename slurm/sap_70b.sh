@@ -8,11 +8,11 @@
 #   weights 138 / 16                  8.6     logits, 2 x 512 tokens x 32,000                0.4
 #   LoRA, AdamW, SAP's vectors        0.03    activations: 80 hidden states, one layer       1.9
 #   gradients being reduced           0.15    CUDA and NCCL (assumed)                        2.0
-#   weights that ZeRO-3 has gathered  5.1     together 18.2: 45% of 40 GB, 23% of 80 GB
-# One node holds it on 80 GB (29.1):  slurm/submit.sh launch/recipes/llama_70b_sap.yaml --nodes 1 -- --train.ranks 8 --train.micro_batch_size 4
-# In 4 bits it fits one node of 40 GB (15.9):  slurm/submit.sh launch/recipes/llama_70b_qlora_sap.yaml --nodes 1
+#   weights that ZeRO-3 has gathered  7.8     together 20.9: 52% of 40 GB, 26% of 80 GB
+# One node holds it on 80 GB (31.9):  slurm/submit.sh launch/recipes/llama_70b_sap.yaml --nodes 1 -- --train.ranks 8 --train.micro_batch_size 4
+# In 4 bits it fits one node of 40 GB (16.1):  slurm/submit.sh launch/recipes/llama_70b_qlora_sap.yaml --nodes 1
 # A step takes 2.8 times the FLOPs of plain fine-tuning, about 11 s at 35% of an A100, if the network keeps up: every GPU receives the
-# weights about eight times in a step, 1.1 TB. Between nodes that wants InfiniBand or the like.
+# weights about six times in a step, 0.8 TB. Between nodes that wants InfiniBand or the like.
 #
 #SBATCH --job-name=sap_70b
 #SBATCH --nodes=2

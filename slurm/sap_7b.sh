@@ -8,7 +8,7 @@
 #   weights 13.5 / 8                  1.7     logits, 4 x 512 tokens x 32,000                0.8
 #   LoRA, AdamW, SAP's vectors        0.02    activations: 32 hidden states, one layer       1.0
 #   gradients being reduced           0.2     CUDA and NCCL (assumed)                        2.0
-#   weights that ZeRO-3 has gathered  2.9     together 8.6: 36% of 24 GB, 11% of 80 GB
+#   weights that ZeRO-3 has gathered  2.5     together 8.3: 34% of 24 GB, 10% of 80 GB
 # One GPU of 40 GB would hold it (17.6). Eight are for time: a step takes 2.8 times the FLOPs of plain fine-tuning, about 2 s at 35% of an A100.
 #
 #SBATCH --job-name=sap_7b
