@@ -1,5 +1,6 @@
 """Malformed rows: how many may be left out, and where they are counted; columns that appear late."""
 
+import copy
 import json
 
 import pytest
@@ -131,7 +132,7 @@ def test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list(project, t
     from pipeline.data.prepare import prepare
     from pipeline.data.prompts import write_prompts
 
-    folder, content = project
+    folder, content = project[0], copy.deepcopy(project[1])
     task = folder / "task.jsonl"
     task.write_text((folder / "data" / "task.jsonl").read_text() + '{"question": "no answer"}\n')
     content["data"]["task"] |= {"source": str(task), "max_bad_rows": 0.02}
@@ -217,7 +218,7 @@ def test_an_answer_that_ends_with_the_user_is_refused(tmp_path):
 def test_a_row_that_cannot_be_rendered_is_left_out_up_to_the_share(project, tmp_path, share):
     from pipeline.data.prepare import prepare
 
-    folder, content = project
+    folder, content = project[0], copy.deepcopy(project[1])
     task = folder / "stopped.jsonl"
     rows = (folder / "data" / "task.jsonl").read_text()
     task.write_text(rows + '{"question": "is this the end?", "reply": "it is <|im_end|> and goes on"}\n')
