@@ -32,7 +32,7 @@ class Store:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
+        import mlflow
 
         for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # after the import, which sets levels of its own
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -46,14 +46,10 @@ class Store:
         output.mkdir(parents=True, exist_ok=True)
         with _locked(self.lock, wait=True):  # two processes that create the tables of one sqlite file leave it broken
             database = Path(uri.removeprefix("sqlite:///")) if self.local else None
-            new = database is not None and not database.exists()
-            try:
-                self.client = MlflowClient(tracking_uri=uri)
-                self.probe()
-            except Exception:
-                if new:  # a full disk: with a part of its tables it would be refused ever after
-                    database.unlink(missing_ok=True)
-                raise
+            if database is not None and not database.exists():
+                _create(database)
+            self.client = mlflow.MlflowClient(tracking_uri=uri)
+            self.probe()
 
     def probe(self) -> None:
         """Raises where the store does not answer."""
@@ -161,6 +157,25 @@ class Store:
         if found:
             return found[0].info.run_id
         return self.client.create_run(experiment, tags={"sap.run_key": key, **tags}, run_name=name).info.run_id
+
+
+def _create(database: Path) -> None:
+    """Make the tables in a file beside the database, which is then there with all of them or not at all.
+
+    MLflow makes them one after another: a kill or a full disk on the way would leave a database that is refused ever after.
+    """
+    import mlflow
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    for left in database.parent.glob(f".{database.name}.*.new*"):  # of a process that was killed here
+        left.unlink(missing_ok=True)
+    beside = database.with_name(f".{database.name}.{os.getpid()}.new")
+    try:
+        mlflow.MlflowClient(tracking_uri=f"sqlite:///{beside}").search_experiments(max_results=1)
+        if not database.exists():  # where the file system has no locks
+            beside.replace(database)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def decode(line: bytes) -> dict[str, Any] | None:

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -269,7 +271,7 @@ def test_a_database_that_a_full_disk_left_half_made_is_taken_away_and_an_old_one
     import mlflow
 
     def full(tracking_uri: str) -> None:
-        (tmp_path / "mlflow.db").touch()
+        Path(tracking_uri.removeprefix("sqlite:///")).touch()
         raise OSError(28, "database or disk is full")
 
     if there:
@@ -277,4 +279,26 @@ def test_a_database_that_a_full_disk_left_half_made_is_taken_away_and_an_old_one
     monkeypatch.setattr(mlflow, "MlflowClient", full)
     with pytest.raises(OSError, match="full"):
         mlflow_store.Store(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path, print)
-    assert (tmp_path / "mlflow.db").exists() == there
+    assert [path.name for path in tmp_path.iterdir() if "mlflow.db" in path.name] == ["mlflow.db"] * there
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from alembic.runtime.environment import EnvironmentContext
+from pipeline.mlflow_store import Store
+
+def killed(self, **options):  # some of the tables are there, and the rest would come now
+    os._exit(9)
+
+EnvironmentContext.run_migrations = killed
+Store(f"sqlite:///{sys.argv[1]}/mlflow.db", Path(sys.argv[1]), print)
+"""
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert list(tmp_path.glob(".mlflow.db.*.new")) and not (tmp_path / "mlflow.db").exists()
+    mlflow_store.Store(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path, print)
+    assert (tmp_path / "mlflow.db").exists() and not list(tmp_path.glob(".mlflow.db.*"))
