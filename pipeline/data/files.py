@@ -170,6 +170,9 @@ def read(path: Path, header: bool = True, split: str = "train") -> Table:
     tables = [_read_file(file, header) for file in files]
     if not path.is_dir():
         return tables[0]
+    other = next((file for file, table in zip(files, tables, strict=True) if table.labels != tables[0].labels), None)
+    if other:  # one number would be two classes
+        raise NotReadable(f"has other classes in {other.name} than in {files[0].name}: name one of them, or write texts")
     named = [(file.name, table) for file, table in zip(files, tables, strict=True)]
     return Table(
         f"folder of {len(files)} files, {tables[0].format}" if tables else "empty folder",

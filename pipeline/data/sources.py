@@ -138,9 +138,9 @@ def _check_unwanted(table: files.Table, mapping: dict[str, str], source: SourceS
     unwanted = label and "response" in mapping and [place for place, row in table.rows if row.get(label) is False]
     if unwanted:
         raise ValueError(
-            f"{field}: {source.source} says of {len(unwanted)} of its {len(table.rows)} answers that nobody wants them (column '{label}' is "
-            f"false, first in {unwanted[0]}), and they would be trained as the others: leave their rows out, or say "
-            f"with {field}.columns what to use"
+            f"{field}: {source.source} says of {len(unwanted)} of its {len(table.rows)} answers that nobody wants them "
+            f"(column '{label}' is false, first in {unwanted[0]}), and they would be trained as the others: leave their "
+            f"rows out, or say with {field}.columns what to use"
         )
 
 

@@ -21,8 +21,8 @@ def fetched_whole(blocks: Sequence[nn.Module]) -> None:
     """Have DeepSpeed fetch and release each block as a whole, with hooks on the block alone, in as little time as it can.
 
     It walks through a leaf's modules for their parameters at every fetch and release, opens a range for NVIDIA's profiler
-    at every call, and asks for its rank for messages that it does not print: together a quarter of its time. Raises
-    ValueError where this version of it has other names.
+    at every call, and asks for its rank for messages that it does not print. Raises ValueError where this version of it
+    has other names.
     """
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters

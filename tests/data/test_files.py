@@ -295,3 +295,13 @@ def test_a_class_is_trained_by_its_name_and_a_label_of_harm_by_its_number(tmp_pa
     found = {row["prompt"]: row for row in ordered_rows("data.task", given, 0, ("prompt", "response"))}
     assert {prompt: row["response"] for prompt, row in found.items()} == {"a": "glad", "b": "sad"}
     assert {prompt: row["harmful"] for prompt, row in found.items()} == {"a": False, "b": True}
+
+
+def test_files_of_one_folder_that_number_their_classes_otherwise_are_refused(tmp_path):
+    import datasets
+
+    for number, names in enumerate((["sad", "glad"], ["glad", "sad"])):
+        features = datasets.Features({"prompt": datasets.Value("string"), "response": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"prompt": ["a"], "response": [1]}, features=features)
+        rows.to_parquet(tmp_path / f"{number}.parquet")
+    assert "has other classes in 1.parquet than in 0.parquet" in refusal(tmp_path)
