@@ -74,7 +74,16 @@ def _unmapped(field: str, source: SourceSection, found: Found) -> list[str]:
 
 def doubts(found: Found, placed: list[tuple[Place, Row]]) -> list[str]:
     """Sentences on what may not be meant as it is read, and may well be: its rows stay."""
-    return _of_several_lines(found) + _of_nothing(placed)
+    return _of_several_lines(found) + _of_nothing(placed) + _of_nobody(found)
+
+
+def _of_nobody(found: Found) -> list[str]:
+    if not found.unwanted:
+        return []
+    return [
+        f"label is false in {len(found.unwanted)} rows ({named(found.unwanted)}), and their answers are trained as the "
+        "others: leave the rows out if it says that nobody wants them"
+    ]
 
 
 def _of_several_lines(found: Found) -> list[str]:

@@ -49,7 +49,7 @@ class Found:
 
     bad: rows that are malformed as far as can be seen here. unmapped: columns that would be part of a prompt by their
     name, and that the recipe's own mapping leaves out. unused: all columns that are not mapped.
-    doubtful: places of rows that may be several.
+    doubtful: places of rows that may be several. unwanted: places of answers that a column calls unwanted.
     """
 
     rows: list[tuple[Place, Row]]
@@ -57,6 +57,7 @@ class Found:
     unmapped: list[str]
     unused: list[str]
     doubtful: list[Place]
+    unwanted: list[Place]
 
 
 def check_hub_id(text: str, field: str) -> None:
@@ -134,14 +135,20 @@ def read_source(
 
 def _check_unwanted(table: files.Table, mapping: dict[str, str], source: SourceSection, field: str) -> None:
     """ValueError where a column says of some answers that nobody wants them, as KTO's data do."""
-    label = next((column for column in table.columns if _folded(column) == "label"), None)
-    unwanted = label and "response" in mapping and [place for place, row in table.rows if row.get(label) is False]
+    unwanted = _unwanted(table, mapping)
     if unwanted:
         raise ValueError(
             f"{field}: {source.source} says of {len(unwanted)} of its {len(table.rows)} answers that nobody wants them "
-            f"(column '{label}' is false, first in {unwanted[0]}), and they would be trained as the others: leave their "
+            f"(label is false, first in {unwanted[0]}), and they would be trained as the others: leave their "
             f"rows out, or say with {field}.columns what to use"
         )
+
+
+def _unwanted(table: files.Table, mapping: dict[str, str]) -> list[Place]:
+    label = next((column for column in table.columns if _folded(column) == "label"), None)
+    if label is None or "response" not in mapping or label in mapping.values():
+        return []
+    return [place for place, row in table.rows if row.get(label) is False]
 
 
 def mapped(table: files.Table, mapping: dict[str, str]) -> Found:
@@ -149,7 +156,8 @@ def mapped(table: files.Table, mapping: dict[str, str]) -> Found:
     known = known_columns(table.columns)
     parts = [known[name] for name in _PARTS if name in known and name not in mapping]
     unused = [column for column in table.columns if column not in mapping.values()]
-    found = Found([], list(table.bad), [column for column in parts if column in unused], unused, table.doubtful)
+    unmapped = [column for column in parts if column in unused]
+    found = Found([], list(table.bad), unmapped, unused, table.doubtful, _unwanted(table, mapping))
     for place, raw in table.rows:
         problem = _value_problem(mapping, raw, place)
         if problem is None:

@@ -61,6 +61,12 @@ def test_answers_that_stand_for_nothing_are_said(tmp_path, capsys):
     assert line in described(capsys, tmp_path / "d.csv")
 
 
+def test_answers_that_nobody_wants_are_said(tmp_path, capsys):
+    rows = [{"prompt": "q", "completion": "a", "label": False}, {"prompt": "r", "completion": "b", "label": True}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "mind        label is false in 1 rows (line 1), and their" in described(capsys, tmp_path / "d.jsonl")
+
+
 def test_what_is_pasted_is_a_recipe_that_reads_the_file(tmp_path, capsys):
     content = make_project(tmp_path)
     pasted = mapping(described(capsys, tmp_path / "data" / "task.jsonl"))

@@ -201,8 +201,10 @@ def test_answers_that_databases_write_for_nothing_are_said_and_stay(tmp_path):
 def test_answers_that_nobody_wants_are_refused_unless_columns_are_named(tmp_path):
     rows = [{"prompt": f"q {n}", "completion": f"a {n}", "label": n != 2} for n in range(4)]
     path = written(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert "says of 1 of its 4 answers that nobody wants them (column 'label' is false, first in line 3)" in refusal(path)
+    assert "says of 1 of its 4 answers that nobody wants them (label is false, first in line 3)" in refusal(path)
     assert len(ordered_rows("data.task", source(path, columns={"prompt": "prompt", "response": "completion"}), 0)) == 4
+    said = "data.task: label is false in 1 rows (line 3), and their answers are trained as the others"
+    assert any(note.startswith(said) for note in noted(path, columns={"prompt": "prompt", "response": "completion"}))
     good = written(tmp_path, "d.jsonl", "".join(json.dumps(row | {"label": True}) + "\n" for row in rows))
     assert len(ordered_rows("data.task", source(good), 0)) == 4
 
