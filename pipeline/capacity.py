@@ -14,16 +14,17 @@ from math import prod
 from pipeline import artifacts, devices
 from pipeline.layout import Layout
 from pipeline.model_facts import ModelFacts
-from pipeline.planner import CUDA_ALLOWANCE, Plan, estimate_training
-from pipeline.recipe import Cell, Experiment
+from pipeline.model_outline import outlined
+from pipeline.planner import CUDA_ALLOWANCE, FITTED_SHARE, Plan, estimate_training
+from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import TrainSection
 
 _PROCESS = 0.6e9  # bytes of a process that has imported torch, deepspeed, transformers and peft, on a CPU
 _DOUBT = 1.5  # a CPU run is refused where it needs this many times the machine's memory: the planner's sums are GPUs'
 _CHECKPOINTS = 2  # that a run keeps (pipeline/training/checkpoint.py)
 _REMEDY = (
-    "use more ranks (train.ranks), a smaller train.micro_batch_size or data.max_length, train.gradient_checkpointing, "
-    "or model.quantization nf4 with train.adapter lora"
+    "use more ranks (train.ranks), a smaller train.micro_batch_size (or train.tokens_per_micro_batch) "
+    "or data.max_length, train.gradient_checkpointing, or model.quantization nf4 with train.adapter lora"
 )
 
 
@@ -55,6 +56,7 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
         except ValueError as error:  # a model that the planner does not know; all else was refused before
             notes.append(f"memory and disk are not planned: {error}")
             break
+        plan = plan.fitted(_fillable())
         plans.append((plan, cell))
         needed = plan.total() if gpus else plan.ranks * (plan.total() - CUDA_ALLOWANCE + _PROCESS)
         memory = max(memory or 0.0, needed)
@@ -68,6 +70,24 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
         )
     there = min(gpu.total for gpu in gpus) if gpus else _host_memory()
     return Capacity(memory, there, bool(gpus), disk, free, tuple(dict.fromkeys(notes)))
+
+
+def recomputed_layers(base: Recipe, train: TrainSection, of_cell: Recipe | None, ranks: int) -> int | None:
+    """Decoder layers that recompute their activations here, for train.gradient_checkpointing auto; None otherwise, and for a model that is not
+    planned: all of them. of_cell: as `estimate_training`. Ranks with other GPUs may be told other numbers: they have to agree."""
+    if train.gradient_checkpointing != "auto":
+        return None
+    try:
+        plan = estimate_training(base, outlined(base.model), train, of_cell, ranks, devices.dtype(base.model.dtype))
+    except ValueError:
+        return None
+    return plan.fitted(_fillable()).recomputed_layers
+
+
+def _fillable() -> float:
+    """Bytes that a training may fill: of the smallest GPU here, or of the machine, which its processes share."""
+    gpus = devices.gpus()
+    return FITTED_SHARE * (min(gpu.total for gpu in gpus) if gpus else _host_memory() / devices.CPU_PROCESSES)
 
 
 def _unfinished(layout: Layout, cells: list[Cell]) -> Iterator[tuple[str, TrainSection, Cell | None]]:

@@ -227,6 +227,8 @@ def harmful_drawn(data: DataSection) -> bool:
 def _training(train: TrainSection) -> dict[str, Any]:
     """What of a training section decides the result: no adapter where all weights are trained."""
     without = {"lora", "export_merged"} if train.adapter == "full" else set()
+    # One of the two cuts a batch. Without a budget the folders are named as before there was such a field.
+    without |= {"tokens_per_micro_batch" if train.tokens_per_micro_batch is None else "micro_batch_size"}
     return train.model_dump(mode="json", exclude=_NEUTRAL | without)
 
 

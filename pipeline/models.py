@@ -223,17 +223,26 @@ def _targets(model: PreTrainedModel, lora: LoraSection) -> list[str] | str:
     return lora.target_modules
 
 
-def make_trainable(model: PreTrainedModel, train: TrainSection, seed: int) -> nn.Module:
-    """The module to train: a fresh LoRA on the frozen model, or the model itself with every weight trainable; checkpointing where asked for."""
+def make_trainable(model: PreTrainedModel, train: TrainSection, seed: int, recomputed: int | None = None) -> nn.Module:
+    """The module to train: a fresh LoRA on the frozen model, or the model itself with every weight trainable; checkpointing where asked for.
+
+    recomputed: number of decoder layers that recompute, for gradient_checkpointing auto; all without it.
+    """
     adapted = add_lora(model, train.lora, seed) if train.adapter == "lora" else model.requires_grad_(True)
-    if train.gradient_checkpointing:
-        enable_checkpointing(model)
+    if train.gradient_checkpointing and recomputed != 0:
+        enable_checkpointing(model, recomputed)
     return adapted
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Non-reentrant activation checkpointing: the reentrant kind raises in `torch.autograd.grad`."""
+def enable_checkpointing(model: PreTrainedModel, layers: int | None = None) -> None:
+    """Non-reentrant activation checkpointing: the reentrant kind raises in `torch.autograd.grad`.
+
+    layers: how many, from the first on (passes that stop at a probe never come back to those); all without it, and in models that
+    transformers has not taught to do it layer by layer.
+    """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in decoder_layers(model)[layers:] if layers is not None else ():
+        layer.gradient_checkpointing = False
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -26,6 +26,7 @@ from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import LisaSection, SapSection, TrainSection
 from pipeline.sharding.ds_config import fetched_by_layer, read_ds_config, reduces_once
 
+FITTED_SHARE = 0.9  # of a GPU's memory, up to which gradient_checkpointing auto fills it: the rest is for fragments
 CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
 TFLOPS, UTILISATION = 312.0, 0.35  # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
 # DeepSpeed's defaults of what is read here (deepspeed/runtime/zero/config.py).
@@ -61,6 +62,24 @@ class Plan:
     safety_max_length: int
     parts: tuple[str, ...] = ()  # Recipe.parts
     lisa: LisaSection = LisaSection()
+    recomputed: int | None = None  # decoder layers, for train.gradient_checkpointing auto
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Decoder layers whose activations are computed again in a backward pass; of auto all, until `fitted` has said how many."""
+        if self.recomputed is not None:
+            return self.recomputed
+        return self.model.layers if self.train.gradient_checkpointing else 0
+
+    def fitted(self, memory: float) -> Plan:
+        """With gradient_checkpointing auto: the plan that recomputes the fewest layers with which it takes at most `memory` bytes; else this one.
+
+        All are recomputed where nothing fits.
+        """
+        if self.train.gradient_checkpointing != "auto":
+            return self
+        plans = (replace(self, recomputed=count) for count in range(self.model.layers))
+        return next((plan for plan in plans if plan.total() <= memory), replace(self, recomputed=self.model.layers))
 
     def rows(self) -> list[Row]:
         """Every part, in bytes per GPU on the rank that holds the most."""
@@ -85,7 +104,7 @@ class Plan:
         Numbers of ranks by which the batch sizes do not divide are passed over.
         """
         for ranks in [*(n for n in (1, 2, 4, 8, 16) if n < per_node), *range(per_node, most + 1, per_node)]:
-            plan = replace(self, ranks=ranks)
+            plan = replace(self, ranks=ranks, recomputed=None)
             try:
                 plan.check()
             except ValueError:
@@ -160,7 +179,7 @@ def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> 
     """
     base = experiment.base
     dtype = "bfloat16" if base.model.dtype == "auto" else base.model.dtype
-    plan = estimate_training(base, outlined(base.model), cell.recipe.train, cell.recipe, ranks, dtype)
+    plan = estimate_training(base, outlined(base.model), cell.recipe.train, cell.recipe, ranks, dtype).fitted(FITTED_SHARE * gpu_gb * 1e9)
     head = f"{experiment.base.name}, method {cell.method}, {plan.train.engine} on {ranks} GPUs. Arithmetic: nothing here was run on a GPU."
     return "\n".join([head, plan.table(gpu_gb), plan.time()])
 
@@ -254,7 +273,11 @@ def _activations(plan: Plan) -> list[Row]:
     """
     model, b = plan.model, plan.dtype_bytes
     share = lambda batch, micro: min(micro, -(-batch // plan.ranks))  # noqa: E731  sequences, or pairs, that are computed at once
-    sizes = [(share(plan.train.batch_size, plan.train.micro_batch_size) * plan.max_length, plan.max_length)]
+    budget = plan.train.tokens_per_micro_batch
+    size = plan.train.micro_batch_size if budget is None else plan.train.batch_size
+    most = share(plan.train.batch_size, size) * plan.max_length
+    # Under a budget the costliest micro-batch is as cheap as can be: at most a rank's share of the batch.
+    sizes = [(most if budget is None else min(budget, most), plan.max_length)]
     if plan.draws_pairs:
         pairs = share(plan.sap.safety_batch_size, plan.sap.safety_micro_batch_size)
         sizes.append((2 * pairs * plan.safety_max_length, plan.safety_max_length))
@@ -267,19 +290,22 @@ def _activations(plan: Plan) -> list[Row]:
         saved += sum(4 * (into + plan.train.lora.r) for _, into in model.adapted)
     moving = 3 * b * model.intermediate + scores
     rows = [Row("logits", f"{tokens} tokens x {model.vocabulary} x 3 copies of 4 bytes", tokens * model.vocabulary * 12, "in a pass")]
-    if plan.train.gradient_checkpointing:
-        kept, moving = model.hidden * b, saved + moving
-        formula = f"{model.layers} layers x {tokens} tokens x {model.hidden} x {b} bytes"
-    else:
-        kept, formula = saved, f"{model.layers} layers x {tokens} tokens x {saved:,} bytes"
-    rows.append(Row("kept for backward", formula, model.layers * tokens * kept, "in a pass"))
+    again = plan.recomputed_layers
+    parts = [(again, model.hidden * b, f"{model.hidden} x {b}"), (model.layers - again, saved, f"{saved:,}")]
+    formula = " + ".join(f"{count} layers x {tokens} tokens x {each} bytes" for count, _, each in parts if count)
+    rows.append(Row("kept for backward", formula, sum(count * tokens * kept for count, kept, _ in parts), "in a pass"))
+    # The last layers come first on the way back: what they have kept is gone when the first one of the others is recomputed.
+    moving += saved if again == model.layers else 0
     return [*rows, Row("one layer in backward", f"{tokens} tokens x {moving:,} bytes", tokens * moving, "in a pass")]
 
 
 def _passes(plan: Plan) -> list[tuple[float, float, float]]:
     """(times a step, FLOPs, bytes received) of a step's passes on one rank: main, probe, safety (pipeline/sap/step.py)."""
     train, sap, layers = plan.train, plan.sap, plan.model.layers
-    share, steps = train.batch_size / plan.ranks, accumulation(train.batch_size, train.micro_batch_size, plan.ranks)
+    budget = train.tokens_per_micro_batch
+    # How many of full length a micro-batch holds.
+    rows = train.micro_batch_size if budget is None else max(budget // plan.max_length, 1)
+    share, steps = train.batch_size / plan.ranks, accumulation(train.batch_size, rows, plan.ranks)
     main = _pass(plan, share, plan.max_length, steps, layers, True)
     pairs = sap.safety_batch_size / plan.ranks
     refresh = 1 / sap.refresh_every if sap.refresh_every else 0.0
@@ -308,7 +334,8 @@ def _pass(plan: Plan, sequences: float, length: int, micro_batches: float, layer
     linear, adapter = sum(out * into for out, into in model.linears), sum(train.lora.r * (out + into) for out, into in model.adapted)
     forward = 2 * (linear + adapter) + 4 * length * model.queries
     learned = 2 * (linear if train.adapter == "full" else adapter) if of_weights else 0
-    backward = forward + 4 * length * model.queries + learned + (forward if train.gradient_checkpointing else 0)
+    again = plan.recomputed_layers / model.layers
+    backward = forward + 4 * length * model.queries + learned + again * forward
     head = 2 * model.vocabulary * model.hidden * (3 if of_weights and train.adapter == "full" else 2)
     flops = sequences * length * (model.layers * forward + layers * backward + head)
     inner, outer = _split(_moving(plan)[0])

@@ -108,9 +108,22 @@ class Recipe(Section):
                 raise ValueError(f"{one}.enabled and {other}.enabled do not go together: {reason}; set one of them to false")
         if self.sap.refresh_every == 0 and (self.safe_mix.enabled or self.safety_gradient.enabled):
             raise ValueError("sap.refresh_every is 0, so that safe_mix and safety_gradient would never draw a safety pair: set it to 1 or more")
+        self._check_token_budgets()
         if self.ema.enabled and self.train.steps is not None:
             self.ema.check_steps(self.train.steps)
         return self
+
+    def _check_token_budgets(self) -> None:
+        """ValueError where a row may be longer than a micro-batch. An alignment that is off is not looked at."""
+        length = self.data.max_length
+        align = [("align.train", self.align.train)] if self.align.enabled else []
+        for section, train in [("train", self.train), *align]:
+            field, budget = f"{section}.tokens_per_micro_batch", train.tokens_per_micro_batch
+            if budget is not None and budget < length:
+                raise ValueError(
+                    f"{field} {budget} is below data.max_length {length}, so that a row might fit into no micro-batch: "
+                    f"set {field} to {length} or more, or lower data.max_length"
+                )
 
     @property
     def parts(self) -> list[str]:

@@ -177,6 +177,12 @@ class TrainSection(Section):
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training data; exclusive with steps")
     batch_size: Positive = Field(8, description="Sequences per optimizer step over all ranks")
     micro_batch_size: Positive = Field(4, description="Sequences per rank and forward pass at the most; accumulation follows")
+    tokens_per_micro_batch: Positive | None = Field(
+        None,
+        description="Tokens per rank and forward pass at the most, with padding, in place of micro_batch_size: rows "
+        "of like length go together, and a bound on rows would keep short ones from filling a pass; at least "
+        "data.max_length",
+    )
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate of AdamW")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="Steps of linear warm-up")
     decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning-rate decay after the warm-up")
@@ -185,7 +191,11 @@ class TrainSection(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Second-moment decay of AdamW")
     adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Denominator term of AdamW")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Global gradient norm to clip at; null: no clipping")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass (non-reentrant)")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False,
+        description="Recompute activations in the backward pass (non-reentrant): of every layer, of none, or (auto) of as many as do not fit into "
+        "the GPUs' memory, by the planner's arithmetic",
+    )
     use_reentrant: bool = Field(False, description="Refused when true: reentrant checkpointing has no gradient with respect to the probe")
     lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
     export_merged: bool = Field(False, description="Whether a LoRA run also writes merged/: the model with its adapter added, for vLLM")

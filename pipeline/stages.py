@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import artifacts, recipe
+from pipeline.capacity import recomputed_layers
 from pipeline.checks import direction_given
 from pipeline.data.batches import micro_batches, pair_batches
 from pipeline.data.chat import Chat
@@ -42,12 +43,12 @@ from pipeline.loading import load_whole, open_model
 from pipeline.model_checks import check_prompts
 from pipeline.model_files import resolve_model_path
 from pipeline.models import decoder_layers, load_chat, load_config, load_tokenizer, make_trainable
-from pipeline.recipe import Cell, Experiment
+from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sap.diagnostics import safety_direction
-from pipeline.sections import ModelSection, TrainSection
+from pipeline.sections import TrainSection
 from pipeline.sharding import engine as engines
 from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import device, init_distributed, open_engine
+from pipeline.sharding.launch import device, init_distributed, largest_of_ranks, open_engine
 from pipeline.system_errors import writing
 from pipeline.tracking import open_run
 from pipeline.training.ema import Ema
@@ -128,7 +129,7 @@ def align(experiment: Experiment) -> bool:
     # Generation needs every weight at every token, so the model that answers is whole; it is gone when the training's is loaded.
     prepared = read_rows(layout.prepare(), "align")
     rows = complete_answers(lambda: load_whole(base.model, source).to(device()), chat, prepared, base, answered)
-    engine = start_engine(base.model, source, base.align.train, seed=0)
+    engine = start_engine(base, source, base.align.train, seed=0)
     data = TrainingData(rows, [], chat.tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
         loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align", run.event)
@@ -199,7 +200,8 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     # Halves of the pairs, not of this rank's batches: they must not depend on the number of ranks.
     halves = [pair_batches(pairs, list(range(start, len(pairs), 2)), size, *sharing) for start in (0, 1)]
     first, second = ([replace(batch, global_pairs=len(pairs)) for batch in half] for half in halves)
-    useful_batches = micro_batches(useful, list(range(len(useful))), resolved.train.micro_batch_size, *sharing)
+    rows, cut = list(range(len(useful))), resolved.train
+    useful_batches = micro_batches(useful, rows, cut.micro_batch_size, *sharing, cut.tokens_per_micro_batch)
     with open_run(layout, f"direction-s{cell.seed}", target.name, engine.rank) as run:
         _say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
         vector, summary = safety_direction(engine, (first, second), useful_batches, resolved.sap.contrastive)
@@ -384,13 +386,20 @@ def _open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
     init_distributed(train_section)
     _claim(target)
     tokenizer = load_tokenizer(base.model)
-    return start_engine(base.model, layout.start_model(), train_section, cell.seed), tokenizer
+    return start_engine(base, layout.start_model(), train_section, cell.seed, cell.recipe), tokenizer
 
 
-def start_engine(section: ModelSection, location: str, train_section: TrainSection, seed: int) -> Engine:
-    """The engine of a training that starts from the model at `location`; adapter and dropout are drawn from `seed`."""
-    model, sources = open_model(section, location, sharded=train_section.engine != "single")
-    return open_engine(make_trainable(model, train_section, seed), train_section, sources)
+def start_engine(base: Recipe, location: str, train_section: TrainSection, seed: int, of_cell: Recipe | None = None) -> Engine:
+    """The engine of a training that starts from the model at `location`; adapter and dropout are drawn from `seed`.
+
+    of_cell: whose memory is planned; None for the alignment's. Entered by all ranks together.
+    """
+    again = recomputed_layers(base, train_section, of_cell, environment()[1])
+    again = None if again is None else largest_of_ranks(again)
+    if again is not None and environment()[0] == 0:
+        print(f"{again} decoder layers recompute their activations (gradient_checkpointing auto)", file=sys.stderr, flush=True)
+    model, sources = open_model(base.model, location, sharded=train_section.engine != "single")
+    return open_engine(make_trainable(model, train_section, seed, again), train_section, sources)
 
 
 def _given_direction(layout: Layout, cell: Cell, engine: Engine) -> engines.Shard | None:

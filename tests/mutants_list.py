@@ -267,8 +267,8 @@ OF_THE_ENGINES = (
     mutant(
         "fsdp2: not clipped",
         FSDP2,
-        "factor = clip_factor(self.gradient_norm(), self.max_grad_norm)",
-        "factor = 1.0",
+        "clip(held, self.gradient_norm() if norm is None else norm, self.max_grad_norm)",
+        "pass",
         parity(engine="fsdp2", ranks=2, clipping=True),
     ),
     mutant(

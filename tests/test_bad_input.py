@@ -64,6 +64,14 @@ CASES = {
     "sequences beyond the model's positions": (
         ["--data.max_length", "257"], ["data.max_length is beyond the 256 positions", "set it to 256"]
     ),
+    "a row that fits into no micro-batch": (
+        ["--train.tokens_per_micro_batch", "159"],
+        ["train.tokens_per_micro_batch 159 is below data.max_length 160", "to 160 or more, or lower data.max_length"],
+    ),
+    "a row of align that fits into no micro-batch": (
+        ["--align.train.tokens_per_micro_batch", "9"],
+        ["align.train.tokens_per_micro_batch 9 is below data.max_length 160"],
+    ),
     "a pattern of targets that matches nothing": (
         ["--train.lora.target_modules", "q_proj"], ["regular expression for whole names"]
     ),
@@ -223,6 +231,22 @@ def test_ds_config_that_agrees_is_taken(project, tmp_path):
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
     config = read_ds_config(train.model_copy(update={"ds_config": path}), 2)
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 2) and "train_batch_size" not in config
+
+
+def test_a_token_budget_leaves_no_number_of_passes_to_the_ds_config(project, tmp_path):
+    from pipeline.sharding.ds_config import read_ds_config
+
+    folder, content = project
+    path = tmp_path / "ds.json"
+    train = recipe.load(write_recipe(folder, content)).base.train
+    train = train.model_copy(update={"ds_config": path, "tokens_per_micro_batch": 400})
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
+    config = read_ds_config(train, 2)
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 8
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: 2}))
+        with pytest.raises(ValueError, match=f"sets {key}, but with train.tokens_per_micro_batch .*: take it out"):
+            read_ds_config(train, 2)
 
 
 def test_split_with_no_usable_sample(project, capsys):

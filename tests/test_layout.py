@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from pipeline import devices, recipe, strict_yaml
 from pipeline.data import builtin, contrastive
 from pipeline.fingerprint import fingerprint
-from pipeline.layout import Layout
+from pipeline.layout import Layout, _training
+from pipeline.sections import TrainSection
 from tests.project import make_project, write_jsonl, write_recipe
 
 
@@ -62,6 +63,7 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
         ("--methods.sap.safe_mix.enabled=true", {"train sap", "evaluate sap", "report"}),
         ("--ema.decay=0.5", set()),  # of a section that is off
         ("--saft.layer=1", set()),
+        ("--train.tokens_per_micro_batch=160", {"train sft", "train sap", "evaluate sft", "evaluate sap", "report"}),
         ("--train.ranks=1", set()),
         ("--train.gradient_checkpointing=true", set()),
         ("--train.save_every=7", set()),
@@ -71,6 +73,12 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
 )
 def test_a_setting_changes_what_depends_on_it(project, argument, expected):
     assert changed(project, argument) == expected
+
+
+def test_folders_without_a_token_budget_are_named_as_before_there_was_one():
+    assert "tokens_per_micro_batch" not in _training(TrainSection(steps=1))
+    budgeted = _training(TrainSection(steps=1, tokens_per_micro_batch=4096))
+    assert "micro_batch_size" not in budgeted, "the budget takes its place"
 
 
 def test_another_threshold_reads_the_embeddings_again_and_another_layer_does_not(project):

@@ -26,6 +26,7 @@ from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sections import LoraSection, SapSection, TrainSection
 from pipeline.sharding.ds_config import read_ds_config
+from pipeline.sharding.launch import init_distributed, largest_of_ranks
 from pipeline.sharding.single import SingleEngine
 from tests.distributed.ranks import spawn
 from tests.project import ROOT
@@ -157,6 +158,21 @@ def test_four_bits_take_less_to_hold_and_to_send_but_not_to_compute():
     plain, nf4 = (planned(llama(256, 512, 4, 8, 8), train, None, 4, {}, 2, how) for how in ("none", "nf4"))
     assert bytes_of(nf4, "frozen weights") < bytes_of(plain, "frozen weights") and nf4.received() < plain.received()
     assert nf4.flops() == plain.flops()
+
+
+def test_a_token_budget_bounds_what_a_pass_holds():
+    """Rows count at full length, 64 tokens here: a rank has 16, so no micro-batch needs more than 1,024 tokens."""
+
+    def plan(**how) -> Plan:
+        return planned(llama(256, 512, 4, 8, 8), TrainSection(steps=1, batch_size=32, **how), None, 2)
+
+    logits = lambda **how: bytes_of(plan(**how), "logits")  # noqa: E731
+    assert logits(tokens_per_micro_batch=256) == logits(micro_batch_size=4)
+    filled = logits(micro_batch_size=4) * 300 / 256
+    assert logits(tokens_per_micro_batch=300) == pytest.approx(filled), "short rows fill it"
+    assert logits(tokens_per_micro_batch=10**6) == logits(micro_batch_size=16)
+    assert plan(tokens_per_micro_batch=300).received() == plan(micro_batch_size=4).received()
+    assert plan(tokens_per_micro_batch=300).flops() == plan(micro_batch_size=4).flops()
 
 
 # ---- against engines -------------------------------------------------------------------------------------------------------------------------
@@ -308,17 +324,63 @@ def test_a_pass_takes_at_its_peak_what_is_planned(shape, adapter, checkpointing,
     plan = planned(config, train, width=dtype.itemsize, lengths=(128, 128))
     torch.manual_seed(0)
     model = make_trainable(LlamaForCausalLM(config).to(dtype), train, seed=0).train()
-    ids, mask = torch.randint(0, shape[-1], (4, 128)), torch.ones(4, 128, dtype=torch.int64)
-    mask[1, -5:] = 0  # padding: without any the attention needs no mask
-    labels = ids.masked_fill(mask == 0, -100)
-    batch = MicroBatch(ids, mask, labels, int((labels != -100).sum()), 0)
-    with PeakBytes([*model.parameters(), *model.buffers(), ids, mask, labels]) as peak:
+    ids = torch.randint(0, shape[-1], (4, 128))
+    labels = ids.clone()
+    labels[1, -5:] = -100  # padding
+    batch = MicroBatch(ids, labels, int((labels != -100).sum()), 0)
+    with PeakBytes([*model.parameters(), *model.buffers(), ids, labels, *vars(batch.targets).values()]) as peak:
         useful_loss(model, batch).backward()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     expected = sum(row.bytes for row in plan.rows() if row.moment == "in a pass")
     # A full gradient is not yet whole where the activations are at their peak.
     low = peak.peak - gradients
     assert low <= expected <= 1.2 * (low if adapter == "lora" else peak.peak)
+
+
+AUTO = TrainSection(steps=1, engine="single", batch_size=4, gradient_checkpointing="auto")
+
+
+def test_auto_recomputes_the_fewest_layers_that_fit():
+    plan = planned(llama(256, 688, 8, 8, 8, 97), AUTO, lengths=(128, 128))
+    sizes = {count: replace(plan, recomputed=count).total() for count in range(9)}
+    assert plan.recomputed_layers == 8 and plan.total() == sizes[8], "all of them, as long as nobody has said how much there is"
+    for memory in (sizes[0], (sizes[3] + sizes[2]) / 2, sizes[7], sizes[8]):
+        fitted = plan.fitted(memory)
+        assert fitted.total() <= memory and all(sizes[count] > memory for count in range(fitted.recomputed_layers))
+    assert plan.fitted(0.0).recomputed_layers == 8
+    flops = [replace(plan, recomputed=count).flops()[0] for count in (0, 4, 8)]
+    assert flops[1] - flops[0] == pytest.approx(flops[2] - flops[1]) and flops[2] > flops[0]
+    always = AUTO.model_copy(update={"gradient_checkpointing": True})
+    assert planned(llama(256, 688, 8, 8, 8, 97), always, lengths=(128, 128)).fitted(1e12).recomputed_layers == 8, "said is said"
+
+
+def agree(rank: int) -> None:
+    init_distributed(TrainSection(steps=1, engine="fsdp2"))
+    assert largest_of_ranks(7 - rank) == 7
+
+
+def test_ranks_with_other_gpus_agree_on_the_most():
+    spawn(2, agree)
+    assert largest_of_ranks(3) == 3, "a process that is alone"
+
+
+@pytest.mark.parametrize("again", [0, 3, 8])
+def test_some_layers_recompute_with_the_same_gradient_in_the_memory_that_is_planned(again):
+    config = llama(256, 688, 8, 8, 8, 97, attn_implementation="sdpa")
+    plan = replace(planned(config, AUTO, lengths=(128, 128)), recomputed=again)
+    torch.manual_seed(0)
+    found, expected = (make_trainable(LlamaForCausalLM(config), AUTO, 0, count) for count in (again, 0))
+    expected.load_state_dict(found.state_dict())
+    assert sum(bool(layer.gradient_checkpointing) for layer in decoder_layers(found)) == again
+    ids = torch.randint(0, 97, (4, 128))
+    batch = MicroBatch(ids, ids, 4 * 127, 0)
+    with PeakBytes([*found.parameters(), *found.buffers(), ids, *vars(batch.targets).values()]) as peak:
+        useful_loss(found.train(), batch).backward()
+    useful_loss(expected.train(), batch).backward()
+    low = peak.peak - sum(p.grad.nbytes for p in found.parameters() if p.grad is not None)
+    assert low <= sum(row.bytes for row in plan.rows() if row.moment == "in a pass") <= 1.2 * low
+    pairs = [(a.grad, b.grad) for a, b in zip(found.parameters(), expected.parameters(), strict=True) if a.requires_grad]
+    assert all(torch.equal(a, b) for a, b in pairs) and pairs
 
 
 def sequences(count: int, length: int, vocabulary: int) -> list[dict]:

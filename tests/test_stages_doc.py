@@ -62,6 +62,10 @@ IDLE: list[tuple[str, Settings]] = [
         for section in ("train", "align.train")
         for field in ("lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "export_merged")
     ),
+    *(
+        (f"{section}.micro_batch_size", {f"{section}.tokens_per_micro_batch": 4096})
+        for section in ("train", "align.train")
+    ),
     ("sap.target_correction", {"sap.probe_step": "rms"}),
     *((f"sap.{field}", NEVER_DRAWN) for field in ("safety_batch_size", "safety_micro_batch_size")),
     ("evaluate.harmless_prompts", {"evaluate.harmless": None}),
@@ -73,6 +77,7 @@ VALUES: dict[str, Any] = {
     **{f"{source}.columns": {"prompt": "goal"} for source in SOURCES},
     **{f"{section}.steps": 9 for section in ("train", "align.train")},
     **{f"{section}.lora.target_modules": ["o_proj"] for section in ("train", "align.train")},
+    **{f"{section}.tokens_per_micro_batch": 4096 for section in ("train", "align.train")},  # not below data.max_length
     "model.path": "other_model",
     "evaluate.attacks": ["role_play"],
     "model.dtype": "bfloat16",

@@ -71,12 +71,15 @@ def family_model(family: str, tied: bool, seed: int = 0) -> PreTrainedModel:
     return model_class(config).train()
 
 
-def tiny_rows(count: int = 40, seed: int = 0, equal: bool = False) -> list[dict]:
-    """Token rows of unequal length with unequal numbers of supervised tokens; equal: all of one length and number."""
+def tiny_rows(count: int = 40, seed: int = 0, equal: bool = False, longest: int = 14) -> list[dict]:
+    """Token rows of unequal length with unequal numbers of supervised tokens. longest: a row, in tokens.
+
+    equal: all of one length and number.
+    """
     rng = random.Random(seed)
 
     def row() -> dict:
-        length = 9 if equal else rng.randint(5, 14)
+        length = 9 if equal else rng.randint(5, longest)
         masked = 4 if equal else rng.randint(1, length - 2)
         ids = [rng.randrange(VOCABULARY) for _ in range(length)]
         return {"input_ids": ids, "labels": [-100] * masked + ids[masked:]}
@@ -97,15 +100,16 @@ class StepBatches:
 
     def __init__(
         self, rank: int = 0, world_size: int = 1, pairs: list[dict] | None = None, rows: list[dict] | None = None,
-        batch_size: int = 8, micro_batch_size: int = 2,
+        batch_size: int = 8, micro_batch_size: int = 2, token_budget: int | None = None,
     ):  # fmt: skip
         self.rows, self.pair_rows = tiny_rows() if rows is None else rows, tiny_pairs() if pairs is None else pairs
         self.rank, self.world_size = rank, world_size
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.batch_size, self.micro_batch_size, self.token_budget = batch_size, micro_batch_size, token_budget
 
     def useful(self, number: int) -> list:
         indices = BatchOrder(len(self.rows), self.batch_size, 0).step(number)
-        return micro_batches(self.rows, indices, self.micro_batch_size, self.rank, self.world_size, 0, 0, number)
+        sharing = (self.micro_batch_size, self.rank, self.world_size)
+        return micro_batches(self.rows, indices, *sharing, 0, 0, number, self.token_budget)
 
     def pairs(self, number: int) -> list:
         return pair_batches(self.pair_rows, BatchOrder(len(self.pair_rows), 4, 0).step(number), 1, self.rank, self.world_size, 0, 0, number)

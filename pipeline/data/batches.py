@@ -1,7 +1,10 @@
 """Batches: which samples make up global step t, and how ranks and micro-batches share them.
 
-The order depends on (seed, step) alone, never on the number of ranks: rank r of w takes every w-th micro-batch of the step, so 1 and N
-ranks see the same micro-batches where batch_size divides by micro_batch_size x N, and a resumed run needs only its step number.
+The order depends on (seed, step) alone, never on the number of ranks, so a resumed run needs only its step number.
+Rank r of w takes every w-th micro-batch of the step. 1 and N ranks see the same micro-batches, with the same dropout,
+where batch_size divides by micro_batch_size x N. With a budget of tokens (buckets.py) they do in the steps where the
+least number of micro-batches that keeps the budget divides by N. In all other cases the same samples are cut in another
+way: but for dropout, loss and gradient of the step are the same sums.
 
     order = BatchOrder(num_samples=900, batch_size=8, seed=0)
     batches = micro_batches(rows, order.step(17), micro_batch_size=2, rank=0, world_size=2, pad_id=0, seed=0, step=17)
@@ -15,25 +18,57 @@ from typing import Any
 
 import torch
 
+from pipeline.data import buckets
 from pipeline.data.sharing import accumulation
 
 IGNORE = -100
 
 
 @dataclass(frozen=True)
+class Targets:
+    """Where labels are supervised, found before a batch moves: a GPU that is asked makes the host wait for it.
+
+    columns: (P,), positions whose next token is supervised in some row. places: (N,), supervised ones in the flattened (B, P).
+    tokens, rows: (N,), the next token there, and its row. All int64.
+    """
+
+    columns: torch.Tensor
+    places: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, labels: torch.Tensor) -> Targets:
+        """labels: int64 (B, T)."""
+        following = labels[:, 1:]
+        supervised = following != IGNORE
+        columns = supervised.any(dim=0).nonzero().squeeze(1)
+        kept = supervised[:, columns]
+        return cls(columns, kept.flatten().nonzero().squeeze(1), following[:, columns][kept], kept.nonzero()[:, 0])
+
+    def to(self, device: torch.device | str) -> Targets:
+        return Targets(*(tensor.to(device) for tensor in (self.columns, self.places, self.tokens, self.rows)))
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """input_ids, attention_mask, labels: int64 (B, T), right-padded. global_tokens: supervised tokens of the whole step."""
+    """input_ids, labels: int64 (B, T), right-padded. global_tokens: supervised tokens of the whole step. padding: of the B x T, how many.
+
+    There is no attention mask: what is causal never sees the padding behind it, and padding is not supervised.
+    """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     labels: torch.Tensor
     global_tokens: int
     seed: int
+    padding: int = 0
+    targets: Targets = None  # type: ignore[assignment]  # of the labels, unless given
+
+    def __post_init__(self) -> None:
+        _find_targets(self)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        return replace(
-            self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device), labels=self.labels.to(device)
-        )
+        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), targets=self.targets.to(device))
 
 
 @dataclass(frozen=True)
@@ -44,20 +79,28 @@ class PairBatch:
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
     global_pairs: int
     seed: int
+    targets: Targets = None  # type: ignore[assignment]  # of the labels, unless given
+
+    def __post_init__(self) -> None:
+        _find_targets(self)
 
     def to(self, device: torch.device | str) -> PairBatch:
         return replace(
             self,
             input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
             weights=self.weights.to(device),
+            targets=self.targets.to(device),
         )
+
+
+def _find_targets(batch: MicroBatch | PairBatch) -> None:
+    if batch.targets is None:
+        object.__setattr__(batch, "targets", Targets.of(batch.labels))
 
 
 @dataclass(frozen=True)
@@ -85,16 +128,26 @@ class BatchOrder:
 
 
 def micro_batches(
-    rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int, seed: int, step: int
-):
-    """This rank's MicroBatches of one step. rows[i]: input_ids and labels (lists of int)."""
+    rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int,
+    seed: int, step: int, token_budget: int | None = None,
+):  # fmt: skip
+    """This rank's MicroBatches of one step. rows[i]: input_ids and labels (lists of int).
+
+    token_budget: the most tokens of a micro-batch, padding included, in place of micro_batch_size; rows of like length
+    go together then. No row may be longer.
+    """
     global_tokens = sum(_supervised(rows[i]["labels"]) for i in indices)
+    if token_budget is None:
+        chunks = _chunks(indices, micro_batch_size, world_size)
+    else:
+        chunks = _budgeted(indices, [len(rows[i]["input_ids"]) for i in indices], token_budget, world_size)
     batches = []
-    for number, (chunk, weight) in enumerate(_chunks(indices, micro_batch_size, world_size)):
+    for number, (chunk, weight) in enumerate(chunks):
         if number % world_size == rank:
             labels = [_weighed(rows[i]["labels"], weight) for i in chunk]
-            padded = _pad([rows[i]["input_ids"] for i in chunk], labels, pad_id)
-            batches.append(MicroBatch(*padded, global_tokens, _mask_seed(seed, step, number)))
+            padded = pad_rows([rows[i]["input_ids"] for i in chunk], labels, pad_id)
+            padding = padded[0].numel() - sum(len(rows[i]["input_ids"]) for i in chunk)
+            batches.append(MicroBatch(*padded, global_tokens, _mask_seed(seed, step, number), padding))
     return batches
 
 
@@ -108,7 +161,7 @@ def pair_batches(
             ids = [rows[i][f"{side}_input_ids"] for side in ("chosen", "rejected") for i in chunk]
             labels = [_weighed(rows[i][f"{side}_labels"], weight) for side in ("chosen", "rejected") for i in chunk]
             weights = torch.full((len(chunk),), weight)
-            batches.append(PairBatch(*_pad(ids, labels, pad_id), weights, len(indices), _mask_seed(seed, step, number)))
+            batches.append(PairBatch(*pad_rows(ids, labels, pad_id), weights, len(indices), _mask_seed(seed, step, number)))
     return batches
 
 
@@ -132,10 +185,18 @@ def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[i
     return [(indices[start:stop], 1.0) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def _pad(input_ids: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _budgeted(indices: list[int], lengths: list[int], budget: int, world_size: int) -> list[tuple[list[int], float]]:
+    """As _chunks, but of at most `budget` tokens each. lengths: of the samples. The filler is the shortest row."""
+    chunks = [[indices[position] for position in chunk] for chunk in buckets.cut(lengths, budget, world_size)]
+    shortest = indices[min(range(len(indices)), key=lengths.__getitem__)]
+    return [(chunk, 1.0) for chunk in chunks] + [([shortest], 0.0)] * (-len(chunks) % world_size)
+
+
+def pad_rows(input_ids: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and labels, int64 (B, T), right-padded to the longest row."""
     width = max(len(ids) for ids in input_ids)
     fill = lambda sequences, value: torch.tensor([s + [value] * (width - len(s)) for s in map(list, sequences)])  # noqa: E731
-    return fill(input_ids, pad_id), fill([[1] * len(ids) for ids in input_ids], 0), fill(labels, IGNORE)
+    return fill(input_ids, pad_id), fill(labels, IGNORE)
 
 
 def _mask_seed(seed: int, step: int, number: int) -> int:

@@ -70,7 +70,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     aligned = base.align.enabled and artifacts.complete(layout.align())
     source = layout.start_model() if aligned else resolve_model_path(base.model)
     dtype = resolve_dtype(base.model.dtype)
-    engine = stages.start_engine(base.model, source, train, cell.seed)
+    engine = stages.start_engine(base, source, train, cell.seed, cell.recipe)
     silenced = _silence_dropout(engine.module)
     layers = decoder_layers(engine.module)
     config = engine.module.config.get_text_config()
@@ -80,7 +80,10 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
 
     order = BatchOrder(len(rows), train.batch_size, cell.seed)
     sharing = (engine.rank, engine.world_size, tokenizer.pad_token_id, cell.seed)
-    steps = [micro_batches(rows, order.step(number), train.micro_batch_size, *sharing, number) for number in range(WARM_UP + 1)]
+    steps = [
+        micro_batches(rows, order.step(number), train.micro_batch_size, *sharing, number, train.tokens_per_micro_batch)
+        for number in range(WARM_UP + 1)
+    ]
     chosen = BatchOrder(len(pair_rows), sap.safety_batch_size, cell.seed).step(0)
     pairs = pair_batches(pair_rows, chosen, sap.safety_micro_batch_size, *sharing, 0)
     for useful in steps[:WARM_UP]:

@@ -315,7 +315,8 @@ def _cost_finding(name: str, cost: Meter, engine: Engine) -> Finding:
     memory = "memory not measured" if math.isnan(peak) else f"peak {mebibytes(peak)}, {mebibytes(grown)} above idle"
     verdict, advice = INFO, ""
     if engine.device.type == "cuda" and peak > _DEVICE_SHARE * torch.cuda.get_device_properties(engine.device).total_memory:
-        verdict, advice = WARN, "little memory is left: lower micro_batch_size, or set train.gradient_checkpointing"
+        verdict = WARN
+        advice = "little memory left: lower micro_batch_size or tokens_per_micro_batch, or set gradient_checkpointing"
     return Finding(f"cost of {name}", f"{seconds:.2f} s, {memory}", "-", verdict, advice)
 
 

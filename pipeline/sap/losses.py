@@ -15,13 +15,11 @@ from torch import nn
 
 from pipeline.data.batches import MicroBatch, PairBatch
 
-IGNORE = -100
-
 
 def useful_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Cross entropy of this micro-batch's supervised tokens over the global count: a scalar share, float32."""
     with dropout_seed(batch.seed):
-        token_losses, _ = _token_losses(model, batch.input_ids, batch.attention_mask, batch.labels)
+        token_losses = _token_losses(model, batch)
     return token_losses.sum() / batch.global_tokens
 
 
@@ -30,10 +28,11 @@ def safety_loss(contrastive: str):
 
     def loss(model: nn.Module, batch: PairBatch) -> torch.Tensor:
         with dropout_seed(batch.seed):
-            token_losses, rows = _token_losses(model, batch.input_ids, batch.attention_mask, batch.labels)
+            token_losses = _token_losses(model, batch)
         pairs = batch.input_ids.shape[0] // 2  # rows 0..pairs-1 are chosen, the rest rejected
-        sums = token_losses.new_zeros(2 * pairs).index_add(0, rows, token_losses)
-        counts = torch.bincount(rows, minlength=2 * pairs).clamp(min=1)
+        rows, zeros = batch.targets.rows, token_losses.new_zeros(2 * pairs)
+        sums = zeros.index_add(0, rows, token_losses)
+        counts = zeros.index_add(0, rows, torch.ones_like(token_losses)).clamp(min=1)
         chosen, rejected = (sums / counts).split(pairs)
         values = chosen - rejected if contrastive == "difference" else -F.logsigmoid(rejected - chosen)
         return (values * batch.weights).sum() / batch.global_pairs
@@ -41,19 +40,17 @@ def safety_loss(contrastive: str):
     return loss
 
 
-def _token_losses(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor):
-    """Per supervised token: its cross entropy (N,) in float32 (float64 for float64 models), and the row it belongs to (N,).
+def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tensor:
+    """Cross entropy of every supervised token (N,), in float32 (float64 for float64 models).
 
     Logits are computed only at positions whose next token is supervised: the language-model head is a fifth of a small model.
     """
-    supervised = labels[:, 1:] != IGNORE
-    positions = supervised.any(dim=0).nonzero().squeeze(1)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False).logits
-    keep = supervised[:, positions]
-    logits, targets = logits[keep], labels[:, 1:][:, positions][keep]
-    rows = keep.nonzero()[:, 0]
+    targets = batch.targets
+    logits = model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False).logits.flatten(0, 1)
+    if len(targets.places) < len(logits):
+        logits = logits[targets.places]
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    return F.cross_entropy(logits.to(dtype), targets, reduction="none"), rows
+    return F.cross_entropy(logits.to(dtype), targets.tokens, reduction="none")
 
 
 @contextlib.contextmanager
@@ -63,7 +60,13 @@ def dropout_seed(seed: int) -> Iterator[None]:
     All passes of one step over one micro-batch see the same masks: different ones would swamp grad_V L_su (methods.md, SAP).
     A recomputing backward pass gets them too, because checkpointing keeps the generator's state of the forward pass.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    # Not torch.manual_seed: it has a stack trace written for every kind of accelerator that is not there, at each call.
+    generators = [torch.default_generator, *([torch.cuda.default_generators[torch.cuda.current_device()]] if torch.cuda.is_initialized() else [])]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from pipeline import devices
@@ -43,9 +44,15 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
                 f"{field}.ds_config {path} sets zero_optimization.{key} to something else than device cpu, which the perturbation was never "
                 'tested with: take it out, or write {"device": "cpu"}'
             )
+    size, passes = train.micro_batch_size, accumulation(train.batch_size, train.micro_batch_size, world_size)
+    if train.tokens_per_micro_batch is not None:
+        _refuse_fixed_passes(field, path, config)
+        # Both differ from step to step. DeepSpeed wants numbers whose product is the batch, and computes nothing with
+        # them: losses are shares of the global batch, and the engine says itself which pass ends a step.
+        size, passes = 1, accumulation(train.batch_size, 1, world_size)
     owned = {
-        "train_micro_batch_size_per_gpu": (f"{field}.micro_batch_size", train.micro_batch_size),
-        "gradient_accumulation_steps": (f"{field}.batch_size and micro_batch_size", accumulation(train.batch_size, train.micro_batch_size, world_size)),
+        "train_micro_batch_size_per_gpu": (f"{field}.micro_batch_size", size),
+        "gradient_accumulation_steps": (f"{field}.batch_size and micro_batch_size", passes),
         "gradient_clipping": (f"{field}.max_grad_norm", train.max_grad_norm or 0.0),
     }
     for key, (named, value) in owned.items():
@@ -72,6 +79,16 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
     zero.setdefault("memory_efficient_linear", False)
     # With an offloaded optimizer DeepSpeed insists on its own CPU Adam, which compiles for minutes, unless it is told.
     return {"zero_force_ds_cpu_optimizer": False, **config, **{key: value for key, (_, value) in owned.items()}}
+
+
+def _refuse_fixed_passes(field: str, path: Path, config: dict[str, Any]) -> None:
+    """ValueError where the file fixes what differs from step to step under a budget of tokens."""
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key in config:
+            raise ValueError(
+                f"{field}.ds_config {path} sets {key}, but with {field}.tokens_per_micro_batch it differs from step to "
+                f"step: take it out of the file, or set {field}.tokens_per_micro_batch to null"
+            )
 
 
 def reduces_once(trained: int, everything: int) -> bool:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 Shard = list[torch.Tensor]
+_JOINED = 2**22  # elements: tensors are put end to end up to these
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
 
@@ -91,8 +92,8 @@ class Engine(ABC):
         """Forget gathered copies of weights: before and after the shards are edited."""
 
     @abstractmethod
-    def step(self, lr: float) -> None:
-        """Clip, update with learning rate `lr`, clear the gradient."""
+    def step(self, lr: float, norm: float | None = None) -> None:
+        """Clip, update with learning rate `lr`, clear the gradient. norm: the gradient's, where the caller has it."""
 
     @abstractmethod
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
@@ -141,7 +142,9 @@ class Engine(ABC):
 
     def dot(self, a: Shard, b: Shard) -> float:
         """Inner product of two whole vectors, accumulated in float64."""
-        total = sum((torch.dot(x.double(), y.double()) for x, y in zip(a, b, strict=True)), self.zero())
+        total = self.zero()
+        for x, y in _joined(a, b):
+            total += torch.dot(x.double(), y.double())
         return self.sum_over_ranks(total).item()
 
     def checksum(self, shard: Shard) -> int:
@@ -169,9 +172,38 @@ class Engine(ABC):
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
 
-def clip_factor(norm: float, max_norm: float) -> float:
-    """Factor that clips a gradient of norm `norm`: DeepSpeed's formula, so that engines agree to the last digits."""
-    return 1.0 / max(1.0, (norm + 1e-6) / max_norm)
+def _joined(a: Shard, b: Shard) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same pairs of flat tensors, small ones end to end: an adapter has hundreds, and a GPU is asked for each."""
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+    held = 0
+    for pair in zip(a, b, strict=True):
+        if held and held + pair[0].numel() > _JOINED:
+            yield _end_to_end(waiting)
+            waiting, held = [], 0
+        waiting.append(pair)
+        held += pair[0].numel()
+    if waiting:
+        yield _end_to_end(waiting)
+
+
+def _end_to_end(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    first, second = zip(*pairs, strict=True)
+    one = torch.cat(first)
+    return one, one if all(x is y for x, y in pairs) else torch.cat(second)
+
+
+def clip(gradients: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
+    """Scale the gradient of norm `norm` to `max_norm` where it is larger: DeepSpeed's formula, so that engines agree to the last digits."""
+    factor = 1.0 / max(1.0, (norm + 1e-6) / max_norm)
+    if factor < 1.0 and gradients:
+        torch._foreach_mul_(list(gradients), factor)
+
+
+def step_counter(optimizer: torch.optim.Optimizer, counted: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """AdamW's counter of steps where the optimizer wants it: the fused form reads it on the parameter's device."""
+    return counted.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
 
 
 def stacked_gradients(v: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard as RowShard
 
 from pipeline.sharding.ds_config import reduces_once
-from pipeline.sharding.engine import Engine, LossFunction, Shard, clip_factor, stacked_gradients
+from pipeline.sharding.engine import Engine, LossFunction, Shard, clip, stacked_gradients, step_counter
 from pipeline.weights import Source, Sources, read
 
 Places = list[tuple[nn.Module, str]]
@@ -100,8 +100,14 @@ class Fsdp2Engine(Engine):
                 local.copy_(saved)
 
     def accumulated_gradient(self) -> Shard:
+        return [part.clone() for part in self._gradients()]
+
+    def gradient_norm(self) -> float:
+        return self.norm(self._gradients())
+
+    def _gradients(self) -> Shard:
         return [
-            torch.zeros(local.numel(), device=self.device) if p.grad is None else p.grad.detach().to_local().float().clone().flatten()
+            torch.zeros(local.numel(), device=self.device) if p.grad is None else p.grad.detach().to_local().float().flatten()
             for p, local in zip(self.parameters, self.storage(), strict=True)
         ]
 
@@ -123,12 +129,10 @@ class Fsdp2Engine(Engine):
     def storage(self) -> list[torch.Tensor]:
         return [p.detach().to_local() for p in self.parameters]
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, norm: float | None = None) -> None:
         if self.max_grad_norm is not None:
-            factor = clip_factor(self.gradient_norm(), self.max_grad_norm)
-            for p in self.parameters:
-                if p.grad is not None:
-                    p.grad.to_local().mul_(factor)
+            held = [p.grad.to_local() for p in self.parameters if p.grad is not None]
+            clip(held, self.gradient_norm() if norm is None else norm, self.max_grad_norm)
         for p, rows in zip(self.parameters, self._rows_of, strict=True):
             rows.grad = None if p.grad is None else p.grad.to_local()
         for group in self.optimizer.param_groups:
@@ -160,7 +164,8 @@ class Fsdp2Engine(Engine):
         self.drop_gathered()
         given = {key: [torch.zeros(local.numel(), device=self.device) for local in self.storage()] for key in vectors}
         for rows in self._rows_of:
-            self.optimizer.state[rows] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
+            counter = step_counter(self.optimizer, torch.zeros(()), rows)
+            self.optimizer.state[rows] = {"step": counter, "exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
         state = self._state(given)
         dcp.load(state, checkpoint_id=str(folder))
         for name, rows in zip(self.named, self._rows_of, strict=True):

@@ -67,6 +67,15 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
 
 
+def largest_of_ranks(number: int) -> int:
+    """The largest of all ranks' numbers, on every rank: for what they must do alike."""
+    if not torch.distributed.is_initialized():
+        return number
+    found = torch.tensor(number, device=device())
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
 def leave() -> None:
     """Leave the process group together: a rank that is gone first may abort the others' communication threads, and with them the exit code."""
     if torch.distributed.is_initialized():
@@ -89,7 +98,7 @@ def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None 
 def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
     low = {p.dtype for p in module.parameters() if p.requires_grad} == {torch.bfloat16}
     if train.engine == "single":
-        fill(sources)
+        fill(sources, device())
         return SingleEngine(module, adamw(_trainable(module), train), train.max_grad_norm, device())
     if train.engine == "fsdp2":
         from pipeline.sharding.fsdp2 import Fsdp2Engine
@@ -117,9 +126,13 @@ def _refuse_damaged(found: list[str]) -> None:
 
 
 def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
-    """The recipe's AdamW. One tensor at a time: the fused and foreach forms differ in the last digits between engines."""
+    """The recipe's AdamW: fused on GPUs, where a kernel a tensor and operation takes longer than the arithmetic; else one tensor at a time.
+
+    The fused form differs from the other in the last digits, and is the same on every engine.
+    """
     betas = (train.adam_beta1, train.adam_beta2)
-    return torch.optim.AdamW(parameters, lr=train.lr, betas=betas, eps=train.adam_eps, weight_decay=train.weight_decay, foreach=False)
+    form = {"fused": True} if torch.cuda.is_available() else {"foreach": False}
+    return torch.optim.AdamW(parameters, lr=train.lr, betas=betas, eps=train.adam_eps, weight_decay=train.weight_decay, **form)
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

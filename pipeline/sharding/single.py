@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.sharding.engine import Engine, LossFunction, Shard, clip_factor, stacked_gradients
+from pipeline.sharding.engine import Engine, LossFunction, Shard, clip, stacked_gradients, step_counter
 
 
 class SingleEngine(Engine):
@@ -64,7 +64,13 @@ class SingleEngine(Engine):
                     p.copy_(saved)
 
     def accumulated_gradient(self) -> Shard:
-        return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().clone().flatten() for p in self.parameters]
+        return [part.clone() for part in self._gradients()]
+
+    def gradient_norm(self) -> float:
+        return self.norm(self._gradients())
+
+    def _gradients(self) -> Shard:
+        return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in self.parameters]
 
     def add_gradient(self, shard: Shard, scale: float) -> None:
         for p, part in zip(self.parameters, shard, strict=True):
@@ -84,12 +90,9 @@ class SingleEngine(Engine):
     def storage(self) -> list[torch.Tensor]:
         return [p.detach() for p in self.parameters]
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, norm: float | None = None) -> None:
         if self.max_grad_norm is not None:
-            factor = clip_factor(self.gradient_norm(), self.max_grad_norm)
-            for p in self.parameters:
-                if p.grad is not None:
-                    p.grad.mul_(factor)
+            clip([p.grad for p in self.parameters if p.grad is not None], self.gradient_norm() if norm is None else norm, self.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -120,7 +123,9 @@ class SingleEngine(Engine):
         with torch.no_grad():
             for name, p in self.named.items():
                 p.copy_(state[f"weight.{name}"])
-                self.optimizer.state[p] = {slot: state[f"optimizer.{slot}.{name}"] for slot in slots if f"optimizer.{slot}.{name}" in state}
+                found = {slot: state[f"optimizer.{slot}.{name}"] for slot in slots if f"optimizer.{slot}.{name}" in state}
+                counted = {"step": step_counter(self.optimizer, found["step"], p)} if "step" in found else {}
+                self.optimizer.state[p] = found | counted
         return {key: [state[f"vector.{key}.{name}"] for name in self.named] for key in vectors}
 
     def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:

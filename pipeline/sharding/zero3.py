@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.sharding.deepspeed_private import fetched_whole, gradients_by_parameter
-from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients
+from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients, step_counter
 from pipeline.weights import Sources, fill, read
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, cut as the weights are
@@ -136,7 +136,7 @@ class Zero3Engine(Engine):
     def storage(self) -> list[torch.Tensor]:
         return [*self._compute_shards(), *self._masters()]
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, norm: float | None = None) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.ds.step()
@@ -180,7 +180,8 @@ class Zero3Engine(Engine):
                 self._compute_shards()[index].copy_(master.data)
                 if files.steps is not None:
                     state = {slot: self._read(files, slot, group).to(master.device) for slot in _MOMENTS}
-                    self.optimizer.optimizer.state[master] = {"step": files.steps.clone(), **state}
+                    counter = step_counter(self.optimizer.optimizer, files.steps, master)
+                    self.optimizer.optimizer.state[master] = {"step": counter, **state}
             return {key: [self._read(files, f"vector.{key}", group) for group in self.optimizer.fp16_groups] for key in vectors}
 
     def _read(self, files: _RankFiles, key: str, group: Sequence[nn.Parameter]) -> torch.Tensor:

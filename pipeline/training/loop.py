@@ -98,15 +98,17 @@ class Loop:
         lr = learning_rate(self.train, number, self.steps)
         drawn: list[int] = []  # the safety pairs of this step, however often the step asks for them
         task, draw = self.positions(number)
-        metrics = self.step(self._useful(number, task), lambda: self._pairs(number, draw, drawn), number)
+        useful = self._useful(number, task)
+        metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number)
         metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm(), "safety/pairs": float(len(drawn))}
+        metrics["train/padding"] = padding(useful)
         # Both are global, so all ranks leave together, before the update.
         for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
             if not math.isfinite(metrics[key]):
                 raise ValueError(
                     f"the {what} is {metrics[key]} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data"
                 )
-        self.engine.step(lr)
+        self.engine.step(lr, metrics["train/grad_norm"])
         if self.ema:
             self.ema.update(number + 1)
         metrics["time/step"] = time.perf_counter() - started
@@ -118,8 +120,9 @@ class Loop:
         engine = self.engine
         indices = self.order.step(task)
         return micro_batches(
-            self.data.train, indices, self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
-        )
+            self.data.train, indices, self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id,
+            self.seed, number, self.train.tokens_per_micro_batch,
+        )  # fmt: skip
 
     def _pairs(self, number: int, draw: int, drawn: list[int]) -> list[PairBatch]:
         assert self.pair_order is not None, "this step needs safety pairs"
@@ -133,7 +136,10 @@ class Loop:
         engine, size, losses = self.engine, self.train.micro_batch_size, {}
         with self.averaged():
             for name, rows in self.data.validation.items():
-                batches = micro_batches(rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0)
+                batches = micro_batches(
+                    rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0,
+                    self.train.tokens_per_micro_batch,
+                )  # fmt: skip
                 losses[f"validation/{name}_loss"] = engine.loss(useful_loss, batches)
                 self._watchdog.progress(f"the validation of {name}")
         return losses
@@ -184,6 +190,11 @@ class Loop:
             except json.JSONDecodeError:
                 break
         artifacts.write_text(self.metrics_file, "".join(kept))
+
+
+def padding(batches: Sequence[MicroBatch]) -> float:
+    """Share of padding among the tokens of a rank's micro-batches."""
+    return sum(batch.padding for batch in batches) / sum(batch.input_ids.numel() for batch in batches)
 
 
 def learning_rate(train: TrainSection, number: int, steps: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.data.batches import IGNORE, MicroBatch, PairBatch
+from pipeline.data.batches import MicroBatch, PairBatch
 from pipeline.sap.step import Metrics, Pairs
 from pipeline.sharding.engine import Engine, Shard
 
@@ -43,13 +43,11 @@ class SafeMix:
 def safe_batches(pairs: Sequence[PairBatch]) -> list[MicroBatch]:
     """The chosen rows alone, as task batches; their global token count is still to be set (`pooled`)."""
     count = [batch.input_ids.shape[0] // 2 for batch in pairs]
-    return [
-        MicroBatch(batch.input_ids[:n], batch.attention_mask[:n], batch.labels[:n], 0, batch.seed) for batch, n in zip(pairs, count, strict=True)
-    ]
+    return [MicroBatch(batch.input_ids[:n], batch.labels[:n], 0, batch.seed) for batch, n in zip(pairs, count, strict=True)]
 
 
 def pooled(engine: Engine, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """The same batches as one global batch: every supervised token of all ranks weighs the same. A collective call."""
-    own = sum(int((batch.labels[:, 1:] != IGNORE).sum()) for batch in batches)
+    own = sum(len(batch.targets.tokens) for batch in batches)
     total = engine.sum_over_ranks(torch.tensor(float(own), dtype=torch.float64, device=engine.device))
     return [replace(batch, global_tokens=int(total.item())) for batch in batches]

@@ -26,7 +26,7 @@ class Watchdog:
 
     def __init__(self, seconds: float, rank: int):
         self.seconds, self.rank = seconds, rank
-        self._last, self._what = time.monotonic(), "the start"
+        self._last, self._what, self._armed = time.monotonic(), "the start", 0.0
         self._leaving = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -43,7 +43,8 @@ class Watchdog:
     def progress(self, what: str) -> None:
         """Something was finished, in a few words for the message: "step 12"."""
         self._last, self._what = time.monotonic(), what
-        if self.seconds:
+        if self.seconds and self._last - self._armed > 1.0:  # it starts a thread every time, which takes as long as a small model's layer
+            self._armed = self._last
             faulthandler.dump_traceback_later(self.seconds + _BACKSTOP, exit=True)
 
     def _watch(self) -> None:

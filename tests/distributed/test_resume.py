@@ -3,14 +3,38 @@
 import pytest
 import torch
 
+from pipeline.sap.losses import useful_loss
+from pipeline.sharding.engine import step_counter
+from pipeline.sharding.single import SingleEngine
 from tests.distributed import resume_worker
 from tests.distributed.ranks import spawn
 from tests.distributed.resume_worker import CASES, SAVED, STEPS, name_of
-from tests.tiny import tiny_lora, tiny_model
+from tests.distributed.worker import make_step, run_steps
+from tests.tiny import StepBatches, tiny_lora, tiny_model
 
 pytestmark = pytest.mark.processes
 
 TOLERANCE = {"lora": 1e-5, "full": 1e-4}  # shares of the whole update, as in docs/correctness.md
+
+
+@pytest.mark.parametrize("form", [{"fused": True}, {"foreach": False}], ids=str)
+def test_one_process_goes_on_bit_for_bit_with_either_form_of_adamw(tmp_path, form):
+    """GPUs take the fused form, whose counter of steps lies beside the weights."""
+
+    def opened() -> SingleEngine:
+        model = tiny_lora()
+        return SingleEngine(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **form), 1.0)
+
+    batches, straight, resumed = StepBatches(), opened(), opened()
+    run_steps(straight, make_step(straight, "exact"), 2)
+    straight.save(tmp_path, {})
+    resumed.load(tmp_path)
+    for engine in (straight, resumed):
+        engine.forward_backward(useful_loss, batches.useful(3))
+        engine.step(1e-2)
+    assert all(map(torch.equal, straight.weights(), resumed.weights()))
+    counter = step_counter(resumed.optimizer, torch.tensor(3.0), torch.empty(1, device="meta"))
+    assert counter.device.type == ("meta" if form.get("fused") else "cpu")
 
 
 @pytest.fixture(scope="module")

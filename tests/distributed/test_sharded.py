@@ -13,7 +13,7 @@ from pipeline.filtering.embeddings import embed
 from pipeline.sharding.launch import open_engine
 from tests.distributed import worker
 from tests.distributed.ranks import spawn
-from tests.distributed.worker import make_step, run_steps, train_section
+from tests.distributed.worker import budgeted, make_step, run_steps, train_section
 from tests.tiny import tiny_lora, tiny_model, tiny_rows
 from tests.training.companions import METHODS, Dense
 
@@ -102,6 +102,25 @@ def test_embeddings_of_two_ranks_equal_the_single_process_s(found, engine, tmp_p
     assert result["same"] and torch.allclose(result["embeddings"], expected, atol=1e-5) and expected.norm(dim=1).min() > 0
     after = run_steps(alone, make_step(alone, None), 1)
     assert distance(result["weights"], after) / distance(after, start()) < 1e-5, "a step after the embeddings is as any other"
+
+
+@pytest.fixture(scope="module")
+def unbudgeted(tmp_path_factory) -> dict:
+    """The single process on micro-batches of two rows each."""
+    return budgeted(open_engine(tiny_lora(), train_section(tmp_path_factory.mktemp("rows"), "single", 0)), None)
+
+
+@finds("budget", [*SHARDED, "zero3-offload"])
+def test_a_token_budget_leaves_the_single_process_s_gradient(found, unbudgeted, engine):
+    """Passes differ in number from step to step: DeepSpeed's gradient_accumulation_steps must not matter."""
+    result = found["budget", engine]
+    assert len(set(result["passes"])) > 1 and max(result["passes"]) > unbudgeted["passes"][0] // 2
+    assert result["losses"] == pytest.approx(unbudgeted["losses"], rel=1e-6)
+    zero = {name: torch.zeros_like(p) for name, p in unbudgeted["gradients"][0].items()}
+    for mine, expected in zip(result["gradients"], unbudgeted["gradients"], strict=True):
+        assert distance(mine, expected) / distance(expected, zero) < 1e-5
+    begin = {name: p.detach() for name, p in tiny_lora().named_parameters() if p.requires_grad}
+    assert distance(result["weights"], unbudgeted["weights"]) / distance(unbudgeted["weights"], begin) < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from tests.tiny import HIDDEN, StepBatches, tiny_lora, tiny_model, tiny_rows
 from tests.training import companions as methods
 
 LR, STEPS = 1e-2, 5
+TOKEN_BUDGET = 80  # rows of up to 60 tokens: micro-batches of 1 to 16 rows
 SAP = {
     "enabled": True,
     "probe_step": "rms",
@@ -254,7 +255,30 @@ def embeddings(folder: Path, name: str) -> dict:
     return {"embeddings": found, "same": not engine.any_rank(not torch.equal(other, found)), "weights": engine.gather(engine.weights())}
 
 
-CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings)}
+def budgeted(engine: Engine, token_budget: int | None) -> dict:
+    """Per step the loss, the gradient and this rank's passes, and the weights at the end. Ragged rows, no dropout.
+
+    SAP's step: its passes discard gradients between those of the main pass, over as many micro-batches as the step has.
+    """
+    batches = StepBatches(engine.rank, engine.world_size, rows=tiny_rows(longest=60), token_budget=token_budget)
+    step, found = make_step(engine, "exact"), {"losses": [], "gradients": [], "passes": []}
+    for number in range(STEPS):
+        useful = batches.useful(number)
+        metrics = step(useful, lambda number=number: batches.pairs(number), number)
+        found["losses"].append(metrics["train/loss"])
+        found["gradients"].append(engine.gather(engine.accumulated_gradient()))
+        found["passes"].append(len(useful))
+        engine.step(LR)
+    return found | {"weights": engine.gather(engine.weights())}
+
+
+def budget(folder: Path, name: str) -> dict:
+    setting = SETTINGS[name]
+    section = train_section(folder, setting.engine, setting.persistence, setting.offload)
+    return budgeted(open_engine(tiny_lora(), section), TOKEN_BUDGET)
+
+
+CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings, budget)}
 
 
 def main(rank: int, folder: Path, wanted: list[tuple[str, str]]) -> None:

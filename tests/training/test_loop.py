@@ -83,6 +83,31 @@ def test_the_logged_rate_is_the_one_the_schedule_says(straight):
     assert [line["train/lr"] for line in log(straight[0])] == [learning_rate(section(), number, 6) for number in range(6)]
 
 
+def test_a_token_budget_pads_less_and_learns_the_same(straight, tmp_path):
+    loop = build(tmp_path, tokens_per_micro_batch=30)
+    assert loop.run()
+    one, other = log(straight[0]), log(tmp_path)
+    assert sum(line["train/padding"] for line in other) < sum(line["train/padding"] for line in one)
+    assert [line["train/loss"] for line in other] == pytest.approx([line["train/loss"] for line in one], rel=1e-4)
+
+
+def test_validation_keeps_the_token_budget(tmp_path):
+    losses, sizes = [], []
+    for budget in (None, 30):
+        rows = {"task": tiny_rows(20, seed=3)}
+        loop = build(tmp_path / str(budget), validation=rows, steps=1, tokens_per_micro_batch=budget)
+
+        def watched(loss_fn, batches, loss=loop.engine.loss):
+            sizes.append(max(batch.input_ids.numel() for batch in batches))
+            return loss(loss_fn, batches)
+
+        loop.engine.loss = watched
+        assert loop.run()
+        losses.append(log(tmp_path / str(budget))[0]["validation/task_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert max(sizes[:2]) > 30 >= max(sizes[2:])
+
+
 def test_epochs_are_rounded_up_to_whole_steps(tmp_path):
     assert build(tmp_path, steps=None, epochs=1.5).steps == 8  # 40 rows, 8 a step: 7.5
 
