@@ -9,6 +9,7 @@ Needs no torch where the model's files are on this machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Literal
 
 from pipeline import artifacts, devices
@@ -24,6 +25,8 @@ from pipeline.sections import TrainSection
 from pipeline.sharding.ds_config import check_engine
 from pipeline.system_errors import reading_input
 from pipeline.tokenizer_facts import check_loads
+
+_SHARDS_INTEGERS = (2, 12)  # torch's version from which fully_shard takes frozen weights that are no floating point
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,11 @@ def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFa
     if base.model.quantization == "nf4":
         if train.adapter == "full":
             raise ValueError(f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to none, or {field}.adapter to lora")
+        if not shards_4_bit(train.engine):
+            raise ValueError(
+                f"{field}.engine fsdp2 cannot shard 4-bit weights with torch {version('torch')}: install torch {'.'.join(map(str, _SHARDS_INTEGERS))} or "
+                f"newer, or set {field}.engine to zero3"
+            )
         if facts is not None:
             check_quantisable(facts)
     if train.adapter == "lora":
@@ -149,6 +157,11 @@ def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFa
             f"{field}.adapter full with engine single has no float32 master for {devices.dtype(base.model.dtype)} weights: "
             "set model.dtype to float32, or use engine zero3 or fsdp2"
         )
+
+
+def shards_4_bit(engine: str) -> bool:
+    """Whether the engine takes 4-bit weights with the torch that is installed."""
+    return engine != "fsdp2" or tuple(int(part) for part in version("torch").split(".")[:2]) >= _SHARDS_INTEGERS
 
 
 def check_quantisable(facts: ModelFacts) -> None:

@@ -10,6 +10,7 @@ holds a whole copy for a while.
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from pathlib import Path
 
@@ -23,14 +24,15 @@ from pipeline.model_checks import check_files
 from pipeline.models import damaged_weight, load_model, resolve_dtype, unreachable
 from pipeline.quantization import quantise
 from pipeline.sections import ModelSection
+from pipeline.sharding.launch import device
 from pipeline.weights import Source, Sources, WeightFiles, file_source, fill, not_finite, placeholder
 
 
 def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[PreTrainedModel, Sources]:
     """The model as the recipe computes it, in train mode, and the sources of those of its parameters that have no memory yet.
 
-    location: local folder or hub id. sharded: leave the weights to the engine's shards; else only quantised ones are left.
-    Raises ValueError where the model cannot be had.
+    location: local folder or hub id. sharded: leave the weights to the engine's shards; else only quantised ones are left. They are
+    quantised on this process's accelerator wherever they are kept. Raises ValueError where the model cannot be had.
     """
     if not Path(location).is_dir():
         check_files(section, _files_of(location, section.revision).folder)  # they were not here when the recipe was checked
@@ -38,12 +40,15 @@ def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[Pre
     opened = _skeleton(*how) if sharded or section.quantization == "nf4" else None
     model, sources = opened or (load_model(*how), Sources())
     if section.quantization == "nf4":
-        quantise(model, sources)
+        quantise(model, sources, device())
     return model, sources
 
 
 def load_whole(section: ModelSection, location: str) -> PreTrainedModel:
-    """The model as the recipe computes it, whole on the CPU: for answers and evaluation. Raises as `open_model`."""
+    """The model as the recipe computes it, whole on the CPU: for answers and evaluation. Raises as `open_model`.
+
+    In 4 bits where the recipe says so, with the codes that training sees: the CPU holds what the accelerator has quantised.
+    """
     model, sources = open_model(section, location, sharded=False)
     fill(sources)
     if sources.damaged:
@@ -118,11 +123,21 @@ def _placeholders(model: PreTrainedModel, files: WeightFiles, location: str) -> 
 def _noting(sources: Sources, source: Source, location: str, name: str) -> Source:
     """The same source, which notes in `sources.damaged` what it yields that is not finite."""
 
+    lock, lowest, place = threading.Lock(), 0, -1  # the first element of the piece that is noted, and where in the list
+
     def noting(start: int, stop: int) -> torch.Tensor:
+        nonlocal lowest, place
         value = source(start, stop)
         problem = not_finite(value)
         if problem:
-            sources.damaged.append(damaged_weight(location, name, problem))
+            sentence = damaged_weight(location, name, problem)
+            # Pieces come in any order, from several threads; what is said is what is wrong with the first.
+            with lock:
+                if place < 0:
+                    lowest, place = start, len(sources.damaged)
+                    sources.damaged.append(sentence)
+                elif start < lowest:
+                    lowest, sources.damaged[place] = start, sentence
         return value
 
     return noting

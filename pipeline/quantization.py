@@ -1,6 +1,6 @@
 """Frozen weights in 4 bits (bitsandbytes' nf4), in a form that every engine can shard, for LoRA on top of them (QLoRA).
 
-    quantise(model, sources)       # every linear layer but the head; sources: see pipeline/weights.py
+    quantise(model, sources, device)       # every linear layer but the head; sources: see pipeline/weights.py
 
 bitsandbytes' own Linear4bit is not used, only its number format and kernels. Four traps of it do not exist here:
 - a forward pass in eval mode repacks the weights on CPUs with AVX512_BF16, and later backward passes give no gradient to the input;
@@ -9,13 +9,17 @@ bitsandbytes' own Linear4bit is not used, only its number format and kernels. Fo
 - its scales (absmax) hang on a Parameter subclass that FSDP2 replaces by plain tensors, and are whole on every rank.
 Here codes and scales are two ordinary frozen parameters. Both are cut as any other, and a rank quantises only the blocks that it keeps:
 a block of 64 weights knows nothing of its neighbours.
+
+A piece of a weight is read, moved to the device that the process computes on, quantised there, and its codes go where the shard is. So the
+codes do not hang on where a shard lives: training with shards in host memory, and evaluation, see those of the same operator. A GPU's may
+round a tie otherwise than a CPU's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -23,7 +27,8 @@ from torch import nn
 from pipeline.weights import Source, Sources, placeholder, tensor_source
 
 BLOCK = 64  # weights that share a scale; bitsandbytes' default
-_CHUNK = BLOCK * 2**10  # weights quantised at a time: a megabyte of temporaries
+_ON_CPU = BLOCK * 2**10  # weights quantised at a time on a CPU: a megabyte of temporaries
+_ON_GPU = 2**23  # elsewhere: 16 MB of bfloat16, so that a kernel's start costs nothing beside its work
 
 
 class Nf4Linear(nn.Linear):
@@ -78,21 +83,24 @@ def dequantised(codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...
     return flat.view(-1)[:numel].view(shape)
 
 
-def quantise(model: nn.Module, sources: Sources) -> None:
+def quantise(model: nn.Module, sources: Sources, device: torch.device | str | None = None) -> None:
     """Replace every linear layer but the head by an Nf4Linear without memory; `sources` then holds what fills them, in the old order.
 
-    Weights that are in memory are quantised from there. See `checks.check_quantisable` for models that are not accepted.
+    Weights that are in memory are quantised from there. device: where the work is done, a piece at a time, and what the new sources return
+    is; default: where a weight (or its placeholder) is. See `checks.check_quantisable` for models that are not accepted.
     """
     head = model.get_output_embeddings()
     parts: dict[nn.Parameter, Sources] = {}
+    latest = _Latest()
     for owner in list(model.modules()):
         for name, linear in list(owner.named_children()):
             if not isinstance(linear, nn.Linear) or linear is head:
                 continue
-            layer = Nf4Linear(linear, linear.weight.dtype)
-            source = sources.get(linear.weight) or tensor_source(linear.weight.detach())
-            blocks = partial(_blockwise, source, linear.weight.dtype, linear.weight.numel())
-            parts[linear.weight] = {layer.weight: partial(blocks, 2, _codes), layer.absmax: partial(blocks, BLOCK, _scales)}
+            weight = linear.weight
+            layer = Nf4Linear(linear, weight.dtype)
+            source = sources.get(weight) or tensor_source(weight.detach())
+            blocks = _Blocks(source, weight.dtype, weight.numel(), torch.device(device or weight.device), latest)
+            parts[weight] = {layer.weight: blocks.codes, layer.absmax: blocks.scales}
             setattr(owner, name, layer)
     old = list(sources.items())
     sources.clear()
@@ -102,23 +110,78 @@ def quantise(model: nn.Module, sources: Sources) -> None:
         sources.update(left)
 
 
-def _blockwise(
-    source: Source, dtype: torch.dtype, numel: int, per: int, values: Callable[[torch.Tensor], torch.Tensor], start: int, stop: int
-) -> torch.Tensor:
-    """Elements start..stop of what `values` makes of whole blocks of `numel` weights, rounded to `dtype`; `per` weights an element."""
-    if stop <= start:
-        return torch.empty(0)
-    first, last = start * per // BLOCK * BLOCK, min(-(-stop * per // BLOCK) * BLOCK, numel)
-    parts = [values(source(low, min(low + _CHUNK, last)).to(dtype)) for low in range(first, last, _CHUNK)]
-    return torch.cat(parts)[start - first // per : stop - first // per]
+class _Latest:
+    """The scales of the weight whose codes were read last, in pieces.
+
+    `quantise` puts a weight's codes and scales next to each other in the sources. So one weight's scales are all that is kept
+    (a sixteenth of a byte a weight of this rank's part), and a reader in another order only reads more.
+    """
+
+    def __init__(self) -> None:
+        self._weight: _Blocks | None = None
+        self._pieces: dict[int, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def keep(self, weight: _Blocks, block: int, scales: torch.Tensor) -> None:
+        """Scales from `block` on; those of other weights are forgotten."""
+        with self._lock:
+            if self._weight is not weight:
+                self._weight, self._pieces = weight, {}
+            self._pieces[block] = scales
+
+    def of(self, weight: _Blocks) -> list[tuple[int, torch.Tensor]]:
+        """First block and scales of what is known of the weight, in order; pieces may overlap."""
+        with self._lock:
+            return sorted(self._pieces.items()) if self._weight is weight else []
 
 
-def _codes(weights: torch.Tensor) -> torch.Tensor:
+class _Blocks:
+    """Two sources, of codes and of scales, over the source of one weight of `numel` elements, which are rounded to `dtype` first.
+
+    Only whole blocks are read, each once, though both are asked for: its scale is kept from when its code was made. A rank's codes and
+    scales may be cut at different blocks; the few that it lacks then are read for the scales.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype, numel: int, device: torch.device, latest: _Latest):
+        self._source, self._dtype, self._numel, self._device, self._latest = source, dtype, numel, device, latest
+        self._step = (_ON_CPU if device.type == "cpu" else _ON_GPU) // BLOCK
+
+    def codes(self, start: int, stop: int) -> torch.Tensor:
+        """Bytes start..stop of the codes: uint8, two codes each."""
+        if stop <= start:
+            return torch.empty(0)
+        first = 2 * start // BLOCK
+        parts = []
+        for block, codes, scales in self._quantised(first, -(-2 * stop // BLOCK)):
+            self._latest.keep(self, block, scales)
+            parts.append(codes)
+        return torch.cat(parts)[start - first * BLOCK // 2 : stop - first * BLOCK // 2]
+
+    def scales(self, start: int, stop: int) -> torch.Tensor:
+        """The scales of blocks start..stop: float32."""
+        parts = [torch.empty(0, device=self._device)]
+        for block, known in self._latest.of(self):
+            if block >= stop or block + len(known) <= start:
+                continue
+            parts += [scales for _, _, scales in self._quantised(start, block)]
+            parts.append(known[max(start - block, 0) : stop - block])
+            start = min(block + len(known), stop)
+        return torch.cat(parts + [scales for _, _, scales in self._quantised(start, stop)])
+
+    def _quantised(self, first: int, last: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Blocks first..last, some at a time: the number of the first, codes, scales."""
+        for block in range(first, last, self._step):
+            bounds = block * BLOCK, min(min(block + self._step, last) * BLOCK, self._numel)
+            yield block, *_operator(self._source(*bounds).to(self._device).to(self._dtype).contiguous())
+
+
+def _operator(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of flat weights, on their device."""
     import bitsandbytes  # noqa: F401  registers the operators
 
-    return torch.ops.bitsandbytes.quantize_4bit.default(weights.contiguous(), BLOCK, "nf4", torch.uint8)[0].view(-1)
-
-
-def _scales(weights: torch.Tensor) -> torch.Tensor:
-    """The scales alone, as the operator computes them beside the codes, in a tenth of its time."""
-    return nn.functional.pad(weights.float().abs(), (0, -weights.numel() % BLOCK)).view(-1, BLOCK).amax(dim=1)
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(weights, BLOCK, "nf4", torch.uint8)
+    rest = weights.numel() % BLOCK
+    if rest:
+        # The CPU's operator calls the scale of a last, short block of zeros 1e-38, and that of any other one 0.
+        scales[-1] = weights[-rest:].float().abs().amax()
+    return codes.view(-1), scales

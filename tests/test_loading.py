@@ -1,6 +1,7 @@
 """Streamed loading gives the model that from_pretrained gives, and no rank ever holds more than its part."""
 
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.loading import load_whole, open_model
 from pipeline.model_facts import read_facts
-from pipeline.models import check_weights, load_model, make_trainable, outline
+from pipeline.models import check_weights, damaged_weight, load_model, make_trainable, outline
+from pipeline.quantization import quantise
 from pipeline.sections import LoraSection, ModelSection, TrainSection
 from pipeline.weights import WeightFiles, fill, not_finite
 from tests import measure_loading
@@ -118,9 +120,35 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, quantization, value, wor
         load_whole(section(location, quantization=quantization), location)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_is_said_of_a_weight_is_what_is_wrong_with_its_first_piece(tmp_path, quantization, monkeypatch):
+    """Once a weight, in the files' order, whichever thread was first."""
+    location, names = saved(tmp_path), [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 2)]
+    for name in names:
+        for path in tmp_path.glob("*.safetensors"):
+            state = load_file(path)
+            if name in state:
+                state[name].view(-1)[130], state[name].view(-1)[-1] = float("inf"), float("nan")
+                save_file(state, path, metadata={"format": "pt"})
+    monkeypatch.setattr("pipeline.weights._CHUNK", 64)
+    monkeypatch.setattr("pipeline.quantization._ON_CPU", 64)
+    model, sources = open_model(section(location, quantization=quantization), location, sharded=True)
+    flat = WeightFiles.flat
+
+    def late(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if start <= 130 < stop:
+            time.sleep(0.05)  # the thread of the last piece is there before
+        return flat(self, name, start, stop)
+
+    monkeypatch.setattr(WeightFiles, "flat", late)
+    fill(sources)
+    assert sources.damaged == [damaged_weight(location, name, "infinity") for name in names]
+
+
 def test_large_weights_whose_sum_overflows_are_finite():
     huge = torch.full((100,), 3e38)
     assert not_finite(huge) is None and not_finite(torch.tensor([1, 2])) is None
+    assert not_finite(torch.full((9,), 6e4).half()) is None and not_finite(torch.ones(3).to(torch.float8_e4m3fn)) is None
     assert not_finite(torch.cat([huge, torch.tensor([float("nan")])])) == "NaN"
     assert not_finite(torch.tensor([[0.0, float("inf")]]).bfloat16()) == "infinity"
 
@@ -197,6 +225,22 @@ def test_quantised_models_are_whole_and_alike_by_either_way(tmp_path):
     assert streamed.generation_config.eos_token_id == loaded.generation_config.eos_token_id
     ids = torch.arange(6).view(1, 6)
     assert torch.equal(streamed(ids).logits, loaded(ids).logits)
+
+
+def test_training_and_evaluation_quantise_on_the_same_device(tmp_path, monkeypatch):
+    """This process's accelerator, wherever the weights are kept afterwards; a whole model is still on the CPU."""
+    location, asked = saved(tmp_path), []
+
+    def recorded(model, sources, device):
+        asked.append(device)
+        quantise(model, sources, "cpu")
+
+    monkeypatch.setattr("pipeline.loading.quantise", recorded)
+    monkeypatch.setattr("pipeline.loading.device", lambda: torch.device("cuda", 1))
+    whole = load_whole(section(location, quantization="nf4"), location)
+    for sharded in (True, False):
+        open_model(section(location, quantization="nf4"), location, sharded)
+    assert asked == [torch.device("cuda", 1)] * 3 and {p.device.type for p in whole.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("location", ["no/such-model", "/nowhere"])

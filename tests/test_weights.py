@@ -2,6 +2,8 @@
 
 import copy
 import json
+import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline import weights
 from pipeline.models import add_lora
 from pipeline.sections import LoraSection
-from pipeline.weights import WeightFiles, fill, merged, placeholder, tensor_source, write_sharded
+from pipeline.weights import WeightFiles, fill, merged, placeholder, read, tensor_source, write_sharded
 from tests.tiny import FAMILIES, family_model
 
 
@@ -89,6 +92,68 @@ def test_a_placeholder_takes_no_memory_and_is_filled():
     value = torch.randn(1000, 1000)
     fill({parameter: tensor_source(value)})
     assert torch.equal(parameter, value) and parameter.is_contiguous()
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(weights, "_CHUNK", 10)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 9, 10, 11, 995])
+def test_any_number_of_pieces_is_read_into_its_place(numel, small_pieces):
+    value, target = torch.randn(numel + 3), torch.full((numel,), float("nan"), dtype=torch.bfloat16)
+    read(tensor_source(value), 3, target, torch.bfloat16)
+    assert torch.equal(target, value[3:].bfloat16())
+
+
+def test_threads_read_together_and_what_they_hold_is_bounded(small_pieces):
+    """All of them at once, never more, and no piece waits in memory for another one."""
+    lock, together = threading.Lock(), threading.Barrier(weights.READERS, timeout=60)
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most, threads = 0, set()
+
+    def source(start: int, stop: int) -> torch.Tensor:
+        nonlocal most
+        value = torch.arange(start, stop, dtype=torch.float32)
+        with lock:
+            alive.add(value)
+            most = max(most, len(alive))
+            threads.add(threading.get_ident())
+        together.wait()
+        return value
+
+    target = torch.empty(100 * weights.READERS)
+    read(source, 0, target, torch.float32)
+    assert torch.equal(target, torch.arange(target.numel(), dtype=torch.float32))
+    # A thread that got its next piece may still hold the last one for a moment.
+    assert threading.get_ident() not in threads and len(threads) == weights.READERS and most <= 2 * weights.READERS
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
+
+
+def test_an_error_in_a_thread_is_raised_and_ends_the_reading(small_pieces):
+    """That of the first piece, whatever a later one said sooner."""
+    asked = []
+
+    def source(start: int, stop: int) -> torch.Tensor:
+        asked.append(start)
+        time.sleep(0.2 if start == 10 else 0.001)
+        if start >= 10:
+            raise OSError(f"no element {start}")
+        return torch.zeros(stop - start)
+
+    with pytest.raises(OSError, match="^no element 10$"):
+        read(source, 0, torch.empty(100_000), torch.float32)
+    assert len(asked) < 9_000 and not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
+
+
+def test_threads_share_the_files(tmp_path, small_pieces):
+    given = {name: torch.randn(300, 7) for name in "abcd"}
+    write_sharded(given.items(), tmp_path, max_bytes=10_000)
+    files = WeightFiles(tmp_path)
+    for name, tensor in given.items():
+        target = torch.empty(tensor.numel() - 5)
+        read(weights.file_source(files, name), 5, target, torch.float32)
+        assert torch.equal(target, tensor.view(-1)[5:])
 
 
 def trained_adapter(model, targets: list[str]):
