@@ -4,7 +4,7 @@ VENV := .venv
 SEEDS ?= 1
 RUN := $(VENV)/bin/python -m pipeline.cli
 
-.PHONY: help setup demo test matrix test-all mutants slurm bench lint clean
+.PHONY: help setup demo test matrix test-all mutants slurm bench gpu lint clean
 help:
 	@echo "make setup            set up .venv and nothing more"
 	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
@@ -13,6 +13,7 @@ help:
 	@echo "make mutants          plant faults and see that the tests notice"
 	@echo "make slurm            job scripts on a real Slurm cluster, with faults (needs root and Slurm's programs)"
 	@echo "make bench            what a step of each engine costs in host time"
+	@echo "make gpu              on a machine with a GPU, torch and no network: parity, speed beside Trainer, memory, the demo (under 8 minutes)"
 	@echo "make lint             ruff"
 	@echo "make clean            remove .venv and runs"
 
@@ -49,6 +50,10 @@ slurm: $(VENV)/ready
 
 bench: $(VENV)/ready
 	@$(RUN) bench
+
+# Without .venv: such a machine cannot fetch anything, and has torch in the Python that is given.
+gpu:
+	@$(PYTHON) -m tests.gpu.check
 
 lint: $(VENV)/ready
 	@$(VENV)/bin/ruff check .

@@ -22,7 +22,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline import artifacts, bench, capacity, checks, devices, dry_run, entry, recipe, redaction, runner, strict_yaml
+from pipeline import artifacts, capacity, checks, devices, dry_run, entry, recipe, redaction, runner, strict_yaml
+from pipeline.bench import command as bench
 from pipeline.capacity import Capacity
 from pipeline.data import describe, show_template
 from pipeline.layout import Layout
@@ -253,9 +254,10 @@ class Chain:
         folder = stages.report(self.experiment)
         print((folder / "table.txt").read_text())
         print(f"report  {(folder / 'report.html').resolve()}")
-        from pipeline.tracking import describe_store
+        if self.base.tracking.enabled:
+            from pipeline.tracking import describe_store
 
-        print(f"mlflow  {describe_store(self.base)}")
+            print(f"mlflow  {describe_store(self.base)}")
         return 0
 
     def _selected(self, name: str) -> bool:

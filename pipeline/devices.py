@@ -124,6 +124,8 @@ def describe(model: ModelSection, train: TrainSection) -> str:
     processes = f"{count} process{'es' * (count > 1)} on {where}"
     if train.ranks == "auto" and found and count < len(found) and train.engine != "single":
         processes += f", because train.batch_size {train.batch_size} divides by no more"
+    if found and count == 1 and train.engine != "single" and train.adapter == "lora" and train.ds_config == "auto":
+        processes += ", which shards nothing: train.engine single does the same in less time (docs/performance.md)"
     settings = f"model.dtype {dtype(model.dtype)}, model.attention {attention(model.attention)}"
     return f"{processes}; {settings}" + (f", train.ds_config {ds_config(train).name}" if train.engine == "zero3" else "")
 

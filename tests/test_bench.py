@@ -1,52 +1,108 @@
-"""`sap bench`: the table is of what was measured, and engines that compute different losses are an error."""
+"""`sap bench`: the table is of what was measured, and systems that compute different losses are an error."""
 
 import json
+import os
+import time
 
 import pytest
 
-from pipeline import bench
+from pipeline.bench import command as bench
+from pipeline.bench.cases import SHAPES, Case, forward_flops, plain_step_flops
+from pipeline.bench.processes import Processes
 from pipeline.cli import main
 
 
-def test_engines_are_measured_and_agree(tmp_path, capsys):
+def test_systems_are_measured_and_agree(tmp_path, capsys):
     file = tmp_path / "bench.json"
-    assert main(["bench", "--layers", "2", "--rounds", "1", "--engines", "single,zero3", "--json", str(file)]) == 0
-    found = json.loads(file.read_text())
-    assert [(row["engine"], row["checkpointing"]) for row in found] == [
-        (engine, on) for engine in ("single", "zero3") for on in (True, False)
-    ]
-    assert all(row["ms"] > 0 and row["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for row in found)
-    assert "| off | zero3 |" in capsys.readouterr().out
+    given = ["--shape", "tiny", "--rounds", "1", "--steps", "2", "--systems", "trainer,zero3", "--lengths", "real", "--json", str(file)]
+    assert main(["bench", *given]) == 0
+    found = json.loads(file.read_text())["rows"]
+    assert [(row["system"], row["checkpointing"]) for row in found] == [(name, on) for on in (True, False) for name in ("trainer", "zero3")]
+    assert all(row["ms"] > 0 and len(row["times"]) == 2 and row["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for row in found)
+    assert "| off | zero3 | plain |" in capsys.readouterr().out
 
 
-def measured(losses: dict[str, float], times: dict[str, list[float]]):
-    """A stand-in for the processes: an engine's times, one a round, twice that with checkpointing."""
-    rounds = {engine: iter([ms * factor for ms in found for factor in (2, 1)]) for engine, found in times.items()}
-    return lambda engine, checkpointing, layers: {
-        "engine": engine, "checkpointing": checkpointing, "ms": next(rounds[engine]), "loss": losses[engine],
-    }  # fmt: skip
+def rows(times: dict[str, list[float]], losses: dict[str, float] | None = None, **more):
+    """What processes would have answered: a system's times, one a round."""
+    return [
+        {
+            "system": system, "method": "plain", "checkpointing": False, "lengths": "fixed", "ms": ms, "tokens_per_s": 1e6 / ms, "flops": 4e9,
+            "peak_gib": None, "before_s": 1.0, "device": "cpu", "loss": (losses or {}).get(system, 4.5), "profile": None, **more,
+        }
+        for system, found in times.items() for ms in found
+    ]  # fmt: skip
 
 
-def test_the_table_has_medians_spread_and_ratios(monkeypatch, capsys):
-    times = {"single": [10.0, 12.0, 50.0], "fsdp2": [18.0, 17.0, 24.0], "zero3": [24.0, 36.0, 30.0]}
-    monkeypatch.setattr(bench, "_measured", measured(dict.fromkeys(times, 4.5), times))
-    assert main(["bench", "--layers", "4", "--rounds", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "| on | single | 24 | 20 to 100 | 1.00 | 3.00 |" in lines
-    assert "| off | fsdp2 | 18 | 17 to 24 | 1.50 | 2.25 |" in lines and "| off | zero3 | 30 | 24 to 36 | 2.50 | 3.75 |" in lines
+def test_the_table_has_medians_spread_and_ratios():
+    lines = bench.table(rows({"trainer": [10.0, 12.0, 50.0], "zero3": [24.0, 36.0, 30.0]}), rate=1e12).splitlines()
+    assert lines[0] == "on cpu; a large matrix product runs at 1 TFLOP/s"
+    assert "| off | trainer | plain | 12 | 10 to 50 | 1.00 | 83333 | 0.33 |  | 1.0 |" in lines
+    assert "| off | zero3 | plain | 30 | 24 to 36 | 2.50 | 33333 | 0.13 |  | 1.0 |" in lines
 
 
 def test_a_fast_wrong_step_fails(monkeypatch, capsys):
-    times = {"single": [10.0], "fsdp2": [1.0], "zero3": [10.0]}
-    monkeypatch.setattr(bench, "_measured", measured({"single": 4.5, "fsdp2": 4.6, "zero3": 4.5}, times))
-    assert main(["bench", "--rounds", "1"]) == 1
-    assert "different losses, 4.500000 to 4.600000: one of them is wrong" in capsys.readouterr().err
+    answers = iter(rows({"single": [10.0], "fsdp2": [1.0], "zero3": [10.0]}, {"fsdp2": 4.6}))
+    monkeypatch.setattr(Processes, "call", lambda self, function, *given: next(answers) if given else 1e12)
+    assert main(["bench", "--rounds", "1", "--checkpointing", "off"]) == 1
+    sentence = "single plain, checkpointing off ends with loss 4.500000, fsdp2 plain, checkpointing off with 4.600000: one of them is wrong"
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", [float("nan"), 4.6])
+def test_losses_of_different_methods_are_not_compared(loss):
+    plain, sap = rows({"single": [1.0]}), rows({"single": [1.0]}, {"single": loss}, method="sap")
+    assert bench.unlike([*plain, *sap]) is None or loss != loss
+    assert bench.unlike([*plain, *rows({"zero3": [1.0]}, {"zero3": loss})])
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--engines", "zero2"], "--engines names 'zero2': it takes some of single, fsdp2, zero3"), (["--layers", "0"], "--layers is 0: it must be")],
+    [
+        (["--systems", "zero2"], "--systems names 'zero2': it takes some of single, fsdp2, zero3, trainer, trl"),
+        (["--methods", "dpo"], "--methods names 'dpo': it takes some of plain, sap"),
+        (["--shape", "9b"], "--shape names '9b': it takes one of host, tiny"),
+        (["--layers", "0"], "--layers is 0: it must be at least 1"),
+        (["--systems", "trl"], "--systems names trl, which is not installed: pip install trl, or leave it out"),
+    ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments, sentence, capsys):
     assert main(["bench", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_arithmetic_is_that_of_the_weights():
+    """An 8B model: 8.03e9 weights, of which the embedding multiplies nothing; a plain LoRA step is forward, backward and a recomputation."""
+    shape = SHAPES["8b"]
+    tokens = 8 * 512
+    multiplied = forward_flops(shape, tokens, tokens) - 2 * tokens * shape.length * shape.hidden_size * shape.num_hidden_layers
+    assert multiplied / (2 * tokens) == pytest.approx(8.03e9 - shape.vocab_size * shape.hidden_size, rel=1e-3)
+    on, off = (plain_step_flops(Case("single", shape="8b", checkpointing=which)) for which in (True, False))
+    assert on / off == pytest.approx(1.5)
+
+
+def test_rows_are_the_same_for_all_systems_and_never_begin_with_padding():
+    real = Case("single", shape="135m", lengths="real").rows()
+    assert real == Case("trainer", shape="135m", lengths="real").rows()
+    lengths = [len(row["input_ids"]) for row in real]
+    assert min(lengths) < max(lengths) <= 128 and all(min(row["input_ids"]) > 2 for row in real)
+
+
+def ended(code: int) -> None:
+    os._exit(code)
+
+
+def slept(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_a_process_that_gives_no_answer_is_an_error():
+    processes = Processes()
+    assert processes.call("tests.test_bench:environment", "GIVEN", environment={"GIVEN": "this"}) == "this"
+    assert processes.call("tests.test_bench:environment", "GIVEN") is None, "a process of its own each time"
+    for function, given in (("ended", 3), ("slept", 60.0)):
+        with pytest.raises(RuntimeError, match=f"{function}.* gave no answer within 1 s, or its process ended"):
+            processes.call(f"tests.test_bench:{function}", given, seconds=1)

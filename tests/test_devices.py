@@ -108,6 +108,16 @@ def test_auto_is_what_the_machine_has(machine, gpus, ranks, dtype, attention, ds
     assert ("no GPU is visible" in line) if not gpus else (f"{len(gpus)} GPU" in line and gpus[0][0] in line)
 
 
+def test_one_gpu_is_told_that_it_shards_nothing(machine):
+    hint = "train.engine single does the same in less time"
+    say = lambda **fields: devices.describe(ModelSection(path="owner/name"), train(**fields))  # noqa: E731
+    machine(gpu())
+    assert hint in say() and hint in say(engine="fsdp2")
+    assert hint not in say(engine="single") and hint not in say(adapter="full"), "all weights need a float32 master, which single has not"
+    machine(gpu(), gpu())
+    assert hint not in say()
+
+
 def test_what_a_recipe_names_is_taken(machine, tmp_path):
     machine(gpu(), gpu())
     assert devices.ranks(train(ranks=1)) == 1 and devices.dtype("float32") == "float32" and devices.attention("eager") == "eager"
