@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from pipeline.model_checks import check_lora
-from pipeline.model_facts import ModelFacts
+from pipeline.model_facts import ModelFacts, touches_logits
 from pipeline.sections import TrainSection
 
 NF4_BLOCK = 64  # weights that share a float32 scale
@@ -47,6 +47,7 @@ class Counted:
     queries: int  # heads x dimension of a head
     keys: int  # the same of the key heads, which several queries may share
     vocabulary: int
+    whole_logits: bool  # whether a pass computes the logits of all its tokens at once (sap/head.py)
     linears: tuple[tuple[int, int], ...]  # (out, in) of one decoder layer's
     adapted: tuple[tuple[int, int], ...]
     eager: bool
@@ -77,6 +78,7 @@ def count_model(facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: b
         queries=heads * dimension,
         keys=(facts.number("num_key_value_heads") or heads) * dimension,
         vocabulary=facts.tensors[facts.embedding].shape[0],
+        whole_logits=facts.head in targets or touches_logits(facts.text_config),
         linears=tuple(first.values()),
         adapted=tuple(shape for name, shape in first.items() if name in targets),
         eager=eager,

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from pipeline import devices
 from pipeline.data.sharing import accumulation, check_shares
 from pipeline.layer_choice import probed_layers
-from pipeline.model_facts import ModelFacts
+from pipeline.model_facts import MOST_LOGITS, ModelFacts
 from pipeline.model_outline import outlined
 from pipeline.model_size import NF4_BLOCK, Counted, Weight, count_model
 from pipeline.recipe import Cell, Experiment, Recipe
@@ -267,9 +267,10 @@ def _activations(plan: Plan) -> list[Row]:
     """What the larger micro-batch (the task's, or the safety pairs' of two sequences each) leaves for its backward pass, and its logits.
 
     In a layer, per token: a float32 copy in either norm; queries, keys and values, repeated for the attention, its result and normaliser;
-    gate, up and activation of the MLP; a row of the mask; then with LoRA a float32 copy of every adapted module's input (PEFT) and A's
+    gate, up and activation of the MLP; then with LoRA a float32 copy of every adapted module's input (PEFT) and A's
     output, else the norms' outputs before and after their weights, and the inputs of the two projections. Backward adds the gradients of the
-    MLP's three. Logits: log-probabilities, their gradient and the cross entropy's, in float32, to which losses.py casts.
+    MLP's three. Logits: log-probabilities, their gradient and the cross entropy's, in float32, to which losses.py casts; of
+    many tokens some at a time (head.py), which takes less than that.
     """
     model, b = plan.model, plan.dtype_bytes
     share = lambda batch, micro: min(micro, -(-batch // plan.ranks))  # noqa: E731  sequences, or pairs, that are computed at once
@@ -283,13 +284,14 @@ def _activations(plan: Plan) -> list[Row]:
         sizes.append((2 * pairs * plan.safety_max_length, plan.safety_max_length))
     tokens, length = max(sizes)
     scores = model.heads * length * (6 if b == 2 else 4) if model.eager else 0  # softmax in float32, then the dtype again
-    saved = 8 * model.hidden + b * (4 * model.queries + 3 * model.intermediate + length) + 4 * model.heads + scores
+    saved = 8 * model.hidden + b * (4 * model.queries + 3 * model.intermediate) + 4 * model.heads + scores
     if plan.train.adapter == "full":
         saved += b * (4 * model.hidden + model.queries + model.intermediate)
     else:
         saved += sum(4 * (into + plan.train.lora.r) for _, into in model.adapted)
     moving = 3 * b * model.intermediate + scores
-    rows = [Row("logits", f"{tokens} tokens x {model.vocabulary} x 3 copies of 4 bytes", tokens * model.vocabulary * 12, "in a pass")]
+    at_once = tokens if model.whole_logits else min(tokens, max(1, MOST_LOGITS // model.vocabulary))
+    rows = [Row("logits", f"{at_once} tokens x {model.vocabulary} x 3 copies of 4 bytes", at_once * model.vocabulary * 12, "in a pass")]
     again = plan.recomputed_layers
     parts = [(again, model.hidden * b, f"{model.hidden} x {b}"), (model.layers - again, saved, f"{saved:,}")]
     formula = " + ".join(f"{count} layers x {tokens} tokens x {each} bytes" for count, _, each in parts if count)

@@ -13,13 +13,15 @@ STEP, ENGINE, ZERO3, FSDP2 = (
     "pipeline/sharding/zero3.py",
     "pipeline/sharding/fsdp2.py",
 )
-LOSSES, BATCHES = "pipeline/sap/losses.py", "pipeline/data/batches.py"
+LOSSES, HEAD, BATCHES = "pipeline/sap/losses.py", "pipeline/sap/head.py", "pipeline/data/batches.py"
 
 DENSE = "tests/sap/test_step.py::test_step_equals_the_dense_reference"
 SIGN = "tests/sap/test_step.py::test_the_correction_descends_the_safety_loss"
 MASKS = "tests/sap/test_step.py::test_all_passes_see_the_same_dropout_masks"
 RESUMED = "tests/sap/test_resumed_step.py"
 SHARED = "tests/data/test_batches.py"
+HEADS = "tests/sap/test_head.py::test_losses_and_gradients_are_those_of_all_logits[llama-lora-3]"
+BUDGET = "tests/data/test_buckets.py"
 RESTORE, TRACES, VECTORS = (
     "tests/distributed/test_sharded.py::test_perturbation_is_seen_and_undone_bit_for_bit",
     "tests/distributed/test_sharded.py::test_auxiliary_passes_leave_no_trace",
@@ -118,11 +120,12 @@ OF_THE_LOSSES = (
     mutant(
         "dropout masks differing",
         LOSSES,
-        "    with torch.random.fork_rng(devices=devices):\n        torch.manual_seed(seed)\n        yield",
-        "    yield",
+        "        for generator in generators:\n            generator.manual_seed(seed)\n        yield\n    finally:\n"
+        "        for generator, state in zip(generators, states, strict=True):\n            generator.set_state(state)",
+        "        yield\n    finally:\n        pass",
         MASKS,
     ),
-    mutant("no causal shift", LOSSES, "targets = logits[keep], labels[:, 1:]", "targets = logits[keep], labels[:, :-1]", DENSE),
+    mutant("no causal shift", BATCHES, "following = labels[:, 1:]", "following = labels[:, :-1]", DENSE),
     mutant("safety loss summed over tokens", LOSSES, "(sums / counts).split", "sums.split", DENSE),
     mutant(
         "loss not weighted by tokens",
@@ -132,14 +135,17 @@ OF_THE_LOSSES = (
         DENSE,
     ),
     mutant("fillers counted as pairs", LOSSES, "(values * batch.weights).sum()", "values.sum()", SHARED),
+    mutant("a budget's fillers counted", BATCHES, "([shortest], 0.0)", "([shortest], 1.0)", BUDGET),
+    mutant("chunks of logits: no token is the right one", HEAD, "(len(tokens), 1), -1.0", "(len(tokens), 1), 0.0", HEADS),
+    mutant("chunks of logits: tokens weigh alike", HEAD, "(gradient.to(upstream.dtype) * upstream[:, None]).to(gradient.dtype)", "gradient", HEADS),
 )
 
 OF_THE_ENGINES = (
     mutant(
         "norms of one rank only",
         ENGINE,
-        "zip(a, b, strict=True)), self.zero())\n        return self.sum_over_ranks(total).item()",
-        "zip(a, b, strict=True)), self.zero())\n        return total.item()",
+        "total += torch.dot(x.double(), y.double())\n        return self.sum_over_ranks(total).item()",
+        "total += torch.dot(x.double(), y.double())\n        return total.item()",
         VECTORS + ON_ZERO3,
     ),
     mutant(

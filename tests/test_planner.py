@@ -22,6 +22,7 @@ from pipeline.model_outline import facts_of
 from pipeline.models import decoder_layers, make_trainable, without_weights
 from pipeline.planner import Plan, estimate, plan_cell
 from pipeline.quantization import quantise
+from pipeline.sap import head
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sections import LoraSection, SapSection, TrainSection
@@ -335,6 +336,25 @@ def test_a_pass_takes_at_its_peak_what_is_planned(shape, adapter, checkpointing,
     # A full gradient is not yet whole where the activations are at their peak.
     low = peak.peak - gradients
     assert low <= expected <= 1.2 * (low if adapter == "lora" else peak.peak)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_in_chunks_take_at_most_what_is_planned(dtype, monkeypatch):
+    """Nothing but logits, of a quarter of the tokens at a time; a model that caps them afterwards has them whole."""
+    for module in (planner, head):
+        monkeypatch.setattr(module, "MOST_LOGITS", 128 * 32000)
+    config, train = llama(64, 64, 1, 2, 2, 32000), TrainSection(steps=1, engine="single", batch_size=4)
+    plan = planned(config, train, width=dtype.itemsize, lengths=(128, 128))
+    torch.manual_seed(0)
+    model = make_trainable(LlamaForCausalLM(config).to(dtype), train, seed=0).train()
+    ids = torch.randint(0, 32000, (4, 128))
+    batch = MicroBatch(ids, ids, 4 * 127, 0)
+    with PeakBytes([*model.parameters(), *model.buffers(), ids, *vars(batch.targets).values()]) as peak:
+        useful_loss(model, batch).backward()
+    assert bytes_of(plan, "logits") == 128 * 32000 * 12
+    assert 0.3 * bytes_of(plan, "logits") < peak.peak <= sum(row.bytes for row in plan.rows() if row.moment == "in a pass")
+    config.final_logit_softcapping = 30.0
+    assert bytes_of(planned(config, train, lengths=(128, 128)), "logits") == 4 * bytes_of(plan, "logits")
 
 
 AUTO = TrainSection(steps=1, engine="single", batch_size=4, gradient_checkpointing="auto")

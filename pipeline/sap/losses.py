@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.data.batches import MicroBatch, PairBatch
+from pipeline.sap.head import head_losses
 
 
 def useful_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -43,10 +44,18 @@ def safety_loss(contrastive: str):
 def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tensor:
     """Cross entropy of every supervised token (N,), in float32 (float64 for float64 models).
 
-    Logits are computed only at positions whose next token is supervised: the language-model head is a fifth of a small model.
+    Logits are computed only at positions whose next token is supervised (the language-model head is a fifth of a small model), and of many
+    tokens not all at a time (head.py).
     """
     targets = batch.targets
-    logits = model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False).logits.flatten(0, 1)
+
+    def computed() -> torch.Tensor:
+        return model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False).logits
+
+    losses = head_losses(model, computed, targets)
+    if losses is not None:
+        return losses
+    logits = computed().flatten(0, 1)
     if len(targets.places) < len(logits):
         logits = logits[targets.places]
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32

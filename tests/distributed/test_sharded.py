@@ -94,6 +94,16 @@ def test_replaced_weights_are_seen_and_gone_bit_for_bit(found, engine):
     assert found["replaced", engine] == dict.fromkeys(("exact", "bitwise", "loss_back", "seen", "assigned"), True)
 
 
+@finds("chunks", [*SHARDED, "zero3-full", "fsdp2-full"])
+def test_logits_of_two_tokens_at_a_time_train_the_same_weights(found, engine):
+    """Adapters have a head that is frozen and gathered; with all weights trained, its gradient is made in chunks too."""
+    result = found["chunks", engine]
+    begin = start() if "full" not in engine else {name: p.detach() for name, p in tiny_model().named_parameters()}
+    assert result["most"] == 2
+    # All weights: AdamW divides gradients that are next to nothing by their own size (docs/correctness.md).
+    assert distance(result["chunks"], result["whole"]) / distance(result["whole"], begin) < (1e-4 if "full" in engine else 1e-5)
+
+
 @finds("embeddings", SHARDED)
 def test_embeddings_of_two_ranks_equal_the_single_process_s(found, engine, tmp_path):
     alone = open_engine(tiny_lora(dropout=0.1), train_section(tmp_path, "single", 0))

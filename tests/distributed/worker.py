@@ -11,6 +11,7 @@ from torch import nn
 from pipeline import artifacts
 from pipeline.filtering.embeddings import embed
 from pipeline.models import decoder_layers, enable_checkpointing
+from pipeline.sap import head
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
@@ -19,7 +20,7 @@ from pipeline.sharding.engine import Engine
 from pipeline.sharding.fsdp2 import Fsdp2Engine
 from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training.plain import PlainStep
-from tests.tiny import HIDDEN, StepBatches, tiny_lora, tiny_model, tiny_rows
+from tests.tiny import HIDDEN, VOCABULARY, StepBatches, tiny_lora, tiny_model, tiny_rows
 from tests.training import companions as methods
 
 LR, STEPS = 1e-2, 5
@@ -278,7 +279,22 @@ def budget(folder: Path, name: str) -> dict:
     return budgeted(open_engine(tiny_lora(), section), TOKEN_BUDGET)
 
 
-CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings, budget)}
+def chunks(folder: Path, name: str) -> dict:
+    """Weights after SAP's steps with all logits at once, and with those of two tokens at a time; how many were seen at most."""
+    results, seen, error, most = {}, [], head._error, head.MOST_LOGITS
+    try:
+        head._error = lambda logits, *rest: seen.append(len(logits)) or error(logits, *rest)
+        for way, limit in (("whole", most), ("chunks", 2 * VOCABULARY)):
+            head.MOST_LOGITS = limit
+            engine = open_setting(folder, name, checkpointing=True)
+            results[way] = run_steps(engine, make_step(engine, "exact"))
+            assert bool(seen) is (way == "chunks"), "the case tells nothing"
+    finally:
+        head._error, head.MOST_LOGITS = error, most
+    return results | {"most": max(seen)}
+
+
+CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings, budget, chunks)}
 
 
 def main(rank: int, folder: Path, wanted: list[tuple[str, str]]) -> None:

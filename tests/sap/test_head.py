@@ -1,0 +1,129 @@
+"""Losses with a bounded number of logits: the same losses and gradients as with all of them, on every engine and family that can."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pipeline.data.batches import MicroBatch
+from pipeline.models import add_lora, decoder_layers
+from pipeline.sap import head
+from pipeline.sap.losses import safety_loss, useful_loss
+from pipeline.sap.probe import Probe
+from pipeline.sections import LoraSection
+from tests.tiny import FAMILIES, HIDDEN, StepBatches, family_model, tiny_lora, tiny_model
+
+SMALL = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """few(tokens, vocabulary): at most so many tokens' logits at a time."""
+    return lambda tokens, vocabulary=97: monkeypatch.setattr(head, "MOST_LOGITS", tokens * vocabulary)
+
+
+def gradients(model: torch.nn.Module, loss_fn, batches) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = sum(loss_fn(model, batch) for batch in batches)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_losses_and_gradients_are_those_of_all_logits(few, family, adapter, tokens):
+    model = family_model(family, tied=True)
+    model = add_lora(model, LoraSection(r=3), seed=0) if adapter == "lora" else model.requires_grad_(True)
+    batches = StepBatches()
+    for loss_fn, given in ((useful_loss, batches.useful(0)), (safety_loss("logsigmoid"), batches.pairs(0))):
+        expected, whole = gradients(model, loss_fn, given)
+        few(tokens)
+        assert head._plain_head(model) is not None
+        loss, found = gradients(model, loss_fn, given)
+        few(10**6)
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert found.keys() == whole.keys() and whole
+        off = sum((found[name] - whole[name]).square().sum() for name in whole) / sum(gradient.square().sum() for gradient in whole.values())
+        assert off.sqrt() < 2e-6
+
+
+def test_no_more_logits_are_there_than_are_allowed(few, monkeypatch):
+    few(5)
+    seen: list[int] = []
+    error = head._error
+    monkeypatch.setattr(head, "_error", lambda logits, *rest: seen.append(len(logits)) or error(logits, *rest))
+    batch = StepBatches().useful(0)[0]
+    useful_loss(tiny_lora(), batch).backward()
+    assert max(seen) == 5 and sum(seen) == len(batch.targets.tokens)
+
+
+def test_the_probes_gradient_is_the_same(few):
+    model, batch = tiny_lora(torch.float64), StepBatches().useful(0)[0]
+    probe = Probe(decoder_layers(model), [1, 2], HIDDEN, torch.float64)
+
+    def gradient() -> torch.Tensor:
+        with probe.active(probe.zeros()) as v:
+            return torch.stack(torch.autograd.grad(useful_loss(model, batch), v))
+
+    whole = gradient()
+    few(2)
+    assert torch.allclose(gradient(), whole, rtol=1e-10, atol=0)
+
+
+def test_a_pass_without_gradients_makes_none(few, monkeypatch):
+    few(2)
+    monkeypatch.setattr(head, "_error", None)
+    with torch.no_grad():
+        assert useful_loss(tiny_model(), StepBatches().useful(0)[0]).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        (LlamaConfig(**SMALL), True), (MistralConfig(**SMALL), True), (Qwen2Config(**SMALL), True), (Qwen3Config(**SMALL, head_dim=8), True),
+        (GemmaConfig(**SMALL, head_dim=8), True), (Gemma2Config(**SMALL, head_dim=8), False),  # caps its logits
+        (GraniteConfig(**SMALL, logits_scaling=8.0), False), (PhiConfig(**SMALL), False),  # scales them; has a bias
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)  # fmt: skip
+def test_whoever_touches_logits_after_the_head_keeps_them_whole(few, config, plain):
+    few(1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert (head._plain_head(model) is not None) is plain
+    batch = StepBatches().useful(0)[0]
+    loss = useful_loss(model, batch)
+    few(10**6)
+    assert loss.item() == pytest.approx(useful_loss(model, batch).item(), rel=1e-5)
+
+
+def test_an_adapted_head_keeps_its_logits_whole(few):
+    few(1)
+    model = add_lora(family_model("llama", tied=False), LoraSection(r=3, target_modules=["lm_head"]), seed=0)
+    assert head._plain_head(model) is None and useful_loss(model, StepBatches().useful(0)[0]).requires_grad
+
+
+def test_a_batch_without_supervised_tokens_is_zero_and_reaches_the_weights(few):
+    few(1)
+    model, ids = tiny_lora(), torch.ones(2, 5, dtype=torch.int64)
+    loss = useful_loss(model, MicroBatch(ids, torch.full_like(ids, -100), 7, 0))
+    loss.backward()
+    assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_an_error_inside_gives_the_head_back(few):
+    few(1)
+    model = tiny_model()
+    with pytest.raises(RuntimeError, match="inside"), head._answering(model.lm_head, StepBatches().useful(0)[0].targets):
+        raise RuntimeError("inside")
+    assert "forward" not in vars(model.lm_head) and set(FAMILIES) == {"llama", "qwen2", "gemma3"}
