@@ -13,7 +13,7 @@ help:
 	@echo "make mutants          plant faults and see that the tests notice"
 	@echo "make slurm            job scripts on a real Slurm cluster, with faults (needs root and Slurm's programs)"
 	@echo "make bench            what a step of each engine costs in host time"
-	@echo "make gpu              on a machine with a GPU, torch and no network: parity, speed beside Trainer, memory, the demo (under 8 minutes)"
+	@echo "make gpu              on a machine with a GPU: parity, speed beside Trainer, memory, the demo (under 8 minutes)"
 	@echo "make lint             ruff"
 	@echo "make clean            remove .venv and runs"
 

@@ -56,7 +56,7 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
         except ValueError as error:  # a model that the planner does not know; all else was refused before
             notes.append(f"memory and disk are not planned: {error}")
             break
-        plan = plan.fitted(_fillable())
+        plan = plan.fitted(_fillable(plan.ranks))
         plans.append((plan, cell))
         needed = plan.total() if gpus else plan.ranks * (plan.total() - CUDA_ALLOWANCE + _PROCESS)
         memory = max(memory or 0.0, needed)
@@ -81,13 +81,15 @@ def recomputed_layers(base: Recipe, train: TrainSection, of_cell: Recipe | None,
         plan = estimate_training(base, outlined(base.model), train, of_cell, ranks, devices.dtype(base.model.dtype))
     except ValueError:
         return None
-    return plan.fitted(_fillable()).recomputed_layers
+    return plan.fitted(_fillable(ranks)).recomputed_layers
 
 
-def _fillable() -> float:
-    """Bytes that a training may fill: of the smallest GPU here, or of the machine, which its processes share."""
+def _fillable(ranks: int) -> float:
+    """Bytes that a plan's total may come to: in the smallest GPU here, or in the machine, which its processes share."""
     gpus = devices.gpus()
-    return FITTED_SHARE * (min(gpu.total for gpu in gpus) if gpus else _host_memory() / devices.CPU_PROCESSES)
+    if gpus:
+        return FITTED_SHARE * min(gpu.total for gpu in gpus)
+    return FITTED_SHARE * _host_memory() / ranks + CUDA_ALLOWANCE - _PROCESS  # as `capacity` counts a process on a CPU
 
 
 def _unfinished(layout: Layout, cells: list[Cell]) -> Iterator[tuple[str, TrainSection, Cell | None]]:

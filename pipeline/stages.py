@@ -201,7 +201,8 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     halves = [pair_batches(pairs, list(range(start, len(pairs), 2)), size, *sharing) for start in (0, 1)]
     first, second = ([replace(batch, global_pairs=len(pairs)) for batch in half] for half in halves)
     rows, cut = list(range(len(useful))), resolved.train
-    useful_batches = micro_batches(useful, rows, cut.micro_batch_size, *sharing, cut.tokens_per_micro_batch)
+    most = -(-cut.batch_size // engine.world_size)
+    useful_batches = micro_batches(useful, rows, cut.micro_batch_size, *sharing, cut.tokens_per_micro_batch, most)
     with open_run(layout, f"direction-s{cell.seed}", target.name, engine.rank) as run:
         _say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
         vector, summary = safety_direction(engine, (first, second), useful_batches, resolved.sap.contrastive)
@@ -228,8 +229,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     if layout.needs_filter(cell):
         artifacts.verify(layout.filter(cell))
     resolved, prepared = cell.recipe, layout.prepare()
-    rows = read_rows(prepared, "task_train")
-    rows = kept(rows, layout.filter(cell)) if layout.needs_filter(cell) else rows
+    rows = read_rows(prepared, "task_train", kept(layout.filter(cell)) if layout.needs_filter(cell) else None)
     engine, tokenizer = _open_start(layout, cell, target)
     step = make_step(resolved, engine, _given_direction(layout, cell, engine))
     ema = Ema(engine, resolved.ema) if resolved.ema.enabled else None
@@ -386,6 +386,9 @@ def _open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
     init_distributed(train_section)
     _claim(target)
     tokenizer = load_tokenizer(base.model)
+    if target != layout.train(cell) and train_section.gradient_checkpointing == "auto":
+        # Other passes than the training's, which are what is planned: their pairs may be longer, or more.
+        train_section = train_section.model_copy(update={"gradient_checkpointing": True})
     return start_engine(base, layout.start_model(), train_section, cell.seed, cell.recipe), tokenizer
 
 

@@ -2,7 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ from pipeline.bench import command as bench
 from pipeline.bench.cases import SHAPES, Case, forward_flops, plain_step_flops
 from pipeline.bench.processes import Processes
 from pipeline.cli import main
+from tests.project import ROOT
 
 
 def test_systems_are_measured_and_agree(tmp_path, capsys):
@@ -52,7 +57,8 @@ def test_a_fast_wrong_step_fails(monkeypatch, capsys):
 def test_losses_of_different_methods_are_not_compared(loss):
     plain, sap = rows({"single": [1.0]}), rows({"single": [1.0]}, {"single": loss}, method="sap")
     assert bench.unlike([*plain, *sap]) is None or loss != loss
-    assert bench.unlike([*plain, *rows({"zero3": [1.0]}, {"zero3": loss})])
+    wrong = rows({"zero3": [1.0]}, {"zero3": loss})
+    assert bench.unlike([*plain, *wrong]) and bench.unlike([*plain, *wrong, *rows({"zero3": [1.0]})]), "in whatever round"
 
 
 @pytest.mark.parametrize(
@@ -61,6 +67,8 @@ def test_losses_of_different_methods_are_not_compared(loss):
         (["--systems", "zero2"], "--systems names 'zero2': it takes some of single, fsdp2, zero3, trainer, trl"),
         (["--methods", "dpo"], "--methods names 'dpo': it takes some of plain, sap"),
         (["--shape", "9b"], "--shape names '9b': it takes one of host, tiny"),
+        (["--shape", "host,tiny"], "--shape names 'host,tiny': it takes one of host, tiny"),
+        (["--systems", "trainer", "--methods", "sap"], "--systems trainer and --methods sap go together in no case: methods other than plain need"),
         (["--layers", "0"], "--layers is 0: it must be at least 1"),
         (["--systems", "trl"], "--systems names trl, which is not installed: pip install trl, or leave it out"),
     ],
@@ -97,6 +105,32 @@ def slept(seconds: float) -> None:
 
 def environment(name: str) -> str | None:
     return os.environ.get(name)
+
+
+def wait_as_parent(file: str) -> None:
+    Processes().call("tests.test_bench:write_and_wait", file)
+
+
+def write_and_wait(file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def test_a_measurement_goes_with_the_program_that_asked_for_it(tmp_path):
+    file = tmp_path / "pid"
+    program = f"from tests.test_bench import wait_as_parent; wait_as_parent({str(file)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    within(60, lambda: file.is_file() and file.read_text())
+    parent.terminate()
+    parent.wait(10)
+    within(20, lambda: not Path(f"/proc/{file.read_text()}").exists())
+
+
+def within(seconds: float, true: Callable[[], object]) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.1)
 
 
 def test_a_process_that_gives_no_answer_is_an_error():

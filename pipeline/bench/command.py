@@ -18,6 +18,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for every measurement")
     options = parser.parse_args(argv)
     for name, known in (("systems", (*ENGINES, *OTHERS)), ("methods", METHODS), ("shape", tuple(SHAPES))):
-        unknown = [given for given in getattr(options, name).split(",") if given not in known]
+        given = getattr(options, name)
+        unknown = [one for one in ([given] if name == "shape" else given.split(",")) if one not in known]
         if unknown:
             raise ValueError(f"--{name} names '{unknown[0]}': it takes {'one' if name == 'shape' else 'some'} of {', '.join(known)}")
     if "trl" in options.systems.split(",") and importlib.util.find_spec("trl") is None:
@@ -74,6 +76,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("layers", "rounds", "steps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    if not _cases(options):
+        raise ValueError(f"--systems {options.systems} and --methods {options.methods} go together in no case: methods other than plain need an engine")
     return options
 
 
@@ -119,10 +123,10 @@ def unlike(found: list[dict[str, Any]]) -> str | None:
     for row in found:
         if not math.isfinite(row["loss"]):
             return f"{_name(row)} ends with loss {row['loss']}: it is wrong"
+    allowed = _ALIKE["cpu" if found[0]["device"] == "cpu" else "gpu"]
     for method in {row["method"]: None for row in found}:
-        losses = {_name(row): row["loss"] for row in found if row["method"] == method}
-        low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-        allowed = _ALIKE["cpu" if found[0]["device"] == "cpu" else "gpu"]
-        if losses[high] - losses[low] > allowed * abs(losses[low]):
-            return f"{low} ends with loss {losses[low]:.6f}, {high} with {losses[high]:.6f}: one of them is wrong"
+        alike = [row for row in found if row["method"] == method]
+        low, high = min(alike, key=itemgetter("loss")), max(alike, key=itemgetter("loss"))
+        if high["loss"] - low["loss"] > allowed * abs(low["loss"]):
+            return f"{_name(low)} ends with loss {low['loss']:.6f}, {_name(high)} with {high['loss']:.6f}: one of them is wrong"
     return None

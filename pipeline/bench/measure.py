@@ -22,7 +22,6 @@ from pipeline.bench.cases import MICRO_BATCHES, OTHERS, Case, plain_step_flops
 from pipeline.data.batches import BatchOrder, pad_rows
 from pipeline.layer_choice import probed_layers
 from pipeline.models import decoder_layers, make_trainable
-from pipeline.quantization import quantise
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
 from pipeline.sections import EmaSection, LisaSection, LoraSection, SapSection, TrainSection
@@ -32,7 +31,6 @@ from pipeline.training.ema import Ema
 from pipeline.training.lisa import LisaStep
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.plain import PlainStep
-from pipeline.weights import Sources, fill
 
 _LR = 1e-4
 # Sizes of what is fetched come from the model (ds_config.fetched_by_layer); nothing is kept from pass to pass.
@@ -77,11 +75,11 @@ def measure(case: Case) -> dict[str, Any]:
         train = section(case, Path(folder))
         launch.init_distributed(train)
         started = time.perf_counter()
-        module, sources = random_module(case, train)
+        module = make_trainable(random_model(case).train(), train, 0)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         run = _trainer if case.system in OTHERS else _loop
-        clock = run(case, train, module, sources, Path(folder))
+        clock = run(case, train, module, Path(folder))
     times = clock.times()
     tokens = sum(len(row["input_ids"]) for row in case.rows()) / (case.warm_up + case.steps)
     middle = statistics.median(times)
@@ -119,15 +117,6 @@ def section(case: Case, folder: Path) -> TrainSection:
     )  # fmt: skip
 
 
-def random_module(case: Case, train: TrainSection) -> tuple[nn.Module, Sources]:
-    """The model with a fresh adapter, and what is left to fill; made where it is to be."""
-    model = random_model(case)
-    sources = Sources()
-    if case.quantization == "nf4":
-        quantise(model, sources)
-    return make_trainable(model.train(), train, 0), sources
-
-
 def random_model(case: Case) -> nn.Module:
     """The same weights for every system on one device: bfloat16 on a GPU, float32 on a CPU."""
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -143,8 +132,8 @@ def random_model(case: Case) -> nn.Module:
     return model
 
 
-def _loop(case: Case, train: TrainSection, module: nn.Module, sources: Sources, folder: Path) -> Clock:
-    engine = launch.open_engine(module, train, sources)
+def _loop(case: Case, train: TrainSection, module: nn.Module, folder: Path) -> Clock:
+    engine = launch.open_engine(module, train)
     clock = Clock(case)
     data = TrainingData(case.rows(), case.pairs(), pad_id=0, pairs_per_step=4, pairs_micro_batch=2)
     ema = Ema(engine, EmaSection(enabled=True)) if case.method == "ema" else None
@@ -164,7 +153,7 @@ def _step(case: Case, engine: Engine) -> Any:
     return LisaStep(engine, LisaSection(enabled=True)) if case.method == "lisa" else PlainStep(engine)
 
 
-def _trainer(case: Case, train: TrainSection, module: nn.Module, sources: Sources, folder: Path) -> Clock:
+def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -> Clock:
     """transformers.Trainer, or TRL's SFTTrainer, told to do what the loop does: rows in the loop's order, no schedule, no saving."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -185,7 +174,6 @@ def _trainer(case: Case, train: TrainSection, module: nn.Module, sources: Source
         "gradient_checkpointing": case.checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False} if case.checkpointing else None,
         "train_sampling_strategy": "sequential", "remove_unused_columns": False, "disable_tqdm": True, "logging_nan_inf_filter": False,
     }  # fmt: skip
-    fill(sources)
     if case.system == "trl":
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer

@@ -10,7 +10,8 @@ import importlib
 import multiprocessing
 import os
 import socket
-from multiprocessing.connection import Connection
+import threading
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -46,15 +47,25 @@ class Processes:
         theirs.close()
         try:
             answer = [ours.recv()] if ours.poll(seconds) else []
+            process.join(10 if answer else 0)
+            return answer
         except EOFError:
-            answer = []
-        process.join(10 if answer else 0)
-        process.kill()
-        return answer
+            process.join(10)  # it ends, and may still be saying why
+            return []
+        finally:
+            process.kill()
+            process.join()
 
 
 def _answer(pipe: Connection, function: str, given: tuple[Any, ...], environment: dict[str, str]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= environment
     module, name = function.split(":")
     with pipe:
         pipe.send(getattr(importlib.import_module(module), name)(*given))
+
+
+def _end_with_parent() -> None:
+    """However the program that asked has ended: a process left behind would keep its GPU."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

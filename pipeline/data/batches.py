@@ -47,7 +47,7 @@ class Targets:
         return cls(columns, kept.flatten().nonzero().squeeze(1), following[:, columns][kept], kept.nonzero()[:, 0])
 
     def to(self, device: torch.device | str) -> Targets:
-        return Targets(*(tensor.to(device) for tensor in (self.columns, self.places, self.tokens, self.rows)))
+        return Targets(*(_moved(tensor, device) for tensor in (self.columns, self.places, self.tokens, self.rows)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class MicroBatch:
         _find_targets(self)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), targets=self.targets.to(device))
+        """What a pass needs of it, there; labels stay, of which targets say all."""
+        return replace(self, input_ids=_moved(self.input_ids, device), targets=self.targets.to(device))
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,17 @@ class PairBatch:
         _find_targets(self)
 
     def to(self, device: torch.device | str) -> PairBatch:
+        """As MicroBatch's."""
         return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            weights=self.weights.to(device),
-            targets=self.targets.to(device),
+            self, input_ids=_moved(self.input_ids, device), weights=_moved(self.weights, device), targets=self.targets.to(device)
         )
+
+
+def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """On its way to the device. From pinned memory: a copy from any other makes the host wait for all that the GPU has to do before."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _find_targets(batch: MicroBatch | PairBatch) -> None:
@@ -129,18 +134,19 @@ class BatchOrder:
 
 def micro_batches(
     rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int,
-    seed: int, step: int, token_budget: int | None = None,
+    seed: int, step: int, token_budget: int | None = None, most_rows: int | None = None,
 ):  # fmt: skip
     """This rank's MicroBatches of one step. rows[i]: input_ids and labels (lists of int).
 
     token_budget: the most tokens of a micro-batch, padding included, in place of micro_batch_size; rows of like length
-    go together then. No row may be longer.
+    go together then. No row may be longer. most_rows: of a micro-batch under a budget, for sets that are larger than a
+    step: with more of them a pass could hold more than the planner says.
     """
     global_tokens = sum(_supervised(rows[i]["labels"]) for i in indices)
     if token_budget is None:
         chunks = _chunks(indices, micro_batch_size, world_size)
     else:
-        chunks = _budgeted(indices, [len(rows[i]["input_ids"]) for i in indices], token_budget, world_size)
+        chunks = _budgeted(indices, [len(rows[i]["input_ids"]) for i in indices], token_budget, world_size, most_rows)
     batches = []
     for number, (chunk, weight) in enumerate(chunks):
         if number % world_size == rank:
@@ -185,9 +191,11 @@ def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[i
     return [(indices[start:stop], 1.0) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def _budgeted(indices: list[int], lengths: list[int], budget: int, world_size: int) -> list[tuple[list[int], float]]:
+def _budgeted(
+    indices: list[int], lengths: list[int], budget: int, world_size: int, most: int | None
+) -> list[tuple[list[int], float]]:
     """As _chunks, but of at most `budget` tokens each. lengths: of the samples. The filler is the shortest row."""
-    chunks = [[indices[position] for position in chunk] for chunk in buckets.cut(lengths, budget, world_size)]
+    chunks = [[indices[position] for position in chunk] for chunk in buckets.cut(lengths, budget, world_size, most)]
     shortest = indices[min(range(len(indices)), key=lengths.__getitem__)]
     return [(chunk, 1.0) for chunk in chunks] + [([shortest], 0.0)] * (-len(chunks) % world_size)
 

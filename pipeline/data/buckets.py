@@ -12,13 +12,13 @@ from collections.abc import Sequence
 Chunk = list[int]
 
 
-def cut(lengths: Sequence[int], budget: int, ranks: int) -> list[Chunk]:
+def cut(lengths: Sequence[int], budget: int, ranks: int, most: int | None = None) -> list[Chunk]:
     """Positions in `lengths` by micro-batch, the costliest micro-batch first; each position is in exactly one.
 
     lengths: tokens of every row, none above `budget`. A micro-batch costs its rows x its longest row, which is what
     padding makes it, and costs at most `budget` tokens. Their number is the least that the budget allows, rounded up
     to a multiple of `ranks`; where there are fewer rows than that, one row each. The costliest micro-batch is as cheap
-    as it can be among all cuts of that number.
+    as it can be among all cuts of that number. most: rows of a micro-batch, where they are bounded too.
 
     Neighbours cost nearly the same. So ranks that take them in turn have about as much to do in every pass, and wait
     little for each other's weights.
@@ -26,13 +26,14 @@ def cut(lengths: Sequence[int], budget: int, ranks: int) -> list[Chunk]:
     assert lengths and max(lengths) <= budget, "a row is longer than the token budget: the recipe's check lets none by"
     # Rows of equal length stay in the step's order, so that the cut depends on nothing else.
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
-    least = len(_filled(lengths, order, budget))
+    most = most or len(lengths)
+    least = len(_filled(lengths, order, budget, most))
     number = min(-(-least // ranks) * ranks, len(lengths))
     low, high = max(lengths), budget
     while low < high:  # the lowest bound that so many micro-batches can keep: all are then of about the same cost
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(lengths, order, middle)) <= number else (middle + 1, high)
-    chunks = _filled(lengths, order, low)
+        low, high = (low, middle) if len(_filled(lengths, order, middle, most)) <= number else (middle + 1, high)
+    chunks = _filled(lengths, order, low, most)
     while len(chunks) < number:
         costliest = max((chunk for chunk in chunks if len(chunk) > 1), key=lambda chunk: cost(lengths, chunk))
         chunks.remove(costliest)
@@ -46,11 +47,11 @@ def cost(lengths: Sequence[int], chunk: Chunk) -> int:
     return len(chunk) * max(lengths[position] for position in chunk)
 
 
-def _filled(lengths: Sequence[int], order: Sequence[int], bound: int) -> list[Chunk]:
-    """The fewest micro-batches that cost at most `bound` each: from the longest row on, each takes all that it can."""
+def _filled(lengths: Sequence[int], order: Sequence[int], bound: int, most: int) -> list[Chunk]:
+    """The fewest micro-batches that cost at most `bound` each and have at most `most` rows: from the longest row on, each takes all that it can."""
     chunks: list[Chunk] = []
     for position in order:
-        if not chunks or (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] > bound:
+        if not chunks or len(chunks[-1]) == most or (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] > bound:
             chunks.append([])
         chunks[-1].append(position)
     return chunks

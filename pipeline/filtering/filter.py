@@ -186,13 +186,13 @@ def check_not_refused(folder: Path) -> None:
         raise ValueError(f"{facts['refused']} (every score is in {folder}, with a picture)")
 
 
-def kept(rows: Rows, folder: Path) -> list[dict[str, Any]]:
-    """The rows that the filter in `folder` leaves. ValueError where it refused to filter."""
+def kept(folder: Path) -> list[bool]:
+    """Of every training row, whether the filter in `folder` leaves it. ValueError where it refused to filter."""
     import pyarrow.parquet
 
     check_not_refused(folder)
     dropped = pyarrow.parquet.read_table(folder / "scores.parquet", columns=["dropped"]).column("dropped").to_pylist()
-    return [row for row, out in zip(rows, dropped, strict=True) if not out]
+    return [not out for out in dropped]
 
 
 def _measured(values: np.ndarray, threshold: float, labels: np.ndarray, subset: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:

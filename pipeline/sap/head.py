@@ -61,6 +61,8 @@ def _answering(head: nn.Linear, targets: Targets):
     """Inside the block the head answers with losses; its weights and hooks are its own."""
 
     def losses(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[1] != len(targets.columns):  # a model that takes no notice of logits_to_keep
+            hidden = hidden[:, targets.columns]
         hidden = hidden.flatten(0, 1)
         if len(targets.places) < len(hidden):
             hidden = hidden[targets.places]

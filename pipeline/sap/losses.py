@@ -55,7 +55,10 @@ def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tens
     losses = head_losses(model, computed, targets)
     if losses is not None:
         return losses
-    logits = computed().flatten(0, 1)
+    logits = computed()
+    if logits.shape[1] != len(targets.columns):  # a model that takes no notice of logits_to_keep
+        logits = logits[:, targets.columns]
+    logits = logits.flatten(0, 1)
     if len(targets.places) < len(logits):
         logits = logits[targets.places]
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32

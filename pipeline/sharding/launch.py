@@ -128,7 +128,7 @@ def _refuse_damaged(found: list[str]) -> None:
 def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
     """The recipe's AdamW: fused on GPUs, where a kernel a tensor and operation takes longer than the arithmetic; else one tensor at a time.
 
-    The fused form differs from the other in the last digits, and is the same on every engine.
+    The fused form differs from the other in the last digits, and is the same on every engine whose optimizer is on the GPU.
     """
     betas = (train.adam_beta1, train.adam_beta2)
     form = {"fused": True} if torch.cuda.is_available() else {"foreach": False}

@@ -138,7 +138,7 @@ class Loop:
             for name, rows in self.data.validation.items():
                 batches = micro_batches(
                     rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0,
-                    self.train.tokens_per_micro_batch,
+                    self.train.tokens_per_micro_batch, -(-self.train.batch_size // engine.world_size),
                 )  # fmt: skip
                 losses[f"validation/{name}_loss"] = engine.loss(useful_loss, batches)
                 self._watchdog.progress(f"the validation of {name}")

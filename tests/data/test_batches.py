@@ -106,4 +106,5 @@ def test_the_loss_does_not_depend_on_the_fillers(make, loss_fn):
 def test_weights_go_to_the_device():
     (batch,) = pair_batches(tiny_pairs(2), [0, 1], 2, 0, 1, 0, 0, 0)
     moved = batch.to("meta")
-    assert {getattr(moved, name).device.type for name in ("input_ids", "labels", "weights")} == {"meta"}
+    assert {getattr(moved, name).device.type for name in ("input_ids", "weights")} == {"meta"}
+    assert {tensor.device.type for tensor in vars(moved.targets).values()} == {"meta"}

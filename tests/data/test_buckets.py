@@ -101,6 +101,14 @@ def test_no_way_to_group_the_rows_takes_fewer_passes_or_has_a_cheaper_costliest_
         assert cost(lengths, chunks[0]) == min(max(found) for found in allowed if len(found) <= len(chunks))
 
 
+def test_rows_are_bounded_too_where_a_set_is_larger_than_a_step():
+    """Validation and the direction's samples: a pass of the budget's rows could hold more than a step's."""
+    lengths = [5, 40, 7, 7, 30, 6, 8, 5, 5, 6] * 3
+    free, bound = cut(lengths, 200, 2), cut(lengths, 200, 2, most=4)
+    assert max(map(len, free)) > 4 >= max(map(len, bound)) and len(bound) % 2 == 0
+    assert sorted(sum(bound, [])) == list(range(30)) and all(cost(lengths, chunk) <= 200 for chunk in bound)
+
+
 def test_ranks_pass_over_nearly_as_much_in_every_turn():
     """Rank 0 has at most one micro-batch's tokens more than the last: a pass has what lies next by cost."""
     for lengths, budget, ranks in draws():

@@ -14,13 +14,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline.data.batches import MicroBatch
+from pipeline.data.batches import MicroBatch, micro_batches
 from pipeline.models import add_lora, decoder_layers
 from pipeline.sap import head
 from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sections import LoraSection
-from tests.tiny import FAMILIES, HIDDEN, StepBatches, family_model, tiny_lora, tiny_model
+from tests.tiny import FAMILIES, HIDDEN, StepBatches, family_model, tiny_lora, tiny_model, tiny_rows
 
 SMALL = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -119,6 +119,33 @@ def test_a_batch_without_supervised_tokens_is_zero_and_reaches_the_weights(few):
     loss = useful_loss(model, MicroBatch(ids, torch.full_like(ids, -100), 7, 0))
     loss.backward()
     assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tokens", [1, 10**6])
+def test_a_model_that_ignores_which_logits_are_wanted_trains_on_the_right_ones(few, tokens):
+    """xLSTM's takes logits_to_keep among its other arguments, and returns the logits of all positions."""
+    model, batch = tiny_model(), StepBatches().useful(0)[0]
+    expected = useful_loss(model, batch).item()
+    few(tokens)
+    forward = model.forward
+    model.forward = lambda logits_to_keep, **given: forward(**given)
+    head._heads.clear()
+    head._heads[model] = model.lm_head
+    assert useful_loss(model, batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_is_never_seen(family):
+    """There is no attention mask: rows of unequal length together have the loss that they have alone."""
+    model, rows = family_model(family, tied=True), tiny_rows(6)
+    (together,) = micro_batches(rows, list(range(6)), 6, 0, 1, 0, 0, 0)
+    alone = micro_batches(rows, list(range(6)), 1, 0, 1, 0, 0, 0)
+    assert together.padding > 0 and len(alone) == 6
+    expected, apart = gradients(model, useful_loss, alone)
+    loss, found = gradients(model, useful_loss, [together])
+    assert loss == pytest.approx(expected, rel=1e-6)
+    off = sum((found[name] - apart[name]).square().sum() for name in apart) / sum(gradient.square().sum() for gradient in apart.values())
+    assert off.sqrt() < 5e-6
 
 
 def test_an_error_inside_gives_the_head_back(few):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from pipeline.training import watchdog
 from pipeline.training.watchdog import EXIT_CODE, Watchdog
 from tests.project import ROOT
 
@@ -39,3 +40,15 @@ def test_after_the_block_nothing_is_watched():
     with Watchdog(0.2, rank=0):
         pass
     time.sleep(0.6)
+
+
+def test_the_backstop_moves_on_with_progress_but_not_at_every_step(monkeypatch):
+    """It starts a thread each time; armed once alone, it would end a healthy run."""
+    armed, now = [], [1000.0]
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append(now[0]))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    dog = watchdog.Watchdog(1800, 0)
+    for seconds in (0.0, 0.4, 0.5, 0.3, 1.2, 0.1):
+        now[0] += seconds
+        dog.progress("a step")
+    assert armed == pytest.approx([1000.0, 1001.2, 1002.4])
