@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline import planner, recipe
+from pipeline import capacity, planner, recipe, stages
 from pipeline.data.batches import MicroBatch
 from pipeline.doctor.resources import held_weights
 from pipeline.layer_choice import probed_layers
-from pipeline.model_outline import facts_of
+from pipeline.layout import Layout
+from pipeline.model_outline import facts_of, outlined
 from pipeline.models import decoder_layers, make_trainable, without_weights
-from pipeline.planner import Plan, estimate, plan_cell
+from pipeline.planner import Plan, estimate, estimate_training, plan_cell
 from pipeline.quantization import quantise
 from pipeline.sap import head
 from pipeline.sap.losses import safety_loss, useful_loss
@@ -30,7 +31,7 @@ from pipeline.sharding.ds_config import read_ds_config
 from pipeline.sharding.launch import init_distributed, largest_of_ranks
 from pipeline.sharding.single import SingleEngine
 from tests.distributed.ranks import spawn
-from tests.project import ROOT
+from tests.project import ROOT, make_project, write_recipe
 from tests.tiny import FAMILIES, FAMILY_RANK, StepBatches, family_model
 
 # Llama 2 as published: hidden size, intermediate size, layers, heads, key heads (arXiv 2307.09288); then its number of weights.
@@ -372,6 +373,25 @@ def test_auto_recomputes_the_fewest_layers_that_fit():
     assert flops[1] - flops[0] == pytest.approx(flops[2] - flops[1]) and flops[2] > flops[0]
     always = AUTO.model_copy(update={"gradient_checkpointing": True})
     assert planned(llama(256, 688, 8, 8, 8, 97), always, lengths=(128, 128)).fitted(1e12).recomputed_layers == 8, "said is said"
+
+
+def test_a_training_recomputes_the_layers_that_are_planned_and_others_all(tmp_path, monkeypatch, capsys):
+    content = make_project(tmp_path)
+    content["train"] |= {"engine": "single", "ranks": 1, "gradient_checkpointing": "auto"}
+    experiment = recipe.load(write_recipe(tmp_path, content))
+    cell, location = experiment.cell("sft", 0), str(tmp_path / "model")
+    plan = estimate_training(experiment.base, outlined(experiment.base.model), cell.recipe.train, cell.recipe, 1, "float32")
+    memory = (replace(plan, recomputed=2).total() + replace(plan, recomputed=1).total()) / 2
+    monkeypatch.setattr(capacity, "_fillable", lambda ranks: memory)
+    engine = stages.start_engine(experiment.base, location, cell.recipe.train, 0, cell.recipe)
+    assert [bool(layer.gradient_checkpointing) for layer in decoder_layers(engine.module)] == [True, True, False, False]
+    assert "2 decoder layers recompute their activations (gradient_checkpointing auto)" in capsys.readouterr().err
+    layout = Layout(experiment)
+    monkeypatch.setattr(Layout, "start_model", lambda self: location)
+    for target, recomputing in ((layout.train(cell), 2), (layout.direction(cell), 4)):  # direction's passes are not what is planned
+        target.parent.mkdir(parents=True, exist_ok=True)
+        opened, _ = stages._open_start(layout, cell, target)
+        assert sum(bool(layer.gradient_checkpointing) for layer in decoder_layers(opened.module)) == recomputing
 
 
 def agree(rank: int) -> None:
