@@ -43,7 +43,8 @@ def head_losses(model: nn.Module, logits: Callable[[], torch.Tensor], targets: T
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
     """The head, where losses can stand in for what it returns."""
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()  # it may be a function around a model
+    inner = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     head = None if inner is None else inner.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or touches_logits(inner.config.get_text_config().to_dict()):
         return None
