@@ -57,6 +57,8 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
             notes.append(f"memory and disk are not planned: {error}")
             break
         plan = plan.fitted(_fillable(plan.ranks))
+        if plan.recomputed is not None:
+            notes.append(f"{what} recomputes {plan.recomputed} of {plan.model.layers} decoder layers (gradient_checkpointing auto)")
         plans.append((plan, cell))
         needed = plan.total() if gpus else plan.ranks * (plan.total() - CUDA_ALLOWANCE + _PROCESS)
         memory = max(memory or 0.0, needed)

@@ -6,7 +6,7 @@
 `run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
 training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
 `sap data FILE` says what a data file holds and how a recipe would read it, `sap template MODEL` what of a conversation is trained,
-`sap bench` what a step of each engine costs in host time.
+`sap bench` what a step costs, by engine and method, beside Trainer and TRL, on a GPU or a CPU.
 Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone), 75 stopped on request (SIGTERM, SIGUSR1,
 Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
 """
@@ -314,8 +314,8 @@ def _doctor(experiment: Experiment, options: argparse.Namespace) -> int:
 def _plan(experiment: Experiment, options: argparse.Namespace) -> int:
     from pipeline.planner import plan_cell
 
-    if (options.ranks is not None and options.ranks < 1) or options.gpu_gb <= 0:
-        raise ValueError("--ranks takes a number from 1, --gpu-gb one above 0")
+    if (options.ranks is not None and options.ranks < 1) or not 0 < options.gpu_gb < float("inf"):
+        raise ValueError("--ranks takes a number from 1, --gpu-gb a finite one above 0")
     for cell in Chain(experiment, options.method).cells:
         if cell.seed == experiment.base.seeds[0]:  # seeds change nothing here
             print(plan_cell(experiment, cell, options.ranks or devices.ranks(cell.recipe.train), options.gpu_gb), end="\n\n")

@@ -69,6 +69,7 @@ def test_losses_of_different_methods_are_not_compared(loss):
         (["--shape", "9b"], "--shape names '9b': it takes one of host, tiny"),
         (["--shape", "host,tiny"], "--shape names 'host,tiny': it takes one of host, tiny"),
         (["--systems", "trainer", "--methods", "sap"], "--systems trainer and --methods sap go together in no case: methods other than plain need"),
+        (["--json", "/nowhere/bench.json"], "--json /nowhere/bench.json is in no folder that exists: make it first"),
         (["--layers", "0"], "--layers is 0: it must be at least 1"),
         (["--systems", "trl"], "--systems names trl, which is not installed: pip install trl, or leave it out"),
     ],

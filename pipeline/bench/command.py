@@ -71,6 +71,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         unknown = [one for one in ([given] if name == "shape" else given.split(",")) if one not in known]
         if unknown:
             raise ValueError(f"--{name} names '{unknown[0]}': it takes {'one' if name == 'shape' else 'some'} of {', '.join(known)}")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {options.json} is in no folder that exists: make it first")
     if "trl" in options.systems.split(",") and importlib.util.find_spec("trl") is None:
         raise ValueError("--systems names trl, which is not installed: pip install trl, or leave it out")
     for name in ("layers", "rounds", "steps"):

@@ -12,6 +12,7 @@ doctor and demo the archives that `python -m pipeline.data.builtin` keeps in ~/.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -240,6 +241,13 @@ def main(argv: list[str]) -> int:
     unknown = [name for name in chosen if name not in PARTS]
     if unknown:
         print(f"error: --parts names '{unknown[0]}': it takes some of {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    missing = [name for name in ("torch", "transformers", "peft", "deepspeed") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"error: {sys.executable} has no {missing[0]}: name a Python that has it with make gpu PYTHON=...", file=sys.stderr)
+        return 2
+    if not options.json.absolute().parent.is_dir():
+        print(f"error: --json {options.json} is in no folder that exists", file=sys.stderr)
         return 2
     processes, done = Processes(), []
     card = processes.call("tests.gpu.check:card")

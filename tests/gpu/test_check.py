@@ -35,6 +35,8 @@ def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path, capsys, monk
 def test_an_unknown_part_and_a_machine_without_a_gpu_are_one_sentence(capsys):
     assert check.main(["--tiny", "--parts", "speed"]) == 2
     assert "--parts names 'speed': it takes some of parity, bench" in capsys.readouterr().err
+    assert check.main(["--tiny", "--json", "/nowhere/found.json"]) == 2
+    assert "--json /nowhere/found.json is in no folder that exists" in capsys.readouterr().err
     assert check.main([]) == 2
     assert "there is no GPU here: give --tiny" in capsys.readouterr().err
 
