@@ -98,7 +98,7 @@ class PairBatch:
 
 def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """On its way to the device. From pinned memory: a copy from any other makes the host wait for all that the GPU has to do before."""
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

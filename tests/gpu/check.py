@@ -152,7 +152,7 @@ def memory(part: Part, setting: Setting) -> None:
         plan = estimate(facts, train, SapSection(), zero, 2, "none", 1, shape.length, shape.length // 2)
         planned = (plan.total() - CUDA_ALLOWANCE) / 2**30
         part.rows.append({"engine": engine, "checkpointing": checkpointing, "planned_gib": planned, "peak_gib": peak})
-        part.lines.append(f"{engine:<7} checkpointing {'on ' if checkpointing else 'off'}  planned {planned:.1f} GiB, measured {peak:.1f} GiB")
+        part.lines.append(f"{engine:<7} checkpointing {'on ' if checkpointing else 'off'}  planned {planned:.1f} GiB, {f'measured {peak:.1f} GiB' if peak else 'not measured: no GPU'}")
         if peak and not 0.8 < planned / peak < 1.5:
             part.problems.append(f"the plan of {engine} is {planned:.1f} GiB, and {peak:.1f} GiB were taken")
     if not peaks:
