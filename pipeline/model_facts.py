@@ -125,13 +125,13 @@ def decoder_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 # What some configs set to have logits scaled or capped after the head (Gemma 2, Cohere, Granite, Falcon-H1).
-_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 MOST_LOGITS = 2**27  # elements that a loss computes at a time (sap/head.py): half a gigabyte in float32
 
 
 def touches_logits(config: dict[str, Any]) -> bool:
     """Whether a decoder with this config does something to its logits after the head: they are computed whole then."""
-    return any(config.get(name) not in (None, 1, 1.0) for name in _AFTER_THE_HEAD)
+    return config.get("final_logit_softcapping") is not None or any(config.get(name) not in (None, 1) for name in _SCALES)
 
 
 def whole_number(config: dict[str, Any], *names: str) -> int | None:

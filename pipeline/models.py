@@ -229,9 +229,16 @@ def make_trainable(model: PreTrainedModel, train: TrainSection, seed: int, recom
     recomputed: number of decoder layers that recompute, for gradient_checkpointing auto; all without it.
     """
     adapted = add_lora(model, train.lora, seed) if train.adapter == "lora" else model.requires_grad_(True)
-    if train.gradient_checkpointing and recomputed != 0:
+    if train.gradient_checkpointing and recomputed != 0 and _can_recompute(model, train):
         enable_checkpointing(model, recomputed)
     return adapted
+
+
+def _can_recompute(model: PreTrainedModel, train: TrainSection) -> bool:
+    """ValueError where a model cannot and the recipe says that it must."""
+    if not model.supports_gradient_checkpointing and train.gradient_checkpointing is True:
+        raise ValueError(f"{type(model).__name__} cannot recompute activations: set train.gradient_checkpointing (or align.train's) to false")
+    return model.supports_gradient_checkpointing
 
 
 def enable_checkpointing(model: PreTrainedModel, layers: int | None = None) -> None:

@@ -292,6 +292,9 @@ def _activations(plan: Plan) -> list[Row]:
     moving = 3 * b * model.intermediate + scores
     at_once = tokens if model.whole_logits else min(tokens, max(1, MOST_LOGITS // model.vocabulary))
     rows = [Row("logits", f"{at_once} tokens x {model.vocabulary} x 3 copies of 4 bytes", at_once * model.vocabulary * 12, "in a pass")]
+    if plan.train.adapter == "full" and at_once < tokens:
+        formula = f"{model.vocabulary} x {model.hidden} x (4 bytes, summed over chunks of tokens, + {b} of a chunk's)"
+        rows.append(Row("head's gradient", formula, model.vocabulary * model.hidden * (4 + b), "in a pass"))
     again = plan.recomputed_layers
     parts = [(again, model.hidden * b, f"{model.hidden} x {b}"), (model.layers - again, saved, f"{saved:,}")]
     formula = " + ".join(f"{count} layers x {tokens} tokens x {each} bytes" for count, _, each in parts if count)

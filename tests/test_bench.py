@@ -104,6 +104,10 @@ def slept(seconds: float) -> None:
     time.sleep(seconds)
 
 
+def failed(why: str) -> None:
+    raise ValueError(why)
+
+
 def environment(name: str) -> str | None:
     return os.environ.get(name)
 
@@ -138,6 +142,15 @@ def test_a_process_that_gives_no_answer_is_an_error():
     processes = Processes()
     assert processes.call("tests.test_bench:environment", "GIVEN", environment={"GIVEN": "this"}) == "this"
     assert processes.call("tests.test_bench:environment", "GIVEN") is None, "a process of its own each time"
-    for function, given in (("ended", 3), ("slept", 60.0)):
-        with pytest.raises(RuntimeError, match=f"{function}.* gave no answer within 1 s, or its process ended"):
+    cases = (("ended", 3, "its process ended"), ("slept", 60.0, "gave no answer within 1 s"), ("failed", "why", "failed: ValueError: why"))
+    for function, given, reason in cases:
+        with pytest.raises(RuntimeError, match=f"{function}.* {reason}"):
             processes.call(f"tests.test_bench:{function}", given, seconds=1)
+
+
+def test_only_what_a_fork_may_have_broken_is_tried_again():
+    processes = Processes()
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="gave no answer within 2 s"):
+        processes.call("tests.test_bench:slept", 60.0, seconds=2)
+    assert processes._context.get_start_method() == "forkserver" and time.monotonic() - started < 60

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from pipeline.loading import load_whole, open_model
 from pipeline.model_facts import read_facts
@@ -281,3 +282,11 @@ def test_host_memory_stays_below_the_shards_and_one_file(large, engine, tmp_path
     full = 2 * 8192 * 768 * 4
     assert nf4["shards"] == pytest.approx(full + (weights - full) * (0.5 + 4 / 64) / 4, rel=0.01)
     assert whole["anonymous"] > whole["shards"] + weights / 4, "the control: two whole copies in bfloat16 are seen"
+
+
+def test_a_model_that_cannot_recompute_is_refused_or_left_as_it_is():
+    config = OpenAIGPTConfig(vocab_size=97, n_embd=16, n_layer=1, n_head=2)
+    train = {"steps": 1, "adapter": "full"}
+    make_trainable(OpenAIGPTLMHeadModel(config), TrainSection(**train, gradient_checkpointing="auto"), 0)
+    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel cannot recompute activations: set train.gradient_checkpointing .* to false"):
+        make_trainable(OpenAIGPTLMHeadModel(config), TrainSection(**train, gradient_checkpointing=True), 0)

@@ -10,9 +10,13 @@ import importlib
 import multiprocessing
 import os
 import socket
+import sys
 import threading
+import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+_ENDED = "has no answer: its process ended"
 
 
 class Processes:
@@ -26,18 +30,19 @@ class Processes:
         self._answered = False
 
     def call(self, function: str, *given: Any, seconds: float = 600, environment: dict[str, str] | None = None) -> Any:
-        """`module:function` of what is given, in a process of its own. RuntimeError where no answer comes within `seconds`."""
-        answer = self._ask(function, given, seconds, environment or {})
-        if not answer and not self._answered:  # an import has asked CUDA after all: processes that import for themselves are slower, and right
-            self._context, self._answered = multiprocessing.get_context("spawn"), True
-            answer = self._ask(function, given, seconds, environment or {})
-        if not answer:
-            raise RuntimeError(f"{function}{given} gave no answer within {seconds:g} s, or its process ended: see above")
+        """`module:function` of what is given, in a process of its own; the answer is plain Python. RuntimeError, with the reason, where none comes."""
+        problem, answer = self._ask(function, given, seconds, environment or {})
+        if problem and not self._answered and ("CUDA" in problem or problem == _ENDED):
+            # An import has asked CUDA after all: processes that import for themselves are slower, and right.
+            self._context = multiprocessing.get_context("spawn")
+            problem, answer = self._ask(function, given, seconds, environment or {})
+        if problem:
+            raise RuntimeError(f"{function}{given} {problem}")
         self._answered = True
-        return answer[0]
+        return answer
 
-    def _ask(self, function: str, given: tuple[Any, ...], seconds: float, environment: dict[str, str]) -> list[Any]:
-        """The answer, or nothing."""
+    def _ask(self, function: str, given: tuple[Any, ...], seconds: float, environment: dict[str, str]) -> tuple[str | None, Any]:
+        """What went wrong, or None, and the answer."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -46,12 +51,10 @@ class Processes:
         process.start()
         theirs.close()
         try:
-            answer = [ours.recv()] if ours.poll(seconds) else []
-            process.join(10 if answer else 0)
-            return answer
+            return ours.recv() if ours.poll(seconds) else (f"gave no answer within {seconds:g} s", None)
         except EOFError:
             process.join(10)  # it ends, and may still be saying why
-            return []
+            return _ENDED, None
         finally:
             process.kill()
             process.join()
@@ -62,7 +65,12 @@ def _answer(pipe: Connection, function: str, given: tuple[Any, ...], environment
     os.environ |= environment
     module, name = function.split(":")
     with pipe:
-        pipe.send(getattr(importlib.import_module(module), name)(*given))
+        try:
+            pipe.send((None, getattr(importlib.import_module(module), name)(*given)))
+        except Exception as error:  # whatever it is, it is the caller's to say
+            traceback.print_exc()
+            pipe.send((f"failed: {''.join(traceback.format_exception_only(error)).strip()}", None))
+            sys.exit(1)
 
 
 def _end_with_parent() -> None:

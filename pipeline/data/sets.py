@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,10 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(self._count))]
+        index = operator.index(index)
         if not -self._count <= index < self._count:
             raise IndexError(index)
-        index = int(index) % self._count
+        index %= self._count
         return {name: column[index] if isinstance(column, _Lists) else column[index].as_py() for name, column in self._columns.items()}
 
     @property

@@ -106,12 +106,13 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _weight_gradient(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, upstream: torch.Tensor, chunk: int) -> torch.Tensor:
-    found = torch.zeros_like(weight)
+    # In float32: a running sum in bfloat16 is rounded once a chunk, and one product of all tokens once.
+    found = torch.zeros_like(weight, dtype=upstream.dtype)
     for part in _parts(len(hidden), chunk):
         logits = (hidden[part] @ weight.T).to(upstream.dtype)
         error = _error(logits, logits.logsumexp(dim=1), tokens[part]) * upstream[part, None]
-        found.addmm_(error.to(weight.dtype).T, hidden[part])
-    return found
+        found += error.to(weight.dtype).T @ hidden[part]
+    return found.to(weight.dtype)
 
 
 def _error(logits: torch.Tensor, total: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ def test_rows_are_those_that_were_written(stored):
     assert list(stored) == WHOLE and len(stored) == 3
     assert stored[-1] == WHOLE[2] and stored[1:] == WHOLE[1:] and stored[:2] == WHOLE[:2] and stored[::-2] == WHOLE[::-2]
     assert stored[0]["input_ids"] is not stored[0]["input_ids"], "a caller may keep or change what it was given"
+    with pytest.raises(TypeError):
+        stored[1.5]
     for index in (3, -4):
         with pytest.raises(IndexError):
             stored[index]

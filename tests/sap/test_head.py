@@ -92,6 +92,7 @@ def test_a_pass_without_gradients_makes_none(few, monkeypatch):
     [
         (LlamaConfig(**SMALL), True), (MistralConfig(**SMALL), True), (Qwen2Config(**SMALL), True), (Qwen3Config(**SMALL, head_dim=8), True),
         (GemmaConfig(**SMALL, head_dim=8), True), (Gemma2Config(**SMALL, head_dim=8), False),  # caps its logits
+        (Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.0), False),  # tanh
         (GraniteConfig(**SMALL, logits_scaling=8.0), False), (PhiConfig(**SMALL), False),  # scales them; has a bias
     ],
     ids=lambda value: getattr(value, "model_type", None),
@@ -105,6 +106,20 @@ def test_whoever_touches_logits_after_the_head_keeps_them_whole(few, config, pla
     loss = useful_loss(model, batch)
     few(10**6)
     assert loss.item() == pytest.approx(useful_loss(model, batch).item(), rel=1e-5)
+
+
+def test_a_heads_gradient_in_bfloat16_does_not_depend_on_the_chunks(few):
+    torch.manual_seed(0)
+    weight, hidden, tokens = torch.randn(97, 16), torch.randn(600, 16), torch.randint(0, 97, (600,))
+    exact = weight.double().requires_grad_(True)
+    torch.nn.functional.cross_entropy(hidden.bfloat16().double() @ exact.bfloat16().double().T, tokens).backward()
+
+    def error(chunk: int) -> float:
+        low = weight.bfloat16().requires_grad_(True)
+        head._TokenLosses.apply(hidden.bfloat16(), low, tokens, chunk).mean().backward()
+        return ((low.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
+
+    assert error(2) < 1.2 * error(600) < 0.01
 
 
 def test_an_adapted_head_keeps_its_logits_whole(few):
