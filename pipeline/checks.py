@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline import artifacts, devices
 from pipeline.data.check import check_sources
-from pipeline.data.sharing import check_shares, fillers
+from pipeline.data.sharing import check_shares, fillers, share_of
 from pipeline.layer_choice import probed_layers, read_layer
 from pipeline.layout import Layout
 from pipeline.model_checks import check_lora, check_model, check_positions
@@ -112,6 +112,13 @@ def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) 
     if train.steps is not None and train.warmup_steps >= train.steps:
         notes.append(f"method {cell.method}: train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached")
     note = fillers("sap.safety_batch_size", sap.safety_batch_size, sap.safety_micro_batch_size, ranks) if cell.recipe.draws_pairs else None
+    samples = share_of(train.batch_size, sap.probe_share)
+    if sap.enabled and samples < ranks:
+        idle = f"{ranks - samples} of {ranks} ranks would have no sample of their own"
+        notes.append(
+            f"method {cell.method}: sap.probe_share {sap.probe_share:g} of train.batch_size {train.batch_size} is {samples}: {idle}, and compute copies; "
+            f"a share of {ranks / train.batch_size:g} takes the same time"
+        )
     return [*notes, note] if note else notes
 
 

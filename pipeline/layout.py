@@ -234,7 +234,7 @@ def _training(train: TrainSection) -> dict[str, Any]:
 
 def _probing(sap: SapSection) -> dict[str, Any]:
     """What of an enabled SAP section decides the result."""
-    without = set() if sap.probe_step == "target_correction" else {"target_correction"}
+    without = {"speed"} | (set() if sap.probe_step == "target_correction" else {"target_correction"})  # what a speed sets is there
     if sap.refresh_every == 0:  # the direction stage's is kept, and no pair is drawn
         without |= {"safety_batch_size", "safety_micro_batch_size"}
     return sap.model_dump(mode="json", exclude=without)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from pipeline import devices
-from pipeline.data.sharing import accumulation, check_shares
+from pipeline.data.sharing import accumulation, check_shares, share_of
 from pipeline.layer_choice import probed_layers
 from pipeline.model_facts import MOST_LOGITS, ModelFacts
 from pipeline.model_outline import outlined
@@ -323,7 +323,10 @@ def _passes(plan: Plan) -> list[tuple[float, float, float]]:
         return [(1 - aligning, *main), (aligning, *safe)]
     if not sap.enabled:
         return [(1, *main), *mixed, *([(refresh, *safety)] if "safety_gradient" in plan.parts else [])]
-    probe = _pass(plan, share, plan.max_length, steps, layers - 1 - probed_layers(sap.layers, layers)[0], False)
+    # A rank whose share of the samples is none computes a copy of one.
+    looked_at = share_of(train.batch_size, sap.probe_share)
+    turns, sequences = accumulation(looked_at, rows, plan.ranks), max(looked_at / plan.ranks, 1)
+    probe = _pass(plan, sequences, plan.max_length, turns, layers - 1 - probed_layers(sap.layers, layers)[0], False)
     noise, correction = (1 / every if every else 0.0 for every in (sap.noise_every, sap.correction_every))
     return [(1 + correction, *main), ((2 if sap.schedule == "exact" else 1) + noise, *probe), (refresh, *safety), *mixed]
 

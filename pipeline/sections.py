@@ -226,8 +226,20 @@ class DirectionSection(Section):
     micro_batch_size: Positive = Field(4, description="Pairs per rank and pass")
 
 
+# What sap.speed sets where the recipe does not: how much of it is what, docs/performance.md.
+SPEEDS: dict[str, dict[str, float]] = {
+    "exact": {},
+    "balanced": {"probe_share": 0.25, "correction_every": 20},
+    "fast": {"probe_share": 0.125, "correction_every": 20, "noise_every": 0},
+}
+
+
 class SapSection(Section):
     enabled: bool = Field(False, description="Whether the training step is SAP (arXiv 2505.16737, Algorithm 1)")
+    speed: Literal["exact", "balanced", "fast"] = Field(
+        "exact",
+        description="Values of probe_share, correction_every and noise_every where they are not given: balanced, V from a quarter of the samples; fast, from an eighth",
+    )
     schedule: Literal["exact", "lagged"] = Field(
         "exact", description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer"
     )
@@ -236,6 +248,9 @@ class SapSection(Section):
     )
     direction: Literal["live", "precomputed"] = Field(
         "live", description="First safety direction: of this step's pairs, or the direction stage's over all pairs"
+    )
+    probe_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Share of a step's samples that V is computed from, at least one sample; below 1 for schedule exact only"
     )
     refresh_every: Annotated[int, Field(ge=0)] = Field(
         1, description="Steps after which pairs are drawn and the direction is computed again; 0: never (precomputed only)"
@@ -262,6 +277,11 @@ class SapSection(Section):
         10, description="Steps between measurements of the correction (one extra pass); 0: never"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _speed(cls, given: Any) -> Any:
+        return {**SPEEDS.get(str(given.get("speed")), {}), **given} if isinstance(given, dict) else given
+
     @field_validator("layers")
     @classmethod
     def _layers(cls, value: Any) -> Any:
@@ -275,6 +295,10 @@ class SapSection(Section):
     def _consistent(self) -> SapSection:
         if self.refresh_every == 0 and self.direction == "live":
             raise ValueError("refresh_every 0 needs direction: precomputed")
+        if self.schedule == "lagged" and self.probe_share < 1:
+            raise ValueError(
+                f"probe_share {self.probe_share:g} needs schedule: exact; the lagged schedule has V's first gradient from its main pass, over all samples"
+            )
         if self.probe_step == "target_correction" and self.correction_every == 0:
             raise ValueError("correction_every must be at least 1 with probe_step: target_correction")
         return self

@@ -55,6 +55,13 @@ ZERO3_EXACT, FSDP2_EXACT = (
 
 OF_THE_STEP = (
     mutant(
+        "V's two gradients of different samples",
+        STEP,
+        "loss, p0 = self._probe_gradient(part, zero)",
+        "loss, p0 = self._probe_gradient(useful, zero)",
+        "tests/sap/test_step.py::test_v_of_a_share_of_the_samples_equals_the_dense_reference",
+    ),
+    mutant(
         "SAP left out, exact",
         STEP,
         "with self.probe.active(self.v, requires_grad=False):\n            probed",

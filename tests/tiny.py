@@ -106,8 +106,9 @@ class StepBatches:
         self.rank, self.world_size = rank, world_size
         self.batch_size, self.micro_batch_size, self.token_budget = batch_size, micro_batch_size, token_budget
 
-    def useful(self, number: int) -> list:
-        indices = BatchOrder(len(self.rows), self.batch_size, 0).step(number)
+    def useful(self, number: int, samples: int | None = None) -> list:
+        """samples: the first so many of the step's, where not all are meant."""
+        indices = BatchOrder(len(self.rows), self.batch_size, 0).step(number)[:samples]
         sharing = (self.micro_batch_size, self.rank, self.world_size)
         return micro_batches(self.rows, indices, *sharing, 0, 0, number, self.token_budget)
 

@@ -19,6 +19,11 @@ def accumulation(batch_size: int, micro_batch_size: int, ranks: int) -> int:
     return -(-batch_size // (micro_batch_size * ranks))
 
 
+def share_of(batch_size: int, share: float) -> int:
+    """Samples in a share of a global batch: the nearest number, at least one."""
+    return max(1, round(share * batch_size))
+
+
 def fillers(field: str, pairs: int, micro_batch_size: int, ranks: int) -> str | None:
     """A sentence where some ranks have nothing to compute in a pass over the pairs and take copies of weight 0; None where all have."""
     idle = ranks * accumulation(pairs, micro_batch_size, ranks) - pairs

@@ -5,7 +5,8 @@
     engine.step(lr)
 
 `dW = eps |W| g_s / |g_s|` with `g_s = grad_W L_safety` and both norms global over the trainable parameters; V is one vector per probed
-layer, one for all micro-batches and ranks of a step, and acts only inside its own passes. With H = d2 L_useful / dW dV, to first order
+layer, one for all micro-batches and ranks of a step, and acts only inside its own passes. It may be computed from a share of the step's
+samples: the same for both of its gradients, or their difference would be that of the samples. With H = d2 L_useful / dW dV, to first order
 `g(V) - g(0) = beta H H^T dW`: a preconditioned descent of L_safety, so <g(V) - g(0), g_s> >= 0.
 """
 
@@ -38,6 +39,7 @@ class SapStep:
         """direction: the direction stage's g_s as this engine's shard; required for direction 'precomputed'."""
         assert (direction is not None) == (section.direction == "precomputed"), "a direction is given exactly when it is precomputed"
         self.engine, self.probe, self.section = engine, probe, section
+        self.share = section.probe_share
         self.safety_loss = safety_loss(section.contrastive)
         self.direction, self.direction_step = direction, 0
         self.v = probe.zeros(engine.device)
@@ -45,22 +47,30 @@ class SapStep:
         self.adam_count, self.adam_mean, self.adam_square = 0, probe.zeros(engine.device), probe.zeros(engine.device)
         self.checked = self.warned = False
 
-    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
+    def __call__(
+        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+    ) -> Metrics:
         """Compute the gradient of step `number` (from 0) and leave it in the engine; returns what was measured on the way.
 
+        part: micro-batches of the `share` of the step's samples that V is computed from; None where that is all of them.
         train/loss is the loss whose gradient is taken, under the step's V; losses without a probe are the validation's.
         """
+        assert (part is None) == (self.share == 1), "a share of the samples is given exactly when V is computed from one"
         metrics: Metrics = {}
         g_s = self._safety_direction(pairs, number, metrics)
         scale = self._perturbation_scale(g_s, metrics)
-        return (self._exact if self.section.schedule == "exact" else self._lagged)(useful, g_s, scale, number, metrics)
+        if self.section.schedule == "lagged":
+            return self._lagged(useful, g_s, scale, number, metrics)
+        return self._exact(useful, useful if part is None else part, g_s, scale, number, metrics)
 
-    def _exact(self, useful: Sequence[MicroBatch], g_s: Shard, scale: float, number: int, metrics: Metrics) -> Metrics:
+    def _exact(
+        self, useful: Sequence[MicroBatch], part: Sequence[MicroBatch], g_s: Shard, scale: float, number: int, metrics: Metrics
+    ) -> Metrics:
         zero = self.probe.zeros(self.engine.device)
-        loss, p0 = self._probe_gradient(useful, zero)  # grad_V L_useful(W, 0)
+        loss, p0 = self._probe_gradient(part, zero)  # grad_V L_useful(W, 0)
         with self.engine.perturbed(g_s, scale):
-            shifted, p1 = self._probe_gradient(useful, zero)  # grad_V L_useful(W + dW, 0)
-        minus = self._opposite_gradient(useful, g_s, scale, zero, number)
+            shifted, p1 = self._probe_gradient(part, zero)  # grad_V L_useful(W + dW, 0)
+        minus = self._opposite_gradient(part, g_s, scale, zero, number)
         self._diagnose(loss, shifted, p0, p1, minus, metrics)
         self.v = self._probe_step(p1 - p0)  # V_safe
         g0 = self._plain_gradient(useful, number)

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline import artifacts
 from pipeline.batch_job import circumstances, saved_before
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.data.sharing import share_of
 from pipeline.sap.losses import useful_loss
 from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine
@@ -62,6 +63,8 @@ class Loop:
         self.metrics_file = folder / "metrics.jsonl"
         # Which task batch and which draw of pairs: a step that has two kinds of steps (Lisa) counts each by itself.
         self.positions: Callable[[int], tuple[int, int]] = getattr(step, "positions", lambda number: (number, number))
+        # Of a step's samples, where a step wants some of them by themselves (SAP's V).
+        self.share: float = getattr(step, "share", 1.0)
         self._printed = 0.0
 
     def run(self) -> bool:
@@ -99,7 +102,8 @@ class Loop:
         drawn: list[int] = []  # the safety pairs of this step, however often the step asks for them
         task, draw = self.positions(number)
         useful = self._useful(number, task)
-        metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number)
+        part = {} if self.share == 1 else {"part": self._useful(number, task, self.share)}
+        metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number, **part)
         metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm(), "safety/pairs": float(len(drawn))}
         metrics["train/padding"] = padding(useful)
         # Both are global, so all ranks leave together, before the update.
@@ -116,11 +120,11 @@ class Loop:
             metrics |= self._validate()
         self._log(metrics, number + 1)
 
-    def _useful(self, number: int, task: int) -> list[MicroBatch]:
+    def _useful(self, number: int, task: int, share: float = 1.0) -> list[MicroBatch]:
         engine = self.engine
-        indices = self.order.step(task)
+        indices = self.order.step(task)  # in an order drawn at random, of which the first are as good as any
         return micro_batches(
-            self.data.train, indices, self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id,
+            self.data.train, indices[: share_of(len(indices), share)], self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id,
             self.seed, number, self.train.tokens_per_micro_batch,
         )  # fmt: skip
 

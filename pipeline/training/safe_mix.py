@@ -19,16 +19,20 @@ from pipeline.sharding.engine import Engine, Shard
 
 
 class SafeMix:
-    """A step around another one, whose useful batches it mixes; the state is the other's."""
+    """A step around another one, whose useful batches it mixes; the state is the other's.
+
+    Where the other looks at a share of the samples (SapStep), that is a share of the task's.
+    """
 
     def __init__(self, engine: Engine, step: Any, every: int):
         """every: steps between those that are mixed, from the first on."""
         self.engine, self.step, self.every = engine, step, every
+        self.share: float = getattr(step, "share", 1.0)
 
-    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
+    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, **part: Sequence[MicroBatch]) -> Metrics:
         if number % self.every == 0:
             useful = pooled(self.engine, [*useful, *safe_batches(pairs())])
-        return self.step(useful, pairs, number)
+        return self.step(useful, pairs, number, **part)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.step.state_dict()

@@ -13,7 +13,7 @@ from pipeline.filtering.embeddings import embed
 from pipeline.sharding.launch import open_engine
 from tests.distributed import worker
 from tests.distributed.ranks import spawn
-from tests.distributed.worker import budgeted, make_step, run_steps, train_section
+from tests.distributed.worker import budgeted, make_step, run_steps, shares, train_section
 from tests.tiny import tiny_lora, tiny_model, tiny_rows
 from tests.training.companions import METHODS, Dense
 
@@ -112,6 +112,14 @@ def test_embeddings_of_two_ranks_equal_the_single_process_s(found, engine, tmp_p
     assert result["same"] and torch.allclose(result["embeddings"], expected, atol=1e-5) and expected.norm(dim=1).min() > 0
     after = run_steps(alone, make_step(alone, None), 1)
     assert distance(result["weights"], after) / distance(after, start()) < 1e-5, "a step after the embeddings is as any other"
+
+
+@finds("share", SHARDED)
+def test_v_of_a_share_of_the_samples_is_the_single_process_s(found, tmp_path, engine):
+    expected, begin = shares(open_engine(tiny_lora(), train_section(tmp_path, "single", 0))), start()
+    assert distance(expected["1"], expected["2"]) / distance(expected["2"], begin) > 1e-3, "the case tells nothing"
+    for samples, weights in found["share", engine].items():
+        assert distance(weights, expected[samples]) / distance(expected[samples], begin) < 1e-4
 
 
 @pytest.fixture(scope="module")

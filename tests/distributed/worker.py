@@ -273,10 +273,32 @@ def budgeted(engine: Engine, token_budget: int | None) -> dict:
     return found | {"weights": engine.gather(engine.weights())}
 
 
-def budget(folder: Path, name: str) -> dict:
+def shares(engine: Engine) -> dict[str, dict]:
+    """Weights after steps whose V is computed from two, and from one, of eight samples; a rank without one runs a filler."""
+    found, batches, start = {}, StepBatches(engine.rank, engine.world_size), engine.weights()
+    for samples in (2, 1):
+        settings = SapSection(**SAP, schedule="exact", probe_share=samples / batches.batch_size)
+        step = SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), settings)
+        for number in range(STEPS):
+            step(batches.useful(number), lambda number=number: batches.pairs(number), number, batches.useful(number, samples))
+            engine.step(LR)
+        found[str(samples)] = engine.gather(engine.weights())
+        engine.assign(start)
+    return found
+
+
+def without_dropout(folder: Path, name: str) -> Engine:
+    """For what is cut into other micro-batches on other ranks: masks belong to a micro-batch."""
     setting = SETTINGS[name]
-    section = train_section(folder, setting.engine, setting.persistence, setting.offload)
-    return budgeted(open_engine(tiny_lora(), section), TOKEN_BUDGET)
+    return open_engine(tiny_lora(), train_section(folder, setting.engine, setting.persistence, setting.offload))
+
+
+def share(folder: Path, name: str) -> dict:
+    return shares(without_dropout(folder, name))
+
+
+def budget(folder: Path, name: str) -> dict:
+    return budgeted(without_dropout(folder, name), TOKEN_BUDGET)
 
 
 def chunks(folder: Path, name: str) -> dict:
@@ -294,7 +316,7 @@ def chunks(folder: Path, name: str) -> dict:
     return results | {"most": max(seen)}
 
 
-CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings, budget, chunks)}
+CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings, share, budget, chunks)}
 
 
 def main(rank: int, folder: Path, wanted: list[tuple[str, str]]) -> None:

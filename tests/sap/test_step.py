@@ -79,12 +79,13 @@ class DenseReference:
         norm = torch.sqrt(sum(g.square().sum() for g in g_s))
         size = torch.sqrt(sum(w.detach().square().sum() for w in self.weights))
         start = torch.zeros_like(self.v) if section.schedule == "exact" else self.v
-        p0 = self.probe_gradient(rows, start)
+        looked_at = rows[: round(section.probe_share * len(rows))]
+        p0 = self.probe_gradient(looked_at, start)
         saved = [w.detach().clone() for w in self.weights]
         with torch.no_grad():
             for w, g in zip(self.weights, g_s, strict=True):
                 w.add_(section.eps * size / norm * g)
-        p1 = self.probe_gradient(rows, start)
+        p1 = self.probe_gradient(looked_at, start)
         with torch.no_grad():
             for w, s in zip(self.weights, saved, strict=True):
                 w.copy_(s)
@@ -123,12 +124,17 @@ def flat(parameters) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in parameters])
 
 
+def one_step(step: SapStep, batches: StepBatches, number: int) -> dict[str, float]:
+    part = {} if step.share == 1 else {"part": batches.useful(number, round(step.share * batches.batch_size))}
+    return step(batches.useful(number), lambda: batches.pairs(number), number, **part)
+
+
 def run_both(settings: SapSection, steps: int = 3):
     engine, step = build(settings)
     reference = DenseReference(tiny_lora(torch.float64), settings)
     start, batches = flat(reference.weights), StepBatches()
     for number in range(steps):
-        step(batches.useful(number), lambda number=number: batches.pairs(number), number)
+        one_step(step, batches, number)
         engine.step(LR)
         rows = [batches.rows[i] for i in BatchOrder(40, 8, 0).step(number)]
         pairs = [batches.pair_rows[i] for i in BatchOrder(16, 4, 0).step(number)]
@@ -142,6 +148,18 @@ def run_both(settings: SapSection, steps: int = 3):
 def test_step_equals_the_dense_reference(schedule, contrastive, probe_step):
     settings = section(schedule=schedule, contrastive=contrastive, probe_step=probe_step, beta=5.0 if probe_step == "raw" else 0.02)
     assert run_both(settings) < 1e-9
+
+
+@pytest.mark.parametrize("share", [0.125, 0.25, 0.75])
+def test_v_of_a_share_of_the_samples_equals_the_dense_reference(share):
+    assert run_both(section(schedule="exact", probe_share=share)) < 1e-9
+
+
+def test_v_of_other_samples_is_noticed(monkeypatch):
+    """The control of the test above."""
+    original = StepBatches.useful
+    monkeypatch.setattr(StepBatches, "useful", lambda self, number, samples=None: original(self, number + (samples is not None), samples))
+    assert run_both(section(schedule="exact", probe_share=0.25)) > 1e-4
 
 
 @pytest.mark.parametrize("schedule", ["exact", "lagged"])

@@ -62,6 +62,32 @@ def interrupted(straight, tmp_path) -> Path:
     return tmp_path
 
 
+class Recorded(PlainStep):
+    """Keeps what it is given; wants a quarter of the samples by themselves."""
+
+    share = 0.25
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.seen = []
+
+    def __call__(self, useful, pairs, number, part):
+        self.seen.append((useful, part))
+        return super().__call__(useful, pairs, number)
+
+
+def test_a_step_that_asks_for_a_share_gets_the_first_samples_as_a_batch_of_their_own(tmp_path):
+    loop = build(tmp_path, Recorded)
+    assert loop.run()
+    for number, (useful, part) in enumerate(loop.step.seen):
+        first = [loop.data.train[i] for i in loop.order.step(number)[:2]]
+        assert sum(len(batch.input_ids) for batch in useful) == 8 and [len(batch.input_ids) for batch in part] == [2]
+        assert [row[: len(sample["input_ids"])] for row, sample in zip(part[0].input_ids.tolist(), first, strict=True)] == [
+            sample["input_ids"] for sample in first
+        ]
+        assert part[0].global_tokens == len(part[0].targets.tokens) < useful[0].global_tokens
+
+
 def test_warm_up_rises_linearly_to_the_peak():
     train = section(lr=0.4, warmup_steps=4)
     assert [learning_rate(train, number, 20) for number in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
