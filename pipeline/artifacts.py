@@ -1,7 +1,9 @@
 """Artefact folders that exist completely or not at all.
 
 A stage writes into a temporary folder beside its target; `publish` adds a manifest (sizes, sha256, inputs, versions, git
-revision), renames the folder into place and writes the marker last. `verify` reads it all back. Python:
+revision), renames the folder into place and writes the marker last, with the manifest's own sha256. `verify` reads it all back: what the
+manifest lists must be there as it was, and nothing else. With SAP_SIGNING_KEY in the environment the marker holds an HMAC
+of the manifest too, and a folder without the right one is damaged. Python:
 
     with artifacts.building(Path("runs/demo/prepare-1a2b3c4d"), inputs={"recipe": "..."}) as folder:
         (folder / "train.jsonl").write_text(...)
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import hmac
 import json
 import os
 import platform
@@ -19,7 +22,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,7 @@ def write_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
+        _fsync(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -115,39 +119,87 @@ def require(*folders: Path) -> None:
             raise ValueError(f"{folder} is not complete: run the stage that writes it again")
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, *names: str) -> dict[str, Any]:
     """The manifest of a published folder, after checking every file's size and sha256 against it.
 
-    Raises ValueError where the folder is incomplete or a file does not match.
+    names: the files that are read of a folder too large to be read as a whole; only they are checked then. Raises ValueError where
+    the folder is incomplete, a file does not match, or one is there that the manifest does not list.
     """
     require(folder)
-    found = damage(folder)
+    found = damage(folder, names)
     if found:
         raise ValueError(f"{found}: delete {folder} and run its stage again")
     return read_manifest(folder)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a published folder, in half a sentence; None where every file is as its manifest says."""
+def damage(folder: Path, names: Sequence[str] = ()) -> str | None:
+    """What is wrong with a published folder, in half a sentence; None where it holds what its manifest lists, and nothing else.
+
+    names: as `verify`.
+    """
     try:
-        manifest = read_manifest(folder)
+        listed = read_manifest(folder)["files"]
     except ValueError as error:
         return str(error)
-    for name, expected in manifest["files"].items():
+    for name in names or listed:
         path = folder / name
+        if name not in listed:
+            return f"{folder / MANIFEST} does not list {name}"
+        if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+            return f"{path} is a link, or leads out of the folder"
         if not path.is_file():
             return f"{path} is missing, though {folder / MANIFEST} lists it"
-        if path.stat().st_size != expected["bytes"] or file_digest(path) != expected["sha256"]:
+        if path.stat().st_size != listed[name]["bytes"] or file_digest(path) != listed[name]["sha256"]:
             return f"{path} does not match {folder / MANIFEST}"
+    return None if names else _unlisted(folder, listed)
+
+
+def _unlisted(folder: Path, listed: dict[str, Any]) -> str | None:
+    """The half sentence for a file or a link that the manifest does not list. NFS keeps a file that is deleted while it is open as .nfs*."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            return f"{path} is a link, or leads out of the folder"
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in (*listed, MANIFEST, MARKER) and not path.name.startswith(".nfs"):
+            return f"{path} is not in {folder / MANIFEST}"
     return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest without checking the files. ValueError where it is missing or no manifest; OSError where this machine cannot read it."""
+    """The manifest without checking the files. ValueError where it is missing, no manifest, or another than was published; OSError where this
+    machine cannot read it."""
+    path = folder / MANIFEST
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError) as error:  # other OSErrors pass: they say nothing of the file
-        raise ValueError(f"{folder / MANIFEST} cannot be read ({type(error).__name__})") from None
+        raw = path.read_bytes()
+        manifest = json.loads(raw)
+    except (FileNotFoundError, ValueError, RecursionError) as error:  # other OSErrors pass: they say nothing of the file
+        raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
+    if not (isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and all(map(_is_entry, manifest["files"].values()))):
+        raise ValueError(f"{path} is no manifest")
+    if (folder / MARKER).is_file():
+        _check_marker(folder, raw)
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+
+
+def _check_marker(folder: Path, manifest: bytes) -> None:
+    """ValueError where the manifest is not the one that the marker was written for. An empty marker says nothing of it: older versions wrote those."""
+    marker = (folder / MARKER).read_bytes().decode(errors="replace").splitlines()
+    digest, *signature = _marks(manifest)
+    if marker and marker[0] != digest:
+        raise ValueError(f"{folder / MANIFEST} does not match {folder / MARKER}")
+    if signature and not (len(marker) > 1 and hmac.compare_digest(marker[1].encode(), signature[0].encode())):
+        raise ValueError(f"{folder / MARKER} is not signed with the SAP_SIGNING_KEY that is set")
+
+
+def _marks(manifest: bytes) -> list[str]:
+    """The marker's lines: the manifest's sha256, and its HMAC where there is a key."""
+    key = os.environ.get("SAP_SIGNING_KEY", "").encode()
+    digest = f"sha256 {hashlib.sha256(manifest).hexdigest()}"
+    return [digest, f"hmac-sha256 {hmac.new(key, manifest, 'sha256').hexdigest()}"] if key else [digest]
 
 
 def claim(target: Path) -> Callable[[], None]:
@@ -218,7 +270,11 @@ def building(
 
 
 def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any) -> None:
-    """Write the manifest of `temporary`, move it to `target`, and mark it done. A facts.json in it becomes part of the manifest."""
+    """Write the manifest of `temporary`, move it to `target`, and mark it done. A facts.json in it becomes part of the manifest.
+
+    The marker is written when all before it is on the disk: a machine that dies on the way leaves a folder that is not complete.
+    """
+    assert not any(path.is_symlink() for path in temporary.rglob("*")), f"a link in {temporary} would not be what its manifest says"
     files = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name not in (MANIFEST, MARKER))
     manifest = {
         "files": {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files},
@@ -231,14 +287,15 @@ def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any)
     if (temporary / FACTS).is_file():
         manifest["facts"] = json.loads((temporary / FACTS).read_text())
     write_json(temporary / MANIFEST, manifest)
-    for path in (*files, temporary):
+    # Files first, then the folders that name them, innermost first.
+    for path in (*files, *sorted((path for path in temporary.rglob("*") if path.is_dir()), reverse=True), temporary):
         _fsync(path)
     if target.exists():  # an interrupted publish: moved, but never marked
         assert not complete(target), f"{target} is complete and would be overwritten"
         shutil.rmtree(target)
     temporary.rename(target)
     _fsync(target.parent)
-    write_text(target / MARKER, "")
+    write_text(target / MARKER, "".join(f"{line}\n" for line in _marks((target / MANIFEST).read_bytes())))
 
 
 def versions() -> dict[str, str]:

@@ -252,6 +252,7 @@ class Chain:
         from pipeline import stages
 
         folder = stages.report(self.experiment)
+        artifacts.verify(folder, "table.txt")
         print((folder / "table.txt").read_text())
         print(f"report  {(folder / 'report.html').resolve()}")
         if self.base.tracking.enabled:

@@ -25,6 +25,7 @@ def rows(layout: Layout) -> list[tuple[str, ...]]:
     for subject in layout.subjects():
         folder = layout.evaluate(subject)
         if artifacts.complete(folder):
+            artifacts.verify(folder, "metrics.json")
             metrics = json.loads((folder / "metrics.json").read_text())
             values = [metrics[key]["value"] for key in _MEASURES]
             seed = "-" if subject.seed is None else str(subject.seed)

@@ -66,26 +66,33 @@ class Collected:
 
 
 def collect(layout: Layout) -> Collected:
-    """Read every folder the report covers; ValueError where one is not complete."""
+    """Read every folder the report covers; ValueError where one is not complete, or a file that is read is not what was published."""
     evaluations: dict[str, list[tuple[int | None, Path, Path | None]]] = defaultdict(list)
     for subject in layout.subjects():
         folder = layout.evaluate(subject)
         artifacts.verify(folder)
+        if subject.trained is not None:
+            artifacts.verify(subject.trained, "metrics.jsonl")
         evaluations[subject.name].append((subject.seed, folder, subject.trained))
     cells = {cell.method: cell for cell in layout.experiment.cells()}
     plain = next((name for name, cell in cells.items() if not cell.recipe.parts), None)
     mixed = next((name for name, cell in cells.items() if cell.recipe.parts == ["safe_mix"]), None)
     filters = {name: layout.filter(cell) for name, cell in cells.items() if layout.needs_filter(cell)}
+    for folder in filters.values():
+        artifacts.verify(folder, artifacts.FACTS, "scores.png")
     directions = [layout.direction(cell) for cell in cells.values() if layout.needs_direction(cell)]
-    summary = next((json.loads((d / "summary.json").read_text()) for d in directions if artifacts.complete(d)), None)
+    direction = next(filter(artifacts.complete, directions), None)
+    if direction is not None:
+        artifacts.verify(direction, "summary.json")
     data = {"training": layout.prepare(), "evaluation": layout.prompts()}
-    artifacts.require(*data.values())
+    for folder in data.values():
+        artifacts.verify(folder, artifacts.FACTS)
     return Collected(
         name=layout.base.name,
         split=layout.base.evaluate.split,
         methods=[_method(name, entries, _given_pairs(layout, cells.get(name))) for name, entries in evaluations.items()],
         plain=plain,
-        direction=summary,
+        direction=None if direction is None else json.loads((direction / "summary.json").read_text()),
         data_facts={name: json.loads((folder / artifacts.FACTS).read_text()) for name, folder in data.items()},
         resolved=recipe.dump(layout.base),
         versions=artifacts.read_manifest(layout.prepare())["versions"],

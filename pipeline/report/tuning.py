@@ -49,6 +49,7 @@ def runs(layout: Layout) -> tuple[list[Run], set[str]]:
             continue
         folder = layout.evaluate(subject)
         if artifacts.complete(folder):
+            artifacts.verify(folder, "metrics.json")
             found[subject.name].append(json.loads((folder / "metrics.json").read_text()))
         else:
             missing.add(subject.name)

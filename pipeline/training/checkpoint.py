@@ -1,8 +1,9 @@
 """Checkpoints of a run: complete, verified, the last two kept.
 
 A checkpoint is a published artefact folder (manifest, sha256 of every file, marker last) holding the engine's state with the step's sharded
-vectors (the direction), the step's other state (V, its scale, ages), and the position. Nothing in it depends on the number of ranks, so another
-number can go on. `load_latest` skips a damaged one with a warning and takes the one before it.
+vectors (the direction), the step's other state (V, its scale, ages), the position, and the run's metrics so far. Nothing in it depends on the
+number of ranks, so another number can go on. `load_latest` skips a damaged one with a warning and takes the one before it. What is
+not finite is neither written nor read: a run would go on from it for ever.
 """
 
 from __future__ import annotations
@@ -58,9 +59,17 @@ class Together:
         return {key.removeprefix(self._PREFIX): value for key, value in values.items() if key.startswith(self._PREFIX) == beside}
 
 
-def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str) -> None:
-    """Write the state after `number` steps. identity: digest of what the run is; a checkpoint of another run is refused."""
+def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str, metrics: Path | None = None) -> None:
+    """Write the state after `number` steps. identity: digest of what the run is; a checkpoint of another run is refused.
+
+    metrics: the file that grows with the run, of which a copy is kept. ValueError where the state is not finite.
+    """
     target, temporary = root / f"step-{number:06d}", root / f".step-{number:06d}.tmp"
+    what = _not_finite(engine, step)
+    if what:
+        before = _folders(root)
+        kept = f"the last checkpoint is {before[-1]}" if before else "there is no checkpoint yet"
+        raise ValueError(f"{what} after the update of step {number}: lower train.lr or check the data; {kept}")
     if engine.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -74,6 +83,8 @@ def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str)
         )
         state = {"step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors)}
         artifacts.write_json(temporary / "state.json", state)
+        if metrics and metrics.is_file():
+            shutil.copy(metrics, temporary / metrics.name)
         (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
         artifacts.publish(temporary, target, {"identity": identity})
         for old in _folders(root)[:-_KEEP]:
@@ -81,8 +92,11 @@ def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str)
     engine.barrier()
 
 
-def load_latest(engine: Engine, step: Stateful, root: Path, identity: str) -> int:
-    """Restore the newest sound checkpoint, of any world size; returns the number of steps done, 0 where there is none."""
+def load_latest(engine: Engine, step: Stateful, root: Path, identity: str, metrics: Path | None = None) -> int:
+    """Restore the newest sound checkpoint, of any world size; returns the number of steps done, 0 where there is none.
+
+    metrics: the file of which `save` kept a copy; it becomes that copy. ValueError where the checkpoint is another run's, or not finite.
+    """
     choice: list[Any] = [_newest(root) if engine.rank == 0 else None]
     if engine.world_size > 1:
         dist.broadcast_object_list(choice)
@@ -93,7 +107,31 @@ def load_latest(engine: Engine, step: Stateful, root: Path, identity: str) -> in
         raise ValueError(f"{folder} belongs to another run: delete {root}")
     vectors = engine.load(Path(folder) / "engine", state["vectors"])
     step.load_state_dict(load_file(Path(folder) / "step.safetensors"), vectors)
+    what = _not_finite(engine, step)
+    if what:
+        raise ValueError(f"{what} in {folder}: delete {root} and lower train.lr, or check the data")
+    if metrics and engine.rank == 0:
+        _restore(Path(folder) / metrics.name, metrics)
     return state["step"]
+
+
+def _not_finite(engine: Engine, step: Stateful) -> str | None:
+    """Half a sentence where a weight, or what the step carries, is not finite on some rank. A collective call."""
+    sound = lambda tensors: all(bool(tensor.isfinite().all()) for tensor in tensors)  # noqa: E731
+    carried = [*step.state_dict().values(), *(part for shard in step.vectors().values() for part in shard)]
+    if engine.any_rank(not sound(engine.weights())):
+        return "the weights are not finite"
+    return "what the method carries from step to step is not finite" if engine.any_rank(not sound(carried)) else None
+
+
+def _restore(copy: Path, metrics: Path) -> None:
+    """What was written after the checkpoint will be written again; what was before must be what it was."""
+    kept = copy.read_bytes() if copy.is_file() else b""
+    found = metrics.read_bytes() if metrics.is_file() else b""
+    if not found.startswith(kept):
+        warnings.warn(f"{metrics} is not what it was at the checkpoint, whose copy is put in its place", stacklevel=2)
+    if found != kept:
+        artifacts.write_text(metrics, kept.decode())
 
 
 def _newest(root: Path) -> tuple[str, dict[str, Any]] | None:

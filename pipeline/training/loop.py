@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts
 from pipeline.batch_job import circumstances, saved_before
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
 from pipeline.data.sharing import share_of
@@ -71,11 +70,12 @@ class Loop:
         """True when all steps are done; False when a stop was requested (the state is saved)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self.folder / "checkpoints"
-        done = checkpoint.load_latest(self.engine, self.state, checkpoints, self.identity)
+        done = checkpoint.load_latest(self.engine, self.state, checkpoints, self.identity, self.metrics_file)
         if not done and saved_before():
             # Every checkpoint is damaged, or this node does not see them: to begin again without a word would throw all of that work away.
             raise RuntimeError(f"the job had saved step {saved_before()} in {checkpoints}, but no checkpoint there can be read: delete it to begin again")
-        self._rewind_metrics(done)
+        if not done and self.engine.rank == 0:
+            self.metrics_file.unlink(missing_ok=True)  # of steps that run again
         if done or circumstances():
             self._event((f"resumed after step {done}" if done else "started") + circumstances())
         with StopRequest(self.folder / "STOP") as stop, Watchdog(self.train.watchdog_seconds, self.engine.rank) as self._watchdog:
@@ -88,7 +88,7 @@ class Loop:
                 stopping = not last and self.engine.any_rank(stop.requested())
                 if stopping or last or (number + 1) % self.train.save_every == 0:
                     with writing(checkpoints):
-                        checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity)
+                        checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity, self.metrics_file)
                     self._watchdog.progress(f"the checkpoint of step {number + 1}")
                 if stopping:
                     stop.obeyed(self.engine.rank)
@@ -181,20 +181,6 @@ class Loop:
     def _say(self, text: str) -> None:
         if self.engine.rank == 0:
             print(f"[{self.label}] {text}", file=sys.stderr, flush=True)
-
-    def _rewind_metrics(self, done: int) -> None:
-        """Drop lines of what will run again (all of them from the start), and a last line that a kill cut short."""
-        if self.engine.rank != 0 or not self.metrics_file.exists():
-            return
-        kept = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                if 0 < done >= json.loads(line)["step"]:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break
-        artifacts.write_text(self.metrics_file, "".join(kept))
-
 
 def padding(batches: Sequence[MicroBatch]) -> float:
     """Share of padding among the tokens of a rank's micro-batches."""

@@ -195,6 +195,22 @@ def test_a_report_over_a_missing_or_damaged_folder_is_refused(tmp_path):
         collect(layout)
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("prepare", "facts.json"), ("prompts", "facts.json"), ("train", "metrics.jsonl"), ("evaluate", "metrics.json")],
+)
+def test_every_file_that_a_report_reads_is_held_against_its_manifest(tmp_path, folder, name):
+    rows_over_seeds(tmp_path, {0: [8, 0]})
+    layout = Layout(recipe.load(tmp_path / "recipe.yaml"))
+    (cell, _) = layout.experiment.cells()
+    subject = layout.subject(cell)
+    folders = {"prepare": layout.prepare(), "prompts": layout.prompts(), "train": layout.train(cell), "evaluate": layout.evaluate(subject)}
+    path = folders[folder] / name
+    path.write_text(path.read_text().replace(": ", ":  ", 1))  # the same to a parser
+    with pytest.raises(ValueError, match=f"{name} does not match"):
+        collect(layout)
+
+
 def test_the_page_holds_what_each_method_drew_of_the_safety_pairs(tmp_path):
     drawn = [{**line, "safety/pairs": 4.0 if line["step"] % 2 else 0.0} for line in log(2.0)]
     none = [{**line, "safety/pairs": 0.0} for line in log(2.0)]

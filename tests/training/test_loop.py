@@ -11,6 +11,7 @@ import torch
 from pipeline import artifacts
 from pipeline.sections import TrainSection
 from pipeline.sharding.launch import open_engine
+from pipeline.training import checkpoint
 from pipeline.training.loop import Loop, TrainingData, learning_rate
 from pipeline.training.plain import PlainStep
 from tests.tiny import tiny_lora, tiny_rows
@@ -193,8 +194,8 @@ def test_events_tell_of_every_stop_and_return(tmp_path, monkeypatch):
 
 def test_a_job_whose_checkpoints_cannot_be_read_does_not_begin_again(interrupted, monkeypatch):
     """The batch script saw step 4; this node sees none, or damaged ones only: hours of work are not thrown away without a word."""
-    for checkpoint in (interrupted / "checkpoints").glob("step-*"):
-        (checkpoint / "manifest.json").write_text("{")
+    for folder in (interrupted / "checkpoints").glob("step-*"):
+        (folder / "manifest.json").write_text("{")
     monkeypatch.setenv("SAP_PROGRESS", "4")
     with pytest.raises(RuntimeError, match="the job had saved step 4 in .*, but no checkpoint there can be read"), pytest.warns(UserWarning, match="damaged"):
         build(interrupted).run()
@@ -208,6 +209,55 @@ def test_the_log_is_rewound_to_the_checkpoint(interrupted, straight):
     assert build(interrupted).run()
     assert [line["step"] for line in log(interrupted)] == [1, 2, 3, 4, 5, 6]
     assert [line["train/loss"] for line in log(interrupted)] == [line["train/loss"] for line in log(straight[0])]
+
+
+@pytest.mark.parametrize("harm", ["edited", "cut", "emptied", "gone"])
+def test_a_log_that_was_changed_is_put_back_from_the_checkpoint_and_it_is_said(interrupted, straight, harm):
+    path = interrupted / "metrics.jsonl"
+    if harm == "gone":
+        path.unlink()
+    else:
+        text = path.read_text()
+        path.write_text({"edited": text.replace("train/loss", "train/lass", 1), "cut": text[:100], "emptied": ""}[harm])
+    with pytest.warns(UserWarning, match="metrics.jsonl is not what it was at the checkpoint"):
+        assert build(interrupted).run()
+    assert [line["train/loss"] for line in log(interrupted)] == [line["train/loss"] for line in log(straight[0])]
+
+
+def poisoned(loop: Loop, at: int) -> Loop:
+    """The update of step `at` leaves a weight that is no number, as an overflow in the optimizer does."""
+    original, calls = loop.engine.step, []
+
+    def step(*args):
+        original(*args)
+        calls.append(args)
+        if len(calls) == at:
+            loop.engine.storage()[0].view(-1)[0] = float("nan")
+
+    loop.engine.step = step
+    return loop
+
+
+@pytest.mark.parametrize(("at", "last"), [(6, "the last checkpoint is .*step-000004"), (2, "there is no checkpoint yet")])
+def test_weights_that_are_no_numbers_after_an_update_are_not_saved(tmp_path, at, last):
+    with pytest.raises(ValueError, match=f"the weights are not finite after the update of step {at}: lower train.lr .*{last}"):
+        poisoned(build(tmp_path), at).run()
+    assert saved(tmp_path) == (["step-000002", "step-000004"] if at == 6 else [])
+
+
+def test_what_a_step_carries_must_be_finite_too(tmp_path):
+    loop = build(tmp_path)
+    loop.state.state_dict = lambda: {"v": torch.tensor([1.0, float("inf")])}
+    with pytest.raises(ValueError, match="what the method carries from step to step is not finite after the update of step 2"):
+        loop.run()
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "_not_finite", lambda engine, step: None)  # as an older version wrote it, after its last update
+        assert poisoned(build(tmp_path), 6).run()
+    with pytest.raises(ValueError, match="the weights are not finite in .*step-000006: delete .*checkpoints and lower train.lr"):
+        build(tmp_path).run()
 
 
 def test_without_a_checkpoint_the_log_starts_anew(interrupted):
