@@ -32,7 +32,7 @@ class PathField:
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):

@@ -94,6 +94,17 @@ trap 'echo "error: $BASH_COMMAND failed with $? (${BASH_SOURCE[0]##*/}, line $LI
 : "${SAP_MAX_UNSTARTED:=10}"                  # runs whose step may not even start
 : "${SAP_RETRY_SECONDS:=30}"                  # between a failure and the requeue: Slurm may not know yet that a node is lost
 export SAP_PYTHON SAP_EXEC SAP_LAUNCHER
+
+# numbers NAME...: what these variables hold is counted with below, and bash runs a command that stands inside of $((...)).
+numbers() {
+  local name
+  for name in "$@"; do
+    [[ ${!name:-0} =~ ^(0|[1-9][0-9]{0,14})$ ]] || fail "$name is '${!name}': it takes a whole number"
+  done
+}
+numbers SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_NTASKS SLURM_NTASKS_PER_NODE SLURM_JOB_NUM_NODES SLURM_CPUS_PER_TASK \
+  SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SAP_EVALUATE_SHARDS SAP_MAX_FRUITLESS SAP_MAX_UNSTARTED
+[[ $SAP_RETRY_SECONDS =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "SAP_RETRY_SECONDS is '$SAP_RETRY_SECONDS': it takes seconds"
 NTASKS=${SLURM_NTASKS:-$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))}
 
 read -ra PYTHON <<<"$SAP_EXEC"

@@ -28,6 +28,7 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
   run_single -m pipeline.cli evaluate "$RECIPE" ${SAP_METHODS:+--methods "$SAP_METHODS"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 fi
 shards=${SAP_EVALUATE_SHARDS:-1}
+[ "$shards" -ge 1 ] || fail "SAP_EVALUATE_SHARDS is '$shards': it takes a number from 1"
 INDEX=$((SLURM_ARRAY_TASK_ID / shards))
 look_at evaluate
 leave_if_complete

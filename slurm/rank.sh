@@ -6,6 +6,8 @@
 set -euo pipefail
 
 cpus=${SLURM_CPUS_PER_TASK:-1}
+[[ $cpus/${SAP_RANKS_PER_NODE:-1} =~ ^[1-9][0-9]*/[1-9][0-9]*$ ]] || # bash would run a command that stands inside of $((...))
+  { echo "error: SLURM_CPUS_PER_TASK is '$cpus', SAP_RANKS_PER_NODE '${SAP_RANKS_PER_NODE:-}': they take numbers from 1" >&2; exit 2; }
 [ "$SAP_LAUNCHER" = srun ] || cpus=$((cpus / SAP_RANKS_PER_NODE)) # there a task has the cores of all ranks of its node
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 if [ "$SLURM_PROCID" = 0 ]; then

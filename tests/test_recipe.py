@@ -1,14 +1,18 @@
 """The recipe: which layer wins, what is refused, what is hidden, and that every field says what it is for."""
 
 import json
+import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from pipeline import devices, recipe
 from pipeline.recipe import Recipe
 from pipeline.redaction import REDACTED, redact
+from pipeline.sections import Section
 from pipeline.strict_yaml import as_arguments, parse_overrides
 from tests.project import ROOT
 
@@ -30,6 +34,34 @@ def load(folder: Path, raw: dict, *arguments: str) -> recipe.Experiment:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
     return recipe.load(path, parse_overrides(list(arguments)))
+
+
+def holds_numbers(annotation: object) -> bool:
+    return annotation in (int, float) or any(map(holds_numbers, get_args(annotation)))
+
+
+def sections(found: type[Section] = Section) -> list[type[Section]]:
+    return [each for section in found.__subclasses__() for each in (section, *sections(section))]
+
+
+NUMBERS = [(section, name) for section in sections() for name, field in section.model_fields.items() if holds_numbers(field.annotation)]
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(("section", "name"), NUMBERS, ids=[f"{section.__name__}.{name}" for section, name in NUMBERS])
+def test_no_field_takes_a_number_that_is_none(section, name, number):
+    """An adam_eps of .inf trains nothing and says nothing."""
+    for value in (number, [number]) if name in ("layers", "seeds") else (number,):
+        with pytest.raises(ValidationError) as refused:
+            section.model_validate({name: value})
+        assert any(error["loc"][0] == name for error in refused.value.errors()), value
+
+
+def test_numbers_that_are_none_are_refused_in_a_sentence(tmp_path):
+    assert len(NUMBERS) > 60, "the walk finds next to nothing"
+    for text in (".inf", "-.inf", ".nan", "1e999"):
+        with pytest.raises(ValueError, match="'train.adam_eps' is -?(inf|nan), but: input should be a finite number"):
+            load(tmp_path, content(), "--train.adam_eps", text)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])

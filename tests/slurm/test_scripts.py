@@ -71,6 +71,36 @@ def test_a_job_script_outside_a_job_says_how_to_submit_it(name):
     assert found.returncode and f"sbatch slurm/{name}.sh" in found.stderr
 
 
+COUNTED = [
+    "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK",
+    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SAP_EVALUATE_SHARDS", "SAP_MAX_FRUITLESS", "SAP_MAX_UNSTARTED", "SAP_RETRY_SECONDS",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("script", ["evaluate.sh", "sap_7b.sh", "rank.sh"])
+def test_what_is_counted_with_is_a_number_and_never_a_command(tmp_path, script, name):
+    if script == "rank.sh" and name != "SLURM_CPUS_PER_TASK":
+        name = "SAP_RANKS_PER_NODE"
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_PROCID": "1", "SAP_SITE_ENV": "/nowhere", "SAP_LAUNCHER": "torchrun", "SAP_RANKS_PER_NODE": "1"}
+    environment = {"PATH": os.environ["PATH"], **job, name: f"x[$(touch {tmp_path}/ran)]"}
+    found = subprocess.run(["bash", str(ROOT / "slurm" / script)], env=environment, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2 and name in found.stderr and "error: " in found.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_variable_of_the_environment_that_a_script_counts_with_is_checked():
+    """Names inside of $((...)): locals of the scripts, or checked."""
+    own = {"INDEX", "NTASKS", "code", "tries", "try", "fruitless", "unstarted", "refused", "ranks_per_node", "end", "shards", "cpus",
+           "SRUN_CPUS_PER_TASK", "SAP_RANKS_PER_NODE", "STEPS", "UNIT", "starts", "date", "grep", "cx", "s", "true"}  # fmt: skip
+    used = set()
+    for path in (ROOT / "slurm").glob("*.sh"):
+        for counted in re.findall(r"\$\(\(((?:[^()]|\([^()]*\))*)\)\)", path.read_text()):
+            used |= set(re.findall(r"[A-Za-z_]\w*", counted))
+    assert used - own <= set(COUNTED), used - own - set(COUNTED)
+    assert {"SLURM_ARRAY_TASK_ID", "SLURM_JOB_NUM_NODES"} <= used, "the pattern finds nothing"
+
+
 def test_dry_run_prints_the_chain_and_touches_nothing(recipe):
     found = submit(recipe, "--dry-run", "--size", "13b", "--nodes", "4", "--shards", "3", "--", "--train.lr=1e-3", SAP_GPUS_PER_NODE="4", SAP_CPU_PARTITION="small")
     assert found.returncode == 0, found.stderr
