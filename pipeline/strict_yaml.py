@@ -1,5 +1,8 @@
 """Recipe files and overrides as mappings: YAML without its traps, files that extend each other, and how layers are merged.
 
+A recipe is a page of text. What would make a program of it, or gigabytes, is refused: aliases that multiply, lists within lists without
+end, files that are no recipe's size, grids of more cells than anybody trains.
+
     merge(read(Path("launch/recipes/demo.yaml"), resolve), parse_overrides(["--train.lr", "2e-4", "--sap.layers=10:19"]))
 """
 
@@ -7,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -19,6 +24,8 @@ from pipeline import shipped
 from pipeline.redaction import redact
 
 Resolve = Callable[[dict[str, Any], Path], dict[str, Any]]
+
+MOST_BYTES, MOST_VALUES, MOST_DEPTH, MOST_FILES, MOST_CELLS = 2**20, 20_000, 50, 20, 10_000
 
 
 def read(path: Path, resolve: Resolve) -> dict[str, Any]:
@@ -37,8 +44,14 @@ def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any
             else f"no recipe at {path.absolute()}: give the path of a YAML file, or the name of one that ships with "
             f"the package ({', '.join(shipped.recipes())})"
         )
+    if len(seen) >= MOST_FILES:
+        raise ValueError(f"extends of {seen[0]} leads through more than {MOST_FILES} files: put them together")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} is {path.stat().st_size:,} bytes, and a recipe has at most {MOST_BYTES:,}: give the path of a recipe")
     try:
         raw = _load(path.read_text())
+    except _TooMuch as error:
+        raise ValueError(f"{path} {error}: give the path of a recipe") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date like 2024-13-01
         raise ValueError(f"{path} is no valid YAML: {_reason(error)}") from None
     if not isinstance(raw, dict):
@@ -66,6 +79,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             text = rest.pop(0)
         try:
             value = _load(text)
+        except _TooMuch as error:
+            raise ValueError(f"--{key} {error}") from None
         except (yaml.YAMLError, ValueError):
             value = text
         _put(result, key.replace("-", "_").split("."), value)
@@ -87,6 +102,8 @@ def _put(tree: dict[str, Any], names: list[str], value: Any) -> None:
     """Set tree[names[0]][names[1]]...; a part and its whole cannot both be given, or one would silently win."""
     *parents, leaf = names
     node = tree
+    if len(names) > MOST_DEPTH:
+        raise ValueError(f"--{'.'.join(names)[:80]}... names {len(names)} sections within each other: no field lies so deep")
     for depth, name in enumerate(parents, 1):
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
@@ -121,6 +138,9 @@ def expanded(name: str, overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
     grid, rest = overrides["grid"], {key: value for key, value in overrides.items() if key != "grid"}
     if not isinstance(grid, dict) or not grid or not all(isinstance(field, str) and isinstance(values, list) and values for field, values in grid.items()):
         raise ValueError(f"the grid of method '{name}' must map fields to lists of values, e.g. {{train.lr: [1e-3, 1e-4]}}")
+    cells = math.prod(map(len, grid.values()))
+    if cells > MOST_CELLS:
+        raise ValueError(f"the grid of method '{name}' has {cells:,} cells, and takes at most {MOST_CELLS:,}: leave values out")
     result = {}
     for values in product(*grid.values()):
         tree: dict[str, Any] = {}
@@ -149,17 +169,59 @@ def _reason(error: Exception) -> str:
     return redact(" ".join(text.split()))
 
 
+class _TooMuch(ValueError):
+    """What is written is YAML, and no recipe: half a sentence that goes on after the file's or the argument's name."""
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, reads 2e-4 as a number (YAML 1.1 wants 2.0e-4) and 10:19 as text (not as base 60)."""
+
+    depth = count = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth, self.count = self.depth + 1, self.count + 1
+        _check_size(self.count, self.depth)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _written_out(node, {}, set())
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         # Here, because `<<: *anchor` later puts another mapping's keys into this node, which its own may repeat.
         node = super().compose_mapping_node(anchor)
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key '{key[1]}' appears twice, line {node.start_mark.line + 1}")
+        keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for (_, text), times in keys.items():
+            if times > 1:
+                raise yaml.YAMLError(f"key '{text}' appears twice, line {node.start_mark.line + 1}")
         return node
+
+
+def _written_out(node: yaml.Node, known: dict[int, tuple[int, int]], within: set[int]) -> tuple[int, int]:
+    """Values and depth of a node with its aliases written out. known: of nodes seen before; within: those that hold this one."""
+    if id(node) in within:
+        raise _TooMuch(f"holds itself, by an alias of line {node.start_mark.line + 1}")
+    if id(node) not in known:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inner = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        within.add(id(node))
+        found = [_written_out(part, known, within) for part in inner]
+        within.remove(id(node))
+        known[id(node)] = 1 + sum(values for values, _ in found), 1 + max((depth for _, depth in found), default=0)
+        _check_size(*known[id(node)])
+    return known[id(node)]
+
+
+def _check_size(values: int, depth: int) -> None:
+    if values > MOST_VALUES:
+        raise _TooMuch(f"holds more than {MOST_VALUES:,} values, its aliases written out")
+    if depth > MOST_DEPTH:
+        raise _TooMuch(f"nests values more than {MOST_DEPTH} deep, its aliases written out")
 
 
 def _load(text: str) -> Any:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.rendering import Message, Renderer, Tools
+from pipeline.data.rendering import SECONDS, Message, Renderer, Tools
 from pipeline.data.thoughts import AT_THE_END, CLOSED, EMPTY, OPENED, THOUGHTS
 from pipeline.data.time_limit import time_limit
 
@@ -30,7 +30,6 @@ _MARKS = ("\ue000\ue001", "\ue002\ue003", "\ue004\ue005")  # private-use charact
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<turn|>")
 _PARAMETERS = {"type": "object", "properties": {}}
 _TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": _PARAMETERS}}
-_SECONDS = 20  # for a template's first rendering: one that loops for ever has to end
 
 
 class ChatTemplate:
@@ -48,7 +47,8 @@ class ChatTemplate:
         self.notes = self.renderer.notes
         self.stops = frozenset(token for token in (tokenizer.eos_token_id, *configured) if token is not None)
         self._stop_texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self.stops)) if text]
-        with time_limit(_SECONDS, f"{name} takes longer than {_SECONDS} s for two messages: it does not end"):
+        # All of it, since it tries several ways, and each rendering has a limit of its own.
+        with time_limit(SECONDS, f"{name} takes longer than {SECONDS} s for two messages: it does not end"):
             self._examine()
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> str:
@@ -60,7 +60,7 @@ class ChatTemplate:
             )
         text = self.renderer.render(messages, tools, generation=True)
         for message in messages:
-            if message["role"] == "system" and _squeezed(message["content"]) not in _squeezed(text):
+            if message["role"] == "system" and _squeezed(message["content"]).casefold() not in _squeezed(text).casefold():
                 self.notes.add("the chat template leaves out the system prompt, as it will at inference")
             elif message["role"] == "tool" and not _written(message["content"], text):
                 raise ValueError(
@@ -336,4 +336,4 @@ def _leaves(value: Any) -> list[str]:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"\s+", "", text).casefold()
+    return re.sub(r"\s+", "", text)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from pipeline.data.time_limit import time_limit
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +26,11 @@ Message = dict[
 Tools = list[dict[str, Any]] | None
 _OWN = frozenset(("train",))  # keys of a message that are ours and not the template's
 # What templates raise: their own errors, and those of the Python behind them.
-_RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_RAISED = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError
+)  # fmt: skip
+SECONDS = 20  # for one rendering: one that loops for ever has to end
+_OWN_TEXT, _REPEATED = 1_000_000, 10  # characters that a template may have of its own, and times that it may write what it is given
 
 
 class Renderer:
@@ -44,8 +50,16 @@ class Renderer:
         if self.folds_system and (folded := _folded(messages)) is not messages:
             self.notes.add("the chat template takes no system prompt: it is put before what the user says first")
             messages = folded
+        endless = f"{self.name} takes longer than {SECONDS} s for {len(messages)} messages: it does not end"
+        with time_limit(SECONDS, endless):
+            text = self._said([self._as_wanted(message) for message in messages], tools, generation)
+        if len(text) > _OWN_TEXT and len(text) > _OWN_TEXT + _REPEATED * (given := len(str(messages)) + len(str(tools))):
+            raise ValueError(f"{self.name} makes {len(text):,} characters of {given:,}: set model.chat_template to another")
+        return text
+
+    def _said(self, messages: list[Message], tools: Tools, generation: bool) -> str:
         try:
-            return self._tried([self._as_wanted(message) for message in messages], tools, generation)
+            return self._tried(messages, tools, generation)
         except TemplateSyntaxError as error:
             raise ValueError(f"{self.name} has a syntax error in line {error.lineno}: {_line(error)}") from None
         except _RAISED as error:

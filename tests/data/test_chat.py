@@ -76,6 +76,47 @@ def test_exactly_the_answer_is_supervised(tokenizer, name):
     assert all(label in (-100, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
 
 
+CAPITALS = TEMPLATE.replace("message['content']", "message['content'] | upper")
+
+
+def test_a_template_that_changes_answers_changes_no_thought_that_is_trained(tokenizer):
+    """Thought and answer are put together by the template: not where it writes them otherwise than the data."""
+    assert CAPITALS != TEMPLATE
+    tokenizer.chat_template = CAPITALS
+    answer = "<think>\nTwo and two.\n</think>\n\nThe answer is 4."
+    encoded = encode(tokenizer, [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": answer}], 200)
+    assert supervised(tokenizer, encoded) == f"{answer}<|im_end|>"
+
+
+def test_a_template_that_changes_calls_is_refused(tokenizer):
+    calls = "{% for c in message.tool_calls or [] %}{{ c.function.name | upper }}{{ c.function.arguments | tojson | upper }}{% endfor %}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] or '' }}" + calls)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Bonn"}}}
+    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(ValueError, match="leaves out"):
+        Chat(tokenizer).encode(messages, 200)
+
+
+@pytest.mark.parametrize("many", [3, 40])
+def test_a_template_that_writes_without_end_is_refused(tokenizer, many):
+    """Also where only a long conversation makes it do so."""
+    tokenizer.chat_template = TEMPLATE + "{% if messages | length > " + str(many) + " %}{% for a in range(900) %}{{ 'x' * 3000 }}{% endfor %}{% endif %}"
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "Well."} for i in range(many + 2 + many % 2)]
+    with pytest.raises(ValueError, match="makes 2,70[0-9],[0-9]+ characters of [0-9,]+: set model.chat_template"):
+        Chat(tokenizer).encode(turns, 10_000)
+    tokenizer.chat_template = TEMPLATE
+    assert Chat(tokenizer).encode(turns, 10_000)
+
+
+def test_a_template_that_ends_only_for_short_conversations_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr("pipeline.data.rendering.SECONDS", 0.3)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = TEMPLATE + "{% if messages | length > 3 %}" + loop + "{% endif %}"
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "Well."} for i in range(6)]
+    with pytest.raises(ValueError, match="longer than 0.3 s for [0-9] messages: it does not end"):
+        Chat(tokenizer).encode(turns, 200)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_assistant_turn_is_supervised(tokenizer, name):
     tokenizer.chat_template, _ = TEMPLATES[name]

@@ -85,7 +85,7 @@ def plain(request):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(chat_template, "_SECONDS", 1)
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
 
 
 @pytest.fixture(scope="module")
