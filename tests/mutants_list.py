@@ -273,7 +273,7 @@ OF_THE_ENGINES = (
     mutant(
         "fsdp2: not clipped",
         FSDP2,
-        "clip(held, self.gradient_norm() if norm is None else norm, self.max_grad_norm)",
+        "clip(held, self.gradient_norm().item() if norm is None else norm, self.max_grad_norm)",
         "pass",
         parity(engine="fsdp2", ranks=2, clipping=True),
     ),

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.data.batches import MicroBatch, PairBatch
 from pipeline.sap.head import head_losses
+from pipeline.sap.packed import rows_hold
 
 
 def useful_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -50,7 +51,8 @@ def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tens
     targets = batch.targets
 
     def computed() -> torch.Tensor:
-        return model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False).logits
+        with rows_hold(None):
+            return model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False).logits
 
     losses = head_losses(model, computed, targets)
     if losses is not None:

@@ -29,6 +29,7 @@ from pipeline.training.stopping import StopRequest
 from pipeline.training.watchdog import Watchdog
 
 Rows = Sequence[dict[str, Any]]
+_ASKED = "ranks asked to stop"  # among the numbers that a step reads
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ class Loop:
             if not done and self.data.validation:
                 self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
             for number in range(done, self.steps):
-                self._one_step(number)
+                asked = self._one_step(number, stop)
                 self._watchdog.progress(f"step {number + 1}")
                 last = number + 1 == self.steps
-                stopping = not last and self.engine.any_rank(stop.requested())
+                stopping = asked and not last
                 if stopping or last or (number + 1) % self.train.save_every == 0:
                     with writing(checkpoints):
                         checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity)
@@ -93,7 +94,8 @@ class Loop:
                     return False
         return True
 
-    def _one_step(self, number: int) -> None:
+    def _one_step(self, number: int, stop: StopRequest) -> bool:
+        """Train step `number` and log it; whether a rank had been asked to stop before the update."""
         started = time.perf_counter()
         lr = learning_rate(self.train, number, self.steps)
         drawn: list[int] = []  # the safety pairs of this step, however often the step asks for them
@@ -102,7 +104,9 @@ class Loop:
         metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number)
         metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm(), "safety/pairs": float(len(drawn))}
         metrics["train/padding"] = padding(useful)
-        # Both are global, so all ranks leave together, before the update.
+        # All that ranks agree on, read at once: they refuse together, before the update, and stop together.
+        metrics = self.engine.read({**metrics, _ASKED: self.engine.ranks_with(stop.requested())})
+        asked = metrics.pop(_ASKED) > 0
         for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
             if not math.isfinite(metrics[key]):
                 raise ValueError(
@@ -115,6 +119,7 @@ class Loop:
         if (number + 1) % self.train.validate_every == 0 or number + 1 == self.steps:
             metrics |= self._validate()
         self._log(metrics, number + 1)
+        return asked
 
     def _useful(self, number: int, task: int) -> list[MicroBatch]:
         engine = self.engine

@@ -266,7 +266,7 @@ def budgeted(engine: Engine, token_budget: int | None) -> dict:
     for number in range(STEPS):
         useful = batches.useful(number)
         metrics = step(useful, lambda number=number: batches.pairs(number), number)
-        found["losses"].append(metrics["train/loss"])
+        found["losses"].append(metrics["train/loss"].item())
         found["gradients"].append(engine.gather(engine.accumulated_gradient()))
         found["passes"].append(len(useful))
         engine.step(LR)

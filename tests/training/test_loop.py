@@ -131,7 +131,7 @@ class BrokenGradient(PlainStep):
 
 @pytest.mark.parametrize(("step", "what"), [(BrokenLoss, "loss is inf"), (BrokenGradient, "gradient's norm is nan")])
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(tmp_path, step, what):
-    good = build(tmp_path / "good", on_metrics=lambda _, number: number == 2 and (good.folder / "STOP").touch())
+    good = build(tmp_path / "good", on_metrics=lambda _, number: number == 1 and (good.folder / "STOP").touch())
     assert not good.run()
     loop = build(tmp_path / "broken", step=step)
     with pytest.raises(ValueError, match=rf"the {what} at step 3, before the update: lower train.lr \(now 0.01\)") as caught:
@@ -152,7 +152,7 @@ def test_events_tell_of_every_stop_and_return(tmp_path, monkeypatch):
     events: list[str] = []
 
     def run(stop_after: int | None = None) -> bool:
-        loop = build(tmp_path, on_metrics=lambda _, number: number == stop_after and (tmp_path / "STOP").touch())
+        loop = build(tmp_path, on_metrics=lambda _, number: number + 1 == stop_after and (tmp_path / "STOP").touch())
         loop.on_event = events.append
         return loop.run()
 
@@ -233,7 +233,7 @@ def test_only_the_last_two_checkpoints_are_kept(straight):
 
 
 def test_a_stop_file_stops_at_the_steps_end_with_the_state_saved(tmp_path, straight):
-    loop = build(tmp_path, on_metrics=lambda _, number: number == 3 and (tmp_path / "STOP").touch())
+    loop = build(tmp_path, on_metrics=lambda _, number: number == 2 and (tmp_path / "STOP").touch())
     assert not loop.run()
     assert saved(tmp_path) == ["step-000002", "step-000003"] and [line["step"] for line in log(tmp_path)] == [1, 2, 3]
     again = build(tmp_path)  # the file was obeyed and is gone: the same command goes on
@@ -241,7 +241,7 @@ def test_a_stop_file_stops_at_the_steps_end_with_the_state_saved(tmp_path, strai
 
 
 def test_a_stop_during_the_last_step_is_a_finish(tmp_path):
-    assert build(tmp_path, steps=2, on_metrics=lambda _, number: number == 2 and (tmp_path / "STOP").touch()).run()
+    assert build(tmp_path, steps=2, on_metrics=lambda _, number: number == 1 and (tmp_path / "STOP").touch()).run()
 
 
 def test_validation_runs_at_its_interval_and_at_the_end_and_changes_nothing(tmp_path, straight):
