@@ -20,6 +20,7 @@ from pipeline.layout import Layout
 from pipeline.model_checks import check_lora, check_model, check_positions
 from pipeline.model_facts import ModelFacts
 from pipeline.model_outline import facts_of, of_modules, outlined
+from pipeline.packable import check_packing
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import TrainSection
 from pipeline.sharding.ds_config import check_engine
@@ -150,6 +151,8 @@ def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFa
             )
         if facts is not None:
             check_quantisable(facts)
+    if facts is not None:
+        check_packing(facts.config, field, train, base.data.max_length, facts.label)
     if train.adapter == "lora":
         _check_lora(field, train, base, facts)
     elif train.engine == "single" and devices.dtype(base.model.dtype) != "float32":

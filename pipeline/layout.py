@@ -229,6 +229,7 @@ def _training(train: TrainSection) -> dict[str, Any]:
     without = {"lora", "export_merged"} if train.adapter == "full" else set()
     # One of the two cuts a batch. Without a budget the folders are named as before there was such a field.
     without |= {"tokens_per_micro_batch" if train.tokens_per_micro_batch is None else "micro_batch_size"}
+    without |= set() if train.packing else {"packing"}
     return train.model_dump(mode="json", exclude=_NEUTRAL | without)
 
 

@@ -72,6 +72,9 @@ CASES = {
         ["--align.train.tokens_per_micro_batch", "9"],
         ["align.train.tokens_per_micro_batch 9 is below data.max_length 160"],
     ),
+    "packing without a budget": (
+        ["--train.packing", "true"], ["train: packing is true, and tokens_per_micro_batch does not say", "set it"]
+    ),
     "a pattern of targets that matches nothing": (
         ["--train.lora.target_modules", "q_proj"], ["regular expression for whole names"]
     ),

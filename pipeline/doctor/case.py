@@ -81,9 +81,12 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     order = BatchOrder(len(rows), train.batch_size, cell.seed)
     sharing = (engine.rank, engine.world_size, tokenizer.pad_token_id, cell.seed)
     steps = [
-        micro_batches(rows, order.step(number), train.micro_batch_size, *sharing, number, train.tokens_per_micro_batch)
+        micro_batches(
+            rows, order.step(number), train.micro_batch_size, *sharing, number, train.tokens_per_micro_batch,
+            packing=train.packing,
+        )
         for number in range(WARM_UP + 1)
-    ]
+    ]  # fmt: skip
     chosen = BatchOrder(len(pair_rows), sap.safety_batch_size, cell.seed).step(0)
     pairs = pair_batches(pair_rows, chosen, sap.safety_micro_batch_size, *sharing, 0)
     for useful in steps[:WARM_UP]:

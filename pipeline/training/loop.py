@@ -126,7 +126,7 @@ class Loop:
         indices = self.order.step(task)
         return micro_batches(
             self.data.train, indices, self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id,
-            self.seed, number, self.train.tokens_per_micro_batch,
+            self.seed, number, self.train.tokens_per_micro_batch, packing=self.train.packing,
         )  # fmt: skip
 
     def _pairs(self, number: int, draw: int, drawn: list[int]) -> list[PairBatch]:
@@ -138,12 +138,12 @@ class Loop:
         )
 
     def _validate(self) -> dict[str, float]:
-        engine, size, losses = self.engine, self.train.micro_batch_size, {}
+        engine, train, size, losses = self.engine, self.train, self.train.micro_batch_size, {}
         with self.averaged():
             for name, rows in self.data.validation.items():
                 batches = micro_batches(
                     rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0,
-                    self.train.tokens_per_micro_batch, -(-self.train.batch_size // engine.world_size),
+                    train.tokens_per_micro_batch, -(-train.batch_size // engine.world_size), train.packing,
                 )  # fmt: skip
                 losses[f"validation/{name}_loss"] = engine.loss(useful_loss, batches)
                 self._watchdog.progress(f"the validation of {name}")

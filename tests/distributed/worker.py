@@ -256,12 +256,13 @@ def embeddings(folder: Path, name: str) -> dict:
     return {"embeddings": found, "same": not engine.any_rank(not torch.equal(other, found)), "weights": engine.gather(engine.weights())}
 
 
-def budgeted(engine: Engine, token_budget: int | None) -> dict:
+def budgeted(engine: Engine, token_budget: int | None, packing: bool = False) -> dict:
     """Per step the loss, the gradient and this rank's passes, and the weights at the end. Ragged rows, no dropout.
 
     SAP's step: its passes discard gradients between those of the main pass, over as many micro-batches as the step has.
     """
-    batches = StepBatches(engine.rank, engine.world_size, rows=tiny_rows(longest=60), token_budget=token_budget)
+    rows = tiny_rows(longest=60)
+    batches = StepBatches(engine.rank, engine.world_size, rows=rows, token_budget=token_budget, packing=packing)
     step, found = make_step(engine, "exact"), {"losses": [], "gradients": [], "passes": []}
     for number in range(STEPS):
         useful = batches.useful(number)
@@ -279,6 +280,12 @@ def budget(folder: Path, name: str) -> dict:
     return budgeted(open_engine(tiny_lora(), section), TOKEN_BUDGET)
 
 
+def packed(folder: Path, name: str) -> dict:
+    setting = SETTINGS[name]
+    section = train_section(folder, setting.engine, setting.persistence, setting.offload)
+    return budgeted(open_engine(tiny_lora(), section), TOKEN_BUDGET, packing=True)
+
+
 def chunks(folder: Path, name: str) -> dict:
     """Weights after SAP's steps with all logits at once, and with those of two tokens at a time; how many were seen at most."""
     results, seen, error, most = {}, [], head._error, head.MOST_LOGITS
@@ -294,7 +301,8 @@ def chunks(folder: Path, name: str) -> dict:
     return results | {"most": max(seen)}
 
 
-CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings, budget, chunks)}
+_ALL = (parity, restore, traces, vectors, companions, replaced, embeddings, budget, packed, chunks)
+CASES = {case.__name__: case for case in _ALL}
 
 
 def main(rank: int, folder: Path, wanted: list[tuple[str, str]]) -> None:

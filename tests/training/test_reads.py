@@ -74,15 +74,15 @@ def test_the_count_sees_every_way_to_read(wrong):
         assert bool(found) == wrong
 
 
-@pytest.mark.parametrize("budget", [None, 40])
+@pytest.mark.parametrize(("budget", "packing"), [(None, False), (40, False), (40, True)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model", [tiny_lora, lambda: family_model("gemma3", tied=True)], ids=["lora", "gemma3"])
-def test_a_plain_step_reads_once(model, checkpointing, budget, tmp_path, monkeypatch):
+def test_a_plain_step_reads_once(model, checkpointing, budget, packing, tmp_path, monkeypatch):
     """However many micro-batches it has; what is looked at while they are built lies on the CPU."""
     monkeypatch.setattr(launch, "adamw", fused)
     train = TrainSection(
         engine="single", steps=3, batch_size=8, micro_batch_size=2, tokens_per_micro_batch=budget,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing, packing=packing,
     )  # fmt: skip
     module = model()
     if checkpointing:
