@@ -21,6 +21,8 @@ from pipeline.sharding.launch import open_engine
 from tests.tiny import FAMILIES, VOCABULARY, StepBatches, family_model, tiny_lora, tiny_model, tiny_rows
 
 ROWS, BUDGET = tiny_rows(24, seed=3, longest=20), 60
+for _row in ROWS[::3]:
+    _row["labels"] = _row["input_ids"]  # supervised from the first token on, which has nobody to foretell it
 # Of configs of all families, what each has of it: small, windows shorter than samples, no dropout.
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8,
