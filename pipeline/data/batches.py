@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.data import buckets
@@ -174,16 +175,17 @@ def micro_batches(
     step: with more of them a pass could hold more than the planner says. packing: samples of a micro-batch lie end to
     end in one row, without padding; needs a budget.
     """
-    global_tokens = sum(_supervised(rows[i]["labels"]) for i in indices)
+    chosen = {i: rows[i] for i in indices}  # a stored row is made anew whenever it is asked for
+    global_tokens = sum(_supervised(chosen[i]["labels"]) for i in indices)
     if token_budget is None:
         chunks = _chunks(indices, micro_batch_size, world_size)
     else:
-        lengths = [len(rows[i]["input_ids"]) for i in indices]
+        lengths = [len(chosen[i]["input_ids"]) for i in indices]
         chunks = _budgeted(indices, lengths, token_budget, world_size, most_rows, packing)
     batches = []
     for number, (chunk, weight) in enumerate(chunks):
         if number % world_size == rank:
-            ids, labels = ([rows[i]["input_ids"] for i in chunk], [_weighed(rows[i]["labels"], weight) for i in chunk])
+            ids, labels = zip(*((chosen[i]["input_ids"], _weighed(chosen[i]["labels"], weight)) for i in chunk), strict=True)
             lengths = list(map(len, ids))
             packed = Packed.of(lengths) if packing and len(chunk) > 1 else None
             tensors = _end_to_end(ids, labels) if packed else pad_rows(ids, labels, pad_id)
@@ -207,7 +209,7 @@ def pair_batches(
 
 
 def _supervised(labels: list[int]) -> int:
-    return sum(label != IGNORE for label in labels[1:])
+    return len(labels) - 1 - labels[1:].count(IGNORE)
 
 
 def _weighed(labels: list[int], weight: float) -> list[int]:
@@ -236,18 +238,27 @@ def _budgeted(
     return [(chunk, 1.0) for chunk in chunks] + [([shortest], 0.0)] * (-len(chunks) % world_size)
 
 
-def pad_rows(input_ids: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+Sequences = Sequence[Sequence[int]]
+
+
+def pad_rows(input_ids: Sequences, labels: Sequences, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and labels, int64 (B, T), right-padded to the longest row."""
     width = max(len(ids) for ids in input_ids)
-    fill = lambda sequences, value: torch.tensor([s + [value] * (width - len(s)) for s in map(list, sequences)])  # noqa: E731
-    return fill(input_ids, pad_id), fill(labels, IGNORE)
+
+    def filled(sequences: Sequences, value: int) -> torch.Tensor:
+        padded = np.full((len(sequences), width), value, np.int64)
+        for row, sequence in zip(padded, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        return torch.from_numpy(padded)
+
+    return filled(input_ids, pad_id), filled(labels, IGNORE)
 
 
-def _end_to_end(input_ids: list[list[int]], labels: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _end_to_end(input_ids: Sequences, labels: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and labels, int64 (1, T), of samples in one row; their first tokens are nobody's to foretell."""
-    ids = torch.tensor([token for sample in input_ids for token in sample])
-    following = torch.tensor([label for sample in map(list, labels) for label in (IGNORE, *sample[1:])])
-    return ids[None], following[None]
+    ids, following = (np.concatenate([np.asarray(row, np.int64) for row in rows]) for rows in (input_ids, labels))
+    following[np.cumsum([0, *map(len, labels[:-1])])] = IGNORE
+    return torch.from_numpy(ids)[None], torch.from_numpy(following)[None]
 
 
 def _mask_seed(seed: int, step: int, number: int) -> int:
