@@ -201,7 +201,7 @@ class Layout:
         """The model and how it is computed: `auto` is another dtype and another attention on another machine."""
         model = self.base.model
         quantized = [] if model.quantization == "none" else [model.quantization]
-        return [*self._model, f"torch.{devices.dtype(model.dtype)}", devices.attention(model.attention), *quantized]
+        return [*self._model, f"torch.{devices.dtype(model.dtype)}", devices.attention(model), *quantized]
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe

@@ -179,7 +179,7 @@ def estimate_training(base: Recipe, facts: ModelFacts, train: TrainSection, of_c
     section, data = base.model, base.data
     sap = SapSection() if of_cell is None else of_cell.sap
     ds_config = read_ds_config(train, ranks) if train.engine == "zero3" else None
-    width, attention = 4 if dtype == "float32" else 2, devices.attention(section.attention)
+    width, attention = 4 if dtype == "float32" else 2, devices.attention(section)
     lengths = (data.max_length, data.safety_max_length)
     plan = estimate(facts, train, sap, ds_config, width, section.quantization, ranks, *lengths, attention == "eager")
     plan = replace(plan, masked=train.packing and attention in ("eager", "sdpa"))

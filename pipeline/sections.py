@@ -42,8 +42,10 @@ class ModelSection(Section):
         "auto", description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or AMX, else float32"
     )
     chat_template: Annotated[Path | None, PathField("path")] = Field(None, description="Jinja file that replaces the tokenizer's chat template")
-    attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="Attention implementation of transformers; auto: sdpa on GPUs, eager on CPUs"
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto",
+        description="Attention implementation of transformers; auto: eager on CPUs; on GPUs flash_attention_2 where "
+        "the package flash-attn is installed, the GPUs are Ampere or newer and dtype is bfloat16, else sdpa",
     )
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: frozen linear layers in 4 bits (QLoRA); needs adapter: lora")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import artifacts, checks, stages
+from pipeline import artifacts, checks, devices, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
 from pipeline.data.sets import read_rows
 from pipeline.devices import environment
@@ -106,6 +106,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
 def _check(experiment: Experiment, cell: Cell) -> None:
     """What can be known to be wrong before weights are read. Data sources are left alone: they may not be there yet."""
     train, sap, ranks = cell.recipe.train, cell.recipe.sap, environment()[1]
+    devices.check_attention(experiment.base.model)
     check_model(experiment.base)
     facts = outlined(experiment.base.model)
     checks.check_training("train", train, experiment.base, facts, ranks)

@@ -52,7 +52,7 @@ def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tens
 
     def computed() -> torch.Tensor:
         with rows_hold(packed):
-            given = row_arguments(model, packed)
+            given = row_arguments(model, batch.input_ids, packed)
             return model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False, **given).logits
 
     losses = head_losses(model, computed, targets)

@@ -1,7 +1,7 @@
 """Which samples share a row: told to transformers, which would ask the device in every pass.
 
     with rows_hold(batch.packed):
-        model(input_ids=batch.input_ids, **row_arguments(model, batch.packed))
+        model(input_ids=batch.input_ids, **row_arguments(model, batch.input_ids, batch.packed))
 
 It builds its masks from positions that begin anew: a token sees what is before it in its own sample, and in sliding
 windows and chunks counts from there. For which models that is the same as a row for each sample: pipeline/packable.py.
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, masking_utils
 
@@ -47,18 +48,18 @@ def rows_hold(packed: Packed | None) -> Iterator[None]:
         setattr(masking_utils, _QUESTION, asked)
 
 
-def row_arguments(model: nn.Module, packed: Packed | None) -> dict[str, Any]:
-    """What a model's forward pass is given beside the tokens of a packed row: positions, and FlashAttention's borders.
+def row_arguments(model: nn.Module, input_ids: torch.Tensor, packed: Packed | None) -> dict[str, Any]:
+    """What a model is given beside tokens (B, T): positions of a packed row, and FlashAttention's borders.
 
-    FlashAttention takes no mask: its form for samples of any length is told where each begins. It would otherwise look
-    for that in the positions, in every layer.
+    FlashAttention takes no mask: its form for samples of any length is told where each begins. Where there is one row,
+    transformers would otherwise look for that in the positions, in every layer, and the host wait each time.
     """
-    if packed is None:
-        return {}
-    found: dict[str, Any] = {"position_ids": packed.positions}
-    if _flash(model):
-        found |= {f"cu_seq_lens_{side}": packed.borders for side in "qk"}
-        found |= {f"max_length_{side}": packed.longest for side in "qk"}
+    found: dict[str, Any] = {} if packed is None else {"position_ids": packed.positions}
+    if len(input_ids) == 1 and _flash(model):
+        length = input_ids.shape[1]
+        whole = torch.arange(2, dtype=torch.int32, device=input_ids.device) * length
+        borders, longest = (whole, length) if packed is None else (packed.borders, packed.longest)
+        found |= {f"cu_seq_lens_{side}": borders for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
     return found
 
 

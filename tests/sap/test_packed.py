@@ -135,8 +135,8 @@ def test_kernels_for_samples_of_any_length_are_told_where_each_begins(window, mo
 
 def test_other_attention_is_given_positions_alone():
     (batch, *_) = cut(True)
-    assert row_arguments(tiny_model(), None) == {}
-    assert list(row_arguments(tiny_model(), batch.packed)) == ["position_ids"]
+    assert row_arguments(tiny_model(), batch.input_ids, None) == {}
+    assert list(row_arguments(tiny_model(), batch.input_ids, batch.packed)) == ["position_ids"]
     assert batch.packed.borders.dtype == torch.int32 and batch.packed.borders[-1] == batch.input_ids.numel()
 
 
@@ -241,5 +241,10 @@ def test_the_names_given_to_flash_attention_are_transformers_own():
     known = inspect.signature(_flash_attention_forward).parameters
     model, (batch, *_) = tiny_model(), cut(True)
     model.config._attn_implementation = "flash_attention_2"
-    given = row_arguments(model, batch.packed)
+    given = row_arguments(model, batch.input_ids, batch.packed)
     assert len(given) == 5 and given.keys() <= known.keys()
+    alone = row_arguments(model, batch.input_ids, None)
+    assert alone.keys() == given.keys() - {"position_ids"}
+    length = batch.input_ids.shape[1]
+    assert alone["cu_seq_lens_q"].tolist() == [0, length] and alone["max_length_k"] == length
+    assert row_arguments(model, batch.input_ids.repeat(2, 1), None) == {}, "rows of one length each"
