@@ -128,6 +128,12 @@ def test_a_token_budget_leaves_the_single_process_s_gradient(found, unbudgeted, 
     check_unbudgeted(result, unbudgeted)
 
 
+@finds("reads", ["fsdp2"])
+def test_a_plain_step_reads_once_on_two_ranks_too(found, engine):
+    """DeepSpeed's own step reads a norm for itself, and is left out."""
+    assert found["reads", engine] == [["tolist"]] * worker.STEPS
+
+
 @finds("packed", ["zero3-0", "fsdp2"])
 def test_packed_rows_leave_the_single_process_s_gradient(found, unbudgeted, engine):
     """SAP's passes among them: V is added to every token of a packed row."""

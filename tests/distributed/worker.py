@@ -16,10 +16,12 @@ from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
 from pipeline.sections import SapSection, TrainSection
+from pipeline.sharding import launch
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.fsdp2 import Fsdp2Engine
 from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training.plain import PlainStep
+from tests.reads import counted, fused
 from tests.tiny import HIDDEN, VOCABULARY, StepBatches, tiny_lora, tiny_model, tiny_rows
 from tests.training import companions as methods
 
@@ -301,7 +303,27 @@ def chunks(folder: Path, name: str) -> dict:
     return results | {"most": max(seen)}
 
 
-_ALL = (parity, restore, traces, vectors, companions, replaced, embeddings, budget, packed, chunks)
+def reads(folder: Path, name: str) -> list[list[str]]:
+    """What plain steps read of the device, each as the loop takes it."""
+    launch.adamw, formed = fused, launch.adamw
+    try:
+        engine = open_setting(folder, name)
+    finally:
+        launch.adamw = formed
+    batches, step, found = StepBatches(engine.rank, engine.world_size), PlainStep(engine), []
+    for number in range(STEPS):
+        useful = batches.useful(number)
+        with counted() as seen:
+            metrics = step(useful, None, number)
+            asked = {"norm": engine.gradient_norm(), "stop": engine.ranks_with(engine.rank == 1)}
+            numbers = engine.read({**metrics, **asked})
+            engine.step(LR, numbers["norm"])
+        assert numbers["stop"] == 1
+        found.append(seen)
+    return found
+
+
+_ALL = (reads, parity, restore, traces, vectors, companions, replaced, embeddings, budget, packed, chunks)
 CASES = {case.__name__: case for case in _ALL}
 
 
