@@ -83,22 +83,27 @@ def test_the_logged_rate_is_the_one_the_schedule_says(straight):
     assert [line["train/lr"] for line in log(straight[0])] == [learning_rate(section(), number, 6) for number in range(6)]
 
 
-def test_a_token_budget_pads_less_and_learns_the_same(straight, tmp_path):
-    loop = build(tmp_path, tokens_per_micro_batch=30)
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_token_budget_pads_less_and_learns_the_same(straight, tmp_path, packing):
+    loop = build(tmp_path, tokens_per_micro_batch=30, packing=packing)
     assert loop.run()
     one, other = log(straight[0]), log(tmp_path)
     assert sum(line["train/padding"] for line in other) < sum(line["train/padding"] for line in one)
+    assert not packing or all(line["train/padding"] == 0 for line in other)
     assert [line["train/loss"] for line in other] == pytest.approx([line["train/loss"] for line in one], rel=1e-4)
 
 
-def test_validation_keeps_the_token_budget(tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+def test_validation_keeps_the_token_budget(tmp_path, packing):
     losses, sizes = [], []
     for budget in (None, 30):
-        rows = {"task": tiny_rows(20, seed=3)}
-        loop = build(tmp_path / str(budget), validation=rows, steps=1, tokens_per_micro_batch=budget)
+        rows, packed = {"task": tiny_rows(20, seed=3)}, packing and budget is not None
+        how = {"tokens_per_micro_batch": budget, "packing": packed}
+        loop = build(tmp_path / str(budget), validation=rows, steps=1, **how)
 
-        def watched(loss_fn, batches, loss=loop.engine.loss):
+        def watched(loss_fn, batches, loss=loop.engine.loss, packed=packed):
             sizes.append(max(batch.input_ids.numel() for batch in batches))
+            assert any(batch.packed for batch in batches) == packed
             return loss(loss_fn, batches)
 
         loop.engine.loss = watched
