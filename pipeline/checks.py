@@ -20,6 +20,7 @@ from pipeline.layout import Layout
 from pipeline.model_checks import check_lora, check_model, check_positions
 from pipeline.model_facts import ModelFacts
 from pipeline.model_outline import facts_of, of_modules, outlined
+from pipeline.packable import check_packing
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import TrainSection
 from pipeline.sharding.ds_config import check_engine
@@ -47,6 +48,8 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, l
     ranks are to be started here; `sap prepare` may run on a node that has fewer GPUs than the training's.
     """
     base = experiment.base
+    if here is not None or starts:
+        devices.check_attention(base.model)
     artifacts.check_writable(base.output_dir / base.name, "output_dir")
     notes = check_sources(base)
     facts = _files(base, notes) if light else _modules(base)
@@ -73,12 +76,13 @@ def _files(base: Recipe, notes: list[str]) -> ModelFacts | None:
 
 def _modules(base: Recipe) -> ModelFacts:
     """The model by its files, held against the modules that transformers builds; fetched where it is not here (a hub model: its config)."""
-    from pipeline.models import check_weights, load_tokenizer, outline
+    from pipeline.models import check_attention, check_weights, load_tokenizer, outline
 
     here = check_model(base)
     if here is not None:
         check_loads(here.label, here.folder)
     model = outline(base.model)  # first: load_tokenizer would take a broken config for a broken tokenizer
+    check_attention(model, base.model)
     load_tokenizer(base.model)
     facts = check_model(base)  # once more: the built-in model was fetched
     if facts is None:
@@ -157,6 +161,8 @@ def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFa
             )
         if facts is not None:
             check_quantisable(facts)
+    if facts is not None:
+        check_packing(facts.config, field, train, base.data.max_length, facts.label)
     if train.adapter == "lora":
         _check_lora(field, train, base, facts)
     elif train.engine == "single" and devices.dtype(base.model.dtype) != "float32":

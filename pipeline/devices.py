@@ -2,7 +2,7 @@
 
     ranks(recipe.train)             # auto: every visible GPU, or two processes on a CPU
     dtype(recipe.model.dtype)       # auto: bfloat16 where the hardware multiplies it
-    attention(recipe.model.attention), ds_config(recipe.train)
+    attention(recipe.model), ds_config(recipe.train)
 
 NVIDIA's management library is asked (nvidia-ml-py); where it is not there and a GPU may be, torch is.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -23,6 +24,7 @@ from pipeline.sections import ModelSection, TrainSection
 
 CPU_PROCESSES = 2  # of `ranks: auto` without a GPU: one process would shard nothing
 _BFLOAT16 = (8, 0)  # compute capability from which tensor cores multiply bfloat16 (Ampere)
+FLASH, _FLASH_GPUS, _FLASH_VERSION = "flash_attention_2", (8, 0), (2, 3, 3)  # what transformers takes of the package
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,47 @@ def dtype(name: str) -> str:
     return "bfloat16" if re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) else "float32"
 
 
-def attention(name: str) -> str:
-    """sdpa or eager: what model.attention means here. auto: eager on a CPU, where it was a tenth faster on sequences of 128 tokens."""
-    return name if name != "auto" else "sdpa" if gpus() else "eager"
+def attention(model: ModelSection) -> str:
+    """flash_attention_2, sdpa or eager: what model.attention means here.
+
+    auto: eager on a CPU, where it was a tenth faster on sequences of 128 tokens; on GPUs FlashAttention where it can be
+    had, else sdpa.
+    """
+    if model.attention != "auto":
+        return model.attention
+    return "eager" if not gpus() else "sdpa" if _without_flash(model) else FLASH
+
+
+def check_attention(model: ModelSection) -> None:
+    """ValueError, one sentence, where model.attention names FlashAttention and this machine has none for the model."""
+    reason = _without_flash(model) if model.attention == FLASH else None
+    if reason:
+        raise ValueError(f"model.attention {FLASH} {reason}: set model.attention to auto, or to sdpa")
+
+
+def _without_flash(model: ModelSection) -> str | None:
+    """Why FlashAttention cannot be had here; None where it can."""
+    if not gpus():
+        return "needs a GPU, and none is visible"
+    oldest = min(gpus(), key=lambda gpu: gpu.capability)
+    if oldest.capability < _FLASH_GPUS:
+        has = ".".join(map(str, oldest.capability))
+        return f"needs compute capability 8.0, and GPU {oldest.name} ({oldest.model}) has {has}"
+    if dtype(model.dtype) != "bfloat16":
+        return f"computes in bfloat16, and model.dtype is {dtype(model.dtype)}"
+    found = _flash_version()
+    if found is None or tuple(map(int, re.findall(r"\d+", found)[:3])) < _FLASH_VERSION:
+        there = "it is not installed" if found is None else f"{found} is installed"
+        return f"needs the package flash-attn {'.'.join(map(str, _FLASH_VERSION))} or newer, and {there}"
+    return None
+
+
+def _flash_version() -> str | None:
+    """The installed flash-attn's version. Later generations of it come as packages of other names."""
+    try:
+        return importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def ds_config(train: TrainSection) -> Path:
@@ -126,7 +166,7 @@ def describe(model: ModelSection, train: TrainSection) -> str:
         processes += f", because train.batch_size {train.batch_size} divides by no more"
     if found and count == 1 and train.engine != "single" and train.adapter == "lora" and train.ds_config == "auto":
         processes += ", which shards nothing: train.engine single does the same in less time (docs/performance.md)"
-    settings = f"model.dtype {dtype(model.dtype)}, model.attention {attention(model.attention)}"
+    settings = f"model.dtype {dtype(model.dtype)}, model.attention {attention(model)}"
     return f"{processes}; {settings}" + (f", train.ds_config {ds_config(train).name}" if train.engine == "zero3" else "")
 
 

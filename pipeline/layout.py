@@ -201,7 +201,7 @@ class Layout:
         """The model and how it is computed: `auto` is another dtype and another attention on another machine."""
         model = self.base.model
         quantized = [] if model.quantization == "none" else [model.quantization]
-        return [*self._model, f"torch.{devices.dtype(model.dtype)}", devices.attention(model.attention), *quantized]
+        return [*self._model, f"torch.{devices.dtype(model.dtype)}", devices.attention(model), *quantized]
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
@@ -229,6 +229,7 @@ def _training(train: TrainSection) -> dict[str, Any]:
     without = {"lora", "export_merged"} if train.adapter == "full" else set()
     # One of the two cuts a batch. Without a budget the folders are named as before there was such a field.
     without |= {"tokens_per_micro_batch" if train.tokens_per_micro_batch is None else "micro_batch_size"}
+    without |= set() if train.packing else {"packing"}
     return train.model_dump(mode="json", exclude=_NEUTRAL | without)
 
 

@@ -36,7 +36,7 @@ def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[Pre
     """
     if not Path(location).is_dir():
         check_files(section, _files_of(location, section.revision).folder)  # they were not here when the recipe was checked
-    how = location, resolve_dtype(section.dtype), devices.attention(section.attention), section.revision
+    how = location, resolve_dtype(section.dtype), devices.attention(section), section.revision
     opened = _skeleton(*how) if sharded or section.quantization == "nf4" else None
     model, sources = opened or (load_model(*how), Sources())
     if section.quantization == "nf4":

@@ -175,6 +175,22 @@ def check_targets(model: PreTrainedModel, lora: LoraSection, field: str) -> list
     return adapted_modules(lora.target_modules, linears, head_name, field, others)
 
 
+def check_attention(model: PreTrainedModel, section: ModelSection) -> None:
+    """ValueError, one sentence, where transformers has the model without the attention that model.attention means here.
+
+    model: an `outline`.
+    """
+    name = devices.attention(section)
+    flag = {"sdpa": "_supports_sdpa", devices.FLASH: "_supports_flash_attn"}.get(name)
+    if flag and not getattr(model, flag, False):
+        meant = name if section.attention == name else f"{section.attention} ({name} on this machine)"
+        others = "sdpa or eager" if name == devices.FLASH and model._supports_sdpa else "eager"
+        raise ValueError(
+            f"model.attention {meant} is not there for model.path {section.path}: transformers has no such form of "
+            f"{type(model).__name__}; set model.attention to {others}"
+        )
+
+
 def check_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], label: str) -> None:
     """ValueError where the files' tensors do not make up the model, an `outline`: a shape differs, or one is missing.
 

@@ -63,6 +63,7 @@ class Plan:
     parts: tuple[str, ...] = ()  # Recipe.parts
     lisa: LisaSection = LisaSection()
     recomputed: int | None = None  # decoder layers, for train.gradient_checkpointing auto
+    masked: bool = False  # whether attention works through a packed row whole, and a mask keeps its samples apart
 
     @property
     def recomputed_layers(self) -> int:
@@ -122,6 +123,20 @@ class Plan:
             probed_layers(self.sap.layers, self.model.layers)
 
     @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of the task's largest micro-batch on a rank."""
+        share, budget = -(-self.train.batch_size // self.ranks), self.train.tokens_per_micro_batch
+        if budget is None:
+            return min(self.train.micro_batch_size, share) * self.max_length
+        # Under a budget the costliest micro-batch is as cheap as can be: at most a rank's share of the batch.
+        return min(budget, share * self.max_length)
+
+    @property
+    def span(self) -> int:
+        """Tokens that attention compares a token of the task's with: of its sample, or of all in a packed row."""
+        return max(self.micro_batch_tokens, self.max_length) if self.masked else self.max_length
+
+    @property
     def draws_pairs(self) -> bool:
         return self.sap.enabled or bool({"safe_mix", "safety_gradient", "lisa"} & set(self.parts))
 
@@ -164,8 +179,10 @@ def estimate_training(base: Recipe, facts: ModelFacts, train: TrainSection, of_c
     section, data = base.model, base.data
     sap = SapSection() if of_cell is None else of_cell.sap
     ds_config = read_ds_config(train, ranks) if train.engine == "zero3" else None
-    width, eager = 4 if dtype == "float32" else 2, devices.attention(section.attention) == "eager"
-    plan = estimate(facts, train, sap, ds_config, width, section.quantization, ranks, data.max_length, data.safety_max_length, eager)
+    width, attention = 4 if dtype == "float32" else 2, devices.attention(section)
+    lengths = (data.max_length, data.safety_max_length)
+    plan = estimate(facts, train, sap, ds_config, width, section.quantization, ranks, *lengths, attention == "eager")
+    plan = replace(plan, masked=train.packing and attention in ("eager", "sdpa"))
     if of_cell is not None:
         plan = replace(plan, parts=tuple(of_cell.parts), lisa=of_cell.lisa)
     plan.check()
@@ -270,21 +287,25 @@ def _activations(plan: Plan) -> list[Row]:
     gate, up and activation of the MLP; then with LoRA a float32 copy of every adapted module's input (PEFT) and A's
     output, else the norms' outputs before and after their weights, and the inputs of the two projections. Backward adds the gradients of the
     MLP's three. Logits: log-probabilities, their gradient and the cross entropy's, in float32, to which losses.py casts; of
-    many tokens some at a time (head.py), which takes less than that.
+    many tokens some at a time (head.py), which takes less than that. Packed rows: a mask for each of at most two kinds
+    of layers, of a byte for any two tokens of a row, and in the dtype what attention adds to its scores: eager once
+    more for each mask, sdpa anew in every layer, which keeps it.
     """
     model, b = plan.model, plan.dtype_bytes
-    share = lambda batch, micro: min(micro, -(-batch // plan.ranks))  # noqa: E731  sequences, or pairs, that are computed at once
-    budget = plan.train.tokens_per_micro_batch
-    size = plan.train.micro_batch_size if budget is None else plan.train.batch_size
-    most = share(plan.train.batch_size, size) * plan.max_length
-    # Under a budget the costliest micro-batch is as cheap as can be: at most a rank's share of the batch.
-    sizes = [(most if budget is None else min(budget, most), plan.max_length)]
+    sizes = [(plan.micro_batch_tokens, plan.span, plan.masked)]
     if plan.draws_pairs:
-        pairs = share(plan.sap.safety_batch_size, plan.sap.safety_micro_batch_size)
-        sizes.append((2 * pairs * plan.safety_max_length, plan.safety_max_length))
-    tokens, length = max(sizes)
-    scores = model.heads * length * (6 if b == 2 else 4) if model.eager else 0  # softmax in float32, then the dtype again
-    saved = 8 * model.hidden + b * (4 * model.queries + 3 * model.intermediate) + 4 * model.heads + scores
+        pairs = min(plan.sap.safety_micro_batch_size, -(-plan.sap.safety_batch_size // plan.ranks))
+        sizes.append((2 * pairs * plan.safety_max_length, plan.safety_max_length, False))
+    alone = 8 * model.hidden + b * (4 * model.queries + 3 * model.intermediate) + 4 * model.heads
+
+    def kept_scores(length: int, masked: bool) -> int:
+        if not model.eager:
+            return b * length if masked else 0
+        return model.heads * length * (6 if b == 2 else 4)  # softmax in float32, then the dtype again
+
+    tokens, length, masked = max(sizes, key=lambda size: (size[0] * (alone + kept_scores(*size[1:])), size))
+    scores = kept_scores(length, masked)
+    saved = alone + scores
     if plan.train.adapter == "full":
         saved += b * (4 * model.hidden + model.queries + model.intermediate)
     else:
@@ -295,6 +316,10 @@ def _activations(plan: Plan) -> list[Row]:
     if plan.train.adapter == "full" and at_once < tokens:
         formula = f"{model.vocabulary} x {model.hidden} x (4 bytes, summed over chunks of tokens, + {b} of a chunk's)"
         rows.append(Row("head's gradient", formula, model.vocabulary * model.hidden * (4 + b), "in a pass"))
+    if plan.masked:
+        width = 1 + (b if model.eager else 0)
+        formula = f"2 x {plan.span} x {plan.span} x {width} bytes"
+        rows.append(Row("masks of packed rows", formula, 2 * plan.span**2 * width, "in a pass"))
     again = plan.recomputed_layers
     parts = [(again, model.hidden * b, f"{model.hidden} x {b}"), (model.layers - again, saved, f"{saved:,}")]
     formula = " + ".join(f"{count} layers x {tokens} tokens x {each} bytes" for count, _, each in parts if count)
@@ -311,7 +336,7 @@ def _passes(plan: Plan) -> list[tuple[float, float, float]]:
     # How many of full length a micro-batch holds.
     rows = train.micro_batch_size if budget is None else max(budget // plan.max_length, 1)
     share, steps = train.batch_size / plan.ranks, accumulation(train.batch_size, rows, plan.ranks)
-    main = _pass(plan, share, plan.max_length, steps, layers, True)
+    main = _pass(plan, share, plan.max_length, steps, layers, True, plan.span)
     pairs = sap.safety_batch_size / plan.ranks
     refresh = 1 / sap.refresh_every if sap.refresh_every else 0.0
     turns = accumulation(sap.safety_batch_size, sap.safety_micro_batch_size, plan.ranks)
@@ -326,24 +351,29 @@ def _passes(plan: Plan) -> list[tuple[float, float, float]]:
     # A rank whose share of the samples is none computes a copy of one.
     looked_at = share_of(train.batch_size, sap.probe_share)
     turns, sequences = accumulation(looked_at, rows, plan.ranks), max(looked_at / plan.ranks, 1)
-    probe = _pass(plan, sequences, plan.max_length, turns, layers - 1 - probed_layers(sap.layers, layers)[0], False)
+    probed = layers - 1 - probed_layers(sap.layers, layers)[0]
+    probe = _pass(plan, sequences, plan.max_length, turns, probed, False, plan.span)
     noise, correction = (1 / every if every else 0.0 for every in (sap.noise_every, sap.correction_every))
     return [(1 + correction, *main), ((2 if sap.schedule == "exact" else 1) + noise, *probe), (refresh, *safety), *mixed]
 
 
-def _pass(plan: Plan, sequences: float, length: int, micro_batches: float, layers: int, of_weights: bool) -> tuple[float, float]:
+def _pass(
+    plan: Plan, sequences: float, length: int, micro_batches: float, layers: int, of_weights: bool,
+    span: int | None = None,
+) -> tuple[float, float]:  # fmt: skip
     """(FLOPs, bytes received) of a forward pass and a backward pass through the last `layers`; of_weights: with the weights' gradients.
 
     2 FLOPs a weight and token, forward and for the input's gradient, and for the gradient of those weights that are trained; attention's
-    products 4 x length x queries forward, twice that backward; once more forward where a layer is recomputed. Weights are gathered once
-    forward and once backward, whether a layer is recomputed or not.
+    products 4 x span x queries forward, twice that backward (span: tokens that it works through, `length` unless
+    given); once more forward where a layer is recomputed. Weights are gathered once forward and once backward, whether
+    a layer is recomputed or not.
     """
-    model, train = plan.model, plan.train
+    model, train, span = plan.model, plan.train, span or length
     linear, adapter = sum(out * into for out, into in model.linears), sum(train.lora.r * (out + into) for out, into in model.adapted)
-    forward = 2 * (linear + adapter) + 4 * length * model.queries
+    forward = 2 * (linear + adapter) + 4 * span * model.queries
     learned = 2 * (linear if train.adapter == "full" else adapter) if of_weights else 0
     again = plan.recomputed_layers / model.layers
-    backward = forward + 4 * length * model.queries + learned + again * forward
+    backward = forward + 4 * span * model.queries + learned + again * forward
     head = 2 * model.vocabulary * model.hidden * (3 if of_weights and train.adapter == "full" else 2)
     flops = sequences * length * (model.layers * forward + layers * backward + head)
     inner, outer = _split(_moving(plan)[0])

@@ -42,8 +42,10 @@ class ModelSection(Section):
         "auto", description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or AMX, else float32"
     )
     chat_template: Annotated[Path | None, PathField("path")] = Field(None, description="Jinja file that replaces the tokenizer's chat template")
-    attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="Attention implementation of transformers; auto: sdpa on GPUs, eager on CPUs"
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto",
+        description="Attention implementation of transformers; auto: eager on CPUs; on GPUs flash_attention_2 where "
+        "the package flash-attn is installed, the GPUs are Ampere or newer and dtype is bfloat16, else sdpa",
     )
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: frozen linear layers in 4 bits (QLoRA); needs adapter: lora")
 
@@ -183,6 +185,11 @@ class TrainSection(Section):
         "of like length go together, and a bound on rows would keep short ones from filling a pass; at least "
         "data.max_length",
     )
+    packing: bool = Field(
+        False,
+        description="Whether the samples of a micro-batch lie end to end in one row, up to tokens_per_micro_batch "
+        "tokens, none of which sees another sample's: no padding; for models of which it was shown (pipeline/packable.py)",
+    )
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate of AdamW")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="Steps of linear warm-up")
     decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning-rate decay after the warm-up")
@@ -209,6 +216,10 @@ class TrainSection(Section):
     def _consistent(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("exactly one of steps and epochs must be set")
+        if self.packing and self.tokens_per_micro_batch is None:
+            raise ValueError(
+                "packing is true, and tokens_per_micro_batch does not say how many tokens a row takes: set it"
+            )
         if self.use_reentrant:
             raise ValueError(
                 "use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient"

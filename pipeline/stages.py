@@ -202,7 +202,8 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     first, second = ([replace(batch, global_pairs=len(pairs)) for batch in half] for half in halves)
     rows, cut = list(range(len(useful))), resolved.train
     most = -(-cut.batch_size // engine.world_size)
-    useful_batches = micro_batches(useful, rows, cut.micro_batch_size, *sharing, cut.tokens_per_micro_batch, most)
+    how = (cut.tokens_per_micro_batch, most, cut.packing)
+    useful_batches = micro_batches(useful, rows, cut.micro_batch_size, *sharing, *how)
     with open_run(layout, f"direction-s{cell.seed}", target.name, engine.rank) as run:
         _say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
         vector, summary = safety_direction(engine, (first, second), useful_batches, resolved.sap.contrastive)

@@ -21,7 +21,7 @@ MASKS = "tests/sap/test_step.py::test_all_passes_see_the_same_dropout_masks"
 RESUMED = "tests/sap/test_resumed_step.py"
 SHARED = "tests/data/test_batches.py"
 HEADS = "tests/sap/test_head.py::test_losses_and_gradients_are_those_of_all_logits[llama-lora-3]"
-BUDGET = "tests/data/test_buckets.py"
+BUDGET, PACKED = "tests/data/test_buckets.py", "tests/sap/test_packed.py"
 RESTORE, TRACES, VECTORS = (
     "tests/distributed/test_sharded.py::test_perturbation_is_seen_and_undone_bit_for_bit",
     "tests/distributed/test_sharded.py::test_auxiliary_passes_leave_no_trace",
@@ -137,12 +137,33 @@ OF_THE_LOSSES = (
     mutant(
         "loss not weighted by tokens",
         BATCHES,
-        "batches.append(MicroBatch(*padded, global_tokens,",
-        "batches.append(MicroBatch(*padded, sum(map(_supervised, labels)) * len(indices) // len(chunk),",
+        "batches.append(MicroBatch(*tensors, global_tokens,",
+        "batches.append(MicroBatch(*tensors, sum(map(_supervised, labels)) * len(indices) // len(chunk),",
         DENSE,
     ),
     mutant("fillers counted as pairs", LOSSES, "(values * batch.weights).sum()", "values.sum()", SHARED),
     mutant("a budget's fillers counted", BATCHES, "([shortest], 0.0)", "([shortest], 1.0)", BUDGET),
+    mutant(
+        "packed samples see each other",
+        "pipeline/sap/packed.py",
+        "samples = packed and packed.samples",
+        "samples = None",
+        f"{PACKED}::test_every_packable_type_keeps_samples_apart[llama]",
+    ),
+    mutant(
+        "positions go on over packed samples",
+        BATCHES,
+        "positions = torch.arange(len(numbers)) - borders[numbers]",
+        "positions = torch.arange(len(numbers))",
+        f"{PACKED}::test_no_sample_foretells_the_next_ones_first_token",
+    ),
+    mutant(
+        "packed samples foretell the next one",
+        BATCHES,
+        "following[np.cumsum([0, *map(len, labels[:-1])])] = IGNORE",
+        "pass",
+        f"{PACKED}::test_every_packable_type_keeps_samples_apart[llama]",
+    ),
     mutant("chunks of logits: no token is the right one", HEAD, "(len(tokens), 1), -1.0", "(len(tokens), 1), 0.0", HEADS),
     mutant("chunks of logits: tokens weigh alike", HEAD, "(gradient.to(upstream.dtype) * upstream[:, None]).to(gradient.dtype)", "gradient", HEADS),
 )
@@ -151,8 +172,8 @@ OF_THE_ENGINES = (
     mutant(
         "norms of one rank only",
         ENGINE,
-        "total += torch.dot(x.double(), y.double())\n        return self.sum_over_ranks(total).item()",
-        "total += torch.dot(x.double(), y.double())\n        return total.item()",
+        "total += torch.dot(x.double(), y.double())\n        return self.sum_over_ranks(total)",
+        "total += torch.dot(x.double(), y.double())\n        return total",
         VECTORS + ON_ZERO3,
     ),
     mutant(
@@ -179,8 +200,8 @@ OF_THE_ENGINES = (
     mutant(
         "zero3: probe gradients not reduced",
         ZERO3,
-        "return self.sum_over_ranks(total).item(), self.sum_over_ranks(gradient)",
-        "return self.sum_over_ranks(total).item(), gradient",
+        "return self.sum_over_ranks(total), self.sum_over_ranks(gradient)",
+        "return self.sum_over_ranks(total), gradient",
         ZERO3_EXACT,
     ),
     mutant(
@@ -259,8 +280,8 @@ OF_THE_ENGINES = (
     mutant(
         "fsdp2: probe gradients not reduced",
         FSDP2,
-        "return self.sum_over_ranks(total).item(), self.sum_over_ranks(gradient)",
-        "return self.sum_over_ranks(total).item(), gradient",
+        "return self.sum_over_ranks(total), self.sum_over_ranks(gradient)",
+        "return self.sum_over_ranks(total), gradient",
         FSDP2_EXACT,
     ),
     mutant(
@@ -280,15 +301,15 @@ OF_THE_ENGINES = (
     mutant(
         "fsdp2: not clipped",
         FSDP2,
-        "clip(held, self.gradient_norm() if norm is None else norm, self.max_grad_norm)",
+        "clip(held, self.gradient_norm().item() if norm is None else norm, self.max_grad_norm)",
         "pass",
         parity(engine="fsdp2", ranks=2, clipping=True),
     ),
     mutant(
         "every rank takes the same micro-batches",
         BATCHES,
-        "if number % world_size == rank:\n            labels",
-        "if number % world_size == 0:\n            labels",
+        "if number % world_size == rank:\n            ids, labels",
+        "if number % world_size == 0:\n            ids, labels",
         SHARED + "::test_small_sets_are_filled_up_with_what_weighs_nothing",
     ),
 )

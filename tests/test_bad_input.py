@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline import artifacts, checks, recipe, stages, strict_yaml
+from pipeline import artifacts, checks, packable, recipe, stages, strict_yaml
 from pipeline.cli import main
 from pipeline.data import builtin
 from pipeline.evaluation.shards import WHOLE
@@ -71,6 +71,13 @@ CASES = {
     "a row of align that fits into no micro-batch": (
         ["--align.train.tokens_per_micro_batch", "9"],
         ["align.train.tokens_per_micro_batch 9 is below data.max_length 160"],
+    ),
+    "FlashAttention on a CPU": (
+        ["--model.attention", "flash_attention_2"],
+        ["model.attention flash_attention_2 needs a GPU, and none is visible", "set model.attention to auto"],
+    ),
+    "packing without a budget": (
+        ["--train.packing", "true"], ["train: packing is true, and tokens_per_micro_batch does not say", "set it"]
     ),
     "a pattern of targets that matches nothing": (
         ["--train.lora.target_modules", "q_proj"], ["regular expression for whole names"]
@@ -247,6 +254,17 @@ def test_a_token_budget_leaves_no_number_of_passes_to_the_ds_config(project, tmp
         path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: 2}))
         with pytest.raises(ValueError, match=f"sets {key}, but with train.tokens_per_micro_batch .*: take it out"):
             read_ds_config(train, 2)
+
+
+@pytest.mark.parametrize("section", ["train", "align.train"])
+def test_packing_for_a_model_of_which_nothing_was_shown(project, monkeypatch, capsys, section):
+    folder, content = project
+    arguments = [f"--{section}.packing", "true", f"--{section}.tokens_per_micro_batch", "400"]
+    assert main(["run", str(write_recipe(folder, content)), *arguments, "--dry-run"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(packable, "PACKABLE", packable.PACKABLE - {"llama"})
+    error = refused(capsys, folder, content, *arguments)
+    assert f"{section}.packing is true, but model.path " in error and "is of the type 'llama', for which" in error
 
 
 def test_split_with_no_usable_sample(project, capsys):

@@ -1,5 +1,6 @@
 """What `auto` means on machines that tests do not have: a made-up driver library says how many GPUs there are."""
 
+import importlib.metadata
 import os
 import sys
 from types import SimpleNamespace
@@ -90,18 +91,23 @@ AMPERE, TURING = gpu("NVIDIA A100", capability=(8, 0)), gpu("NVIDIA T4", 16 * GB
 
 
 @pytest.mark.parametrize(
-    ("gpus", "ranks", "dtype", "attention", "ds_config"),
+    ("gpus", "flash", "ranks", "dtype", "attention", "ds_config"),
     [
-        ([], 2, None, "eager", "zero3_cpu.json"),
-        ([gpu()], 1, "bfloat16", "sdpa", "zero3.json"),
-        ([AMPERE] * 4, 4, "bfloat16", "sdpa", "zero3.json"),
-        ([AMPERE, TURING], 2, "float32", "sdpa", "zero3.json"),
+        ([], "2.8.3", 2, None, "eager", "zero3_cpu.json"),
+        ([gpu()], None, 1, "bfloat16", "sdpa", "zero3.json"),
+        ([gpu()], "2.8.3.post1", 1, "bfloat16", "flash_attention_2", "zero3.json"),
+        ([gpu()], "2.3.2", 1, "bfloat16", "sdpa", "zero3.json"),
+        ([AMPERE] * 4, None, 4, "bfloat16", "sdpa", "zero3.json"),
+        ([AMPERE] * 4, "2.3.3", 4, "bfloat16", "flash_attention_2", "zero3.json"),
+        ([AMPERE, TURING], "2.8.3", 2, "float32", "sdpa", "zero3.json"),
     ],
 )
-def test_auto_is_what_the_machine_has(machine, gpus, ranks, dtype, attention, ds_config):
+def test_auto_is_what_the_machine_has(machine, monkeypatch, gpus, flash, ranks, dtype, attention, ds_config):
     machine(*gpus)
+    monkeypatch.setattr(devices, "_flash_version", lambda: flash)
     assert devices.ranks(train()) == ranks and devices.ranks(train(engine="single")) == 1
-    assert devices.attention("auto") == attention and devices.ds_config(train()).name == ds_config and devices.ds_config(train()).is_file()
+    assert devices.attention(ModelSection(path="owner/name")) == attention
+    assert devices.ds_config(train()).name == ds_config and devices.ds_config(train()).is_file()
     assert dtype is None or devices.dtype("auto") == dtype
     line = devices.describe(ModelSection(path="owner/name"), train())
     assert f"{ranks} process" in line and f"model.attention {attention}" in line and f"train.ds_config {ds_config}" in line
@@ -120,8 +126,76 @@ def test_one_gpu_is_told_that_it_shards_nothing(machine):
 
 def test_what_a_recipe_names_is_taken(machine, tmp_path):
     machine(gpu(), gpu())
-    assert devices.ranks(train(ranks=1)) == 1 and devices.dtype("float32") == "float32" and devices.attention("eager") == "eager"
+    assert devices.ranks(train(ranks=1)) == 1 and devices.dtype("float32") == "float32"
+    assert devices.attention(ModelSection(path="owner/name", attention="eager")) == "eager"
     assert devices.ds_config(train(ds_config=tmp_path / "mine.json")) == tmp_path / "mine.json"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flash", "dtype", "said"),
+    [
+        ([], "2.8.3", "auto", "needs a GPU, and none is visible"),
+        ([AMPERE, TURING], "2.8.3", "bfloat16", "needs compute capability 8.0, and GPU 1 (NVIDIA T4) has 7.5"),
+        ([AMPERE], "2.8.3", "float32", "computes in bfloat16, and model.dtype is float32"),
+        ([AMPERE], None, "auto", "needs the package flash-attn 2.3.3 or newer, and it is not installed"),
+        ([AMPERE], "2.1", "auto", "needs the package flash-attn 2.3.3 or newer, and 2.1 is installed"),
+        ([AMPERE], "2.8.3", "auto", None),
+    ],
+)
+def test_flash_attention_that_cannot_be_had_is_refused_by_name_only(machine, monkeypatch, gpus, flash, dtype, said):
+    machine(*gpus)
+    monkeypatch.setattr(devices, "_flash_version", lambda: flash)
+    named = ModelSection(path="owner/name", dtype=dtype, attention="flash_attention_2")
+    for other in ("auto", "sdpa", "eager"):
+        devices.check_attention(named.model_copy(update={"attention": other}))
+    if said is None:
+        devices.check_attention(named)
+        return
+    with pytest.raises(ValueError) as caught:
+        devices.check_attention(named)
+    assert str(caught.value) == f"model.attention flash_attention_2 {said}: set model.attention to auto, or to sdpa"
+
+
+def test_the_installed_package_is_asked_for_its_version(monkeypatch):
+    versions = {"flash-attn": "2.8.3"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert devices._flash_version() == "2.8.3"
+    versions.clear()
+    assert devices._flash_version() is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "flash", "attention", "said"),
+    [
+        ("gemma2", [AMPERE], None, "auto", "model.attention auto (sdpa on this machine) is not there for model.path m"),
+        ("gemma2", [AMPERE], "2.8.3", "auto", None),
+        ("gemma2", [AMPERE], None, "sdpa", "model.attention sdpa is not there for model.path m"),
+        ("gemma2", [], None, "auto", None),
+        ("llama", [AMPERE], None, "auto", None),
+        ("bloom", [AMPERE], "2.8.3", "auto", "transformers has no such form of BloomForCausalLM"),
+    ],
+)
+def test_an_attention_that_the_model_has_not_is_refused(machine, monkeypatch, kind, gpus, flash, attention, said):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from pipeline.models import check_attention, without_weights
+
+    machine(*gpus)
+    monkeypatch.setattr(devices, "_flash_version", lambda: flash)
+    config = CONFIG_MAPPING[kind](hidden_size=64, num_hidden_layers=1, vocab_size=11)
+    section = ModelSection(path="m", attention=attention, dtype="bfloat16")
+    if said is None:
+        check_attention(without_weights(config, "m"), section)
+        return
+    with pytest.raises(ValueError, match="set model.attention to eager$") as caught:
+        check_attention(without_weights(config, "m"), section)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_batch_that_does_not_divide_takes_fewer_gpus_and_says_so(machine):

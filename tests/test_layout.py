@@ -79,6 +79,8 @@ def test_folders_without_a_token_budget_are_named_as_before_there_was_one():
     assert "tokens_per_micro_batch" not in _training(TrainSection(steps=1))
     budgeted = _training(TrainSection(steps=1, tokens_per_micro_batch=4096))
     assert "micro_batch_size" not in budgeted, "the budget takes its place"
+    assert "packing" not in budgeted
+    assert _training(TrainSection(steps=1, tokens_per_micro_batch=4096, packing=True))["packing"] is True
 
 
 def test_another_threshold_reads_the_embeddings_again_and_another_layer_does_not(project):

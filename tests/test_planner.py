@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from pipeline import capacity, planner, recipe, stages
-from pipeline.data.batches import MicroBatch
+from pipeline.data.batches import MicroBatch, micro_batches
 from pipeline.doctor.resources import held_weights
 from pipeline.layer_choice import probed_layers
 from pipeline.layout import Layout
@@ -175,6 +175,22 @@ def test_a_token_budget_bounds_what_a_pass_holds():
     assert logits(tokens_per_micro_batch=10**6) == logits(micro_batch_size=16)
     assert plan(tokens_per_micro_batch=300).received() == plan(micro_batch_size=4).received()
     assert plan(tokens_per_micro_batch=300).flops() == plan(micro_batch_size=4).flops()
+
+
+def test_packed_rows_are_compared_whole_and_take_a_mask():
+    """16 rows of 64 tokens in one: attention's scores and products grow with it, and each mask with its square."""
+    train = TrainSection(steps=1, batch_size=32, tokens_per_micro_batch=1024, packing=True)
+    for attention in ("eager", "sdpa"):
+        plain = planned(llama(256, 512, 4, 8, 8, attn_implementation=attention), train, None, 2)
+        packed = replace(plain, masked=True)
+        assert (plain.span, packed.span) == (64, 1024)
+        assert bytes_of(packed, "masks of packed rows") == 2 * 1024**2 * (5 if attention == "eager" else 1)
+        assert "masks of packed rows" not in {row.part for row in plain.rows()}
+        scores = 4 * 1024 * 4 * (8 * (1024 - 64) if attention == "eager" else 1024)
+        assert bytes_of(packed, "kept for backward") - bytes_of(plain, "kept for backward") == scores
+        more = packed.flops()[0] - plain.flops()[0]
+        assert more == 16 * 64 * 4 * 3 * 4 * (1024 - 64) * packed.model.queries
+        assert packed.received() == plain.received()
 
 
 # ---- against engines -------------------------------------------------------------------------------------------------------------------------
@@ -337,6 +353,24 @@ def test_a_pass_takes_at_its_peak_what_is_planned(shape, adapter, checkpointing,
     # A full gradient is not yet whole where the activations are at their peak.
     low = peak.peak - gradients
     assert low <= expected <= 1.2 * (low if adapter == "lora" else peak.peak)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_packed_row_takes_at_its_peak_what_is_planned(dtype, attention):
+    config = llama(128, 344, 4, 4, 4, 97, attn_implementation=attention)
+    train = TrainSection(steps=1, engine="single", batch_size=4, tokens_per_micro_batch=512, packing=True)
+    plan = replace(planned(config, train, width=dtype.itemsize, lengths=(128, 128)), masked=True)
+    torch.manual_seed(0)
+    model = make_trainable(LlamaForCausalLM(config).to(dtype), train, seed=0).train()
+    ids = torch.randint(0, 97, (4, 128)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    (batch,) = micro_batches(rows, [0, 1, 2, 3], 1, 0, 1, 0, 0, 0, 512, packing=True)
+    known = [batch.input_ids, *vars(batch.targets).values(), batch.packed.positions, batch.packed.samples]
+    with PeakBytes([*model.parameters(), *model.buffers(), *known]) as peak:
+        useful_loss(model, batch).backward()
+    expected = sum(row.bytes for row in plan.rows() if row.moment == "in a pass")
+    assert 0.8 * expected <= peak.peak <= expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

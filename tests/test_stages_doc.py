@@ -40,6 +40,7 @@ STARTS: dict[str, Settings] = {
     "model.revision": {"model.path": "owner/name"},
     "train.epochs": {"train.steps": None, "train.epochs": 1.0},
     "align.train.epochs": {"align.train.steps": None, "align.train.epochs": 1.0},
+    **{f"{part}.packing": {f"{part}.tokens_per_micro_batch": 4096} for part in ("train", "align.train")},
     **{f"{part}.enabled": {"methods": {"sft": {}, "plain": {}}} for part in PARTS},
     "align.enabled": {"align.enabled": False},
 }

@@ -100,17 +100,18 @@ class StepBatches:
 
     def __init__(
         self, rank: int = 0, world_size: int = 1, pairs: list[dict] | None = None, rows: list[dict] | None = None,
-        batch_size: int = 8, micro_batch_size: int = 2, token_budget: int | None = None,
+        batch_size: int = 8, micro_batch_size: int = 2, token_budget: int | None = None, packing: bool = False,
     ):  # fmt: skip
         self.rows, self.pair_rows = tiny_rows() if rows is None else rows, tiny_pairs() if pairs is None else pairs
         self.rank, self.world_size = rank, world_size
         self.batch_size, self.micro_batch_size, self.token_budget = batch_size, micro_batch_size, token_budget
+        self.packing = packing
 
     def useful(self, number: int, samples: int | None = None) -> list:
         """samples: the first so many of the step's, where not all are meant."""
         indices = BatchOrder(len(self.rows), self.batch_size, 0).step(number)[:samples]
         sharing = (self.micro_batch_size, self.rank, self.world_size)
-        return micro_batches(self.rows, indices, *sharing, 0, 0, number, self.token_budget)
+        return micro_batches(self.rows, indices, *sharing, 0, 0, number, self.token_budget, packing=self.packing)
 
     def pairs(self, number: int) -> list:
         return pair_batches(self.pair_rows, BatchOrder(len(self.pair_rows), 4, 0).step(number), 1, self.rank, self.world_size, 0, 0, number)

@@ -2,9 +2,9 @@
 
 The order depends on (seed, step) alone, never on the number of ranks, so a resumed run needs only its step number.
 Rank r of w takes every w-th micro-batch of the step. 1 and N ranks see the same micro-batches, with the same dropout,
-where batch_size divides by micro_batch_size x N. With a budget of tokens (buckets.py) they do in the steps where the
-least number of micro-batches that keeps the budget divides by N. In all other cases the same samples are cut in another
-way: but for dropout, loss and gradient of the step are the same sums.
+where batch_size divides by micro_batch_size x N. With a budget of tokens (buckets.py), packed or not, they do in the
+steps where the least number of micro-batches that keeps the budget divides by N. In all other cases the same samples
+are cut in another way, as packing does too: but for dropout, loss and gradient of the step are the same sums.
 
     order = BatchOrder(num_samples=900, batch_size=8, seed=0)
     batches = micro_batches(rows, order.step(17), micro_batch_size=2, rank=0, world_size=2, pad_id=0, seed=0, step=17)
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.data import buckets
@@ -51,10 +52,39 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Samples end to end in one row, of which none may see another.
+
+    positions, samples: int64 (1, T), a token's place in its sample and the number of the sample. borders: int32
+    (samples + 1,), where each begins, and T. longest: tokens of the longest sample. Found before a batch moves, as
+    Targets are.
+    """
+
+    positions: torch.Tensor
+    samples: torch.Tensor
+    borders: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Packed:
+        """lengths: tokens of each sample, in the row's order."""
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        borders = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.arange(len(numbers)) - borders[numbers]
+        return cls(positions[None], numbers[None], borders.int(), max(lengths))
+
+    def to(self, device: torch.device | str) -> Packed:
+        tensors = (self.positions, self.samples, self.borders)
+        return Packed(*(_moved(tensor, device) for tensor in tensors), self.longest)
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """input_ids, labels: int64 (B, T), right-padded. global_tokens: supervised tokens of the whole step. padding: of the B x T, how many.
 
-    There is no attention mask: what is causal never sees the padding behind it, and padding is not supervised.
+    There is no attention mask: what is causal never sees the padding behind it, and padding is not supervised. packed:
+    where B is 1 and the row holds several samples; no label is then a sample's first token, which the sample before
+    it would have to foretell.
     """
 
     input_ids: torch.Tensor
@@ -63,13 +93,15 @@ class MicroBatch:
     seed: int
     padding: int = 0
     targets: Targets = None  # type: ignore[assignment]  # of the labels, unless given
+    packed: Packed | None = None
 
     def __post_init__(self) -> None:
         _find_targets(self)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """What a pass needs of it, there; labels stay, of which targets say all."""
-        return replace(self, input_ids=_moved(self.input_ids, device), targets=self.targets.to(device))
+        packed = self.packed and self.packed.to(device)
+        return replace(self, input_ids=_moved(self.input_ids, device), targets=self.targets.to(device), packed=packed)
 
 
 @dataclass(frozen=True)
@@ -134,26 +166,31 @@ class BatchOrder:
 
 def micro_batches(
     rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int,
-    seed: int, step: int, token_budget: int | None = None, most_rows: int | None = None,
-):  # fmt: skip
+    seed: int, step: int, token_budget: int | None = None, most_rows: int | None = None, packing: bool = False,
+) -> list[MicroBatch]:  # fmt: skip
     """This rank's MicroBatches of one step. rows[i]: input_ids and labels (lists of int).
 
     token_budget: the most tokens of a micro-batch, padding included, in place of micro_batch_size; rows of like length
     go together then. No row may be longer. most_rows: of a micro-batch under a budget, for sets that are larger than a
-    step: with more of them a pass could hold more than the planner says.
+    step: with more of them a pass could hold more than the planner says. packing: samples of a micro-batch lie end to
+    end in one row, without padding; needs a budget.
     """
-    global_tokens = sum(_supervised(rows[i]["labels"]) for i in indices)
+    chosen = {i: rows[i] for i in indices}  # a stored row is made anew whenever it is asked for
+    global_tokens = sum(_supervised(chosen[i]["labels"]) for i in indices)
     if token_budget is None:
         chunks = _chunks(indices, micro_batch_size, world_size)
     else:
-        chunks = _budgeted(indices, [len(rows[i]["input_ids"]) for i in indices], token_budget, world_size, most_rows)
+        lengths = [len(chosen[i]["input_ids"]) for i in indices]
+        chunks = _budgeted(indices, lengths, token_budget, world_size, most_rows, packing)
     batches = []
     for number, (chunk, weight) in enumerate(chunks):
         if number % world_size == rank:
-            labels = [_weighed(rows[i]["labels"], weight) for i in chunk]
-            padded = pad_rows([rows[i]["input_ids"] for i in chunk], labels, pad_id)
-            padding = padded[0].numel() - sum(len(rows[i]["input_ids"]) for i in chunk)
-            batches.append(MicroBatch(*padded, global_tokens, _mask_seed(seed, step, number), padding))
+            ids, labels = zip(*((chosen[i]["input_ids"], _weighed(chosen[i]["labels"], weight)) for i in chunk), strict=True)
+            lengths = list(map(len, ids))
+            packed = Packed.of(lengths) if packing and len(chunk) > 1 else None
+            tensors = _end_to_end(ids, labels) if packed else pad_rows(ids, labels, pad_id)
+            padding, masks = tensors[0].numel() - sum(lengths), _mask_seed(seed, step, number)
+            batches.append(MicroBatch(*tensors, global_tokens, masks, padding, packed=packed))
     return batches
 
 
@@ -172,7 +209,7 @@ def pair_batches(
 
 
 def _supervised(labels: list[int]) -> int:
-    return sum(label != IGNORE for label in labels[1:])
+    return len(labels) - 1 - labels[1:].count(IGNORE)
 
 
 def _weighed(labels: list[int], weight: float) -> list[int]:
@@ -192,19 +229,36 @@ def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[i
 
 
 def _budgeted(
-    indices: list[int], lengths: list[int], budget: int, world_size: int, most: int | None
+    indices: list[int], lengths: list[int], budget: int, world_size: int, most: int | None, packing: bool
 ) -> list[tuple[list[int], float]]:
     """As _chunks, but of at most `budget` tokens each. lengths: of the samples. The filler is the shortest row."""
-    chunks = [[indices[position] for position in chunk] for chunk in buckets.cut(lengths, budget, world_size, most)]
+    divided = (buckets.pack if packing else buckets.cut)(lengths, budget, world_size, most)
+    chunks = [[indices[position] for position in chunk] for chunk in divided]
     shortest = indices[min(range(len(indices)), key=lengths.__getitem__)]
     return [(chunk, 1.0) for chunk in chunks] + [([shortest], 0.0)] * (-len(chunks) % world_size)
 
 
-def pad_rows(input_ids: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+Sequences = Sequence[Sequence[int]]
+
+
+def pad_rows(input_ids: Sequences, labels: Sequences, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and labels, int64 (B, T), right-padded to the longest row."""
     width = max(len(ids) for ids in input_ids)
-    fill = lambda sequences, value: torch.tensor([s + [value] * (width - len(s)) for s in map(list, sequences)])  # noqa: E731
-    return fill(input_ids, pad_id), fill(labels, IGNORE)
+
+    def filled(sequences: Sequences, value: int) -> torch.Tensor:
+        padded = np.full((len(sequences), width), value, np.int64)
+        for row, sequence in zip(padded, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        return torch.from_numpy(padded)
+
+    return filled(input_ids, pad_id), filled(labels, IGNORE)
+
+
+def _end_to_end(input_ids: Sequences, labels: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and labels, int64 (1, T), of samples in one row; their first tokens are nobody's to foretell."""
+    ids, following = (np.concatenate([np.asarray(row, np.int64) for row in rows]) for rows in (input_ids, labels))
+    following[np.cumsum([0, *map(len, labels[:-1])])] = IGNORE
+    return torch.from_numpy(ids)[None], torch.from_numpy(following)[None]
 
 
 def _mask_seed(seed: int, step: int, number: int) -> int:

@@ -1,12 +1,14 @@
-"""Micro-batches by a budget of tokens, as numbers: rows of like length go together, so that little is padded.
+"""Micro-batches by a budget of tokens, as numbers: rows of like length go together, or rows are packed end to end.
 
 Needs no torch.
 
     cut([300, 20, 280, 25], budget=600, ranks=1)      # [[0, 2], [3, 1]]: 2 x 300 tokens, then 2 x 25
+    pack([300, 20, 280, 25], budget=600, ranks=2)     # [[0, 1], [2, 3]]: 320 tokens, then 305
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 Chunk = list[int]
@@ -40,6 +42,57 @@ def cut(lengths: Sequence[int], budget: int, ranks: int, most: int | None = None
         half = len(costliest) // 2
         chunks += [costliest[:half], costliest[half:]]
     return sorted(chunks, key=lambda chunk: -cost(lengths, chunk))
+
+
+def pack(lengths: Sequence[int], budget: int, ranks: int, most: int | None = None) -> list[Chunk]:
+    """As `cut`, but for rows that lie end to end: a micro-batch costs the sum of its rows' lengths.
+
+    Their number is the one that first-fit decreasing takes (the least there is, or close to it: to find the least is
+    NP-hard), rounded up to a multiple of `ranks`. Then the longest row goes to the emptiest micro-batch, and so on,
+    which levels them; where that does not keep the budget, first-fit's own are kept, and the longest halved.
+    """
+    assert lengths and max(lengths) <= budget, "a row is longer than the token budget: the recipe's check lets none by"
+    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
+    most = most or len(lengths)
+    fitted = _first_fit(lengths, order, budget, most)
+    number = min(-(-len(fitted) // ranks) * ranks, len(lengths))
+    chunks = _levelled(lengths, order, number)
+    if any(_total(lengths, chunk) > budget or len(chunk) > most for chunk in chunks):
+        chunks = fitted
+        while len(chunks) < number:
+            costliest = max((chunk for chunk in chunks if len(chunk) > 1), key=lambda chunk: _total(lengths, chunk))
+            chunks.remove(costliest)
+            chunks += [costliest[::2], costliest[1::2]]
+    return sorted(chunks, key=lambda chunk: -_total(lengths, chunk))
+
+
+def _first_fit(lengths: Sequence[int], order: Sequence[int], budget: int, most: int) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    left: list[int] = []
+    for position in order:
+        fits = (number for number, room in enumerate(left) if lengths[position] <= room and len(chunks[number]) < most)
+        number = next(fits, len(chunks))
+        if number == len(chunks):
+            chunks.append([])
+            left.append(budget)
+        chunks[number].append(position)
+        left[number] -= lengths[position]
+    return chunks
+
+
+def _levelled(lengths: Sequence[int], order: Sequence[int], number: int) -> list[Chunk]:
+    """`number` micro-batches of nearly the same cost; none is empty where there are as many rows."""
+    emptiest = [(0, index) for index in range(number)]
+    chunks: list[Chunk] = [[] for _ in range(number)]
+    for position in order:
+        total, index = heapq.heappop(emptiest)
+        chunks[index].append(position)
+        heapq.heappush(emptiest, (total + lengths[position], index))
+    return chunks
+
+
+def _total(lengths: Sequence[int], chunk: Chunk) -> int:
+    return sum(lengths[position] for position in chunk)
 
 
 def cost(lengths: Sequence[int], chunk: Chunk) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import artifacts, checks, stages
+from pipeline import artifacts, checks, devices, stages
 from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
 from pipeline.data.sets import read_rows
 from pipeline.devices import environment
@@ -81,9 +81,12 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     order = BatchOrder(len(rows), train.batch_size, cell.seed)
     sharing = (engine.rank, engine.world_size, tokenizer.pad_token_id, cell.seed)
     steps = [
-        micro_batches(rows, order.step(number), train.micro_batch_size, *sharing, number, train.tokens_per_micro_batch)
+        micro_batches(
+            rows, order.step(number), train.micro_batch_size, *sharing, number, train.tokens_per_micro_batch,
+            packing=train.packing,
+        )
         for number in range(WARM_UP + 1)
-    ]
+    ]  # fmt: skip
     chosen = BatchOrder(len(pair_rows), sap.safety_batch_size, cell.seed).step(0)
     pairs = pair_batches(pair_rows, chosen, sap.safety_micro_batch_size, *sharing, 0)
     for useful in steps[:WARM_UP]:
@@ -103,6 +106,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
 def _check(experiment: Experiment, cell: Cell) -> None:
     """What can be known to be wrong before weights are read. Data sources are left alone: they may not be there yet."""
     train, sap, ranks = cell.recipe.train, cell.recipe.sap, environment()[1]
+    devices.check_attention(experiment.base.model)
     check_model(experiment.base)
     facts = outlined(experiment.base.model)
     checks.check_training("train", train, experiment.base, facts, ranks)

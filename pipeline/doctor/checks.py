@@ -270,7 +270,7 @@ def check_main_pass(examined: Examined) -> Findings:
     yield Finding("main pass: gradient", _share(difference), "as before", graded(difference, tolerance, 0.05), advice)
     difference = ((p0 - examined.p0).norm() / examined.p0.norm()).item()
     yield Finding("main pass: probe gradient", _share(difference), "as before", graded(difference, tolerance, 0.05), advice)
-    difference = abs(loss - examined.loss) / max(abs(examined.loss), 1e-3)
+    difference = abs(loss.item() - examined.loss) / max(abs(examined.loss), 1e-3)
     yield Finding("main pass: loss", _share(difference), "as before", graded(difference, tolerance, 0.05), advice)
     yield _cost_finding("main pass", cost, engine)
 

@@ -28,7 +28,7 @@ def safety_direction(
     direction = [a + b for a, b in zip(*parts, strict=True)]
     _, useful_gradient = engine.gradient(useful_loss, useful)
     summary = {
-        "safety_loss": sum(losses),
+        "safety_loss": sum(losses).item(),
         "norm": engine.norm(direction),
         "split_half_cosine": _cosine(engine, *parts),
         "useful_cosine": _cosine(engine, direction, useful_gradient),

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.data.batches import MicroBatch, PairBatch
 from pipeline.sap.head import head_losses
+from pipeline.sap.packed import row_arguments, rows_hold
 
 
 def useful_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -47,10 +48,12 @@ def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tens
     Logits are computed only at positions whose next token is supervised (the language-model head is a fifth of a small model), and of many
     tokens not all at a time (head.py).
     """
-    targets = batch.targets
+    targets, packed = batch.targets, batch.packed if isinstance(batch, MicroBatch) else None
 
     def computed() -> torch.Tensor:
-        return model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False).logits
+        with rows_hold(packed):
+            given = row_arguments(model, batch.input_ids, packed)
+            return model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False, **given).logits
 
     losses = head_losses(model, computed, targets)
     if losses is not None:

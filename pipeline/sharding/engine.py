@@ -1,7 +1,10 @@
 """The verbs every engine offers, and what they promise.
 
 Batches are this rank's micro-batches of one global step. A loss function returns a micro-batch's *share* of the global loss: shares add up
-over micro-batches and ranks, so no engine weighs anything and 1 or N ranks compute the same numbers. Returned losses are global.
+over micro-batches and ranks, so no engine weighs anything and 1 or N ranks compute the same numbers.
+
+Returned losses are global: 0-dimensional float64 tensors on the engine's device, which `read` turns into numbers. A GPU
+works behind the host that feeds it, and has nothing to do while the host waits for a number: so a step reads once.
 
 A `Shard` is what one rank holds of a vector over all trainable parameters: float32 tensors in the engine's own order, padding zeroed.
 Two shards of one engine may be combined elementwise; only `norm` and `dot` see the whole vector.
@@ -37,18 +40,20 @@ class Engine(ABC):
     @abstractmethod
     def forward_backward(
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
-    ) -> tuple[float, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Main pass: the gradient of the step, kept for `step`. At most once a step, after all auxiliary passes.
 
         v: leaf tensors outside the module; their gradient (len(v), D) comes from the same backward, summed over ranks.
         """
 
     @abstractmethod
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
         """Auxiliary pass: the gradient's shard, a copy. Leaves no trace in weights, gradients, optimizer or counters."""
 
     @abstractmethod
-    def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
+    def probe_gradient(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Auxiliary pass: the gradient (len(v), D) with respect to v alone; backward stops at the lowest probed layer."""
 
     @abstractmethod
@@ -132,9 +137,10 @@ class Engine(ABC):
             self.module.train()
         return self.sum_over_ranks(total).item()
 
-    def gradient_norm(self) -> float:
-        """Norm of what `forward_backward` left for `step`, before clipping."""
-        return self.norm(self.accumulated_gradient())
+    def gradient_norm(self) -> torch.Tensor:
+        """Norm of what `forward_backward` left for `step`, before clipping: as a loss, for `read`."""
+        shard = self.accumulated_gradient()
+        return self._dot(shard, shard).sqrt()
 
     def norm(self, shard: Shard) -> float:
         """Euclidean norm of the whole vector."""
@@ -142,10 +148,19 @@ class Engine(ABC):
 
     def dot(self, a: Shard, b: Shard) -> float:
         """Inner product of two whole vectors, accumulated in float64."""
+        return self._dot(a, b).item()
+
+    def _dot(self, a: Shard, b: Shard) -> torch.Tensor:
         total = self.zero()
         for x, y in _joined(a, b):
             total += torch.dot(x.double(), y.double())
-        return self.sum_over_ranks(total).item()
+        return self.sum_over_ranks(total)
+
+    def read(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+        """The values as numbers, in their order: the host waits for the device once, whatever there is to read."""
+        waiting = [key for key, value in values.items() if isinstance(value, torch.Tensor)]
+        numbers = torch.stack([values[key].double() for key in waiting]).tolist() if waiting else []
+        return {**values, **dict(zip(waiting, numbers, strict=True))}
 
     def checksum(self, shard: Shard) -> int:
         """Sum of the whole vector's bit patterns (as int32) modulo 2**64: equal for equal vectors on any engine and any number of ranks."""
@@ -162,7 +177,11 @@ class Engine(ABC):
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank: the agreement on which all ranks act together."""
-        return bool(self.sum_over_ranks(torch.tensor(float(flag), device=self.device)).item())
+        return self.ranks_with(flag).item() > 0
+
+    def ranks_with(self, flag: bool) -> torch.Tensor:
+        """On how many ranks the flag is set: as a loss, for `read`."""
+        return self.sum_over_ranks(self.zero().fill_(float(flag)))  # filled there: a copy would make the host wait
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -68,23 +68,25 @@ class Fsdp2Engine(Engine):
 
     def forward_backward(
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
-    ) -> tuple[float, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         loss = self._backward(loss_fn, batches)
         return loss, self.sum_over_ranks(stacked_gradients(v, [row.grad for row in v])) if v else None
 
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
         loss = self._backward(loss_fn, batches)
         shard = self.accumulated_gradient()
         self._clear_gradient()
         return loss, shard
 
-    def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
+    def probe_gradient(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
         for batch in batches:
             loss = loss_fn(self.module, batch.to(self.device))
             gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
             total += loss.detach().double()
-        return self.sum_over_ranks(total).item(), self.sum_over_ranks(gradient)
+        return self.sum_over_ranks(total), self.sum_over_ranks(gradient)
 
     @contextlib.contextmanager
     def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
@@ -102,8 +104,9 @@ class Fsdp2Engine(Engine):
     def accumulated_gradient(self) -> Shard:
         return [part.clone() for part in self._gradients()]
 
-    def gradient_norm(self) -> float:
-        return self.norm(self._gradients())
+    def gradient_norm(self) -> torch.Tensor:
+        shard = self._gradients()
+        return self._dot(shard, shard).sqrt()
 
     def _gradients(self) -> Shard:
         return [
@@ -132,7 +135,7 @@ class Fsdp2Engine(Engine):
     def step(self, lr: float, norm: float | None = None) -> None:
         if self.max_grad_norm is not None:
             held = [p.grad.to_local() for p in self.parameters if p.grad is not None]
-            clip(held, self.gradient_norm() if norm is None else norm, self.max_grad_norm)
+            clip(held, self.gradient_norm().item() if norm is None else norm, self.max_grad_norm)
         for p, rows in zip(self.parameters, self._rows_of, strict=True):
             rows.grad = None if p.grad is None else p.grad.to_local()
         for group in self.optimizer.param_groups:
@@ -185,7 +188,7 @@ class Fsdp2Engine(Engine):
             state |= {f"vector.{key}.{name}": self._like(p, part) for (name, p), part in zip(self.named.items(), parts, strict=True)}
         return state
 
-    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
+    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> torch.Tensor:
         assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
         total = self.zero()
         for number, batch in enumerate(batches, 1):
@@ -194,7 +197,7 @@ class Fsdp2Engine(Engine):
             loss = loss_fn(self.module, batch.to(self.device))
             loss.backward()
             total += loss.detach().double()
-        return self.sum_over_ranks(total).item()
+        return self.sum_over_ranks(total)
 
     def _clear_gradient(self) -> None:
         for p in self.parameters:

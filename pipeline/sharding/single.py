@@ -32,23 +32,25 @@ class SingleEngine(Engine):
 
     def forward_backward(
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
-    ) -> tuple[float, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         loss = self._backward(loss_fn, batches)
         return loss, stacked_gradients(v, [row.grad for row in v]) if v else None
 
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
         loss = self._backward(loss_fn, batches)
         shard = self.accumulated_gradient()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, shard
 
-    def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
+    def probe_gradient(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
         for batch in batches:
             loss = loss_fn(self.module, batch.to(self.device))
             gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
             total += loss.detach().double()
-        return total.item(), gradient
+        return total, gradient
 
     @contextlib.contextmanager
     def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
@@ -66,8 +68,9 @@ class SingleEngine(Engine):
     def accumulated_gradient(self) -> Shard:
         return [part.clone() for part in self._gradients()]
 
-    def gradient_norm(self) -> float:
-        return self.norm(self._gradients())
+    def gradient_norm(self) -> torch.Tensor:
+        shard = self._gradients()
+        return self._dot(shard, shard).sqrt()
 
     def _gradients(self) -> Shard:
         return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in self.parameters]
@@ -92,7 +95,7 @@ class SingleEngine(Engine):
 
     def step(self, lr: float, norm: float | None = None) -> None:
         if self.max_grad_norm is not None:
-            clip([p.grad for p in self.parameters if p.grad is not None], self.gradient_norm() if norm is None else norm, self.max_grad_norm)
+            clip([p.grad for p in self.parameters if p.grad is not None], self.gradient_norm().item() if norm is None else norm, self.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -128,11 +131,11 @@ class SingleEngine(Engine):
                 self.optimizer.state[p] = found | counted
         return {key: [state[f"vector.{key}.{name}"] for name in self.named] for key in vectors}
 
-    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
+    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> torch.Tensor:
         assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
         total = self.zero()
         for batch in batches:
             loss = loss_fn(self.module, batch.to(self.device))
             loss.backward()
             total += loss.detach().double()
-        return total.item()
+        return total

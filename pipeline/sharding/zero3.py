@@ -64,7 +64,7 @@ class Zero3Engine(Engine):
 
     def forward_backward(
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
-    ) -> tuple[float, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=True)
         if not v:
@@ -73,14 +73,16 @@ class Zero3Engine(Engine):
         gradient = stacked_gradients(v, [row.grad for row in v]) / self.world_size
         return loss, self.sum_over_ranks(gradient)
 
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[float, Shard]:
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=False)
         shard = self.accumulated_gradient()
         self._clear_gradient()
         return loss, shard
 
-    def probe_gradient(self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor]:
+    def probe_gradient(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
         for batch in batches:
             loss = loss_fn(self.module, batch.to(self.device))
@@ -89,7 +91,7 @@ class Zero3Engine(Engine):
             total += loss.detach().double()
             # Layers below the lowest probe saw no backward: their gathered weights would stay.
             self.optimizer.parameter_offload.release_backward_leftovers()
-        return self.sum_over_ranks(total).item(), self.sum_over_ranks(gradient)
+        return self.sum_over_ranks(total), self.sum_over_ranks(gradient)
 
     @contextlib.contextmanager
     def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
@@ -197,7 +199,7 @@ class Zero3Engine(Engine):
         for group, flat in zip(self.optimizer.fp16_groups, flats, strict=True):
             yield from zip(group, flat.split([p.partition_numel() for p in group]), strict=True)
 
-    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any], ends_step: bool) -> float:
+    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any], ends_step: bool) -> torch.Tensor:
         total = self.zero()
         for number, batch in enumerate(batches):
             # Only the main pass's last backward may look like the end of a step: offloaded optimizers take the gradient there.
@@ -205,7 +207,7 @@ class Zero3Engine(Engine):
             loss = loss_fn(self.ds, batch.to(self.device))
             self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
             total += loss.detach().double()
-        return self.sum_over_ranks(total).item()
+        return self.sum_over_ranks(total)
 
     def _clear_gradient(self) -> None:
         self.optimizer.zero_grad()

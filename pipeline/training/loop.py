@@ -29,6 +29,7 @@ from pipeline.training.stopping import StopRequest
 from pipeline.training.watchdog import Watchdog
 
 Rows = Sequence[dict[str, Any]]
+_ASKED = "ranks asked to stop"  # among the numbers that a step reads
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ class Loop:
             if not done and self.data.validation:
                 self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
             for number in range(done, self.steps):
-                self._one_step(number)
+                asked = self._one_step(number, stop)
                 self._watchdog.progress(f"step {number + 1}")
                 last = number + 1 == self.steps
-                stopping = not last and self.engine.any_rank(stop.requested())
+                stopping = asked and not last
                 if stopping or last or (number + 1) % self.train.save_every == 0:
                     with writing(checkpoints):
                         checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity, self.metrics_file)
@@ -96,7 +97,8 @@ class Loop:
                     return False
         return True
 
-    def _one_step(self, number: int) -> None:
+    def _one_step(self, number: int, stop: StopRequest) -> bool:
+        """Train step `number` and log it; whether a rank had been asked to stop before the update."""
         started = time.perf_counter()
         lr = learning_rate(self.train, number, self.steps)
         drawn: list[int] = []  # the safety pairs of this step, however often the step asks for them
@@ -106,7 +108,9 @@ class Loop:
         metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number, **part)
         metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm(), "safety/pairs": float(len(drawn))}
         metrics["train/padding"] = padding(useful)
-        # Both are global, so all ranks leave together, before the update.
+        # All that ranks agree on, read at once: they refuse together, before the update, and stop together.
+        metrics = self.engine.read({**metrics, _ASKED: self.engine.ranks_with(stop.requested())})
+        asked = metrics.pop(_ASKED) > 0
         for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
             if not math.isfinite(metrics[key]):
                 raise ValueError(
@@ -119,13 +123,15 @@ class Loop:
         if (number + 1) % self.train.validate_every == 0 or number + 1 == self.steps:
             metrics |= self._validate()
         self._log(metrics, number + 1)
+        return asked
 
     def _useful(self, number: int, task: int, share: float = 1.0) -> list[MicroBatch]:
         engine = self.engine
         indices = self.order.step(task)  # in an order drawn at random, of which the first are as good as any
         return micro_batches(
-            self.data.train, indices[: share_of(len(indices), share)], self.train.micro_batch_size, engine.rank, engine.world_size, self.data.pad_id,
-            self.seed, number, self.train.tokens_per_micro_batch,
+            self.data.train, indices[: share_of(len(indices), share)], self.train.micro_batch_size, engine.rank,
+            engine.world_size, self.data.pad_id, self.seed, number, self.train.tokens_per_micro_batch,
+            packing=self.train.packing,
         )  # fmt: skip
 
     def _pairs(self, number: int, draw: int, drawn: list[int]) -> list[PairBatch]:
@@ -137,12 +143,12 @@ class Loop:
         )
 
     def _validate(self) -> dict[str, float]:
-        engine, size, losses = self.engine, self.train.micro_batch_size, {}
+        engine, train, size, losses = self.engine, self.train, self.train.micro_batch_size, {}
         with self.averaged():
             for name, rows in self.data.validation.items():
                 batches = micro_batches(
                     rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0,
-                    self.train.tokens_per_micro_batch, -(-self.train.batch_size // engine.world_size),
+                    train.tokens_per_micro_batch, -(-train.batch_size // engine.world_size), train.packing,
                 )  # fmt: skip
                 losses[f"validation/{name}_loss"] = engine.loss(useful_loss, batches)
                 self._watchdog.progress(f"the validation of {name}")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import devices, lean_imports
+from pipeline import lean_imports
 from pipeline.loading import weight_files
 from pipeline.models import load_model, resolve_dtype
 from pipeline.sections import ModelSection, TrainSection
@@ -134,7 +134,7 @@ def _save_merged_whole(
     warnings.warn(f"{source} is merged whole on rank 0, because its files give the weights other names than the model", stacklevel=3)
     adapter = folder.with_name(f".{folder.name}.adapter")
     _write_adapter(module, gathered, source, adapter)
-    model = load_model(source, torch.float32, devices.attention(section.attention), section.revision)
+    model = load_model(source, torch.float32, "eager", section.revision)  # nothing is computed with it
     if untie:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)

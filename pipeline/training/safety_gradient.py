@@ -38,7 +38,7 @@ class SafetyGradientStep:
                 f"the safety gradient has norm {norm}: check data.safety (chosen and rejected must differ) and safety_gradient.contrastive"
             )
         loss, _ = self.engine.forward_backward(useful_loss, useful)
-        weight = self.section.correction * self.engine.gradient_norm() / norm
+        weight = self.section.correction * self.engine.gradient_norm().item() / norm
         self.engine.add_gradient(self.direction, weight)
         return {"train/loss": loss, "safety_gradient/lambda": weight, "safety_gradient/norm": norm, **metrics}
 

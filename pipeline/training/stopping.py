@@ -1,7 +1,7 @@
 """Leaving in order: SIGTERM, SIGUSR1, SIGINT or a stop file ask the run to save at the step's end and leave.
 
 with StopRequest(Path("runs/demo/.work/STOP")) as stop:
-    ... if engine.any_rank(stop.requested()): save and leave
+    ... if engine.ranks_with(stop.requested()) is read as more than 0: save at the step's end and leave
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from types import FrameType
 
 
 class StopRequest:
-    """Remembers a request; the loop asks at the end of every step, on all ranks together."""
+    """Remembers a request; the loop asks once a step, before the update, on all ranks together.
+
+    One that comes while the update, a validation or a checkpoint runs is obeyed at the next step's end.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

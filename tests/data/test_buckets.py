@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.data.batches import BatchOrder, micro_batches
-from pipeline.data.buckets import cost, cut
+from pipeline.data.buckets import cost, cut, pack
 from pipeline.sap.losses import useful_loss
 from pipeline.training.loop import padding
 from tests.tiny import tiny_lora, tiny_model, tiny_rows
@@ -99,6 +99,38 @@ def test_no_way_to_group_the_rows_takes_fewer_passes_or_has_a_cheaper_costliest_
         least = min(map(len, allowed))
         assert len(chunks) == -(-least // ranks) * ranks
         assert cost(lengths, chunks[0]) == min(max(found) for found in allowed if len(found) <= len(chunks))
+
+
+def test_a_packing_keeps_the_budget_and_loses_nothing():
+    for lengths, budget, ranks in draws():
+        chunks = pack(lengths, budget, ranks)
+        assert sorted(position for chunk in chunks for position in chunk) == list(range(len(lengths)))
+        totals = [sum(lengths[position] for position in chunk) for chunk in chunks]
+        assert totals == sorted(totals, reverse=True) and totals[0] <= budget and min(totals) > 0
+        assert len(chunks) % ranks == 0 or len(chunks) == len(lengths) < ranks * -(-len(lengths) // ranks)
+        assert len(chunks) <= max(len(cut(lengths, budget, ranks)), ranks), "what is not padded takes no more passes"
+        assert pack(lengths, budget, ranks) == chunks
+
+
+def test_a_packing_takes_few_passes_that_cost_about_the_same():
+    """At most 11/9 of the least number and one more, which no group of rows could undercut; level where that fits."""
+    rng = random.Random(4)
+    for _ in range(40):
+        lengths = [rng.randint(2, 40) for _ in range(6)]
+        budget = max(lengths) + rng.randint(0, 60)
+        totals = [[sum(lengths[i] for i in group) for group in groups] for groups in partitions(list(range(6)))]
+        least = min(len(found) for found in totals if max(found) <= budget)
+        assert len(pack(lengths, budget, 1)) <= least * 11 / 9 + 6 / 9
+    lengths = [rng.randint(20, 200) for _ in range(64)]
+    totals = [sum(lengths[position] for position in chunk) for chunk in pack(lengths, 1024, 2)]
+    assert len(totals) == 8 and max(totals) - min(totals) < 0.05 * max(totals) < 0.05 * 1024
+
+
+def test_packed_rows_are_bounded_too_where_a_set_is_larger_than_a_step():
+    lengths = [5, 40, 7, 7, 30, 6, 8, 5, 5, 6] * 3
+    free, bound = pack(lengths, 200, 2), pack(lengths, 200, 2, most=4)
+    assert max(map(len, free)) > 4 >= max(map(len, bound)) and len(bound) % 2 == 0
+    assert sorted(sum(bound, [])) == list(range(30))
 
 
 def test_rows_are_bounded_too_where_a_set_is_larger_than_a_step():

@@ -115,7 +115,7 @@ def trajectory(engine: Engine, of: Reference, data: StepData, **sap: Any) -> dic
     logged = []
     for number in range(STEPS):
         metrics = step(data.useful(number), lambda number=number: data.pairs(number), number)
-        logged.append(metrics | {"train/grad_norm": engine.gradient_norm()})
+        logged.append(engine.read(metrics | {"train/grad_norm": engine.gradient_norm()}))
         engine.step(LR[of.adapter])
     return {"weights": engine.gather(engine.weights()), "logged": logged}
 

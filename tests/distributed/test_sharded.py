@@ -133,6 +133,22 @@ def test_a_token_budget_leaves_the_single_process_s_gradient(found, unbudgeted, 
     """Passes differ in number from step to step: DeepSpeed's gradient_accumulation_steps must not matter."""
     result = found["budget", engine]
     assert len(set(result["passes"])) > 1 and max(result["passes"]) > unbudgeted["passes"][0] // 2
+    check_unbudgeted(result, unbudgeted)
+
+
+@finds("reads", ["fsdp2"])
+def test_a_plain_step_reads_once_on_two_ranks_too(found, engine):
+    """DeepSpeed's own step reads a norm for itself, and is left out."""
+    assert found["reads", engine] == [["tolist"]] * worker.STEPS
+
+
+@finds("packed", ["zero3-0", "fsdp2"])
+def test_packed_rows_leave_the_single_process_s_gradient(found, unbudgeted, engine):
+    """SAP's passes among them: V is added to every token of a packed row."""
+    check_unbudgeted(found["packed", engine], unbudgeted)
+
+
+def check_unbudgeted(result: dict, unbudgeted: dict) -> None:
     assert result["losses"] == pytest.approx(unbudgeted["losses"], rel=1e-6)
     zero = {name: torch.zeros_like(p) for name, p in unbudgeted["gradients"][0].items()}
     for mine, expected in zip(result["gradients"], unbudgeted["gradients"], strict=True):

@@ -16,10 +16,12 @@ from pipeline.sap.losses import safety_loss, useful_loss
 from pipeline.sap.probe import Probe
 from pipeline.sap.step import SapStep
 from pipeline.sections import SapSection, TrainSection
+from pipeline.sharding import launch
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.fsdp2 import Fsdp2Engine
 from pipeline.sharding.launch import init_distributed, open_engine
 from pipeline.training.plain import PlainStep
+from tests.reads import counted, fused
 from tests.tiny import HIDDEN, VOCABULARY, StepBatches, tiny_lora, tiny_model, tiny_rows
 from tests.training import companions as methods
 
@@ -256,17 +258,18 @@ def embeddings(folder: Path, name: str) -> dict:
     return {"embeddings": found, "same": not engine.any_rank(not torch.equal(other, found)), "weights": engine.gather(engine.weights())}
 
 
-def budgeted(engine: Engine, token_budget: int | None) -> dict:
+def budgeted(engine: Engine, token_budget: int | None, packing: bool = False) -> dict:
     """Per step the loss, the gradient and this rank's passes, and the weights at the end. Ragged rows, no dropout.
 
     SAP's step: its passes discard gradients between those of the main pass, over as many micro-batches as the step has.
     """
-    batches = StepBatches(engine.rank, engine.world_size, rows=tiny_rows(longest=60), token_budget=token_budget)
+    rows = tiny_rows(longest=60)
+    batches = StepBatches(engine.rank, engine.world_size, rows=rows, token_budget=token_budget, packing=packing)
     step, found = make_step(engine, "exact"), {"losses": [], "gradients": [], "passes": []}
     for number in range(STEPS):
         useful = batches.useful(number)
         metrics = step(useful, lambda number=number: batches.pairs(number), number)
-        found["losses"].append(metrics["train/loss"])
+        found["losses"].append(metrics["train/loss"].item())
         found["gradients"].append(engine.gather(engine.accumulated_gradient()))
         found["passes"].append(len(useful))
         engine.step(LR)
@@ -301,6 +304,10 @@ def budget(folder: Path, name: str) -> dict:
     return budgeted(without_dropout(folder, name), TOKEN_BUDGET)
 
 
+def packed(folder: Path, name: str) -> dict:
+    return budgeted(without_dropout(folder, name), TOKEN_BUDGET, packing=True)
+
+
 def chunks(folder: Path, name: str) -> dict:
     """Weights after SAP's steps with all logits at once, and with those of two tokens at a time; how many were seen at most."""
     results, seen, error, most = {}, [], head._error, head.MOST_LOGITS
@@ -316,7 +323,28 @@ def chunks(folder: Path, name: str) -> dict:
     return results | {"most": max(seen)}
 
 
-CASES = {case.__name__: case for case in (parity, restore, traces, vectors, companions, replaced, embeddings, share, budget, chunks)}
+def reads(folder: Path, name: str) -> list[list[str]]:
+    """What plain steps read of the device, each as the loop takes it."""
+    launch.adamw, formed = fused, launch.adamw
+    try:
+        engine = open_setting(folder, name)
+    finally:
+        launch.adamw = formed
+    batches, step, found = StepBatches(engine.rank, engine.world_size), PlainStep(engine), []
+    for number in range(STEPS):
+        useful = batches.useful(number)
+        with counted() as seen:
+            metrics = step(useful, None, number)
+            asked = {"norm": engine.gradient_norm(), "stop": engine.ranks_with(engine.rank == 1)}
+            numbers = engine.read({**metrics, **asked})
+            engine.step(LR, numbers["norm"])
+        assert numbers["stop"] == 1
+        found.append(seen)
+    return found
+
+
+_ALL = (reads, parity, restore, traces, vectors, companions, replaced, embeddings, share, budget, packed, chunks)
+CASES = {case.__name__: case for case in _ALL}
 
 
 def main(rank: int, folder: Path, wanted: list[tuple[str, str]]) -> None:

@@ -110,22 +110,27 @@ def test_the_logged_rate_is_the_one_the_schedule_says(straight):
     assert [line["train/lr"] for line in log(straight[0])] == [learning_rate(section(), number, 6) for number in range(6)]
 
 
-def test_a_token_budget_pads_less_and_learns_the_same(straight, tmp_path):
-    loop = build(tmp_path, tokens_per_micro_batch=30)
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_token_budget_pads_less_and_learns_the_same(straight, tmp_path, packing):
+    loop = build(tmp_path, tokens_per_micro_batch=30, packing=packing)
     assert loop.run()
     one, other = log(straight[0]), log(tmp_path)
     assert sum(line["train/padding"] for line in other) < sum(line["train/padding"] for line in one)
+    assert not packing or all(line["train/padding"] == 0 for line in other)
     assert [line["train/loss"] for line in other] == pytest.approx([line["train/loss"] for line in one], rel=1e-4)
 
 
-def test_validation_keeps_the_token_budget(tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+def test_validation_keeps_the_token_budget(tmp_path, packing):
     losses, sizes = [], []
     for budget in (None, 30):
-        rows = {"task": tiny_rows(20, seed=3)}
-        loop = build(tmp_path / str(budget), validation=rows, steps=1, tokens_per_micro_batch=budget)
+        rows, packed = {"task": tiny_rows(20, seed=3)}, packing and budget is not None
+        how = {"tokens_per_micro_batch": budget, "packing": packed}
+        loop = build(tmp_path / str(budget), validation=rows, steps=1, **how)
 
-        def watched(loss_fn, batches, loss=loop.engine.loss):
+        def watched(loss_fn, batches, loss=loop.engine.loss, packed=packed):
             sizes.append(max(batch.input_ids.numel() for batch in batches))
+            assert any(batch.packed for batch in batches) == packed
             return loss(loss_fn, batches)
 
         loop.engine.loss = watched
@@ -158,7 +163,7 @@ class BrokenGradient(PlainStep):
 
 @pytest.mark.parametrize(("step", "what"), [(BrokenLoss, "loss is inf"), (BrokenGradient, "gradient's norm is nan")])
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(tmp_path, step, what):
-    good = build(tmp_path / "good", on_metrics=lambda _, number: number == 2 and (good.folder / "STOP").touch())
+    good = build(tmp_path / "good", on_metrics=lambda _, number: number == 1 and (good.folder / "STOP").touch())
     assert not good.run()
     loop = build(tmp_path / "broken", step=step)
     with pytest.raises(ValueError, match=rf"the {what} at step 3, before the update: lower train.lr \(now 0.01\)") as caught:
@@ -179,7 +184,7 @@ def test_events_tell_of_every_stop_and_return(tmp_path, monkeypatch):
     events: list[str] = []
 
     def run(stop_after: int | None = None) -> bool:
-        loop = build(tmp_path, on_metrics=lambda _, number: number == stop_after and (tmp_path / "STOP").touch())
+        loop = build(tmp_path, on_metrics=lambda _, number: number + 1 == stop_after and (tmp_path / "STOP").touch())
         loop.on_event = events.append
         return loop.run()
 
@@ -309,7 +314,7 @@ def test_only_the_last_two_checkpoints_are_kept(straight):
 
 
 def test_a_stop_file_stops_at_the_steps_end_with_the_state_saved(tmp_path, straight):
-    loop = build(tmp_path, on_metrics=lambda _, number: number == 3 and (tmp_path / "STOP").touch())
+    loop = build(tmp_path, on_metrics=lambda _, number: number == 2 and (tmp_path / "STOP").touch())
     assert not loop.run()
     assert saved(tmp_path) == ["step-000002", "step-000003"] and [line["step"] for line in log(tmp_path)] == [1, 2, 3]
     again = build(tmp_path)  # the file was obeyed and is gone: the same command goes on
@@ -317,7 +322,7 @@ def test_a_stop_file_stops_at_the_steps_end_with_the_state_saved(tmp_path, strai
 
 
 def test_a_stop_during_the_last_step_is_a_finish(tmp_path):
-    assert build(tmp_path, steps=2, on_metrics=lambda _, number: number == 2 and (tmp_path / "STOP").touch()).run()
+    assert build(tmp_path, steps=2, on_metrics=lambda _, number: number == 1 and (tmp_path / "STOP").touch()).run()
 
 
 def test_validation_runs_at_its_interval_and_at_the_end_and_changes_nothing(tmp_path, straight):
