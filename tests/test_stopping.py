@@ -56,6 +56,7 @@ def project(tmp_path, monkeypatch):
     for name, text in (("train", TRAIN), ("evaluate", EVALUATE)):
         (tmp_path / "launch" / f"{name}.py").write_text(text.format(root=str(tmp_path)))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(cli, "_needed", lambda chain: [])
     monkeypatch.setattr(cli, "_check", lambda *_, **__: None)
     monkeypatch.setattr(runner, "_one_gpu", lambda slot: {})
 

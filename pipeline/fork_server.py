@@ -1,0 +1,167 @@
+"""A process that has imported what jobs need, and forks one for every request: the far side of pipeline/warm.py.
+
+    python -P -m pipeline.fork_server DESCRIPTOR CLIENT [MODULE | MODULE:FUNCTION]...
+
+It listens at a socket and does nothing else: no CUDA context, no OpenMP pool, no thread. A job goes on in its fork as if
+the interpreter had just been started with the job's script: arguments, environment, folder and signals are its own, and it
+ends as any program does. Jobs are forked twice, so that the client becomes their parent (it is a subreaper): it waits for
+them and signals them itself, whatever becomes of this process, and none of them outlives it (PR_SET_PDEATHSIG, prctl(2)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_REQUESTS = {signal.SIGTERM, signal.SIGUSR1}  # to the whole process group, perhaps: this process ends with its client; Ctrl-C is ignored
+_FORKABLE = {"jemalloc_bg_thd"}  # pyarrow's allocator, which takes its locks before a fork and starts its thread again
+_LENGTH = struct.Struct("!I")
+
+
+def send(control: socket.socket, message: dict[str, Any]) -> None:
+    """Send a JSON object. OSError where the other side is gone."""
+    text = json.dumps(message).encode()
+    control.sendall(_LENGTH.pack(len(text)) + text)
+
+
+def receive(control: socket.socket) -> dict[str, Any] | None:
+    """The next JSON object; None where the other side is gone."""
+    parts = []
+    for length in (_LENGTH.size, None):
+        wanted = length or _LENGTH.unpack(parts[0])[0]
+        part = b""
+        while len(part) < wanted:
+            try:
+                more = control.recv(wanted - len(part))
+            except ConnectionError:
+                more = b""
+            if not more:
+                return None
+            part += more
+        parts.append(part)
+    return json.loads(parts[1])
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2). OSError where the kernel refuses."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def main() -> None:
+    """Serve until the client closes the socket; in a fork, be the job that was asked for."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+    control, client = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    job = _serve(control, sys.argv[3:])
+    if job is not None:
+        control.close()
+        _begin(*job, client)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _serve(control: socket.socket, wanted: Sequence[str]) -> tuple[dict[str, Any], int] | None:
+    """Answer requests. Returns None in this process; in each of its jobs, the request and the pid of the process between."""
+    problem = _import(wanted) or _unforkable()
+    gc.collect()
+    gc.freeze()  # what is collected later in a job leaves these pages alone: they stay shared
+    with contextlib.suppress(ConnectionError):  # the client has ended
+        send(control, {"problem": problem})
+        while (request := receive(control)) is not None:
+            try:
+                pid, between = _fork()
+            except (OSError, ValueError) as error:  # no memory, no more processes
+                send(control, {"problem": f"no process can be forked ({error})"})
+                continue
+            if not pid:
+                return request, between
+            send(control, {"pid": pid})
+    return None
+
+
+def _import(wanted: Sequence[str]) -> str | None:
+    """Import the modules, call the functions; what failed, or None."""
+    for name in wanted:
+        module, _, function = name.partition(":")
+        try:
+            found = importlib.import_module(module)
+            if function:
+                getattr(found, function)()
+        except Exception as error:  # whatever it is: a process that imports for itself meets it again, and tells it in full
+            return f"{name} cannot be imported ahead ({type(error).__name__}: {error})"
+    return None
+
+
+def _unforkable() -> str | None:
+    """What would be broken in a fork, or None: a lock that another thread holds, CUDA once it has been asked anything."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
+    others = [name for name in names if name not in _FORKABLE]
+    if others:
+        return f"an import has started a thread ({', '.join(others)})"
+    torch = sys.modules.get("torch")
+    pid = os.fork()
+    if not pid:
+        broken = True
+        try:
+            broken = torch is not None and torch.cuda._is_in_bad_fork()
+        finally:
+            os._exit(int(broken))
+    return "an import has asked CUDA, which does not survive a fork" if os.waitpid(pid, 0)[1] else None
+
+
+def _fork() -> tuple[int, int]:
+    """Fork a child of the client's. (its pid, 0) here, (0, pid of the process between) in the child."""
+    reading, writing = os.pipe()
+    between = os.fork()
+    if between:
+        os.close(writing)
+        with os.fdopen(reading) as stream:
+            pid = stream.read()
+        os.waitpid(between, 0)  # only then is the client the parent, and may wait for it
+        return int(pid), 0
+    between, pid = os.getpid(), -1
+    try:
+        pid = os.fork()
+        if pid:
+            os.write(writing, str(pid).encode())
+    finally:
+        if pid:
+            os._exit(0)
+    os.close(reading)
+    os.close(writing)
+    return 0, between
+
+
+def _begin(request: dict[str, Any], between: int, client: int) -> None:
+    """Take on what a process of its own would have been started with."""
+    while os.getppid() == between:
+        time.sleep(0.001)
+    prctl(SET_PDEATHSIG, signal.SIGTERM)  # it may save, as if it had been asked to stop
+    if os.getppid() != client:
+        os._exit(0)  # it has ended meanwhile
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if "numpy.random" in sys.modules:  # Python's own generator does so at a fork; torch begins with a constant
+        sys.modules["numpy.random"].seed()
+    sys.argv = [request["script"], *request["arguments"]]
+    sys.path.insert(0, str(Path(request["script"]).parent))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS)  # a request that came before now ends it, as it ends a process that still imports
+
+
+if __name__ == "__main__":
+    main()
