@@ -128,7 +128,7 @@ def _needed(chain: Chain) -> list[str]:
     """What the processes of an experiment import, in an order in which lean_imports.py can keep it small."""
     trains = [cell.recipe.train for cell in chain.cells] + [chain.base.align.train] * chain.base.align.enabled
     deepspeed = ["pipeline.lean_imports:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
-    mlflow = ["mlflow"] * chain.base.tracking.enabled
+    mlflow = ["mlflow", "mlflow.store.tracking.sqlalchemy_store"] * chain.base.tracking.enabled
     return ["pipeline.stages", "pipeline.lean_imports:import_peft", *deepspeed, *mlflow]
 
 
@@ -156,6 +156,7 @@ def _alike(chain: Chain) -> list[str]:
 def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> int:
     """The stages in turn; the first failure's exit code. Where some cells trained and others failed, those that trained are evaluated, and no report is made."""
     failure = 0
+    chain.begin(stages)
     for stage in stages:
         if stage == "report" and failure:
             names = ", ".join(folder.name for folder in chain.failed)
@@ -193,6 +194,13 @@ class Chain:
         if todo and not code and stage != "report":
             print(f"{stage}: done in {time.time() - started:.0f} s", file=sys.stderr)
         return code
+
+    def begin(self, stages: Sequence[str]) -> None:
+        """Let the first processes' imports run while this one prepares the data."""
+        first = next((stage for stage in stages if stage in _ON_RANKS and self.pending(stage)), None)
+        if self.warm and first and "prepare" in stages and self.pending("prepare"):
+            train = self.base.align.train if first == "align" else self.cells[0].recipe.train
+            self.warm.begin(runner.environment(devices.ranks(train)))
 
     def pending(self, stage: str) -> list[Path]:
         """Folders this stage still has to write (the report is always shown)."""
@@ -263,9 +271,9 @@ class Chain:
 
     def report(self) -> int:
         self._need("prepare", "align", "train", "evaluate")
-        from pipeline import stages
+        from pipeline.report import stage
 
-        folder = stages.report(self.experiment)
+        folder = stage.report(self.experiment)
         print((folder / "table.txt").read_text())
         print(f"report  {(folder / 'report.html').resolve()}")
         if self.base.tracking.enabled:

@@ -56,7 +56,7 @@ def run_ranks(script: str, arguments: Sequence[str], ranks: int, warm: WarmParen
     Returns STOPPED where a signal asked to stop (it may have come in the last step, with the work done, or after a failure, which the same
     command meets again); else the first failure's exit code; else 0.
     """
-    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with _Forwarding(warm) as forwarding:
         for rank in range(ranks):
             forwarding.start(script, arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, ranks)
@@ -78,7 +78,7 @@ def run_side_by_side(
         while forwarding.jobs or (waiting and not forwarding.received):
             while waiting and free and not forwarding.received:
                 slot = free.pop(0)
-                job = forwarding.start(script, waiting.pop(0), {**_one_gpu(slot), "MASTER_PORT": _free_port()}, slots)
+                job = forwarding.start(script, waiting.pop(0), {**_one_gpu(slot), "MASTER_PORT": free_port()}, slots)
                 if job is not None:
                     slot_of[job] = slot
             time.sleep(0.1)
@@ -91,7 +91,8 @@ def run_side_by_side(
     return STOPPED if forwarding.received else code
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

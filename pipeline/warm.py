@@ -46,12 +46,6 @@ class Forked:
                     os.close(self._descriptor)
         return self.returncode
 
-    def wait(self, seconds: float) -> int | None:
-        """As `poll`, once it has ended or so many seconds are over."""
-        if self.returncode is None:
-            select.select([self._descriptor], [], [], seconds)
-        return self.poll()
-
     def send_signal(self, number: int) -> None:
         """Nothing happens where it has ended."""
         if self.returncode is None:
