@@ -71,7 +71,8 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--portable", action="store_true", help="for status: refuse a recipe whose folders differ from machine to machine")
     parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
     parser.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
-    parser.add_argument("--no-warm", action="store_true", help="start every process as a Python of its own, which imports for itself: slower, the same results")
+    alone = "start every process as a Python of its own, which imports for itself: slower, the same results"
+    parser.add_argument("--no-warm", action="store_true", help=alone)
     parser.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print what would run and what is there, and stop")
@@ -293,7 +294,8 @@ class Chain:
         alone = {target: cell for target, cell in todo.items() if self.jobs > 1 and devices.ranks(cell.recipe.train) == 1}
         first = 0  # failure: cells have nothing to do with each other, so the others go on, unless it ends all
         if alone:
-            first = runner.run_side_by_side(script, [self._arguments(cell) for cell in alone.values()], min(self.jobs, len(alone)), self.warm)
+            jobs = [self._arguments(cell) for cell in alone.values()]
+            first = runner.run_side_by_side(script, jobs, min(self.jobs, len(alone)), self.warm)
             missing = next((target for target in alone if not artifacts.complete(target)), None)
             first = self._outcome(first, missing) if missing else first
         for target, cell in todo.items():
@@ -301,7 +303,8 @@ class Chain:
                 continue
             if first in _ENDS_ALL:
                 break
-            code = self._outcome(runner.run_ranks(script, self._arguments(cell), devices.ranks(cell.recipe.train), self.warm), target)
+            ranks = devices.ranks(cell.recipe.train)
+            code = self._outcome(runner.run_ranks(script, self._arguments(cell), ranks, self.warm), target)
             first = code if code in _ENDS_ALL else first or code
         return first
 

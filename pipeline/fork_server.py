@@ -2,10 +2,11 @@
 
     python -P -m pipeline.fork_server DESCRIPTOR CLIENT [MODULE | MODULE:FUNCTION]...
 
-It listens at a socket and does nothing else: no CUDA context, no OpenMP pool, no thread. A job goes on in its fork as if
-the interpreter had just been started with the job's script: arguments, environment, folder and signals are its own, and it
-ends as any program does. Jobs are forked twice, so that the client becomes their parent (it is a subreaper): it waits for
-them and signals them itself, whatever becomes of this process, and none of them outlives it (PR_SET_PDEATHSIG, prctl(2)).
+It listens at a socket and does nothing else: no CUDA context, no OpenMP pool, no thread. A job goes on in its fork as
+if the interpreter had just been started with the job's script: arguments, environment, folder and signals are its own,
+and it ends as any program does. Jobs are forked twice, so that the client becomes their parent (it is a subreaper): it
+waits for them and signals them itself, whatever becomes of this process. Where it ends without them, the kernel sends
+them SIGTERM (PR_SET_PDEATHSIG, prctl(2)).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-_REQUESTS = {signal.SIGTERM, signal.SIGUSR1}  # to the whole process group, perhaps: this process ends with its client; Ctrl-C is ignored
+# They may be sent to the whole process group: this process ends with its client. Ctrl-C is ignored since its start.
+_REQUESTS = {signal.SIGTERM, signal.SIGUSR1}
 _FORKABLE = {"jemalloc_bg_thd"}  # pyarrow's allocator, which takes its locks before a fork and starts its thread again
 _LENGTH = struct.Struct("!I")
 
@@ -75,7 +77,7 @@ def main() -> None:
 
 
 def _serve(control: socket.socket, wanted: Sequence[str]) -> tuple[dict[str, Any], int] | None:
-    """Answer requests. Returns None in this process; in each of its jobs, the request and the pid of the process between."""
+    """Answer requests. None in this process; in each of its jobs, the request and the pid of the process between."""
     problem = _import(wanted) or _unforkable()
     gc.collect()
     gc.freeze()  # what is collected later in a job leaves these pages alone: they stay shared
@@ -101,15 +103,15 @@ def _import(wanted: Sequence[str]) -> str | None:
             found = importlib.import_module(module)
             if function:
                 getattr(found, function)()
-        except Exception as error:  # whatever it is: a process that imports for itself meets it again, and tells it in full
+        except Exception as error:  # a process that imports for itself meets it again, and tells it in full
             return f"{name} cannot be imported ahead ({type(error).__name__}: {error})"
     return None
 
 
 def _unforkable() -> str | None:
-    """What would be broken in a fork, or None: a lock that another thread holds, CUDA once it has been asked anything."""
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
-    others = [name for name in names if name not in _FORKABLE]
+    """What would be broken in a fork, or None: locks that another thread holds, CUDA once it has been asked anything."""
+    tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
+    others = [name for name in ((task / "comm").read_text().strip() for task in tasks) if name not in _FORKABLE]
     if others:
         return f"an import has started a thread ({', '.join(others)})"
     torch = sys.modules.get("torch")
@@ -156,11 +158,14 @@ def _begin(request: dict[str, Any], between: int, client: int) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    if "numpy.random" in sys.modules:  # Python's own generator does so at a fork; torch begins with a constant
+    if "numpy.random" in sys.modules:  # a new process has a seed of its own; Python's generator takes one at a fork
         sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     sys.argv = [request["script"], *request["arguments"]]
     sys.path.insert(0, str(Path(request["script"]).parent))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS)  # a request that came before now ends it, as it ends a process that still imports
+    # A request that came before now ends this job, as it would end a process that still imports.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS)
 
 
 if __name__ == "__main__":

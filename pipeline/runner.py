@@ -1,4 +1,4 @@
-"""Local processes: ranks of one stage, or independent jobs side by side; forked from a warm parent (warm.py) where one is given.
+"""Local processes: ranks of one stage, or independent jobs side by side. Where warm parents are given, forked from one.
 
 torchrun is not used here because its agent dies of SIGUSR1 and shoots its workers thirty seconds after SIGTERM, whatever they are saving;
 this launcher passes signals on and waits.
@@ -115,8 +115,10 @@ def environment(processes: int) -> dict[str, str]:
     return {**allocator, **os.environ, **shipped.environment(), "OMP_NUM_THREADS": threads}
 
 
-def _start(script: str, arguments: Sequence[str], own: dict[str, str], share: int, forwarding: _Forwarding) -> Job | None:
-    """Start launch/`script`, `share` at a time; None where a request to stop came while the warm parent was still importing."""
+def _start(
+    script: str, arguments: Sequence[str], own: dict[str, str], share: int, forwarding: _Forwarding
+) -> Job | None:
+    """Start launch/`script`, `share` at a time; None where a request to stop came while the warm parent imported."""
     path, shared = shipped.launch_script(script), environment(share)
     if forwarding.warm is not None:
         job = forwarding.warm.fork(path, arguments, shared, own, lambda: forwarding.received)
@@ -154,7 +156,7 @@ class _Forwarding:
         self.received = False
 
     def start(self, script: str, arguments: Sequence[str], own: dict[str, str], share: int) -> Job | None:
-        """Start launch/`script` with what is its own in its environment; None where the request to stop has come before."""
+        """Start launch/`script` with its own in its environment; None where the request to stop has come before."""
         if self.received:
             return None
         job = _start(script, arguments, own, share, self)

@@ -1,11 +1,11 @@
-"""Jobs that start with their imports done: forked from a warm parent, a process that has imported all there is to import.
+"""Jobs that start with their imports done: forked from a warm parent, a process that has imported all they need.
 
     with WarmParents(["pipeline.stages", "pipeline.lean_imports:import_peft"]) as warm:
         job = warm.fork(script, ["--config", "demo.yaml"], environment, {"RANK": "0"})
 
-A job is a process of its own, and a child of this one: it ends alone, gives back its memory, and `poll`, `returncode` and
-signals are those of subprocess.Popen. What it computes is, bit for bit, what a Python started for it computes. Nothing is
-loaded ahead but code: a model's files are mapped into each job from the page cache. pipeline/fork_server.py is the parent.
+A job is a process of its own, and a child of this one: it ends alone, gives back its memory, and `poll`, `returncode`
+and signals are those of subprocess.Popen. What it computes is, bit for bit, what a Python started for it computes.
+Nothing is loaded ahead but code: each job maps a model's files from the page cache. fork_server.py is the parent.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from pathlib import Path
 
 from pipeline import fork_server
 
-# A Ctrl-C reaches every process of the terminal. We pass it on as SIGTERM; by itself it would be a traceback of each that still imports.
+# A Ctrl-C reaches every process of the terminal. We pass it on as SIGTERM; by itself it would be a traceback of each
+# that still imports.
 WITHOUT_CTRL_C = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
-# While it imports: torch asks NVIDIA's library how many GPUs there are, and not CUDA, which does not survive a fork; NumPy's
-# BLAS starts no threads (no stage multiplies with NumPy); MLflow sends nobody a message, as in pipeline/mlflow_store.py.
+# While it imports: torch asks NVIDIA's library how many GPUs there are, and not CUDA, which does not survive a fork;
+# NumPy's BLAS starts no threads (no stage multiplies with NumPy); MLflow sends nobody a message, as in mlflow_store.py.
 _IMPORTING = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OPENBLAS_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
@@ -34,7 +35,7 @@ class Forked:
 
     def __init__(self, pid: int):
         self.pid, self.returncode = pid, None
-        self._descriptor = os.pidfd_open(pid)  # names this process for ever, a pid only until somebody has waited for it
+        self._descriptor = os.pidfd_open(pid)  # names this process for ever, a pid only until somebody waits for it
 
     def poll(self) -> int | None:
         """The exit code, negative after a signal; None while it runs."""
@@ -62,7 +63,7 @@ class Forked:
 class WarmParents:
     """Warm parents, one for every number of threads: OpenMP and MKL read OMP_NUM_THREADS when they are loaded.
 
-    torch.set_num_threads in the job would not be the same: it also forbids MKL to use fewer, as it does on hyperthreads.
+    torch.set_num_threads in the job would not be the same: it forbids MKL to use fewer, as it does on hyperthreads.
     preload: modules, or module:function to call, in their order. None is started before it is asked for.
     """
 
@@ -87,29 +88,29 @@ class WarmParents:
         with contextlib.suppress(OSError):
             fork_server.prctl(fork_server.SET_CHILD_SUBREAPER, 0)
 
-    def begin(self, environment: dict[str, str]) -> None:
-        """Let the parent of jobs in this environment import, while the caller does something else."""
+    def begin(self, environment: dict[str, str]) -> _Parent | None:
+        """Let the parent of jobs in this environment import meanwhile; None where there can be none."""
         threads = environment.get("OMP_NUM_THREADS")
         if self.problem is None and threads not in self._parents:
             self._parents[threads] = _Parent(self.preload, environment)
+        return None if self.problem else self._parents[threads]
 
     def fork(
         self, script: Path, arguments: Sequence[str], environment: dict[str, str], own: dict[str, str],
         given_up: Callable[[], bool] = lambda: False,
     ) -> Forked | None:  # fmt: skip
-        """Start the script in `environment` with what is its own in it (its rank, its GPU); None where no parent can.
+        """Start the script in `environment` with its `own` added (its rank, its GPU); None where no parent can.
 
-        environment: the parent's, too. given_up: whether nobody wants it any more; asked while the parent still imports.
+        environment: the parent's, too. given_up: whether nobody wants it any more; asked while the parent imports.
         """
-        self.begin(environment)
-        if self.problem is not None:
+        parent = self.begin(environment)
+        if parent is None:
             return None
-        parent = self._parents[environment.get("OMP_NUM_THREADS")]
         while not parent.answered(0.1):
             if given_up():
                 return None
-        request = {"script": str(script), "arguments": list(arguments), "environment": {**environment, **own}, "folder": os.getcwd()}
-        found = parent.ask(request)
+        request = {"script": str(script), "arguments": list(arguments), "folder": os.getcwd()}
+        found = parent.ask({**request, "environment": {**environment, **own}})
         if isinstance(found, str):
             self._give_up(found)
             return None
@@ -127,8 +128,9 @@ class _Parent:
         self._control, theirs = socket.socketpair()
         self._ready = False
         with theirs:
-            server = [sys.executable, "-P", "-m", "pipeline.fork_server", str(theirs.fileno()), str(os.getpid()), *preload]
-            self._process = subprocess.Popen([*WITHOUT_CTRL_C, *server], env={**environment, **_IMPORTING}, pass_fds=[theirs.fileno()])
+            given = [str(theirs.fileno()), str(os.getpid()), *preload]
+            server = [*WITHOUT_CTRL_C, sys.executable, "-P", "-m", "pipeline.fork_server", *given]
+            self._process = subprocess.Popen(server, env={**environment, **_IMPORTING}, pass_fds=[theirs.fileno()])
 
     def answered(self, seconds: float) -> bool:
         """Whether it has said within so many seconds that its imports are done, or that they cannot be."""
@@ -144,8 +146,8 @@ class _Parent:
                 self._ready = True
             fork_server.send(self._control, request)
             answer = fork_server.receive(self._control)
-        except OSError as error:
-            return f"the process that imports ahead does not answer ({error})"
+        except ConnectionError:
+            answer = None
         return "the process that imports ahead has ended" if answer is None else answer.get("problem") or answer["pid"]
 
     def close(self) -> None:

@@ -143,7 +143,10 @@ def test_a_process_that_gives_no_answer_is_an_error():
     with Processes() as processes:
         assert processes.call("tests.test_bench:environment", "GIVEN", environment={"GIVEN": "this"}) == "this"
         assert processes.call("tests.test_bench:environment", "GIVEN") is None, "a process of its own each time"
-        cases = (("ended", 3, "its process ended"), ("slept", 60.0, "gave no answer within 1 s"), ("failed", "why", "failed: ValueError: why"))
+        cases = (
+            ("ended", 3, "its process ended"), ("slept", 60.0, "gave no answer within 1 s"),
+            ("failed", "why", "failed: ValueError: why"),
+        )  # fmt: skip
         for function, given, reason in cases:
             with pytest.raises(RuntimeError, match=f"{function}.* {reason}"):
                 processes.call(f"tests.test_bench:{function}", given, seconds=1)

@@ -130,7 +130,8 @@ def test_a_request_to_stop_outweighs_what_failed_before_it(launch, warm, monkeyp
         f"name = (sys.argv + [os.environ.get('RANK')])[1]\nif name in ('bad', '1'): sys.exit(3)\n{saves}"
         "time.sleep(0.3)\n(out / 'up').touch()\ntime.sleep(60)"
     )
-    for start in (lambda: runner.run_side_by_side("job.py", [["bad"], ["good"]], slots=2, warm=warm), lambda: runner.run_ranks("job.py", [], 2, warm)):
+    beside = lambda: runner.run_side_by_side("job.py", [["bad"], ["good"]], slots=2, warm=warm)  # noqa: E731
+    for start in (beside, lambda: runner.run_ranks("job.py", [], 2, warm)):
         (out / "up").unlink(missing_ok=True)
         thread = signal_when(out / "up")
         assert start() == runner.STOPPED

@@ -1,6 +1,7 @@
-"""One call of a function, in this process: `python pipeline/bench/answer.py FOLDER` reads FOLDER/asked and writes FOLDER/answer.
+"""One call of a function, in this process.
 
-The question is (sys.path, "module:function", its pickled arguments), the answer (None, what it returns) or (what failed, None).
+`python pipeline/bench/answer.py FOLDER` reads FOLDER/asked, (sys.path, "module:function", its pickled arguments), and
+writes FOLDER/answer: (None, what it returns) or (what failed, None). processes.py starts it.
 """
 
 import importlib

@@ -29,7 +29,7 @@ _ENDED = "has no answer: its process ended"
 
 
 class Processes:
-    """Forks each process from one that has imported all there is to import and has done nothing else (pipeline/warm.py)."""
+    """Forks each process from one that has imported all there is to import, and has done nothing else (warm.py)."""
 
     def __init__(self) -> None:
         self._warm = WarmParents(_NEEDED)
@@ -43,9 +43,9 @@ class Processes:
         self._warm.__exit__()
 
     def call(self, function: str, *given: Any, seconds: float = 600, environment: dict[str, str] | None = None) -> Any:
-        """`module:function` of what is given, in a process of its own. RuntimeError, with the reason, where no answer comes.
+        """`module:function` of what is given, in a process of its own; both ways by pickle.
 
-        What is given and the answer are pickled. environment: what is to be different there.
+        environment: what is to be different there. RuntimeError, with the reason, where no answer comes.
         """
         problem, answer = self._ask(function, given, seconds, environment or {})
         if problem and not self._answered and ("CUDA" in problem or problem == _ENDED):
@@ -57,7 +57,9 @@ class Processes:
         self._answered = True
         return answer
 
-    def _ask(self, function: str, given: tuple[Any, ...], seconds: float, own: dict[str, str]) -> tuple[str | None, Any]:
+    def _ask(
+        self, function: str, given: tuple[Any, ...], seconds: float, own: dict[str, str]
+    ) -> tuple[str | None, Any]:
         """What went wrong, or None, and the answer."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

@@ -20,8 +20,9 @@ def report(experiment: Experiment) -> Path:
     from pipeline.report.collect import collect
 
     collected = collect(layout)
+    inputs = {"evaluations": [layout.evaluate(subject).name for subject in layout.subjects()]}
     with open_run(layout, "report", target.name) as run:
-        with artifacts.building(target, {"evaluations": [layout.evaluate(subject).name for subject in layout.subjects()]}) as folder:
+        with artifacts.building(target, inputs) as folder:
             build_report(collected, folder)
         run.log_artifact(target / "report.html")
     return target
