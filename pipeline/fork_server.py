@@ -69,11 +69,14 @@ def main() -> None:
     """Serve until the client closes the socket; in a fork, be the job that was asked for."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
     control, client = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    given = dict(os.environ)
     job = _serve(control, sys.argv[3:])
-    if job is not None:
-        control.close()
-        _begin(*job, client)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    if job is None:
+        return
+    request, between = job
+    control.close()
+    _begin(request, _with_imports(request["environment"], given), between, client)
+    runpy.run_path(request["script"], run_name="__main__")
 
 
 def _serve(control: socket.socket, wanted: Sequence[str]) -> tuple[dict[str, Any], int] | None:
@@ -106,6 +109,15 @@ def _import(wanted: Sequence[str]) -> str | None:
         except Exception as error:  # a process that imports for itself meets it again, and tells it in full
             return f"{name} cannot be imported ahead ({type(error).__name__}: {error})"
     return None
+
+
+def _with_imports(wanted: dict[str, str], given: dict[str, str]) -> dict[str, str]:
+    """The environment of a job, with what imports have put into this process's since it had `given`.
+
+    What the job was to have of its own stands: an import would have found it, and most set what is not set.
+    """
+    told = {name: value for name, value in os.environ.items() if given.get(name) != value}
+    return wanted | {name: value for name, value in told.items() if wanted.get(name) == given.get(name)}
 
 
 def _unforkable() -> str | None:
@@ -148,7 +160,7 @@ def _fork() -> tuple[int, int]:
     return 0, between
 
 
-def _begin(request: dict[str, Any], between: int, client: int) -> None:
+def _begin(request: dict[str, Any], environment: dict[str, str], between: int, client: int) -> None:
     """Take on what a process of its own would have been started with."""
     while os.getppid() == between:
         time.sleep(0.001)
@@ -157,7 +169,7 @@ def _begin(request: dict[str, Any], between: int, client: int) -> None:
         os._exit(0)  # it has ended meanwhile
     os.chdir(request["folder"])
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(environment)
     if "numpy.random" in sys.modules:  # a new process has a seed of its own; Python's generator takes one at a fork
         sys.modules["numpy.random"].seed()
     if "torch" in sys.modules:

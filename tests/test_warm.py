@@ -104,6 +104,18 @@ def test_a_job_finds_what_a_python_of_its_own_finds(launch, monkeypatch, tmp_pat
             assert first[generator] != again[generator]
 
 
+def test_what_imports_put_into_the_environment_is_there_and_what_is_a_job_s_own_stands(launch, monkeypatch):
+    """As DS_ACCELERATOR, without which DeepSpeed looks for a device."""
+    out = launch("(out / 'seen').write_text(' '.join(os.environ[name] for name in ('TOLD', 'GIVEN', 'RANK')))")
+    (out / "ahead.py").write_text("import os\nfor name in ('TOLD', 'GIVEN', 'RANK'):\n    os.environ.setdefault(name, 'import')")
+    monkeypatch.setenv("PYTHONPATH", str(out))
+    monkeypatch.setenv("GIVEN", "user")
+    monkeypatch.delenv("RANK", raising=False)
+    with WarmParents(["ahead"]) as warm:
+        assert runner.run_ranks("job.py", [], 1, warm) == 0
+    assert (out / "seen").read_text() == "import user 0"
+
+
 @pytest.mark.parametrize(
     ("body", "code"),
     [
