@@ -200,8 +200,9 @@ class Chain:
         """Let the first processes' imports run while this one prepares the data."""
         first = next((stage for stage in stages if stage in _ON_RANKS and self.pending(stage)), None)
         if self.warm and first and "prepare" in stages and self.pending("prepare"):
-            train = self.base.align.train if first == "align" else self.cells[0].recipe.train
-            self.warm.begin(runner.environment(devices.ranks(train)))
+            ranks = devices.ranks(self.base.align.train if first == "align" else self.cells[0].recipe.train)
+            beside = ranks == 1 and first != "align"  # then cells share the machine, where --jobs says so
+            self.warm.begin(runner.environment(min(self.jobs, len(self.pending(first))) if beside else ranks))
 
     def pending(self, stage: str) -> list[Path]:
         """Folders this stage still has to write (the report is always shown)."""
