@@ -30,6 +30,7 @@ from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
 from pipeline.status import STAGES, check_portable, status
 from pipeline.system_errors import reading_input
+from pipeline.warm import WarmParents
 
 _ON_RANKS = {"align", "filter", "direction", "train"}  # stages that start ranks
 _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
@@ -70,6 +71,8 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--portable", action="store_true", help="for status: refuse a recipe whose folders differ from machine to machine")
     parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
     parser.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
+    alone = "start every process as a Python of its own, which imports for itself: slower, the same results"
+    parser.add_argument("--no-warm", action="store_true", help=alone)
     parser.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print what would run and what is there, and stop")
@@ -116,7 +119,18 @@ def _main(argv: list[str]) -> int:
         return 0
     if starts and not idle:
         print(devices.describe(experiment.base.model, experiment.base.train), file=sys.stderr)
-    return _run(chain, stages, options)
+    if options.no_warm:
+        return _run(chain, stages, options)
+    with WarmParents(_needed(chain)) as chain.warm:
+        return _run(chain, stages, options)
+
+
+def _needed(chain: Chain) -> list[str]:
+    """What the processes of an experiment import, in an order in which lean_imports.py can keep it small."""
+    trains = [cell.recipe.train for cell in chain.cells] + [chain.base.align.train] * chain.base.align.enabled
+    deepspeed = ["pipeline.lean_imports:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
+    mlflow = ["mlflow", "mlflow.store.tracking.sqlalchemy_store"] * chain.base.tracking.enabled
+    return ["pipeline.stages", "pipeline.lean_imports:import_peft", *deepspeed, *mlflow]
 
 
 def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
@@ -143,6 +157,7 @@ def _alike(chain: Chain) -> list[str]:
 def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> int:
     """The stages in turn; the first failure's exit code. Where some cells trained and others failed, those that trained are evaluated, and no report is made."""
     failure = 0
+    chain.begin(stages)
     for stage in stages:
         if stage == "report" and failure:
             names = ", ".join(folder.name for folder in chain.failed)
@@ -166,6 +181,7 @@ class Chain:
 
     def __init__(self, experiment: Experiment, method: str | None, jobs: int = 1):
         self.jobs = jobs
+        self.warm: WarmParents | None = None  # what its processes are forked from
         self.failed: list[Path] = []  # cells whose training failed in this command, while others trained
         self.experiment, self.layout, self.base = experiment, Layout(experiment), experiment.base
         self.arguments = ["--config", *experiment.arguments()]
@@ -179,6 +195,14 @@ class Chain:
         if todo and not code and stage != "report":
             print(f"{stage}: done in {time.time() - started:.0f} s", file=sys.stderr)
         return code
+
+    def begin(self, stages: Sequence[str]) -> None:
+        """Let the first processes' imports run while this one prepares the data."""
+        first = next((stage for stage in stages if stage in _ON_RANKS and self.pending(stage)), None)
+        if self.warm and first and "prepare" in stages and self.pending("prepare"):
+            ranks = devices.ranks(self.base.align.train if first == "align" else self.cells[0].recipe.train)
+            beside = ranks == 1 and first != "align"  # then cells share the machine, where --jobs says so
+            self.warm.begin(runner.environment(min(self.jobs, len(self.pending(first))) if beside else ranks))
 
     def pending(self, stage: str) -> list[Path]:
         """Folders this stage still has to write (the report is always shown)."""
@@ -206,7 +230,7 @@ class Chain:
 
     def align(self) -> int:
         self._need("prepare")
-        code = runner.run_ranks("align.py", self.arguments, devices.ranks(self.base.align.train))
+        code = runner.run_ranks("align.py", self.arguments, devices.ranks(self.base.align.train), self.warm)
         return self._outcome(code, self.layout.align())
 
     def filter(self) -> int:
@@ -245,13 +269,13 @@ class Chain:
                 seed = [] if subject.seed is None else ["--seed", str(subject.seed)]
                 jobs.append([*self.arguments, "--method", subject.name, *seed])
         slots = max(len(devices.gpus()) or devices.ranks(self.base.train), self.jobs)
-        return runner.run_side_by_side("evaluate.py", jobs, max(1, min(slots, len(jobs))))
+        return runner.run_side_by_side("evaluate.py", jobs, max(1, min(slots, len(jobs))), self.warm)
 
     def report(self) -> int:
         self._need("prepare", "align", "train", "evaluate")
-        from pipeline import stages
+        from pipeline.report import stage
 
-        folder = stages.report(self.experiment)
+        folder = stage.report(self.experiment)
         artifacts.verify(folder, "table.txt")
         print((folder / "table.txt").read_text())
         print(f"report  {(folder / 'report.html').resolve()}")
@@ -272,7 +296,8 @@ class Chain:
         alone = {target: cell for target, cell in todo.items() if self.jobs > 1 and devices.ranks(cell.recipe.train) == 1}
         first = 0  # failure: cells have nothing to do with each other, so the others go on, unless it ends all
         if alone:
-            first = runner.run_side_by_side(script, [self._arguments(cell) for cell in alone.values()], min(self.jobs, len(alone)))
+            jobs = [self._arguments(cell) for cell in alone.values()]
+            first = runner.run_side_by_side(script, jobs, min(self.jobs, len(alone)), self.warm)
             missing = next((target for target in alone if not artifacts.complete(target)), None)
             first = self._outcome(first, missing) if missing else first
         for target, cell in todo.items():
@@ -280,7 +305,8 @@ class Chain:
                 continue
             if first in _ENDS_ALL:
                 break
-            code = self._outcome(runner.run_ranks(script, self._arguments(cell), devices.ranks(cell.recipe.train)), target)
+            ranks = devices.ranks(cell.recipe.train)
+            code = self._outcome(runner.run_ranks(script, self._arguments(cell), ranks, self.warm), target)
             first = code if code in _ENDS_ALL else first or code
         return first
 

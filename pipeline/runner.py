@@ -1,4 +1,4 @@
-"""Local processes: ranks of one stage, or independent jobs side by side.
+"""Local processes: ranks of one stage, or independent jobs side by side. Where warm parents are given, forked from one.
 
 torchrun is not used here because its agent dies of SIGUSR1 and shoots its workers thirty seconds after SIGTERM, whatever they are saving;
 this launcher passes signals on and waits.
@@ -17,16 +17,16 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from pipeline import devices, shipped
+from pipeline.warm import WITHOUT_CTRL_C, Forked, WarmParents
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
 SYSTEM_ERROR = 74  # EX_IOERR: a full disk, a folder that is gone; what else would write there fails, too
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # glibc hands every freed activation back to the kernel and faults it in again; keeping it took an align step of the demo from 3.7 to 3.2 s.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
+Job = subprocess.Popen | Forked
 _GRACE = 30.0  # seconds between a rank's failure and the end of the others
 _GRACE_SAID = 1.0  # the same where the failure is an error of the system: the others wait for that rank, or are about to say the same
-# A Ctrl-C reaches every process of the terminal. We pass it on as SIGTERM; by itself it would be a traceback of each that still imports.
-_WITHOUT_CTRL_C = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
 
 
 class Stopped(KeyboardInterrupt):
@@ -50,33 +50,35 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_ranks(script: str, arguments: Sequence[str], ranks: int) -> int:
+def run_ranks(script: str, arguments: Sequence[str], ranks: int, warm: WarmParents | None = None) -> int:
     """Run launch/`script` as `ranks` processes with RANK and friends set.
 
     Returns STOPPED where a signal asked to stop (it may have come in the last step, with the work done, or after a failure, which the same
     command meets again); else the first failure's exit code; else 0.
     """
-    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    with _Forwarding() as forwarding:
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with _Forwarding(warm) as forwarding:
         for rank in range(ranks):
             forwarding.start(script, arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, ranks)
         code = _wait(forwarding.jobs)
     return STOPPED if forwarding.received else code
 
 
-def run_side_by_side(script: str, argument_lists: Sequence[Sequence[str]], slots: int) -> int:
+def run_side_by_side(
+    script: str, argument_lists: Sequence[Sequence[str]], slots: int, warm: WarmParents | None = None
+) -> int:
     """Run launch/`script` once per argument list, `slots` at a time, each alone, on a GPU of its own where there are any.
 
     Returns as `run_ranks`: the jobs have nothing to do with each other, so one's failure leaves the others alone. After a signal, or an error of
     the system, nothing new is started.
     """
     waiting, free, code = list(argument_lists), list(range(slots)), 0
-    slot_of: dict[subprocess.Popen, int] = {}
-    with _Forwarding() as forwarding:
+    slot_of: dict[Job, int] = {}
+    with _Forwarding(warm) as forwarding:
         while forwarding.jobs or (waiting and not forwarding.received):
             while waiting and free and not forwarding.received:
                 slot = free.pop(0)
-                job = forwarding.start(script, waiting.pop(0), {**_one_gpu(slot), "MASTER_PORT": _free_port()}, slots)
+                job = forwarding.start(script, waiting.pop(0), {**_one_gpu(slot), "MASTER_PORT": free_port()}, slots)
                 if job is not None:
                     slot_of[job] = slot
             time.sleep(0.1)
@@ -89,7 +91,8 @@ def run_side_by_side(script: str, argument_lists: Sequence[Sequence[str]], slots
     return STOPPED if forwarding.received else code
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -105,15 +108,26 @@ def threads_per_process(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _start(script: str, arguments: Sequence[str], environment: dict[str, str], share: int) -> subprocess.Popen:
-    threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_process(share))
-    command = [*_WITHOUT_CTRL_C, sys.executable, str(shipped.launch_script(script)), *arguments]
+def environment(processes: int) -> dict[str, str]:
+    """What jobs have in their environment where so many share this machine, apart from what is each one's own."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_process(processes))
     allocator = {} if devices.gpus() else _ALLOCATOR
-    inherited = {**allocator, **os.environ, **shipped.environment()}
-    return subprocess.Popen(command, env={**inherited, "OMP_NUM_THREADS": threads, **environment})
+    return {**allocator, **os.environ, **shipped.environment(), "OMP_NUM_THREADS": threads}
 
 
-def _wait(jobs: list[subprocess.Popen]) -> int:
+def _start(
+    script: str, arguments: Sequence[str], own: dict[str, str], share: int, forwarding: _Forwarding
+) -> Job | None:
+    """Start launch/`script`, `share` at a time; None where a request to stop came while the warm parent imported."""
+    path, shared = shipped.launch_script(script), environment(share)
+    if forwarding.warm is not None:
+        job = forwarding.warm.fork(path, arguments, shared, own, lambda: forwarding.received)
+        if job is not None or forwarding.received:
+            return job
+    return subprocess.Popen([*WITHOUT_CTRL_C, sys.executable, str(path), *arguments], env={**shared, **own})
+
+
+def _wait(jobs: list[Job]) -> int:
     code, deadline = 0, float("inf")
     while None in [job.poll() for job in jobs]:  # a list: every job is polled, or a failure behind a hanging rank is not seen
         failed = _failure(jobs)
@@ -127,7 +141,7 @@ def _wait(jobs: list[subprocess.Popen]) -> int:
     return code or _failure(jobs)
 
 
-def _failure(jobs: list[subprocess.Popen]) -> int:
+def _failure(jobs: list[Job]) -> int:
     """The exit code that says most: an error of the system, which the others' broken connections follow from, else that of the lowest rank that failed."""
     codes = [job.returncode for job in jobs if job.returncode]
     return SYSTEM_ERROR if SYSTEM_ERROR in codes else next(iter(codes), 0)
@@ -136,15 +150,18 @@ def _failure(jobs: list[subprocess.Popen]) -> int:
 class _Forwarding:
     """Pass SIGTERM, SIGINT and SIGUSR1 on to the jobs as SIGTERM: they save and leave, we wait. After one nothing is started."""
 
-    def __init__(self) -> None:
-        self.jobs: list[subprocess.Popen] = []
+    def __init__(self, warm: WarmParents | None) -> None:
+        self.warm = warm
+        self.jobs: list[Job] = []
         self.received = False
 
-    def start(self, script: str, arguments: Sequence[str], environment: dict[str, str], share: int) -> subprocess.Popen | None:
-        """Start launch/`script`; None where the request to stop has come before."""
+    def start(self, script: str, arguments: Sequence[str], own: dict[str, str], share: int) -> Job | None:
+        """Start launch/`script` with its own in its environment; None where the request to stop has come before."""
         if self.received:
             return None
-        job = _start(script, arguments, environment, share)
+        job = _start(script, arguments, own, share, self)
+        if job is None:
+            return None
         self.jobs.append(job)
         if self.received:  # it came while the job was being started, and did not reach it
             job.terminate()

@@ -339,23 +339,6 @@ def _run_name(subject: Subject) -> str:
     return subject.name if subject.seed is None else f"{subject.name}-s{subject.seed}"
 
 
-def report(experiment: Experiment) -> Path:
-    """The page, its pictures and the table, from complete folders only. Returns the folder."""
-    from pipeline.report.build import build_report
-    from pipeline.report.collect import collect
-
-    layout = Layout(experiment)
-    target = layout.report()
-    if artifacts.complete(target):
-        return target
-    collected = collect(layout)
-    with open_run(layout, "report", target.name) as run:
-        with artifacts.building(target, {"evaluations": [layout.evaluate(subject).name for subject in layout.subjects()]}) as folder:
-            build_report(collected, folder)
-        run.log_artifact(target / "report.html")
-    return target
-
-
 def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
     sets = {"task": "task_validation", "harmful": "harmful_validation"}
     return {name: read_rows(prepared, file) for name, file in sets.items() if (prepared / f"{file}.parquet").is_file()}

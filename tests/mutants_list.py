@@ -13,6 +13,8 @@ STEP, ENGINE, ZERO3, FSDP2 = (
     "pipeline/sharding/zero3.py",
     "pipeline/sharding/fsdp2.py",
 )
+FORK_SERVER, WARM = "pipeline/fork_server.py", "pipeline/warm.py"
+INHERITED = "tests/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
 LOSSES, HEAD, BATCHES = "pipeline/sap/losses.py", "pipeline/sap/head.py", "pipeline/data/batches.py"
 
 DENSE = "tests/sap/test_step.py::test_step_equals_the_dense_reference"
@@ -445,4 +447,30 @@ OF_THE_DATA = (
     ),
 )
 
-MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES + OF_THE_COMPANIONS + OF_THE_DATA
+OF_THE_PROCESSES = (
+    mutant("jobs keep the warm parent's environment", FORK_SERVER, "    os.environ.clear()\n", "", INHERITED),
+    mutant("jobs draw the same random numbers", FORK_SERVER, 'sys.modules["torch"].default_generator.seed()', "pass", INHERITED),
+    mutant(
+        "one warm parent for every number of threads",
+        WARM,
+        'threads = environment.get("OMP_NUM_THREADS")',
+        "threads = None",
+        INHERITED,
+    ),
+    mutant(
+        "jobs outlive the command that was killed",
+        FORK_SERVER,
+        "prctl(SET_PDEATHSIG, signal.SIGTERM)",
+        "pass",
+        "tests/test_warm.py::test_jobs_go_with_the_program_that_started_them_and_may_save_first[9]",
+    ),
+    mutant(
+        "a process with a second thread is forked",
+        FORK_SERVER,
+        "    if others:\n",
+        "    if False:\n",
+        "tests/test_warm.py::test_what_cannot_be_forked_is_said_once_and_jobs_import_for_themselves[thread]",
+    ),
+)
+
+MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES + OF_THE_COMPANIONS + OF_THE_DATA + OF_THE_PROCESSES

@@ -48,7 +48,7 @@ def test_eight_lines_say_what_would_run_and_what_is_there(project, capsys):
     assert [line.split()[0] for line in dry_run(capsys, path, "--methods", "sft")[1] if " complete " in line] == ["train"]
 
 
-@pytest.mark.parametrize("arguments", [("run", "--dry-run"), ("status",), ("run", "--show"), ("train", "--method", "sap", "--dry-run")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("run", "--dry-run"), ("status",), ("run", "--show"), ("train", "--method", "sap", "--dry-run"), ("--help",)], ids=" ".join)
 def test_nothing_heavy_is_imported(project, arguments):
     """dtype auto included: it asked transformers once, which took five seconds."""
     folder, content = project

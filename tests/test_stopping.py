@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import pipeline
-from pipeline import artifacts, cli, recipe, runner, shipped
+from pipeline import artifacts, cli, recipe, runner, shipped, warm
 from pipeline.layout import Layout
 from tests.project import write_recipe
 
@@ -56,6 +56,7 @@ def project(tmp_path, monkeypatch):
     for name, text in (("train", TRAIN), ("evaluate", EVALUATE)):
         (tmp_path / "launch" / f"{name}.py").write_text(text.format(root=str(tmp_path)))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(cli, "_needed", lambda chain: [])
     monkeypatch.setattr(cli, "_check", lambda *_, **__: None)
     monkeypatch.setattr(runner, "_one_gpu", lambda slot: {})
 
@@ -141,6 +142,28 @@ def after_the_devices(capfd: pytest.CaptureFixture) -> str:
     line, _, rest = capfd.readouterr().err.partition("\n")
     assert "on the CPU" in line
     return rest
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [("1", "6"), ("2", "3")])
+def test_imports_run_while_the_command_prepares_in_the_process_that_jobs_are_forked_from(project, monkeypatch, jobs, threads):
+    """One that imports for another number of threads would be waited for again."""
+    begun = []
+
+    class Parent(warm._Parent):
+        def __init__(self, preload, environment):
+            begun.append(environment["OMP_NUM_THREADS"])
+            super().__init__(preload, environment)
+
+    def prepare(experiment: recipe.Experiment) -> None:
+        begun.append("prepare")
+        publish(Layout(experiment).prepare())
+        publish(Layout(experiment).prompts())
+
+    monkeypatch.setattr(warm, "_Parent", Parent)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cli.main(["run", str(project("good", "other", prepare=prepare)), "--jobs", jobs])
+    assert begun == [threads, "prepare"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -33,15 +33,15 @@ def command(argv: Sequence[str]) -> int:
     options = _options(argv)
     found: list[dict[str, Any]] = []
     cases = _cases(options)
-    processes = Processes()
-    rate = processes.call("pipeline.bench.measure:matmul_rate")
-    for number in range(options.rounds):
-        for case in cases:
-            row = processes.call("pipeline.bench.measure:measure", case) | {"round": number}
-            found.append(row)
-            print(f"[bench] round {number + 1}/{options.rounds} {_name(row)}: {row['ms']:.0f} ms a step", file=sys.stderr, flush=True)
-            if row["profile"]:
-                print(row["profile"])
+    with Processes() as processes:
+        rate = processes.call("pipeline.bench.measure:matmul_rate")
+        for number in range(options.rounds):
+            for case in cases:
+                row = processes.call("pipeline.bench.measure:measure", case) | {"round": number}
+                found.append(row)
+                print(f"[bench] round {number + 1}/{options.rounds} {_name(row)}: {row['ms']:.0f} ms a step", file=sys.stderr, flush=True)
+                if row["profile"]:
+                    print(row["profile"])
     if options.json:
         options.json.write_text(json.dumps({"matmul_flops_per_s": rate, "rows": found}, indent=1) + "\n")
     print(table(found, rate))

@@ -1,79 +1,86 @@
 """A fresh process for every measurement, without the time that imports take.
 
-    processes = Processes()
-    row = processes.call("pipeline.bench.measure:measure", case)
+    with Processes() as processes:
+        row = processes.call("pipeline.bench.measure:measure", case)
 """
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
 import os
-import socket
+import pickle
+import subprocess
 import sys
-import threading
-import traceback
-from multiprocessing.connection import Connection, wait
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
+from pipeline import shipped
+from pipeline.runner import Job, free_port
+from pipeline.warm import WITHOUT_CTRL_C, WarmParents
+
+# What cases would else import one by one: DeepSpeed, PEFT, transformers' Trainer and the model.
+_NEEDED = (
+    "pipeline.bench.measure", "pipeline.lean_imports:import_peft", "pipeline.lean_imports:import_deepspeed",
+    "transformers.trainer", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
+_SCRIPT = Path(__file__).with_name("answer.py")
 _ENDED = "has no answer: its process ended"
 
 
 class Processes:
-    """Forks each process from one that has imported all there is to import and has done nothing else."""
+    """Forks each process from one that has imported all there is to import, and has done nothing else (warm.py)."""
 
     def __init__(self) -> None:
-        # Asked through NVIDIA's library: CUDA itself does not survive a fork once it has been asked anything.
-        os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "HF_HUB_OFFLINE": "1"}
-        self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pipeline.bench.measure", "pipeline.bench.preloaded"])
-        self._answered = False
+        self._warm = WarmParents(_NEEDED)
+        self._separate = self._answered = False
+
+    def __enter__(self) -> Processes:
+        self._warm.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._warm.__exit__()
 
     def call(self, function: str, *given: Any, seconds: float = 600, environment: dict[str, str] | None = None) -> Any:
-        """`module:function` of what is given, in a process of its own; the answer is plain Python. RuntimeError, with the reason, where none comes."""
+        """`module:function` of what is given, in a process of its own; both ways by pickle.
+
+        environment: what is to be different there. RuntimeError, with the reason, where no answer comes.
+        """
         problem, answer = self._ask(function, given, seconds, environment or {})
         if problem and not self._answered and ("CUDA" in problem or problem == _ENDED):
             # An import has asked CUDA after all: processes that import for themselves are slower, and right.
-            self._context = multiprocessing.get_context("spawn")
+            self._separate = True
             problem, answer = self._ask(function, given, seconds, environment or {})
         if problem:
             raise RuntimeError(f"{function}{given} {problem}")
         self._answered = True
         return answer
 
-    def _ask(self, function: str, given: tuple[Any, ...], seconds: float, environment: dict[str, str]) -> tuple[str | None, Any]:
+    def _ask(
+        self, function: str, given: tuple[Any, ...], seconds: float, own: dict[str, str]
+    ) -> tuple[str | None, Any]:
         """What went wrong, or None, and the answer."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_answer, args=(theirs, function, given, {"MASTER_PORT": str(port), **environment}))
-        process.start()
-        theirs.close()
-        try:
-            return ours.recv() if ours.poll(seconds) else (f"gave no answer within {seconds:g} s", None)
-        except EOFError:
-            process.join(10)  # it ends, and may still be saying why
-            return _ENDED, None
-        finally:
-            process.kill()
-            process.join()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            # What is given may be of modules that only this path has: it is read after the path.
+            (folder / "asked").write_bytes(pickle.dumps((sys.path, function, pickle.dumps(given))))
+            job, deadline = self._start(name, {"MASTER_PORT": free_port(), **own}), time.monotonic() + seconds
+            try:
+                while job.poll() is None:
+                    if time.monotonic() > deadline:
+                        return f"gave no answer within {seconds:g} s", None
+                    time.sleep(0.02)
+            finally:
+                job.kill()
+                while job.poll() is None:  # it may be letting go of a GPU
+                    time.sleep(0.02)
+            answer = folder / "answer"
+            return pickle.loads(answer.read_bytes()) if answer.is_file() else (_ENDED, None)
 
-
-def _answer(pipe: Connection, function: str, given: tuple[Any, ...], environment: dict[str, str]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ |= environment
-    module, name = function.split(":")
-    with pipe:
-        try:
-            pipe.send((None, getattr(importlib.import_module(module), name)(*given)))
-        except Exception as error:  # whatever it is, it is the caller's to say
-            traceback.print_exc()
-            pipe.send((f"failed: {''.join(traceback.format_exception_only(error)).strip()}", None))
-            sys.exit(1)
-
-
-def _end_with_parent() -> None:
-    """However the program that asked has ended: a process left behind would keep its GPU."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    def _start(self, folder: str, own: dict[str, str]) -> Job:
+        shared = {**os.environ, "HF_HUB_OFFLINE": "1", **shipped.environment()}
+        job = None if self._separate else self._warm.fork(_SCRIPT, [folder], shared, own)
+        if job is not None:
+            return job
+        return subprocess.Popen([*WITHOUT_CTRL_C, sys.executable, str(_SCRIPT), folder], env={**shared, **own})

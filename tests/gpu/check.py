@@ -249,12 +249,12 @@ def main(argv: list[str]) -> int:
     if not options.json.absolute().parent.is_dir():
         print(f"error: --json {options.json} is in no folder that exists", file=sys.stderr)
         return 2
-    processes, done = Processes(), []
-    card = processes.call("tests.gpu.check:card")
-    if not options.tiny and card == "cpu":
-        print("error: there is no GPU here: give --tiny for tiny shapes on a CPU", file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory() as folder:
+    done: list[Part] = []
+    with Processes() as processes, tempfile.TemporaryDirectory() as folder:
+        card = processes.call("tests.gpu.check:card")
+        if not options.tiny and card == "cpu":
+            print("error: there is no GPU here: give --tiny for tiny shapes on a CPU", file=sys.stderr)
+            return 2
         setting = Setting(options.tiny, Path(folder), processes)
         for name in chosen:
             part, started = Part(name), time.monotonic()

@@ -1,0 +1,28 @@
+"""The stage that makes the report. It needs no torch: where everything is complete, the table is there in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline import artifacts
+from pipeline.layout import Layout
+from pipeline.recipe import Experiment
+from pipeline.tracking import open_run
+
+
+def report(experiment: Experiment) -> Path:
+    """The page, its pictures and the table, from complete folders only. Returns the folder."""
+    layout = Layout(experiment)
+    target = layout.report()
+    if artifacts.complete(target):
+        return target
+    from pipeline.report.build import build_report  # matplotlib
+    from pipeline.report.collect import collect
+
+    collected = collect(layout)
+    inputs = {"evaluations": [layout.evaluate(subject).name for subject in layout.subjects()]}
+    with open_run(layout, "report", target.name) as run:
+        with artifacts.building(target, inputs) as folder:
+            build_report(collected, folder)
+        run.log_artifact(target / "report.html")
+    return target
