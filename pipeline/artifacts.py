@@ -225,6 +225,15 @@ def claim(target: Path) -> Callable[[], None]:
     return release
 
 
+def claim_incomplete(target: Path) -> Callable[[], None] | None:
+    """Like `claim`; None where another process has completed `target` since the caller last looked."""
+    release = claim(target)
+    if not complete(target):
+        return release
+    release()
+    return None
+
+
 def claim_unless_complete(target: Path, seconds: float = _WAIT_SECONDS) -> Callable[[], None] | None:
     """Like `claim`, but waits for a process that is writing `target`; None once the folder is complete.
 
@@ -233,15 +242,11 @@ def claim_unless_complete(target: Path, seconds: float = _WAIT_SECONDS) -> Calla
     deadline = time.monotonic() + seconds
     while not complete(target):
         try:
-            release = claim(target)
+            return claim_incomplete(target)
         except Busy:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
-            continue
-        if not complete(target):
-            return release
-        release()  # made between our look and our claim
     return None
 
 

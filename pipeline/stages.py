@@ -48,6 +48,7 @@ from pipeline.sap.diagnostics import safety_direction
 from pipeline.sections import TrainSection
 from pipeline.sharding import engine as engines
 from pipeline.sharding.engine import Engine
+from pipeline.sharding.exchange import from_first
 from pipeline.sharding.launch import device, init_distributed, largest_of_ranks, open_engine
 from pipeline.system_errors import writing
 from pipeline.tracking import open_run
@@ -67,10 +68,10 @@ def prepare(experiment: Experiment) -> bool:
 
     layout = Layout(experiment)
     target = layout.prepare()
-    if not artifacts.complete(target):
+    if not artifacts.complete(target) and (claimed := artifacts.claim_incomplete(target)):
         with (
+            artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}, claimed) as folder,
             open_run(layout, "prepare", target.name) as run,
-            artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}) as folder,
         ):
             facts = prepare_data(experiment.base, folder)
             artifacts.write_json(folder / artifacts.FACTS, facts)
@@ -121,8 +122,8 @@ def align(experiment: Experiment) -> bool:
         return True
     artifacts.verify(layout.prepare())
     rank, _ = environment()
-    init_distributed(base.align.train)
-    _claim(target)
+    if not _claimed(target, base.align.train):
+        return True
     chat = load_chat(base.model)
     source = resolve_model_path(base.model)
     answered = layout.work(target) / "answered.parquet"  # once, so that a resumed run trains on the same, and published
@@ -155,10 +156,11 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
     rows = read_rows(layout.prepare(), "task_train")
     check_labels(rows, saft)
     embeddings = _embeddings(layout, cell, rows)
-    if environment()[0] == 0:
+    if environment()[0] == 0 and (claimed := artifacts.claim_incomplete(target)):
         decision = decide(rows, embeddings, saft, experiment.base.data.seed)
         with open_run(layout, "filter", target.name) as run:
-            with artifacts.building(target, {"prepare": layout.prepare().name, "embeddings": layout.embeddings(cell).name}) as folder:
+            inputs = {"prepare": layout.prepare().name, "embeddings": layout.embeddings(cell).name}
+            with artifacts.building(target, inputs, claimed) as folder:
                 write_decision(decision, rows, folder)
             run.log_facts(decision.facts)
             run.log_artifact(target / "scores.png")
@@ -172,16 +174,15 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
 def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch.Tensor:
     """The rows' embeddings (N, D), from their folder, or computed into it."""
     target, saft = layout.embeddings(cell), cell.recipe.saft
-    if artifacts.complete(target):
-        init_distributed(cell.recipe.train)
-        artifacts.verify(target)
-    else:
+    if _claimed(target, cell.recipe.train):
         engine, tokenizer = _open_start(layout, cell, target)
         layer = read_layer(saft.layer, len(decoder_layers(engine.module)))
         found = embed(engine, rows, layer, saft.position, saft.micro_batch_size, tokenizer.pad_token_id)
         with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
             if engine.rank == 0:
                 save_file({"embeddings": found}, folder / "embeddings.safetensors")
+    else:
+        artifacts.verify(target)
     return load_file(target / "embeddings.safetensors")["embeddings"]
 
 
@@ -193,6 +194,8 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
         return True
     _verify_upstream(layout)
     resolved = cell.recipe
+    if not _claimed(target, resolved.train):
+        return True
     engine, tokenizer = _open_start(layout, cell, target)
     pairs, useful = read_rows(layout.prepare(), "safety_pairs"), read_rows(layout.prepare(), "task_train")[:_USEFUL_FOR_SUMMARY]
     sharing = (engine.rank, engine.world_size, tokenizer.pad_token_id, cell.seed, 0)
@@ -231,6 +234,8 @@ def train(experiment: Experiment, cell: Cell) -> bool:
         artifacts.verify(layout.filter(cell))
     resolved, prepared = cell.recipe, layout.prepare()
     rows = read_rows(prepared, "task_train", kept(layout.filter(cell)) if layout.needs_filter(cell) else None)
+    if not _claimed(target, resolved.train):
+        return True
     engine, tokenizer = _open_start(layout, cell, target)
     step = make_step(resolved, engine, _given_direction(layout, cell, engine))
     ema = Ema(engine, resolved.ema) if resolved.ema.enabled else None
@@ -268,7 +273,10 @@ def evaluate(experiment: Experiment, subject: Subject, shard: Shard = WHOLE) -> 
     part = layout.shard(target, shard.index, shard.count)
     if not artifacts.complete(part):
         checked = _check_evaluation(layout, subject, shard)
-        with artifacts.building(part, {"subject": subject.identity}) as folder:
+        claimed = artifacts.claim_incomplete(part)
+        if claimed is None:
+            return True
+        with artifacts.building(part, {"subject": subject.identity}, claimed) as folder:
             _measure(layout, subject, shard, *checked).write(folder)
     _merge(layout, subject, shard.count)
     return True
@@ -327,8 +335,11 @@ def _conclude(layout: Layout, subject: Subject, measured: Callable[[], list[Meas
     target = layout.evaluate(subject)
     cell = None if subject.trained is None else layout.experiment.cell(subject.name, subject.seed or 0)
     key = target.name if subject.trained is None else subject.trained.name  # a cell's scores stand beside its parameters
+    claimed = artifacts.claim_incomplete(target)
+    if claimed is None:
+        return
     with open_run(layout, _run_name(subject), key, cell=cell) as run:
-        with artifacts.building(target, {"subject": subject.identity}) as folder:
+        with artifacts.building(target, {"subject": subject.identity}, claimed) as folder:
             metrics = conclude(measured(), folder)
         run.log_evaluation(metrics)
         if layout.base.tracking.log_answers:
@@ -350,25 +361,30 @@ def _verify_upstream(layout: Layout) -> None:
         artifacts.verify(layout.align())
 
 
-def _claim(target: Path) -> None:
-    """Hold `target` until this process ends; all ranks raise where another run holds it."""
-    problem: list[str | None] = [None]
+def _claimed(target: Path, train_section: TrainSection) -> bool:
+    """Let the ranks meet, and hold `target` until this process ends. False where it is complete by now: another run was faster.
+
+    All ranks raise Busy where another run holds it.
+    """
+    init_distributed(train_section)
+    found: str | bool = True
     if environment()[0] == 0:
         try:
-            atexit.register(artifacts.claim(target))
+            release = artifacts.claim_incomplete(target)
+            found = release is not None
+            if release is not None:
+                atexit.register(release)
         except artifacts.Busy as error:
-            problem = [str(error)]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(problem)
-    if problem[0]:
-        raise artifacts.Busy(problem[0])
+            found = str(error)
+    found = from_first(found)
+    if isinstance(found, str):
+        raise artifacts.Busy(found)
+    return found
 
 
 def _open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
     """Engine and tokenizer of a cell at its start: the same weights (and fresh adapter) for every method of a seed."""
     base, train_section = layout.base, cell.recipe.train
-    init_distributed(train_section)
-    _claim(target)
     tokenizer = load_tokenizer(base.model)
     if target != layout.train(cell) and train_section.gradient_checkpointing == "auto":
         # Other passes than the training's, which are what is planned: their pairs may be longer, or more.

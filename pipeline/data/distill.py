@@ -22,6 +22,7 @@ from pipeline.data.rows import tools_of
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.refusal import refusal_in
 from pipeline.recipe import Recipe
+from pipeline.sharding.exchange import from_first, of_every_rank
 from pipeline.system_errors import writing
 
 Row = dict[str, Any]
@@ -38,10 +39,7 @@ def complete_answers(
     exists: a resumed run trains on what the first one did. open_model is called where answers have to be generated.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    there = [file.is_file()]
-    if world_size > 1:
-        dist.broadcast_object_list(there)  # rank 0 decides: a rank alone in the collective below would hang
-    if there[0]:
+    if from_first(file.is_file()):  # rank 0 decides: a rank alone in the collective below would hang
         return pyarrow.parquet.read_table(file).to_pylist()
     missing = [index for index, row in enumerate(rows) if row["response"] is None]
     if rank == 0 and missing:
@@ -49,11 +47,7 @@ def complete_answers(
     mine = missing[rank::world_size]
     prompts = [chat.prompt_ids(json.loads(rows[index]["messages"]), tools_of(rows[index])) for index in mine]
     texts = generate(open_model(), chat.tokenizer, prompts, recipe.align.distill_tokens, batch_size=32, stops=chat.template.stops) if mine else []
-    answers = dict(zip(mine, texts, strict=True))
-    if world_size > 1:
-        parts: list[dict[int, str]] = [{} for _ in range(world_size)]
-        dist.all_gather_object(parts, answers)
-        answers = {index: text for part in parts for index, text in part.items()}
+    answers = {index: text for part in of_every_rank(list(zip(mine, texts, strict=True))) for index, text in part}
     completed = [_completed(chat, row, answers.get(index), recipe.data.max_length) for index, row in enumerate(rows)]
     completed = [row for row in completed if row is not None]
     if rank == 0 and len(completed) < len(rows):

@@ -21,8 +21,11 @@ def report(experiment: Experiment) -> Path:
 
     collected = collect(layout)
     inputs = {"evaluations": [layout.evaluate(subject).name for subject in layout.subjects()]}
+    claimed = artifacts.claim_incomplete(target)
+    if claimed is None:
+        return target
     with open_run(layout, "report", target.name) as run:
-        with artifacts.building(target, inputs) as folder:
+        with artifacts.building(target, inputs, claimed) as folder:
             build_report(collected, folder)
         run.log_artifact(target / "report.html")
     return target

@@ -14,16 +14,13 @@ Shards of a dimension that does not divide are uneven, not padded: nothing has t
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,6 +28,7 @@ from torch.distributed.tensor.placement_types import Shard as RowShard
 
 from pipeline.sharding.ds_config import reduces_once
 from pipeline.sharding.engine import Engine, LossFunction, Shard, clip, stacked_gradients, step_counter
+from pipeline.sharding.rank_files import RankFiles, write
 from pipeline.weights import Source, Sources, read
 
 Places = list[tuple[nn.Module, str]]
@@ -158,35 +156,29 @@ class Fsdp2Engine(Engine):
         return [self._rows(named[name].float()).flatten().to(self.device) for name in self.named]
 
     def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
-        try:
-            dcp.save(self._state(vectors), checkpoint_id=str(folder))
-        except CheckpointException as error:
-            raise _of_the_system(error, folder) or error from None
+        tensors: dict[str, torch.Tensor] = {}
+        for name, rows in zip(self.named, self._rows_of, strict=True):
+            tensors[f"weight.{name}"] = rows.flatten()
+            tensors |= {f"{key}.{name}": value if key == "step" else value.flatten() for key, value in self.optimizer.state[rows].items()}
+        for key, parts in vectors.items():
+            tensors |= {f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)}
+        write(folder, self.rank, tensors)
 
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
         self.drop_gathered()
-        given = {key: [torch.zeros(local.numel(), device=self.device) for local in self.storage()] for key in vectors}
-        for rows in self._rows_of:
-            counter = step_counter(self.optimizer, torch.zeros(()), rows)
-            self.optimizer.state[rows] = {"step": counter, "exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
-        state = self._state(given)
-        dcp.load(state, checkpoint_id=str(folder))
-        for name, rows in zip(self.named, self._rows_of, strict=True):
-            self.optimizer.state[rows]["step"] = state[f"step.{name}"]
-        return {key: [state[f"vector.{key}.{name}"].to_local().flatten() for name in self.named] for key in vectors}
+        with RankFiles(folder) as files, torch.no_grad():
+            for (name, p), rows in zip(self.named.items(), self._rows_of, strict=True):
+                rows.copy_(self._piece(files, f"weight.{name}", p).view_as(rows))
+                if f"step.{name}" in files.keys:
+                    moments = {slot: self._piece(files, f"{slot}.{name}", p).view_as(rows) for slot in ("exp_avg", "exp_avg_sq")}
+                    counter = step_counter(self.optimizer, files.alike(f"step.{name}"), rows)
+                    self.optimizer.state[rows] = {"step": counter, **moments}
+            return {key: [self._piece(files, f"vector.{key}.{name}", p) for name, p in self.named.items()] for key in vectors}
 
-    def _state(self, vectors: dict[str, Shard]) -> dict[str, torch.Tensor]:
-        """Everything of a checkpoint under names that do not depend on the number of ranks; DTensors, which DCP reshards."""
-        state: dict[str, torch.Tensor] = {}
-        for (name, p), rows in zip(self.named.items(), self._rows_of, strict=True):
-            state[f"weight.{name}"] = p.detach()
-            state |= {
-                f"{key}.{name}": value if key == "step" else self._like(p, value.detach())
-                for key, value in self.optimizer.state[rows].items()
-            }
-        for key, parts in vectors.items():
-            state |= {f"vector.{key}.{name}": self._like(p, part) for (name, p), part in zip(self.named.items(), parts, strict=True)}
-        return state
+    def _piece(self, files: RankFiles, key: str, p: DTensor) -> torch.Tensor:
+        """This rank's rows of a whole tensor like p, flat, from files of any number of ranks."""
+        start = self._first_row(p) * (p.numel() // p.shape[0])
+        return files.read(key, start, start + p.to_local().numel()).to(self.device)
 
     def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> torch.Tensor:
         assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
@@ -208,13 +200,15 @@ class Fsdp2Engine(Engine):
         owner, name = places[0]
         p = owner._parameters[name]
         local = torch.empty(p.to_local().shape, dtype=p.dtype, device=self.device)
-        row = p.numel() // p.shape[0]
-        start = min(-(-p.shape[0] // self.world_size) * self.rank, p.shape[0]) * row
-        read(source, start, local.view(-1), dtype)
+        read(source, self._first_row(p) * (p.numel() // p.shape[0]), local.view(-1), dtype)
         whole = DTensor.from_local(local, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride())
         new = nn.Parameter(whole, requires_grad=p.requires_grad)
         for owner, name in places:
             owner._parameters[name] = new
+
+    def _first_row(self, p: DTensor) -> int:
+        """Where this rank's rows begin, as fully_shard cuts them."""
+        return min(-(-p.shape[0] // self.world_size) * self.rank, p.shape[0])
 
     def drop_gathered(self) -> None:
         for module in self.module.modules():
@@ -242,13 +236,3 @@ def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, 
         for owner, name in places:
             owner._parameters[name] = empty
     return [(found[parameter], source, parameter.dtype) for parameter, source in sources.items()]
-
-
-def _of_the_system(error: CheckpointException, folder: Path) -> OSError | None:
-    """The OSError behind a checkpoint that was not written, on whatever rank; None where there is none."""
-    for cause, _ in error.failures.values():
-        if isinstance(cause, OSError):
-            return OSError(cause.errno, os.strerror(cause.errno), cause.filename or str(folder)) if cause.errno else cause
-        if "inline_container" in str(cause):  # torch.save's writer notices that bytes are missing, and hides what the system said
-            return OSError(f"{folder} could not be written whole: free space on its disk, and run the same command again to go on from the last checkpoint")
-    return None

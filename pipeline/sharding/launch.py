@@ -19,6 +19,7 @@ from pipeline.models import decoder_layers
 from pipeline.sections import TrainSection
 from pipeline.sharding.ds_config import fetched_by_layer, read_ds_config
 from pipeline.sharding.engine import Engine
+from pipeline.sharding.exchange import of_every_rank
 from pipeline.sharding.single import SingleEngine
 from pipeline.weights import Sources, fill
 
@@ -50,7 +51,7 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(key, value)
     if train.engine == "fsdp2":
-        # gloo beside NCCL: checkpoints and small Python objects travel as CPU tensors.
+        # gloo beside NCCL: for tensors that stay on the CPU.
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
         return
     # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
@@ -116,11 +117,7 @@ def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
 
 def _refuse_damaged(found: list[str]) -> None:
     """ValueError on all ranks where one of them read a weight that is not finite: they leave together."""
-    every: list[list[str]] = [found[:1]]
-    if torch.distributed.is_initialized():
-        every = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(every, found[:1])
-    first = next((sentence for sentences in every for sentence in sentences), None)
+    first = next((sentence for sentences in of_every_rank(found[:1]) for sentence in sentences), None)
     if first:
         raise ValueError(first)
 

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.sharding.deepspeed_private import fetched_whole, gradients_by_parameter
 from pipeline.sharding.engine import Engine, LossFunction, Shard, stacked_gradients, step_counter
+from pipeline.sharding.rank_files import RankFiles, write
 from pipeline.weights import Sources, fill, read
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, cut as the weights are
@@ -163,30 +162,31 @@ class Zero3Engine(Engine):
         return [torch.cat([part(parameter) for parameter in group]) for group in self.optimizer.fp16_groups]
 
     def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
-        """One safetensors file a rank, by parameter name: ZeRO's own pickled form knows nothing of vectors, and needs an offline
-        conversion (universal checkpoints) before another number of ranks can read it."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """By parameter name: ZeRO's own pickled form knows nothing of vectors, and needs an offline conversion (universal checkpoints)
+        before another number of ranks can read it."""
         flats = {"weight": self.weights(), **{f"vector.{key}": parts for key, parts in vectors.items()}}
         states = [self.optimizer.optimizer.state[master] for master in self.optimizer.fp32_partitioned_groups_flat]
         flats |= {slot: [state[slot] for state in states] for slot in _MOMENTS if all(slot in state for state in states)}
         tensors = {f"{key}.{self._names[p]}": part for key, parts in flats.items() for p, part in self._parts(parts)}
         tensors |= {f"step.{index}": state["step"] for index, state in enumerate(states) if "step" in state}
-        save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, folder / f"rank{self.rank:05d}.safetensors")
+        write(folder, self.rank, tensors)
 
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
         self.drop_gathered()
-        with _RankFiles(folder) as files:
+        with RankFiles(folder) as files:
+            # One counter: all sub-groups step together.
+            counted = next((files.alike(key) for key in files.keys if key.startswith("step.")), None)
             for index, master in enumerate(self.optimizer.fp32_partitioned_groups_flat):
                 group = self.optimizer.fp16_groups[index]
                 master.data.copy_(self._read(files, "weight", group))
                 self._compute_shards()[index].copy_(master.data)
-                if files.steps is not None:
+                if counted is not None:
                     state = {slot: self._read(files, slot, group).to(master.device) for slot in _MOMENTS}
-                    counter = step_counter(self.optimizer.optimizer, files.steps, master)
+                    counter = step_counter(self.optimizer.optimizer, counted, master)
                     self.optimizer.optimizer.state[master] = {"step": counter, **state}
             return {key: [self._read(files, f"vector.{key}", group) for group in self.optimizer.fp16_groups] for key in vectors}
 
-    def _read(self, files: _RankFiles, key: str, group: Sequence[nn.Parameter]) -> torch.Tensor:
+    def _read(self, files: RankFiles, key: str, group: Sequence[nn.Parameter]) -> torch.Tensor:
         """This rank's flat shard of a sub-group, from files of any number of ranks; padding is zero."""
         parts = []
         for p in group:
@@ -260,31 +260,3 @@ def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) ->
         parameter.partition()  # only marks it: the shard is there
     for buffer in module.buffers():
         buffer.data = buffer.data.to(init.local_device)  # DeepSpeed moves them only where it also moves the parameters
-
-
-class _RankFiles:
-    """What the ranks of a checkpoint wrote: every tensor is cut into equal parts, one a file, the last one padded."""
-
-    def __init__(self, folder: Path):
-        self.paths = sorted(folder.glob("rank*.safetensors"))
-        assert self.paths, f"no engine state in {folder}"
-
-    def __enter__(self) -> _RankFiles:
-        self._open = contextlib.ExitStack()
-        self.files = [self._open.enter_context(safe_open(path, framework="pt")) for path in self.paths]
-        steps = [key for key in self.files[0].keys() if key.startswith("step.")]  # noqa: SIM118 (a safetensors file is no mapping)
-        # One counter: all sub-groups step together.
-        self.steps = self.files[0].get_tensor(steps[0]) if steps else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop of the whole flat tensor."""
-        size = self.files[0].get_slice(key).get_shape()[0]
-        parts = [torch.empty(0)]
-        for index in range(start // size, -(-max(stop, start) // size)):
-            low, high = max(start - index * size, 0), min(stop - index * size, size)
-            parts.append(self.files[index].get_slice(key)[low:high])
-        return torch.cat(parts)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifacts
 from pipeline.sharding.engine import Engine, Shard
+from pipeline.sharding.exchange import from_first
 
 _KEEP = 2
 
@@ -97,12 +97,10 @@ def load_latest(engine: Engine, step: Stateful, root: Path, identity: str, metri
 
     metrics: the file of which `save` kept a copy; it becomes that copy. ValueError where the checkpoint is another run's, or not finite.
     """
-    choice: list[Any] = [_newest(root) if engine.rank == 0 else None]
-    if engine.world_size > 1:
-        dist.broadcast_object_list(choice)
-    if choice[0] is None:
+    choice = from_first(_newest(root) if engine.rank == 0 else None)
+    if choice is None:
         return 0
-    folder, state = choice[0]
+    folder, state = choice
     if state["identity"] != identity:
         raise ValueError(f"{folder} belongs to another run: delete {root}")
     vectors = engine.load(Path(folder) / "engine", state["vectors"])
