@@ -22,6 +22,7 @@ from pipeline.batch_job import report_error, report_fault
 from pipeline.recipe import Cell, Experiment
 from pipeline.redaction import redact
 from pipeline.runner import STOPPED, SYSTEM_ERROR, Stopped
+from pipeline.stop_signals import end_with_parent
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # as a shell says of a program that SIGINT ended
@@ -139,8 +140,8 @@ def _unusable(stream: TextIO) -> bool:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run main, guarded, and end the process with its exit code."""
-    end(guarded(main))
+    """Run main, guarded, and end the process with its exit code. Where the `sap` that has started it has ended meanwhile, it does not begin."""
+    end(guarded(main) if end_with_parent() else STOPPED)
 
 
 def end(code: int) -> NoReturn:

@@ -29,7 +29,7 @@ from typing import Any
 
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 # They may be sent to the whole process group: this process ends with its client. Ctrl-C is ignored since its start.
-_REQUESTS = {signal.SIGTERM, signal.SIGUSR1}
+_REQUESTS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 _FORKABLE = {"jemalloc_bg_thd"}  # pyarrow's allocator, which takes its locks before a fork and starts its thread again
 _LENGTH = struct.Struct("!I")
 

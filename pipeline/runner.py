@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from pipeline import devices, shipped
+from pipeline.stop_signals import PARENT, stop_signals
 from pipeline.warm import WITHOUT_CTRL_C, Forked, WarmParents
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
 SYSTEM_ERROR = 74  # EX_IOERR: a full disk, a folder that is gone; what else would write there fails, too
-_REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # glibc hands every freed activation back to the kernel and faults it in again; keeping it took an align step of the demo from 3.7 to 3.2 s.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
 Job = subprocess.Popen | Forked
@@ -35,14 +35,15 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside the block SIGTERM, SIGINT and SIGUSR1 raise Stopped, so that what is half-written is tidied up, and the same command goes on."""
+    """Inside the block the signals that ask to leave raise Stopped, so that what is half-written is tidied up, and the same command goes on."""
+    requests = stop_signals()
 
     def leave(number: int, _frame: FrameType | None) -> None:
-        for each in _REQUESTS:  # once: what tidies up must not be interrupted
+        for each in requests:  # once: what tidies up must not be interrupted
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, leave) for number in _REQUESTS}
+    previous = {number: signal.signal(number, leave) for number in requests}
     try:
         yield
     finally:
@@ -120,6 +121,7 @@ def _start(
 ) -> Job | None:
     """Start launch/`script`, `share` at a time; None where a request to stop came while the warm parent imported."""
     path, shared = shipped.launch_script(script), environment(share)
+    own = {**own, PARENT: str(os.getpid())}
     if forwarding.warm is not None:
         job = forwarding.warm.fork(path, arguments, shared, own, lambda: forwarding.received)
         if job is not None or forwarding.received:
@@ -148,7 +150,7 @@ def _failure(jobs: list[Job]) -> int:
 
 
 class _Forwarding:
-    """Pass SIGTERM, SIGINT and SIGUSR1 on to the jobs as SIGTERM: they save and leave, we wait. After one nothing is started."""
+    """Pass the signals that ask to leave on to the jobs as SIGTERM: they save and leave, we wait. After one nothing is started."""
 
     def __init__(self, warm: WarmParents | None) -> None:
         self.warm = warm
@@ -168,7 +170,7 @@ class _Forwarding:
         return job
 
     def __enter__(self) -> _Forwarding:
-        self.previous = {number: signal.signal(number, self._forward) for number in _REQUESTS}
+        self.previous = {number: signal.signal(number, self._forward) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

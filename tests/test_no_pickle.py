@@ -13,7 +13,7 @@ from tests.project import ROOT
 
 UNPICKLES = re.compile(
     r"\b(import|from) (pickle|cPickle|dill|joblib|cloudpickle|shelve|marshal)\b|\bpickle\.\w+\(|torch\.load\b|distributed\.checkpoint|allow_pickle"
-    r"|\w+_object(_list)?\(|trust_remote_code\s*=\s*True|yaml\.(unsafe|full)_load|yaml\.load\((?![^;]{0,160}\b(_Loader|C?SafeLoader)\b)|read_pickle"
+    r"|\b(broadcast|scatter|gather|all_gather|send|recv)_object(_list)?\(|trust_remote_code\s*=\s*True|yaml\.(unsafe|full)_load|yaml\.load\((?![^;]{0,160}\b(_Loader|C?SafeLoader)\b)|read_pickle"
 )
 
 # Between a benchmark and the process that it has just started, in a folder of their own that goes with it.

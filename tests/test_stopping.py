@@ -98,7 +98,7 @@ def names(folder: Path, prefix: str) -> list[str]:
     return sorted(path.name.removeprefix(f"{prefix}-") for path in folder.glob(f"{prefix}-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_stop_after_another_cell_failed_saves_evaluates_nothing_and_exits_75(project, tmp_path, capfd, number):
     path = project("good", "bad", "slow", "slower", "slowest")
     thread = signal_when(tmp_path / "up-slow", tmp_path / "up-slower", number=number)

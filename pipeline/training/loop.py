@@ -186,7 +186,8 @@ class Loop:
 
     def _say(self, text: str) -> None:
         if self.engine.rank == 0:
-            print(f"[{self.label}] {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a terminal that is closed must not end a training before it has saved
+                print(f"[{self.label}] {text}", file=sys.stderr, flush=True)
 
 def padding(batches: Sequence[MicroBatch]) -> float:
     """Share of padding among the tokens of a rank's micro-batches."""

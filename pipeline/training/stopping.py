@@ -1,4 +1,4 @@
-"""Leaving in order: SIGTERM, SIGUSR1, SIGINT or a stop file ask the run to save at the step's end and leave.
+"""Leaving in order: SIGTERM, SIGUSR1, SIGINT, SIGHUP or a stop file ask the run to save at the step's end and leave.
 
 with StopRequest(Path("runs/demo/.work/STOP")) as stop:
     ... if engine.ranks_with(stop.requested()) is read as more than 0: save at the step's end and leave
@@ -10,6 +10,8 @@ import signal
 from pathlib import Path
 from types import FrameType
 
+from pipeline.stop_signals import stop_signals
+
 
 class StopRequest:
     """Remembers a request; the loop asks once a step, before the update, on all ranks together.
@@ -17,15 +19,13 @@ class StopRequest:
     One that comes while the update, a validation or a checkpoint runs is obeyed at the next step's end.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
     def __init__(self, file: Path):
         self.file = file
         self.reason: str | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        self._previous = {number: signal.signal(number, self._remember) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,50 +6,69 @@ with Watchdog(seconds=1800, rank=3) as watchdog:
 Every rank watches itself. Where one rank is stuck, the others wait for it in a collective: after `seconds` without progress each of
 them prints what it did last and the stack of its threads, and ends its process; the launcher then ends the rest. The rank to look at is the one whose
 stack is in no collective, or that printed nothing.
+
+What counts is time in which the process could run: one that is stopped (SIGSTOP, a debugger, scontrol suspend) or whose machine sleeps
+does not hang.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 EXIT_CODE = 70  # EX_SOFTWARE
-_BACKSTOP = 60.0  # seconds; the thread below cannot run where C code hangs with the interpreter's lock held, faulthandler's can
+_BACKSTOP = 60.0  # seconds beyond the limit until the sentinel acts, where the thread below cannot run
+_DUMP = signal.SIGRTMIN + 5  # at which this process prints its stacks: one that nobody else uses
+_SENTINEL = Path(__file__).with_name("sentinel.py")
 
 
 class Watchdog:
-    """Ends this process when `progress` was not called for `seconds`; 0: never."""
+    """Ends this process when `progress` was not called for `seconds` of its life; 0: never."""
 
     def __init__(self, seconds: float, rank: int):
         self.seconds, self.rank = seconds, rank
-        self._last, self._what, self._armed = time.monotonic(), "the start", 0.0
+        self._count, self._what = 0, "the start"
         self._leaving = threading.Event()
+        self._sentinel: subprocess.Popen | None = None
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
-            self.progress(self._what)
+            faulthandler.register(_DUMP)
+            given = [str(os.getpid()), str(self.seconds + _BACKSTOP), str(int(_DUMP))]
+            self._sentinel = subprocess.Popen([sys.executable, "-I", "-S", str(_SENTINEL), *given], stdin=subprocess.PIPE)
+            os.set_blocking(self._sentinel.stdin.fileno(), False)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._leaving.set()
-        if self.seconds:
-            faulthandler.cancel_dump_traceback_later()
+        if self._sentinel is not None:
+            self._sentinel.kill()
+            self._sentinel.wait()
+            self._sentinel.stdin.close()
 
     def progress(self, what: str) -> None:
         """Something was finished, in a few words for the message: "step 12"."""
-        self._last, self._what = time.monotonic(), what
-        if self.seconds and self._last - self._armed > 1.0:  # it starts a thread every time, which takes as long as a small model's layer
-            self._armed = self._last
-            faulthandler.dump_traceback_later(self.seconds + _BACKSTOP, exit=True)
+        self._count, self._what = self._count + 1, what
 
     def _watch(self) -> None:
-        while not self._leaving.wait(max(0.05, min(1.0, self.seconds / 10))):
-            idle = time.monotonic() - self._last
+        tick = max(0.05, min(1.0, self.seconds / 10))
+        idle, before, seen = 0.0, time.monotonic(), self._count
+        while not self._leaving.wait(tick):
+            now = time.monotonic()
+            # A wait that took much longer than it was to take: the process was stopped meanwhile.
+            idle, before = (idle + min(now - before, 10 * tick) if seen == self._count else 0.0), now
+            seen = self._count
+            with contextlib.suppress(OSError, ValueError):  # it was killed, or closed between our two lines
+                os.write(self._sentinel.stdin.fileno(), b".")
             if idle > self.seconds:
                 print(
                     f"error: rank {self.rank} on {socket.gethostname()} has made no progress for {idle:.0f} s after {self._what} "

@@ -1,12 +1,14 @@
 """The watchdog ends a process that stands still, with the reason and the stack; one that goes on it leaves alone."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from pipeline.training import watchdog
 from pipeline.training.watchdog import EXIT_CODE, Watchdog
 from tests.project import ROOT
 
@@ -42,13 +44,63 @@ def test_after_the_block_nothing_is_watched():
     time.sleep(0.6)
 
 
-def test_the_backstop_moves_on_with_progress_but_not_at_every_step(monkeypatch):
-    """It starts a thread each time; armed once alone, it would end a healthy run."""
-    armed, now = [], [1000.0]
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append(now[0]))
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-    dog = watchdog.Watchdog(1800, 0)
-    for seconds in (0.0, 0.4, 0.5, 0.3, 1.2, 0.1):
-        now[0] += seconds
-        dog.progress("a step")
-    assert armed == pytest.approx([1000.0, 1001.2, 1002.4])
+HANGS_IN_C = """
+import ctypes
+from pipeline.training import watchdog
+watchdog._BACKSTOP = 0.5
+def stuck_with_the_lock_of_the_interpreter():
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):
+        library.pthread_mutex_lock(mutex)
+with watchdog.Watchdog(1, rank=0):
+    print("up", flush=True)
+    stuck_with_the_lock_of_the_interpreter()
+"""
+IS_STOPPED = """
+import time
+from pipeline.training import watchdog
+watchdog._BACKSTOP = 0.2
+with watchdog.Watchdog(1, rank=0) as dog:
+    print("up", flush=True)
+    for number in range(12):
+        time.sleep(0.5)
+        dog.progress(f"step {number}")
+    print("done", flush=True)
+"""
+
+
+def start(code: str) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+def test_a_hang_in_c_code_that_holds_the_interpreter_is_ended_from_outside():
+    process = start(HANGS_IN_C)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == -signal.SIGKILL
+    assert "it hangs in C code" in said and "stuck_with_the_lock_of_the_interpreter" in said
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the process", "its whole group"])
+def test_a_process_that_was_stopped_does_not_hang(whole):
+    """SIGSTOP for longer than either limit, to the process alone or to all that belongs to it, as scontrol suspend does."""
+    process = start(IS_STOPPED)
+    send = (lambda number: os.killpg(process.pid, number)) if whole else process.send_signal
+    send(signal.SIGSTOP)
+    time.sleep(4)
+    send(signal.SIGCONT)
+    out, said = process.communicate(timeout=100)
+    assert (process.returncode, out) == (0, "done\n"), said
+
+
+def test_the_sentinel_ends_with_its_process():
+    process = start(IS_STOPPED.replace("range(12)", "range(1200)"))
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert b"sentinel.py" in Path(f"/proc/{child}/cmdline").read_bytes()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
