@@ -13,6 +13,7 @@ import re
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -20,7 +21,7 @@ from typing import Any, NoReturn, TextIO
 from pipeline import artifacts, recipe, strict_yaml, system_errors
 from pipeline.batch_job import report_error, report_fault
 from pipeline.recipe import Cell, Experiment
-from pipeline.redaction import redact
+from pipeline.redaction import redact, shielded
 from pipeline.runner import STOPPED, SYSTEM_ERROR, Stopped
 from pipeline.stop_signals import end_with_parent
 
@@ -78,6 +79,11 @@ def guarded(main: Callable[[], int | None]) -> int:
     ValueError: 2. OSError: 74. Stopped: 75. KeyboardInterrupt: 130. Whoever reads our output may leave before its end: 0 where all that was
     left to do was to print, else 141. A rank whose connection to another one breaks: 1. Any other exception passes.
     """
+    with shielded():
+        return _guarded(main)
+
+
+def _guarded(main: Callable[[], int | None]) -> int:
     try:
         code = main() or 0
         with system_errors.writing(Path("standard output")):
@@ -140,8 +146,14 @@ def _unusable(stream: TextIO) -> bool:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run main, guarded, and end the process with its exit code. Where the `sap` that has started it has ended meanwhile, it does not begin."""
-    end(guarded(main) if end_with_parent() else STOPPED)
+    """Run main, guarded, and end the process with its exit code; a traceback is redacted as all else is. Where the `sap` that has started it has ended meanwhile, it does not begin."""
+    with shielded():
+        try:
+            code = guarded(main) if end_with_parent() else STOPPED
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    end(code)
 
 
 def end(code: int) -> NoReturn:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from pipeline import paths, shipped
 from pipeline.paths import section_of
-from pipeline.redaction import REDACTED, redact, secret_name
+from pipeline.redaction import REDACTED, redact, secret_name, token_in
 from pipeline.sections import (
     AlignSection,
     DataSection,
@@ -87,6 +87,14 @@ class Recipe(Section):
             # null takes away a method of the recipe that this one extends
             result |= {} if overrides is None else expanded(name, overrides) if isinstance(overrides, dict) else {name: overrides}
         return result
+
+    @field_validator("name", "output_dir")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        # Folders are called so, and stand in logs, manifests and scripts that have to find them.
+        if token_in(str(value)):
+            raise ValueError(f"'{redact(str(value))}' holds what looks like a token, and names folders: choose another name")
+        return value
 
     @field_validator("methods")
     @classmethod

@@ -329,6 +329,10 @@ def test_broken_yaml_is_located_but_not_quoted(tmp_path):
         ("/x/hf_abcdefgh12345678/y", "/x/[redacted]/y"),
         *((f"={prefix}_abcdefghij0123456789", "=[redacted]") for prefix in ("ghp", "gho", "ghu", "ghs", "ghr", "github_pat")),
         ("AKIAIOSFODNN7EXAMPLE", "[redacted]"),
+        ("https:/ann:s3cret@host/x", "https:/[redacted]@host/x"),  # as pathlib leaves an address
+        *((f"{token} no", "[redacted] no") for token in ("glpat-abcd1234efgh", "xoxb-1234-abcd5678", "npm_abcdefgh1234", "rk_live_abcdefgh", "AIza" + "Sy0" * 11)),
+        ("eyJhbGciOiJI.eyJzdWIiOiIx.c2ln", "[redacted]"),
+        ("key Zx9Kq2Lm7Tn4Vb8Rw3Yp6Hd1, or dGhpc0lzQVNlY3JldEtleTEyMw== too", "key [redacted], or [redacted] too"),
     ],
 )
 def test_redact_hides_secrets_inside_text(text, hidden):
@@ -363,8 +367,19 @@ def test_redact_leaves_what_is_no_secret():
         "path": "/data/hf_short",
         "paths": ["/data/task-experiments/x", "task-safety-v1", "desk-abcdefghijk", "xhf_abcdefgh12345678", "q_proj", None, 0.5],
         "columns": {"prompt": "instruction"},
+        "names": ["Meta-Llama-3.1-8B-Instruct-abliterated-GPTQ", "Qwen3-235B-A22B-Instruct-2507-FP8", "train-sap-s0-1a2b3c4d5e", "AntidisestablishmentarianismIsLong1"],
+        "digest": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "folder": "/mnt/Zx9Kq2Lm7Tn4Vb8Rw3Yp6Hd1/runs",
+        "layer": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
     }
     assert redact(value) == value
+
+
+@pytest.mark.parametrize("field", ["name", "output_dir"])
+def test_what_names_folders_holds_no_token(tmp_path, field):
+    with pytest.raises(ValueError, match=f"{field}: .*holds what looks like a token, and names folders") as refused:
+        load(tmp_path, content(), f"--{field}", "hf_abcdefgh12345678")
+    assert "abcdefgh" not in str(refused.value)
 
 
 def test_dump_is_redacted_yaml_that_loads_again(tmp_path):
