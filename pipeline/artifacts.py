@@ -292,6 +292,7 @@ def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any)
     if (temporary / FACTS).is_file():
         manifest["facts"] = json.loads((temporary / FACTS).read_text())
     write_json(temporary / MANIFEST, manifest)
+    _permit(temporary)
     # Files first, then the folders that name them, innermost first.
     for path in (*files, *sorted((path for path in temporary.rglob("*") if path.is_dir()), reverse=True), temporary):
         _fsync(path)
@@ -301,6 +302,16 @@ def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any)
     temporary.rename(target)
     _fsync(target.parent)
     write_text(target / MARKER, "".join(f"{line}\n" for line in _marks((target / MANIFEST).read_bytes())))
+
+
+def _permit(folder: Path) -> None:
+    """Give all of a folder the modes that this process's umask says: copied files have those of what they were copied from."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        mode = (0o777 if path.is_dir() else 0o666) & ~umask
+        if path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
 
 
 def versions() -> dict[str, str]:

@@ -49,8 +49,12 @@ def arguments(description: str, argv: list[str] | None = None, checkable: bool =
 
 
 def open_recipe(given: str, overrides: dict[str, Any]) -> Experiment:
-    """`recipe.load`, and a line on stderr where a shipped recipe stands in for a file that is not there."""
+    """`recipe.load`, and a line on stderr where a shipped recipe stands in for a file that is not there.
+
+    What this process writes from now on has the recipe's permissions.
+    """
     experiment = recipe.load(given, overrides)
+    os.umask(experiment.base.umask)
     if experiment.path != Path(given) and os.environ.get("RANK", "0") == "0":
         print(f"no file {Path(given).absolute()}: the recipe is the shipped {experiment.path}", file=sys.stderr)
     return experiment

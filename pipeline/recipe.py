@@ -57,6 +57,11 @@ class Recipe(Section):
         description="Where stages write; default: runs beside the recipe, or in the working directory for a recipe that "
         "ships with the package",
     )
+    permissions: Literal["private", "group", "all"] = Field(
+        "private",
+        description="Who may read what is written (answers to harmful prompts and your data among it): private: this user (folders "
+        "0700, files 0600); group: the user's group too; all: everybody",
+    )
     model: ModelSection = Field(description="The chat model to fine-tune")
     data: DataSection = Field(description="What is prepared")
     align: AlignSection = Field(AlignSection(), description="Alignment of the start model")
@@ -102,12 +107,17 @@ class Recipe(Section):
         for method, overrides in value.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", method):
                 raise ValueError(f"'{method}' is no name for a method: letters, digits, _ and .")
-            fixed = {"name", "extends", "output_dir", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
+            fixed = {"name", "extends", "output_dir", "permissions", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
             if fixed:
                 raise ValueError(
                     f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train, sap, saft, ema, safe_mix, safety_gradient or lisa"
                 )
         return value
+
+    @property
+    def umask(self) -> int:
+        """What `permissions` keeps from others, as umask(2) takes it."""
+        return {"private": 0o077, "group": 0o027, "all": 0o022}[self.permissions]
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
