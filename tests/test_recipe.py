@@ -516,5 +516,5 @@ def test_every_tuned_method_has_equally_many_tuning_runs():
     for cell in tuned.cells():
         method = cell.method.partition(".")[0]
         runs[method] = runs.get(method, 0) + 1
-    assert set(runs.values()) == {12} and set(runs) == set(COMPARED.base.methods) - {"sft_tuned"}
+    assert set(runs.values()) == {12} and set(runs) == set(COMPARED.base.methods)
     assert tuned.base.evaluate.split == "validation"
