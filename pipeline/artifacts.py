@@ -32,6 +32,7 @@ from pipeline.system_errors import BY_THE_INPUT, writing
 MANIFEST = "manifest.json"
 MARKER = "DONE"
 FACTS = "facts.json"
+_TIMED = "metrics.jsonl"  # holds times, so that no two are alike; nothing is made from it but the report
 _WAIT_SECONDS = 3600.0  # for another process that makes what this one needs: data sets may have to be fetched
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "mlflow")
 
@@ -112,6 +113,15 @@ def _nearest(folder: Path, field: str) -> Path:
     raise AssertionError("the root exists")
 
 
+def source(folder: Path) -> dict[str, str]:
+    """What a stage that reads `folder` records of it among its inputs: its name, and what it held. `verify` checks it."""
+    return {"folder": folder.name, "content": _content(read_manifest(folder))}
+
+
+def _content(manifest: dict[str, Any]) -> str:
+    return digest({name: entry for name, entry in manifest["files"].items() if name != _TIMED})
+
+
 def require(*folders: Path) -> None:
     """ValueError naming the first folder that is not complete."""
     for folder in folders:
@@ -138,9 +148,13 @@ def damage(folder: Path, names: Sequence[str] = ()) -> str | None:
     names: as `verify`.
     """
     try:
-        listed = read_manifest(folder)["files"]
+        manifest = read_manifest(folder)
+        other = _other_source(folder, manifest.get("inputs"))
     except ValueError as error:
         return str(error)
+    if other:
+        return other
+    listed = manifest["files"]
     for name in names or listed:
         path = folder / name
         if name not in listed:
@@ -152,6 +166,16 @@ def damage(folder: Path, names: Sequence[str] = ()) -> str | None:
         if path.stat().st_size != listed[name]["bytes"] or file_digest(path) != listed[name]["sha256"]:
             return f"{path} does not match {folder / MANIFEST}"
     return None if names else _unlisted(folder, listed)
+
+
+def _other_source(folder: Path, inputs: Any) -> str | None:
+    """The half sentence where what a folder was made from is there, and is not what it was: made again, and otherwise."""
+    for recorded in inputs.values() if isinstance(inputs, dict) else ():
+        if isinstance(recorded, dict) and isinstance(recorded.get("folder"), str) and "content" in recorded:
+            path = folder.parent / recorded["folder"]
+            if complete(path) and _content(read_manifest(path)) != recorded["content"]:
+                return f"{folder} was made from another content of {path}"
+    return None
 
 
 def _unlisted(folder: Path, listed: dict[str, Any]) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 from pipeline import artifacts, devices
 from pipeline.data import builtin, contrastive, files, forms
 from pipeline.data.sources import local_path
+from pipeline.digests import content_digest
 from pipeline.evaluation import judges, refusal
 from pipeline.evaluation.attacks import ATTACKS
 from pipeline.filtering import keywords
@@ -29,7 +30,7 @@ from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import DataSection, ModelSection, SapSection, SourceSection, TrainSection
 
 _REPORT = 4  # raise when the page shows something new
-_FORMAT = 5  # raise when prepared data, checkpoints or products change shape
+_FORMAT = 6  # raise when prepared data, checkpoints or products change shape
 # Of a training section, what changes no result: gradient checkpointing computes the same activations again.
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}
 _ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "begun_share"}
@@ -56,6 +57,11 @@ class Layout:
         # Once: files that change while a stage runs must not change where it writes.
         self._model = _model_identity(self.base.model)
         self._sources = _source_identities(self.base)
+
+    @property
+    def model_digest(self) -> str:
+        """What the recipe's model is, by its content: hex."""
+        return artifacts.digest(self._model)
 
     @functools.cached_property
     def _cells(self) -> list[Cell]:
@@ -248,7 +254,7 @@ def _texts() -> str:
 
 
 def _source_identities(recipe: Recipe) -> dict[str, Any]:
-    digest = functools.cache(artifacts.file_digest)  # one file may be the source of several fields
+    digest = functools.cache(content_digest)  # one file may be the source of several fields
     return {field: _source_identity(source, digest) for field, source in sources(recipe)}
 
 

@@ -103,7 +103,7 @@ def _prompts(layout: Layout) -> Path:
     target, prepared = layout.prompts(), layout.prepare()
     claimed = artifacts.claim_unless_complete(target)
     if claimed:
-        inputs = {"prepare": prepared.name, "recipe": recipe.dump(layout.base)["evaluate"]}
+        inputs = {"prepare": artifacts.source(prepared), "recipe": recipe.dump(layout.base)["evaluate"]}
         with artifacts.building(target, inputs, claimed) as folder, open_run(layout, "prepare", prepared.name) as run:
             artifacts.verify(prepared)
             facts = write_prompts(layout.base, prepared, folder)
@@ -114,7 +114,7 @@ def _prompts(layout: Layout) -> Path:
 
 def align(experiment: Experiment) -> bool:
     """Plain fine-tuning on refusals and harmless instructions; the product is a merged model folder."""
-    from pipeline.data.distill import complete_answers
+    from pipeline.data.distill import ANSWERED, complete_answers
 
     layout, base = Layout(experiment), experiment.base
     target = layout.align()
@@ -126,7 +126,7 @@ def align(experiment: Experiment) -> bool:
         return True
     chat = load_chat(base.model)
     source = resolve_model_path(base.model)
-    answered = layout.work(target) / "answered.parquet"  # once, so that a resumed run trains on the same, and published
+    answered = layout.work(target) / "answers"  # once, so that a resumed run trains on the same, and published
     # Generation needs every weight at every token, so the model that answers is whole; it is gone when the training's is loaded.
     prepared = read_rows(layout.prepare(), "align")
     rows = complete_answers(lambda: load_whole(base.model, source).to(device()), chat, prepared, base, answered)
@@ -137,10 +137,10 @@ def align(experiment: Experiment) -> bool:
         if not loop.run():
             run.stopped()
             return False
-        with _publishing(engine, layout, target, {"prepare": layout.prepare().name}) as folder:
+        with _publishing(engine, layout, target, {"prepare": artifacts.source(layout.prepare()), "model": layout.model_digest}) as folder:
             save_product(engine, base.align.train, source, base.model, folder, chat.tokenizer, merged="model")
             if rank == 0:
-                shutil.copy(answered, folder)
+                shutil.copy(answered / ANSWERED, folder)
                 # Harmless prompts that the model itself refused, or said nothing to.
                 artifacts.write_json(folder / artifacts.FACTS, {"samples": len(rows), "left_out": len(prepared) - len(rows)})
     return True
@@ -159,7 +159,7 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
     if environment()[0] == 0 and (claimed := artifacts.claim_incomplete(target)):
         decision = decide(rows, embeddings, saft, experiment.base.data.seed)
         with open_run(layout, "filter", target.name) as run:
-            inputs = {"prepare": layout.prepare().name, "embeddings": layout.embeddings(cell).name}
+            inputs = {"prepare": artifacts.source(layout.prepare()), "embeddings": artifacts.source(layout.embeddings(cell))}
             with artifacts.building(target, inputs, claimed) as folder:
                 write_decision(decision, rows, folder)
             run.log_facts(decision.facts)
@@ -178,7 +178,7 @@ def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch
         engine, tokenizer = _open_start(layout, cell, target)
         layer = read_layer(saft.layer, len(decoder_layers(engine.module)))
         found = embed(engine, rows, layer, saft.position, saft.micro_batch_size, tokenizer.pad_token_id)
-        with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
+        with _publishing(engine, layout, target, _inputs(layout)) as folder:
             if engine.rank == 0:
                 save_file({"embeddings": found}, folder / "embeddings.safetensors")
     else:
@@ -212,7 +212,7 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
         vector, summary = safety_direction(engine, (first, second), useful_batches, resolved.sap.contrastive)
         summary["weights_checksum"] = engine.checksum(engine.weights())
         vectors = {"direction": vector} | ({"adapter": engine.weights()} if resolved.train.adapter == "lora" else {})
-        with _publishing(engine, layout, target, {"prepare": layout.prepare().name, "start": layout.start_model()}) as folder:
+        with _publishing(engine, layout, target, _inputs(layout)) as folder:
             for name, shard in vectors.items():
                 save_gathered(engine, engine.gathered(shard), folder, name)
             if engine.rank == 0:
@@ -249,7 +249,9 @@ def train(experiment: Experiment, cell: Cell) -> bool:
         if not loop.run():
             run.stopped()
             return False
-        with loop.averaged(), _publishing(engine, layout, target, {"prepare": prepared.name, "start": layout.start_model()}) as folder:
+        read = [layout.direction(cell)] if direction_given(cell) else []
+        read += [layout.filter(cell)] if layout.needs_filter(cell) else []
+        with loop.averaged(), _publishing(engine, layout, target, _inputs(layout, *read)) as folder:
             save_product(engine, resolved.train, layout.start_model(), resolved.model, folder, tokenizer)
             if engine.rank == 0:
                 artifacts.write_json(folder / "recipe.json", recipe.dump(resolved))
@@ -276,7 +278,7 @@ def evaluate(experiment: Experiment, subject: Subject, shard: Shard = WHOLE) -> 
         claimed = artifacts.claim_incomplete(part)
         if claimed is None:
             return True
-        with artifacts.building(part, {"subject": subject.identity}, claimed) as folder:
+        with artifacts.building(part, _of_subject(layout, subject), claimed) as folder:
             _measure(layout, subject, shard, *checked).write(folder)
     _merge(layout, subject, shard.count)
     return True
@@ -339,7 +341,7 @@ def _conclude(layout: Layout, subject: Subject, measured: Callable[[], list[Meas
     if claimed is None:
         return
     with open_run(layout, _run_name(subject), key, cell=cell) as run:
-        with artifacts.building(target, {"subject": subject.identity}, claimed) as folder:
+        with artifacts.building(target, _of_subject(layout, subject), claimed) as folder:
             metrics = conclude(measured(), folder)
         run.log_evaluation(metrics)
         if layout.base.tracking.log_answers:
@@ -353,6 +355,18 @@ def _run_name(subject: Subject) -> str:
 def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
     sets = {"task": "task_validation", "harmful": "harmful_validation"}
     return {name: read_rows(prepared, file) for name, file in sets.items() if (prepared / f"{file}.parquet").is_file()}
+
+
+def _inputs(layout: Layout, *folders: Path) -> dict[str, Any]:
+    """What a training stage records of what it was made from: the prepared data, the start model, and these folders."""
+    read = [layout.prepare(), *([layout.align()] if layout.base.align.enabled else []), *folders]
+    return {folder.name.split("-")[0]: artifacts.source(folder) for folder in read} | {"model": layout.model_digest}
+
+
+def _of_subject(layout: Layout, subject: Subject) -> dict[str, Any]:
+    """The same of an evaluation, and of its shards."""
+    read = [layout.prepare(), layout.prompts(), *([] if subject.trained is None else [subject.trained])]
+    return {"subject": subject.identity} | {folder.name.split("-")[0]: artifacts.source(folder) for folder in read}
 
 
 def _verify_upstream(layout: Layout) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,25 @@ def test_everything_is_on_the_disk_before_the_folder_has_its_name_and_the_name_b
     assert places == sorted(places) and places[-1] < named, "files, then folders from within, then the name"
     marked = recorded.place("name", target / artifacts.MARKER)
     assert named < recorded.place("disk", tmp_path) < marked < recorded.place("disk", target)
+
+
+def made(tmp_path, name: str, text: str, **inputs) -> Path:
+    if (tmp_path / name).exists():
+        shutil.rmtree(tmp_path / name)
+    with artifacts.building(tmp_path / name, inputs) as folder:
+        (folder / "data.txt").write_text(text)
+        (folder / "metrics.jsonl").write_text(str(time.time_ns()))
+    return tmp_path / name
+
+
+def test_what_was_made_from_another_content_of_a_folder_is_not_mixed_with_the_new_one(tmp_path):
+    """Data are prepared again, by another version of a library: a model that was trained on the old ones is not evaluated as if it knew the new."""
+    prepared = made(tmp_path, "prepare-1", "old")
+    trained = made(tmp_path, "train-1", "weights", prepare=artifacts.source(prepared))
+    made(tmp_path, "prepare-1", "old")  # again the same, at another time
+    artifacts.verify(trained)
+    made(tmp_path, "prepare-1", "new")
+    with pytest.raises(ValueError, match=f"{trained} was made from another content of {prepared}: delete {trained} and run its stage again"):
+        artifacts.verify(trained, "data.txt")
+    shutil.rmtree(prepared)
+    artifacts.verify(trained)  # what it was made from may be gone

@@ -1,12 +1,13 @@
 """The model's own answers to harmless prompts: licence-clean data that keep an aligned model helpful.
 
-rows = complete_answers(lambda: model, chat, rows, recipe, Path("work/answered.parquet"))
+rows = complete_answers(lambda: model, chat, rows, recipe, Path("work/answers"))
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,30 +18,31 @@ import pyarrow.parquet
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from pipeline import artifacts
 from pipeline.data.chat import Chat
 from pipeline.data.rows import tools_of
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.refusal import refusal_in
 from pipeline.recipe import Recipe
 from pipeline.sharding.exchange import from_first, of_every_rank
-from pipeline.system_errors import writing
 
 Row = dict[str, Any]
+ANSWERED = "answered.parquet"
 
 
 def complete_answers(
-    open_model: Callable[[], PreTrainedModel], chat: Chat, rows: list[Row], recipe: Recipe, file: Path
+    open_model: Callable[[], PreTrainedModel], chat: Chat, rows: list[Row], recipe: Recipe, folder: Path
 ) -> list[Row]:
     """Rows whose response is None get the model's greedy answer, cut at its last whole sentence.
 
     Rows that it leaves empty are dropped, and so are those that it refuses: they would teach to refuse what is harmless.
 
-    Ranks share the work and all return the same rows, input_ids and labels filled in. They are written to `file`, and read back where it
-    exists: a resumed run trains on what the first one did. open_model is called where answers have to be generated.
+    Ranks share the work and all return the same rows, input_ids and labels filled in. They are published as `folder`, and read back where
+    it is sound: a resumed run trains on what the first one did. open_model is called where answers have to be generated.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if from_first(file.is_file()):  # rank 0 decides: a rank alone in the collective below would hang
-        return pyarrow.parquet.read_table(file).to_pylist()
+    if from_first(rank == 0 and _sound(folder)):  # rank 0 decides: a rank alone in the collective below would hang
+        return pyarrow.parquet.read_table(folder / ANSWERED).to_pylist()
     missing = [index for index, row in enumerate(rows) if row["response"] is None]
     if rank == 0 and missing:
         print(f"[align] the model answers {len(missing)} harmless prompts itself", file=sys.stderr, flush=True)
@@ -53,11 +55,20 @@ def complete_answers(
     if rank == 0 and len(completed) < len(rows):
         print(f"[align] {len(rows) - len(completed)} of them left out: the model said nothing, or refused", file=sys.stderr, flush=True)
     if rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with writing(file):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completed), file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        with artifacts.building(folder, {}) as temporary:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completed), temporary / ANSWERED)
     return completed
+
+
+def _sound(folder: Path) -> bool:
+    """Whether the answers are there as they were written; damaged ones are removed, and it is said."""
+    if not artifacts.complete(folder):
+        return False
+    found = artifacts.damage(folder)
+    if found:
+        print(f"[align] the model's own answers are damaged, and made again: {found}", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+    return not found
 
 
 def _completed(chat: Chat, row: Row, answer: str | None, max_length: int) -> Row | None:
