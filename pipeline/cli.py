@@ -30,6 +30,7 @@ from pipeline.layout import Layout
 from pipeline.recipe import Cell, Experiment
 from pipeline.status import STAGES, check_portable, status
 from pipeline.system_errors import reading_input
+from pipeline.tracking import deliver, describe_store, waiting
 from pipeline.warm import WarmParents
 
 _ON_RANKS = {"align", "filter", "direction", "train"}  # stages that start ranks
@@ -61,8 +62,8 @@ def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
-    known = (*STAGES, "run", "status", "plan", "doctor", "data")
-    parser.add_argument("stage", choices=known, help="what to do; run: everything that is missing")
+    known = (*STAGES, "run", "status", "track", "plan", "doctor", "data")
+    parser.add_argument("stage", choices=known, help="what to do; run: everything that is missing; track: deliver to MLflow what waits")
     shipped = "launch/recipes/NAME.yaml of one that ships with the package"
     parser.add_argument("recipe", help=f"path of the recipe, or {shipped}; for data: the file")
     parser.add_argument("--method", help="only this method of the recipe")
@@ -97,6 +98,8 @@ def _main(argv: list[str]) -> int:
         raise ValueError("--stage and --portable belong to `sap status`: name a stage as in `sap train RECIPE`")
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
+    if options.stage == "track":
+        return _track(experiment)
     if options.stage == "plan":
         return _plan(experiment, options)
     if options.stage == "doctor":
@@ -120,9 +123,24 @@ def _main(argv: list[str]) -> int:
     if starts and not idle:
         print(devices.describe(experiment.base.model, experiment.base.train), file=sys.stderr)
     if options.no_warm:
-        return _run(chain, stages, options)
-    with WarmParents(_needed(chain)) as chain.warm:
-        return _run(chain, stages, options)
+        code = _run(chain, stages, options)
+    else:
+        with WarmParents(_needed(chain)) as chain.warm:
+            code = _run(chain, stages, options)
+    deliver(chain.layout)  # what a server missed that is back by now; MLflow is not imported where nothing waits
+    return code
+
+
+def _track(experiment: Experiment) -> int:
+    """Deliver to MLflow what waits; 74 where something still does."""
+    if not experiment.base.tracking.enabled:
+        raise ValueError(f"{experiment.path} has tracking.enabled false: there is nothing to deliver")
+    layout = Layout(experiment)
+    before, left = waiting(layout), deliver(layout)
+    print(f"{len(before) - len(left)} of {len(before)} runs delivered to {describe_store(experiment.base)}" if before else "nothing waits to be delivered")
+    for outbox in left:
+        print(f"still waits: {outbox}", file=sys.stderr)
+    return runner.SYSTEM_ERROR if left else 0
 
 
 def _needed(chain: Chain) -> list[str]:
@@ -280,8 +298,6 @@ class Chain:
         print((folder / "table.txt").read_text())
         print(f"report  {(folder / 'report.html').resolve()}")
         if self.base.tracking.enabled:
-            from pipeline.tracking import describe_store
-
             print(f"mlflow  {describe_store(self.base)}")
         return 0
 

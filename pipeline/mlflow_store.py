@@ -40,8 +40,7 @@ class Store:
         output, self.warn = output_dir.resolve(), warn
         self.artifacts, self.lock = output / "mlartifacts", output / ".mlflow.lock"
         self.local = uri.startswith("sqlite:")
-        # The store's name in .delivered: without its login and its place on this machine, which may both change while it stays the same.
-        self.name = artifacts.digest(redact(uri.replace(str(output), "<output_dir>")))[:16]
+        self.name = _store_name(uri, output)
         self.checked: set[Path] = set()
         output.mkdir(parents=True, exist_ok=True)
         with _locked(self.lock, wait=True):  # two processes that create the tables of one sqlite file leave it broken
@@ -64,7 +63,7 @@ class Store:
     def _replay(self, outbox: Path) -> None:
         """Send entry after entry; remember the position after every request."""
         remembered, size = outbox.with_suffix(".delivered"), outbox.stat().st_size
-        states = json.loads(remembered.read_text()) if remembered.is_file() else {}
+        states = _remembered(remembered)
         state = states.setdefault(self.name, {"offset": 0, "run_id": None})
         waits = state["offset"] != size
         if not waits and outbox in self.checked:
@@ -178,13 +177,53 @@ def _create(database: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
+def undelivered(folder: Path, uri: str, output_dir: Path) -> list[Path]:
+    """Outboxes of a folder that hold entries which the store at `uri` was not given. Needs no MLflow."""
+    name = _store_name(uri, output_dir.resolve())
+    given = lambda outbox: _remembered(outbox.with_suffix(".delivered")).get(name, {}).get("offset", 0)  # noqa: E731
+    return [outbox for outbox in sorted(folder.glob("*.jsonl")) if given(outbox) != outbox.stat().st_size]
+
+
+def _store_name(uri: str, output: Path) -> str:
+    """The store's name in .delivered: without its login and its place on this machine, which may both change while it stays the same."""
+    return artifacts.digest(redact(uri.replace(str(output), "<output_dir>")))[:16]
+
+
+def _remembered(path: Path) -> dict[str, dict[str, Any]]:
+    """How far an outbox was delivered, by store; nothing of what is damaged: all is sent again then, which changes nothing."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    sound = lambda state: (  # noqa: E731
+        isinstance(state, dict) and type(state.get("offset")) is int and state["offset"] >= 0 and isinstance(state.get("run_id"), str | None)
+    )
+    return {name: state for name, state in found.items() if sound(state)} if isinstance(found, dict) else {}
+
+
+# What an entry of each kind holds: a flipped bit may leave JSON that is none of them.
+_HELD: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "start": {"name": str, "key": str, "experiment": str, "params": dict, "tags": dict},
+    "metrics": {"values": dict, "step": int, "time": int},
+    "artifact": {"path": str},
+    "event": {"number": int, "time": int, "text": str},
+    "end": {"status": str},
+}
+_STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+
 def decode(line: bytes) -> dict[str, Any] | None:
-    """The entry of a line, or None where a kill or a full disk left no more than a part of it."""
-    with contextlib.suppress(ValueError):
+    """The entry of a line, or None where a kill, a full disk or damage left none."""
+    try:
         entry = json.loads(line)
-        if isinstance(entry, dict) and "kind" in entry:
-            return entry
-    return None
+    except (ValueError, RecursionError):
+        return None
+    held = _HELD.get(entry["kind"]) if isinstance(entry, dict) and isinstance(entry.get("kind"), str) else None
+    if held is None or not all(isinstance(entry.get(name), kind) and not isinstance(entry[name], bool) for name, kind in held.items()):
+        return None
+    if entry["kind"] == "metrics" and not all(isinstance(value, int | float) for value in entry["values"].values()):
+        return None
+    return None if entry["kind"] == "end" and entry["status"] not in _STATUSES else entry
 
 
 def _batches(lines: list[bytes]) -> Iterator[tuple[list[dict[str, Any]], int]]:

@@ -6,7 +6,7 @@
 One parent run per experiment; one child per (method, seed), to which training and evaluation both log, so that parameters and scores
 stand in one row; one child per shared stage. Every entry is first appended to an outbox, `<experiment>/tracking/<key>.jsonl`; a thread
 delivers it (mlflow_store.py). A dead or slow server costs one warning and no time: what it missed stays in the outbox and is delivered by
-the next stage that reaches it.
+the next stage that reaches it, by any other `sap` command, or by `sap track`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from typing import Any
 
 from pipeline import artifacts, recipe
 from pipeline.layout import Layout
-from pipeline.mlflow_store import METRICS_PER_REQUEST, Store, decode
+from pipeline.mlflow_store import METRICS_PER_REQUEST, Store, decode, undelivered
 from pipeline.recipe import Cell, Recipe
 from pipeline.redaction import redact
 
 _RETRY_SECONDS = 30.0
 _CLOSE_SECONDS = 20.0
 _CLOSE_SECONDS_WARNED = 2.0
+_CLOSE_SECONDS_FIRST = 180.0  # of a local store that is not there yet: its tables take many writes, each waiting for the disk
 
 _warned: set[tuple[str, ...]] = set()  # of this process: `sap run` opens several runs, one after the other
 
@@ -144,6 +145,22 @@ def open_run(layout: Layout, name: str, key: str, rank: int = 0, cell: Cell | No
         sender.close()
 
 
+def waiting(layout: Layout) -> list[Path]:
+    """Outboxes of an experiment that hold what its store was not given; none where tracking is off."""
+    if not layout.base.tracking.enabled:
+        return []
+    return undelivered(layout.root / "tracking", store_uri(layout.base), layout.base.output_dir)
+
+
+def deliver(layout: Layout) -> list[Path]:
+    """Give the store what waits; returns the outboxes that still wait. Takes no longer than the end of a stage does."""
+    if waiting(layout):
+        sender = _Sender(layout.root / "tracking", layout.base)
+        sender.start()
+        sender.close()
+    return waiting(layout)
+
+
 def _acts(name: str, resolved: Recipe) -> bool:
     """Whether a setting acts, so that a comparison of runs should show it; sections that are off show that they are."""
     section, _, field = name.partition(".")
@@ -186,6 +203,8 @@ class _Sender:
         self.wake, self.closing = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.store: Store | None = None
+        local = store_uri(base).removeprefix("sqlite:///")
+        self.first = local != store_uri(base) and not Path(local).exists()
 
     def start(self) -> None:
         self.thread.start()
@@ -194,7 +213,8 @@ class _Sender:
         """Wait for the last delivery, but never longer than a bound, and hardly at all where the user knows already."""
         self.closing.set()
         self.wake.set()
-        self.thread.join(_CLOSE_SECONDS_WARNED if self._name() in _warned else _CLOSE_SECONDS)
+        usual = _CLOSE_SECONDS_FIRST if self.first and self.store is None else _CLOSE_SECONDS
+        self.thread.join(_CLOSE_SECONDS_WARNED if self._name() in _warned else usual)
         if self.thread.is_alive():
             self._warn("it does not answer")
 

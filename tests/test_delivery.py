@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline import mlflow_store, tracking
+from pipeline import cli, mlflow_store, runner, tracking
 from pipeline.tracking import open_run
 from tests.project import ROOT, quiet
 from tests.stores import Store, closed_port, layout_in, outbox, tracked_project, until
@@ -252,3 +254,65 @@ def test_a_secret_at_the_end_of_a_long_reason_is_hidden_before_it_is_cut(project
         pass
     error = capfd.readouterr().err
     assert "is not reached (ConnectionError: xxx" in error and TOKEN[:6] not in error
+
+
+def test_what_waits_is_delivered_by_sap_track_and_by_any_command_with_nothing_left_to_do(project, tmp_path, monkeypatch, capfd):
+    layout = layout_in(project, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.log_metrics({"train/loss": 1.0}, 1)
+    assert cli.main(["track", str(layout.experiment.path)]) == runner.SYSTEM_ERROR
+    told = capfd.readouterr()
+    assert "0 of 1 runs delivered" in told.out and f"still waits: {outbox(layout, 'train-1')}" in told.err
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert cli.main(["track", str(layout.experiment.path)]) == 0
+    assert "1 of 1 runs delivered to sqlite:///" in capfd.readouterr().out
+    assert Store(layout).history("train-1", "train/loss") == [(1, 1.0)]
+    assert cli.main(["track", str(layout.experiment.path)]) == 0 and "nothing waits" in capfd.readouterr().out
+
+    with outbox(layout, "train-1").open("a") as stream:  # what a process that was killed could not deliver
+        stream.write(json.dumps({"kind": "metrics", "values": {"train/loss": 0.5}, "step": 2, "time": 1}) + "\n")
+    monkeypatch.setattr(cli, "_check", lambda *args, **kwargs: None)
+    monkeypatch.setattr(cli.Chain, "run", lambda self, stage: 0)
+    assert cli.main(["prepare", str(layout.experiment.path)]) == 0
+    assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", "7", '{"a": 5}', '{"%s": {"offset": -1}}', '{"%s": {"offset": "x", "run_id": 3}}', "[" * 10**5])
+def test_a_damaged_mark_of_what_was_delivered_has_all_sent_again_which_changes_nothing(project, tmp_path, content):
+    layout = layout_in(project, tmp_path)
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.log_metrics({"train/loss": 1.0}, 1)
+    mark = outbox(layout, "train-1").with_suffix(".delivered")
+    (name,) = json.loads(mark.read_text())
+    mark.write_text(content.replace("%s", name))
+    with open_run(layout, "sft-s0", "train-1") as run:
+        run.log_metrics({"train/loss": 0.5}, 2)
+    assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)]
+    assert json.loads(mark.read_text())[name]["offset"] == outbox(layout, "train-1").stat().st_size
+
+
+ENTRY = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["start", "metrics", "artifact", "event", "end", "other", 5, None])},
+    optional={
+        name: st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=2), st.none() | st.floats() | st.text(max_size=2), max_size=2)
+        for name in ("name", "key", "experiment", "params", "tags", "values", "step", "time", "path", "number", "text", "status")
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(entries=st.lists(ENTRY, max_size=6), cut=st.integers(0, 40), flip=st.integers(0, 10_000))
+def test_no_line_of_an_outbox_raises_or_is_half_read(entries, cut, flip):
+    """What is read of any lines, flipped and cut, is what can be sent; the bytes of all are accounted for."""
+    content = bytearray(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+    if content:
+        content[flip % len(content)] ^= 1 << flip % 8
+    lines = bytes(content[: len(content) - cut]).split(b"\n")[:-1]
+    batches = list(mlflow_store._batches(lines))
+    assert sum(length for _, length in batches) == sum(len(line) + 1 for line in lines)
+    for found, _ in batches:
+        for entry in found:
+            held = mlflow_store._HELD[entry["kind"]]
+            assert all(isinstance(entry[name], kind) for name, kind in held.items())
+            assert entry["kind"] != "metrics" or all(isinstance(value, int | float) for value in entry["values"].values())
