@@ -4,13 +4,16 @@ VENV := .venv
 SEEDS ?= 1
 RUN := $(VENV)/bin/python -m pipeline.cli
 
-.PHONY: help setup demo test matrix test-all mutants slurm bench gpu lint clean
+MINUTES ?= 5
+SEED ?= 0
+.PHONY: help setup demo test matrix test-all mutants faults slurm bench gpu lint clean
 help:
 	@echo "make setup            set up .venv and nothing more"
 	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
 	@echo "make test             set up with test dependencies, run the tests (TESTS=path: those, in one process)"
 	@echo "make test-all         the tests, then sharded training against one process in every pair of factors (FULL=1: every combination, hours)"
 	@echo "make mutants          plant faults and see that the tests notice"
+	@echo "make faults           kills, damage, full disks and more at random moments of the chain (MINUTES=5 SEED=0)"
 	@echo "make slurm            job scripts on a real Slurm cluster, with faults (needs root and Slurm's programs)"
 	@echo "make bench            what a step of each engine costs in host time"
 	@echo "make gpu              on a machine with a GPU: parity, speed beside Trainer, memory, the demo (under 8 minutes)"
@@ -44,6 +47,9 @@ test-all: test matrix
 
 mutants: $(VENV)/ready
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(VENV)/bin/python -m tests.mutants
+
+faults: $(VENV)/ready
+	@$(VENV)/bin/python -m tests.faults --minutes $(MINUTES) --seed $(SEED)
 
 slurm: $(VENV)/ready
 	@$(VENV)/bin/python -m pytest -q -s tests/slurm/chains.py tests/slurm/faults.py

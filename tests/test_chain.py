@@ -111,6 +111,8 @@ def test_adapter_loads_with_peft(project, finished):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    config = json.loads((folder_of(project, "train-sap-s0-") / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"], "in the same order whatever process has written it"
     base = AutoModelForCausalLM.from_pretrained(folder_of(project, "align-") / "model")
     ids = torch.tensor([[5, 6, 7]])
     plain = base(ids).logits.detach()

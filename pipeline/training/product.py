@@ -69,6 +69,9 @@ def _write_adapter(module: nn.Module, gathered: dict[str, torch.Tensor], base_mo
     folder.mkdir(parents=True)
     config = copy.deepcopy(module.peft_config["default"])
     config.inference_mode, config.base_model_name_or_path = True, base_model
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # PEFT would write it in an order that is another one in every process
+            setattr(config, name, sorted(value))
     # save_embedding_layers: else PEFT announces that it saves an adapted head's own weight too, which was not gathered.
     saved = get_peft_model_state_dict(module, state_dict=gathered, save_embedding_layers=False)
     state = {name: tensor.contiguous() for name, tensor in saved.items()}

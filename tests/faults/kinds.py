@@ -261,7 +261,7 @@ FAULTS: dict[str, Callable[[Trial], str | None]] = {
     "stopped for a while": stop_for_a_while,
     "a bit flipped": flip_a_bit,
     "a file cut": cut_a_file,
-    "killed, then damaged": damage_between_runs,
+    "killed and damaged": damage_between_runs,
     "two commands at once": two_at_once,
     "the clock jumps": clock_jumps,
     "the disk is full": full_disk,
