@@ -14,7 +14,6 @@ Ctrl-C; run it again to go on), whatever failed before, anything else a stage's 
 from __future__ import annotations
 
 import argparse
-import io
 import shutil
 import sys
 import textwrap
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         given = sys.argv[1:] if argv is None else list(argv)
-        if isinstance(sys.stdout, io.TextIOWrapper):
+        if hasattr(sys.stdout, "reconfigure"):  # a stream of Python's own, redacted or not
             sys.stdout.reconfigure(errors="backslashreplace")  # names of columns may be beyond what a terminal shows
         with runner.stoppable():
             return _WITHOUT_RECIPE.get(given[0], _main)(given) if given else _main(given)
