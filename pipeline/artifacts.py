@@ -34,6 +34,7 @@ MARKER = "DONE"
 FACTS = "facts.json"
 _TIMED = "metrics.jsonl"  # holds times, so that no two are alike; nothing is made from it but the report
 _WAIT_SECONDS = 3600.0  # for another process that makes what this one needs: data sets may have to be fetched
+_started_with: dict[str, int] = {}  # the umask, once it has been changed
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "mlflow")
 
 
@@ -328,6 +329,23 @@ def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any)
     write_text(target / MARKER, "".join(f"{line}\n" for line in _marks((target / MANIFEST).read_bytes())))
 
 
+def keep_from_others(umask: int) -> None:
+    """Set the umask of this process, for what a recipe's stages write; `shared` brings back the one that it was started with."""
+    before = os.umask(umask)
+    _started_with.setdefault("umask", before)
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """Inside the block files have the modes of the user's shell: caches, which several users may share."""
+    before = os.umask(0o077)
+    os.umask(_started_with.get("umask", before))
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def _permit(folder: Path) -> None:
     """Give all of a folder the modes that this process's umask says: copied files have those of what they were copied from."""
     umask = os.umask(0o077)
@@ -335,7 +353,8 @@ def _permit(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         mode = (0o777 if path.is_dir() else 0o666) & ~umask
         if path.stat().st_mode & 0o777 != mode:
-            path.chmod(mode)
+            with contextlib.suppress(PermissionError, NotImplementedError):  # a file system whose modes are fixed
+                path.chmod(mode)
 
 
 def versions() -> dict[str, str]:

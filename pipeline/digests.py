@@ -26,6 +26,7 @@ from pipeline.data.builtin import cache_folder
 _SMALL = 2**20  # bytes up to which a file is read rather than looked up
 _TOLD = 2**31  # bytes from which reading takes long enough to say so
 _SETTLED = 2.0  # seconds
+_PATIENCE, _SLOWEST = 10.0, 1e8  # seconds and bytes a second: how long another process may take to read a file
 
 
 def content_digests(paths: Sequence[Path]) -> list[str]:
@@ -54,7 +55,7 @@ def _computed(path: Path) -> str:
     digest = artifacts.file_digest(path)
     settled = time.time() - max(before["changed"], before["modified"]) / 1e9 > _SETTLED
     if settled and _facts(path) == before:
-        with contextlib.suppress(OSError):  # a cache that cannot be written: read again the next time
+        with contextlib.suppress(OSError), artifacts.shared():  # a cache that cannot be written: read again the next time
             artifacts.write_json(_entry(path), {**before, "sha256": digest})
     return digest
 
@@ -78,20 +79,34 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _entry(path: Path) -> Path:
     name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()
-    return cache_folder() / "digests" / f"{name}.json"
+    try:
+        return cache_folder() / "digests" / f"{name}.json"
+    except RuntimeError as error:  # a user without a home
+        raise FileNotFoundError(str(error)) from None
 
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process at a time, where the cache can be written; the others then find what it has remembered."""
-    lock = _entry(path).with_suffix(".lock")
+    """One process at a time, where the cache can be written; the others then find what it has remembered.
+
+    Whoever waits longer than the file takes to read reads it: the one that holds the lock may be stopped, or on a node that is lost.
+    """
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        stream = lock.open("w")
+        lock = _entry(path).with_suffix(".lock")
+        with artifacts.shared():
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stream = lock.open("w")
     except OSError:
         yield
         return
+    deadline = time.monotonic() + _PATIENCE + path.stat().st_size / _SLOWEST
     with stream:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
         yield

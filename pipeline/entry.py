@@ -54,7 +54,7 @@ def open_recipe(given: str, overrides: dict[str, Any]) -> Experiment:
     What this process writes from now on has the recipe's permissions.
     """
     experiment = recipe.load(given, overrides)
-    os.umask(experiment.base.umask)
+    artifacts.keep_from_others(experiment.base.umask)
     if experiment.path != Path(given) and os.environ.get("RANK", "0") == "0":
         print(f"no file {Path(given).absolute()}: the recipe is the shipped {experiment.path}", file=sys.stderr)
     return experiment

@@ -140,12 +140,19 @@ def _unforkable() -> str | None:
 def _fork() -> tuple[int, int]:
     """Fork a child of the client's. (its pid, 0) here, (0, pid of the process between) in the child."""
     reading, writing = os.pipe()
-    between = os.fork()
+    try:
+        between = os.fork()
+    except OSError:
+        os.close(reading)
+        os.close(writing)
+        raise
     if between:
         os.close(writing)
         with os.fdopen(reading) as stream:
             pid = stream.read()
         os.waitpid(between, 0)  # only then is the client the parent, and may wait for it
+        if not pid:
+            raise OSError("no memory, or too many processes")
         return int(pid), 0
     between, pid = os.getpid(), -1
     try:

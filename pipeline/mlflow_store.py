@@ -181,7 +181,13 @@ def undelivered(folder: Path, uri: str, output_dir: Path) -> list[Path]:
     """Outboxes of a folder that hold entries which the store at `uri` was not given. Needs no MLflow."""
     name = _store_name(uri, output_dir.resolve())
     given = lambda outbox: _remembered(outbox.with_suffix(".delivered")).get(name, {}).get("offset", 0)  # noqa: E731
-    return [outbox for outbox in sorted(folder.glob("*.jsonl")) if given(outbox) != outbox.stat().st_size]
+    return [outbox for outbox in sorted(folder.glob("*.jsonl")) if given(outbox) != _whole(outbox)]
+
+
+def _whole(outbox: Path) -> int:
+    """Bytes up to the end of the last line that has one: what a kill cut short is no entry until more is written."""
+    content = outbox.read_bytes()
+    return content.rfind(b"\n") + 1
 
 
 def _store_name(uri: str, output: Path) -> str:

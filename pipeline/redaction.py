@@ -13,13 +13,13 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 REDACTED = "[redacted]"
 
 # "token" only in the singular: max_new_tokens is a number, not a secret. "key" alone is none either.
-_NAME = re.compile(r"(token|secrets?|passwords?|passwd|passphrase|(api|access|private|secret)[_-]?keys?|credentials?|authorization)$", re.I)
+_NAME = re.compile(r"(token|secrets?|passwords?|passwd|passphrase|(api|access|private|secret|signing)[_-]?keys?|credentials?|authorization)$", re.I)
 _PARAMETER = re.compile(r"([?&;#][^=&\s]*(?:password|passwd|token|secret|key|credential|signature|\bsig\b)[^=&\s]*=)[^&\s]+", re.I)
 # The greedy \S+ ends at the last @; paths of local files may hold one. One slash is enough: so pathlib leaves an address.
 _ADDRESS = re.compile(r"(?<!sqlite)(?<!file)(?<=[a-z]):(//?)([^\s/]\S*)@(\S*)", re.I)
@@ -84,6 +84,10 @@ class _Shield:
     def write(self, text: str) -> int:
         self._stream.write(redact(text))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -1,4 +1,5 @@
-"""How far an experiment is: one line for every folder that its stages write. Reads no weights and needs no GPU.
+"""How far an experiment is: one line for every folder that its stages write. Needs no torch and no GPU, and reads weights once
+at the most, to know them by their content (digests.py).
 
     sap status launch/recipes/demo.yaml
     sap status launch/recipes/demo.yaml --stage train --method sap --seed 0

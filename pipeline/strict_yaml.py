@@ -235,7 +235,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 _INT_TEXT = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")
 _FLOAT_TEXT = re.compile(
-    r"^(?:[-+]?(?:\d[\d_]*\.?[\d_]*[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))"
+    r"^(?:[-+]?(?:\d[\d_]*(?:\.[\d_]*)?[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))"
     r"|\.(?:nan|NaN|NAN))$"
 )
 _Loader.add_implicit_resolver(_INT, _INT_TEXT, list("-+0123456789"))

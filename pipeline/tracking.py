@@ -6,7 +6,7 @@
 One parent run per experiment; one child per (method, seed), to which training and evaluation both log, so that parameters and scores
 stand in one row; one child per shared stage. Every entry is first appended to an outbox, `<experiment>/tracking/<key>.jsonl`; a thread
 delivers it (mlflow_store.py). A dead or slow server costs one warning and no time: what it missed stays in the outbox and is delivered by
-the next stage that reaches it, by any other `sap` command, or by `sap track`.
+the next stage that reaches it, by any other command of stages, or by `sap track`.
 """
 
 from __future__ import annotations

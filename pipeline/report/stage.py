@@ -20,7 +20,7 @@ def report(experiment: Experiment) -> Path:
     from pipeline.report.collect import collect
 
     collected = collect(layout)
-    inputs = {subject.identity: artifacts.source(layout.evaluate(subject)) for subject in layout.subjects()}
+    inputs = {layout.evaluate(subject).name: artifacts.source(layout.evaluate(subject)) for subject in layout.subjects()}
     claimed = artifacts.claim_incomplete(target)
     if claimed is None:
         return target
