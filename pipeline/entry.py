@@ -83,8 +83,13 @@ def guarded(main: Callable[[], int | None]) -> int:
     ValueError: 2. OSError: 74. Stopped: 75. KeyboardInterrupt: 130. Whoever reads our output may leave before its end: 0 where all that was
     left to do was to print, else 141. A rank whose connection to another one breaks: 1. Any other exception passes.
     """
-    with shielded():
-        return _guarded(main)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    try:
+        with shielded():
+            return _guarded(main)
+    finally:
+        os.umask(umask)  # a recipe's permissions are those of the command that opens it
 
 
 def _guarded(main: Callable[[], int | None]) -> int:

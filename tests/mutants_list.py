@@ -91,8 +91,8 @@ OF_THE_STEP = (
     mutant(
         "p(1) and p(0) on different batches",
         STEP,
-        "shifted, p1 = self._probe_gradient(useful, zero)",
-        "shifted, p1 = self._probe_gradient(useful[:-1], zero)",
+        "shifted, p1 = self._probe_gradient(part, zero)",
+        "shifted, p1 = self._probe_gradient(part[:-1], zero)",
         DENSE,
     ),
     mutant(

@@ -6,10 +6,8 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import CheckpointException
 
 from pipeline import recipe, system_errors
-from pipeline.sharding.fsdp2 import _of_the_system
 from pipeline.system_errors import reading_input, sentence, writing
 
 
@@ -56,16 +54,6 @@ def test_the_systems_errors_of_libraries_in_rust_are_known_and_others_pass(tmp_p
     assert found.value.filename == str(tmp_path)
     with pytest.raises(RuntimeError, match="a fault of ours"), writing(tmp_path):
         raise RuntimeError("a fault of ours")
-
-
-def test_the_error_behind_fsdp2s_checkpoint_is_found(tmp_path):
-    def behind(cause: Exception) -> OSError | None:
-        return _of_the_system(CheckpointException("write", {1: (cause, None)}), tmp_path)
-
-    assert behind(OSError(errno.ENOSPC, "No space left on device")).filename == str(tmp_path)
-    assert behind(OSError(errno.EACCES, "Permission denied", "/x")).filename == "/x"
-    assert "free space" in str(behind(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")))
-    assert behind(RuntimeError("a fault of ours")) is None
 
 
 def test_before_anything_runs_a_name_or_a_right_is_the_inputs_fault_and_a_disk_is_not(tmp_path, monkeypatch):

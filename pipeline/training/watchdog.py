@@ -65,7 +65,7 @@ class Watchdog:
         while not self._leaving.wait(tick):
             now = time.monotonic()
             # A wait that took much longer than it was to take: the process was stopped meanwhile.
-            idle, before = (idle + min(now - before, 10 * tick) if seen == self._count else 0.0), now
+            idle, before = (idle + min(now - before, 2 * tick) if seen == self._count else 0.0), now
             seen = self._count
             with contextlib.suppress(OSError, ValueError):  # it was killed, or closed between our two lines
                 os.write(self._sentinel.stdin.fileno(), b".")

@@ -291,6 +291,9 @@ def test_the_stage_prints_the_guess_and_the_rows_and_the_report_leaves_their_pro
     }.items():  # fmt: skip
         monkeypatch.setattr(stages, name, value)
     experiment = SimpleNamespace(base=SimpleNamespace(data=SimpleNamespace(seed=0)))
+    for name in ("prepare", "embeddings"):
+        with artifacts.building(tmp_path / name, {}):
+            pass
     assert stages.filter_data(experiment, SimpleNamespace(recipe=SimpleNamespace(saft=saft)))
     warning, title, *lines = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: saft has no labelled samples") and "10 highest-scored" in title and len(lines) == 10

@@ -174,8 +174,9 @@ def loading(part: Part, setting: Setting) -> None:
             part.lines.append(f"{engine:<7} {kind:<5} {row['seconds']:.1f} s, host {row['host_gib']:.1f} GiB more, device {row['device_gib'] or 0:.1f} GiB")
     shutil.rmtree(folder)
     for engine in ("fsdp2", "zero3"):
-        plain, *rest = (row["seconds"] for row in part.rows if row["system"] == engine)
-        for quantised in rest if plain > 1 else ():
+        found = [row for row in part.rows if row["system"] == engine]
+        plain, *rest = (row["seconds"] for row in found)
+        for quantised in rest if plain > 1 and found[0]["device_gib"] is not None else ():  # what is aimed at on a GPU
             if quantised <= _LOADING_RATIO * plain:
                 continue
             part.problems.append(f"{engine} loads in 4 bits in {quantised:.1f} s and in bfloat16 in {plain:.1f} s: more than {_LOADING_RATIO:g} times")
