@@ -126,6 +126,7 @@ def align(experiment: Experiment) -> bool:
         return True
     chat = load_chat(base.model)
     source = resolve_model_path(base.model)
+    inputs = {"prepare": artifacts.source(layout.prepare()), "model": layout.model_digest}
     answered = layout.work(target) / "answers"  # once, so that a resumed run trains on the same, and published
     # Generation needs every weight at every token, so the model that answers is whole; it is gone when the training's is loaded.
     prepared = read_rows(layout.prepare(), "align")
@@ -133,11 +134,12 @@ def align(experiment: Experiment) -> bool:
     engine = start_engine(base, source, base.align.train, seed=0)
     data = TrainingData(rows, [], chat.tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
-        loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), target.name, run.log_metrics, "align", run.event)
+        identity = artifacts.digest([target.name, inputs])
+        loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), identity, run.log_metrics, "align", run.event)
         if not loop.run():
             run.stopped()
             return False
-        with _publishing(engine, layout, target, {"prepare": artifacts.source(layout.prepare()), "model": layout.model_digest}) as folder:
+        with _publishing(engine, layout, target, inputs) as folder:
             save_product(engine, base.align.train, source, base.model, folder, chat.tokenizer, merged="model")
             if rank == 0:
                 shutil.copy(answered / ANSWERED, folder)
@@ -233,6 +235,8 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     if layout.needs_filter(cell):
         artifacts.verify(layout.filter(cell))
     resolved, prepared = cell.recipe, layout.prepare()
+    read = [layout.direction(cell)] if direction_given(cell) else []
+    inputs = _inputs(layout, *read, *([layout.filter(cell)] if layout.needs_filter(cell) else []))
     rows = read_rows(prepared, "task_train", kept(layout.filter(cell)) if layout.needs_filter(cell) else None)
     if not _claimed(target, resolved.train):
         return True
@@ -245,13 +249,13 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     )  # fmt: skip
     label = f"{cell.method} s{cell.seed}"
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
-        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), target.name, run.log_metrics, label, run.event, ema)
+        # Its checkpoints are another run's where what it was made from has become another: the start model, aligned again on a GPU.
+        identity = artifacts.digest([target.name, inputs])
+        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), identity, run.log_metrics, label, run.event, ema)
         if not loop.run():
             run.stopped()
             return False
-        read = [layout.direction(cell)] if direction_given(cell) else []
-        read += [layout.filter(cell)] if layout.needs_filter(cell) else []
-        with loop.averaged(), _publishing(engine, layout, target, _inputs(layout, *read)) as folder:
+        with loop.averaged(), _publishing(engine, layout, target, inputs) as folder:
             save_product(engine, resolved.train, layout.start_model(), resolved.model, folder, tokenizer)
             if engine.rank == 0:
                 artifacts.write_json(folder / "recipe.json", recipe.dump(resolved))

@@ -102,7 +102,7 @@ def load_latest(engine: Engine, step: Stateful, root: Path, identity: str, metri
         return 0
     folder, state = choice
     if state["identity"] != identity:
-        raise ValueError(f"{folder} belongs to another run: delete {root}")
+        raise ValueError(f"{folder} belongs to another run, or to this one on another start model or other data: delete {root} to begin again")
     vectors = engine.load(Path(folder) / "engine", state["vectors"])
     step.load_state_dict(load_file(Path(folder) / "step.safetensors"), vectors)
     what = _not_finite(engine, step)
