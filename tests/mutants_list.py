@@ -457,12 +457,13 @@ OF_THE_PROCESSES = (
         "threads = None",
         INHERITED,
     ),
-    mutant(
+    Mutant(
         "jobs outlive the command that was killed",
-        FORK_SERVER,
-        "prctl(SET_PDEATHSIG, signal.SIGTERM)",
-        "pass",
-        "tests/test_warm.py::test_jobs_go_with_the_program_that_started_them_and_may_save_first[9]",
+        (
+            (FORK_SERVER, "prctl(SET_PDEATHSIG, signal.SIGTERM)", "pass"),
+            ("pipeline/stop_signals.py", "prctl(SET_PDEATHSIG, signal.SIGTERM)", "pass"),
+        ),
+        ("tests/test_warm.py::test_jobs_go_with_the_program_that_started_them_and_may_save_first[9-warm]",),
     ),
     mutant(
         "a process with a second thread is forked",
