@@ -16,9 +16,7 @@ UNPICKLES = re.compile(
     r"|\b(broadcast|scatter|gather|all_gather|send|recv)_object(_list)?\(|trust_remote_code\s*=\s*True|yaml\.(unsafe|full)_load|yaml\.load\((?![^;]{0,160}\b(_Loader|C?SafeLoader)\b)|read_pickle"
 )
 
-# Between a benchmark and the process that it has just started, in a folder of their own that goes with it.
-OWN = {ROOT / "pipeline/bench/answer.py", ROOT / "pipeline/bench/processes.py"}
-MODULES = sorted(set((ROOT / "pipeline").rglob("*.py")) - OWN)
+MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,25 +1,31 @@
 """One call of a function, in this process.
 
-`python pipeline/bench/answer.py FOLDER` reads FOLDER/asked, (sys.path, "module:function", its pickled arguments), and
-writes FOLDER/answer: (None, what it returns) or (what failed, None). processes.py starts it.
+`python pipeline/bench/answer.py FOLDER` reads FOLDER/asked, [sys.path, "module:function", its arguments], and writes
+FOLDER/answer: [null, what it returns] or [what failed, null]. JSON, in which {"Case": {...}} stands for a case of
+cases.py. processes.py starts it.
 """
 
 import importlib
-import pickle
+import json
 import sys
 import traceback
 from pathlib import Path
 
 
 def main(folder: Path) -> int:
-    sys.path[:], function, given = pickle.loads((folder / "asked").read_bytes())
+    sys.path[:], function, given = json.loads((folder / "asked").read_text())
     module, name = function.split(":")
     try:
-        answer = None, getattr(importlib.import_module(module), name)(*pickle.loads(given))
+        from pipeline.bench.cases import Case  # after the path is known
+
+        arguments = [Case(**value["Case"]) if isinstance(value, dict) and "Case" in value else value for value in given]
+        answer = None, getattr(importlib.import_module(module), name)(*arguments)
+        text = json.dumps(answer)
     except Exception as error:  # whatever it is, it is the caller's to say
         traceback.print_exc()
         answer = f"failed: {''.join(traceback.format_exception_only(error)).strip()}", None
-    (folder / "half").write_bytes(pickle.dumps(answer))
+        text = json.dumps(answer)
+    (folder / "half").write_text(text)
     (folder / "half").rename(folder / "answer")
     return int(answer[0] is not None)
 

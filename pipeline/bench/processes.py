@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline import shipped
+from pipeline.bench.cases import Case
 from pipeline.runner import Job, free_port
 from pipeline.warm import WITHOUT_CTRL_C, WarmParents
 
@@ -43,7 +45,7 @@ class Processes:
         self._warm.__exit__()
 
     def call(self, function: str, *given: Any, seconds: float = 600, environment: dict[str, str] | None = None) -> Any:
-        """`module:function` of what is given, in a process of its own; both ways by pickle.
+        """`module:function` of what is given, in a process of its own; both are of JSON, but for cases.
 
         environment: what is to be different there. RuntimeError, with the reason, where no answer comes.
         """
@@ -63,8 +65,8 @@ class Processes:
         """What went wrong, or None, and the answer."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            # What is given may be of modules that only this path has: it is read after the path.
-            (folder / "asked").write_bytes(pickle.dumps((sys.path, function, pickle.dumps(given))))
+            arguments = [{"Case": asdict(value)} if isinstance(value, Case) else value for value in given]
+            (folder / "asked").write_text(json.dumps([sys.path, function, arguments]))
             job, deadline = self._start(name, {"MASTER_PORT": free_port(), **own}), time.monotonic() + seconds
             try:
                 while job.poll() is None:
@@ -76,7 +78,7 @@ class Processes:
                 while job.poll() is None:  # it may be letting go of a GPU
                     time.sleep(0.02)
             answer = folder / "answer"
-            return pickle.loads(answer.read_bytes()) if answer.is_file() else (_ENDED, None)
+            return tuple(json.loads(answer.read_text())) if answer.is_file() else (_ENDED, None)
 
     def _start(self, folder: str, own: dict[str, str]) -> Job:
         shared = {**os.environ, "HF_HUB_OFFLINE": "1", **shipped.environment()}
