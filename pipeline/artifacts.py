@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -353,8 +354,11 @@ def _permit(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         mode = (0o777 if path.is_dir() else 0o666) & ~umask
         if path.stat().st_mode & 0o777 != mode:
-            with contextlib.suppress(PermissionError, NotImplementedError):  # a file system whose modes are fixed
+            try:
                 path.chmod(mode)
+            except PermissionError:  # a file system whose modes are fixed
+                warnings.warn(f"{folder} keeps modes of its own, and who may read it is not what permissions says", stacklevel=2)
+                return
 
 
 def versions() -> dict[str, str]:

@@ -50,6 +50,17 @@ def test_what_is_copied_into_a_folder_has_no_modes_of_its_own(tmp_path):
     assert stat.S_IMODE((tmp_path / "stage" / "copied.txt").stat().st_mode) == 0o600
 
 
+def test_a_file_system_whose_modes_are_fixed_is_said_and_does_not_end_the_stage(tmp_path, monkeypatch):
+    def fixed(path, mode):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "chmod", fixed)
+    with pytest.warns(UserWarning, match="keeps modes of its own, and who may read it"), artifacts.building(tmp_path / "stage", {}) as folder:
+        (folder / "data.txt").touch(0o777)
+        os.chmod(folder / "data.txt", 0o777)
+    assert artifacts.complete(tmp_path / "stage")
+
+
 def test_a_method_has_no_permissions_of_its_own(project):
     with pytest.raises(ValueError, match="method 'sft' overrides permissions"):
         recipe.load(project, {"methods": {"sft": {"permissions": "all"}}})
