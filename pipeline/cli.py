@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return entry.guarded(work)
 
 
-def _main(argv: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
@@ -77,6 +77,11 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print what would run and what is there, and stop")
     parser.add_argument("--show", action="store_true", help="print the resolved recipe of every method, and stop")
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    parser = _parser()
     if not argv or "--help" in argv or "-h" in argv:
         parser.print_help()
         _print_fields()
