@@ -10,6 +10,7 @@ generator makes them. The values of the environment's own secrets are known, and
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -95,13 +96,27 @@ class _Shield:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Inside the block what this process prints is redacted, whoever prints it."""
+    """Inside the block what this process prints is redacted, whoever prints it: also loggers that were set up before."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream if isinstance(stream, _Shield) else _Shield(stream) for stream in before)
+    shields = [stream if isinstance(stream, _Shield) else _Shield(stream) for stream in before]
+    sys.stdout, sys.stderr = shields
+    held = [(handler, shields[before.index(handler.stream)]) for handler in _handlers() if handler.stream in before]
+    for handler, shield in held:
+        handler.setStream(shield)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        for handler, shield in held:
+            if handler.stream is shield:
+                handler.setStream(before[shields.index(shield)])
+
+
+def _handlers() -> list[logging.StreamHandler]:
+    """Those of all loggers that there are. In a forked job they were made while its parent imported."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}
+    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
 
 
 def _redact_address(match: re.Match[str]) -> str:

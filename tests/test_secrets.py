@@ -1,5 +1,6 @@
 """A secret in any field of a recipe, or in the environment, stays there: whatever a command prints or writes, it is not in it."""
 
+import logging
 import sys
 import types
 from pathlib import Path
@@ -93,6 +94,21 @@ def test_what_is_printed_beside_our_sentences_is_redacted_too(capfd, monkeypatch
     assert "Traceback" in err and "was refused" in err and "logged in" in out
     assert not [secret for secret in (SECRET, "correct horse", "pw123456") if secret in out + err]
     assert type(sys.stdout) is not redaction._Shield, "what comes after is printed as it is"
+
+
+def test_loggers_that_were_set_up_before_are_redacted_too(capfd):
+    """Those of libraries, in a job that is forked from a process which has imported them."""
+    logger, handler = logging.getLogger("a library"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    try:
+        stream = handler.stream
+        with redaction.shielded():
+            logger.error("hf_%s was refused", SECRET)
+        assert handler.stream is stream
+        err = capfd.readouterr().err
+        assert "[redacted] was refused" in err and SECRET not in err
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_the_walk_reaches_the_whole_recipe():
