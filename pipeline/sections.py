@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -29,10 +29,23 @@ class PathField:
     kind: Literal["path", "recipe", "ds_config", "model", "data", "uri"]
 
 
+def _holds(annotation: Any, kinds: tuple[type, ...]) -> bool:
+    return annotation in kinds or any(_holds(part, kinds) for part in get_args(annotation))
+
+
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and _holds(field.annotation, (int, float)) and not _holds(field.annotation, (bool,)):
+                raise ValueError(f"{name} is {str(value).lower()}: it takes a number")
+        return given
 
 
 class ModelSection(Section):
@@ -275,7 +288,7 @@ class SapSection(Section):
     )
     probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
     target_correction: Annotated[float, Field(gt=0)] = Field(
-        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how it was chosen: docs/defaults.md"
+        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; 0.7 was chosen with an earlier demo (docs/defaults.md)"
     )
     layers: str | list[int] | list[float] = Field(
         "0.33:0.66",
@@ -307,8 +320,9 @@ class SapSection(Section):
         if self.refresh_every == 0 and self.direction == "live":
             raise ValueError("refresh_every 0 needs direction: precomputed")
         if self.schedule == "lagged" and self.probe_share < 1:
+            set_by = f" (of speed {self.speed})" if self.speed != "exact" else ""
             raise ValueError(
-                f"probe_share {self.probe_share:g} needs schedule: exact; the lagged schedule has V's first gradient from its main pass, over all samples"
+                f"probe_share {self.probe_share:g}{set_by} needs schedule: exact; the lagged schedule has V's first gradient from its main pass, over all samples"
             )
         if self.probe_step == "target_correction" and self.correction_every == 0:
             raise ValueError("correction_every must be at least 1 with probe_step: target_correction")

@@ -57,6 +57,13 @@ def test_no_field_takes_a_number_that_is_none(section, name, number):
         assert any(error["loc"][0] == name for error in refused.value.errors()), value
 
 
+@pytest.mark.parametrize("field", ["train.epochs", "train.weight_decay", "sap.probe_share", "evaluate.harmful_prompts"])
+def test_a_truth_is_no_number(tmp_path, field):
+    with pytest.raises(ValueError, match=f"{field.split('.')[0]}: {field.split('.')[1]} is true: it takes a number"):
+        load(tmp_path, content(train={}) if field == "train.epochs" else content(), f"--{field}", "true")
+    assert load(tmp_path, content(), "--train.gradient_checkpointing", "true").base.train.gradient_checkpointing is True
+
+
 def test_numbers_that_are_none_are_refused_in_a_sentence(tmp_path):
     assert len(NUMBERS) > 60, "the walk finds next to nothing"
     for text in (".inf", "-.inf", ".nan", "1e999"):

@@ -25,7 +25,7 @@ def test_a_speed_that_does_not_exist_names_those_that_do():
 
 
 def test_a_share_needs_the_exact_schedule():
-    with pytest.raises(ValueError, match="probe_share 0.25 needs schedule: exact"):
+    with pytest.raises(ValueError, match=r"probe_share 0.25 \(of speed balanced\) needs schedule: exact"):
         SapSection(schedule="lagged", speed="balanced")
     assert SapSection(schedule="lagged").probe_share == 1
 
