@@ -26,6 +26,7 @@ from pipeline.sections import TrainSection
 from pipeline.sharding.ds_config import check_engine
 from pipeline.system_errors import reading_input
 from pipeline.tokenizer_facts import check_loads
+from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
 _SHARDS_INTEGERS = (2, 12)  # torch's version from which fully_shard takes frozen weights that are no floating point
 
@@ -59,6 +60,7 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, l
         if here is None and starts:
             devices.check_ranks(field, train)
         check_training(field, train, base, facts, ranks)
+        check_start(field, train, experiment, cell)
         if cell is not None:
             notes += _check_cell(cell, base, facts, ranks)
     return Checked(facts, tuple(dict.fromkeys(notes)))
@@ -124,6 +126,20 @@ def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) 
             f"a share of {ranks / train.batch_size:g} takes the same time"
         )
     return [*notes, note] if note else notes
+
+
+def check_start(field: str, train: TrainSection, experiment: Experiment, cell: Cell | None) -> None:
+    """ValueError where the training is to start from a checkpoint that is not there or does not fit. Once it has its own, that may go."""
+    if train.resume_from is None:
+        return
+    layout = Layout(experiment)
+    target = layout.align() if cell is None else layout.train(cell)
+    if artifacts.complete(target) or checkpoints(layout.work(target) / "checkpoints"):
+        return
+    try:
+        start_checkpoint(train.resume_from, layout.basis(cell))
+    except ValueError as error:
+        raise ValueError(f"{field}.{error}") from None
 
 
 def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "direction", "train"], cell: Cell | None = None) -> None:

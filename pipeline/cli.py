@@ -14,6 +14,7 @@ Ctrl-C; run it again to go on), whatever failed before, anything else a stage's 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import textwrap
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
     alone = "start every process as a Python of its own, which imports for itself: slower, the same results"
     parser.add_argument("--no-warm", action="store_true", help=alone)
+    parser.add_argument("--resume-from", metavar="FOLDER@STEP", help="for train: start from a checkpoint of another run; one --method and --seed (train.resume_from)")
     parser.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print what would run and what is there, and stop")
@@ -87,12 +89,20 @@ def _main(argv: list[str]) -> int:
         _print_fields()
         return 0
     options, rest = parser.parse_known_args(argv)
+    if options.resume_from:
+        if any(argument.partition("=")[0].replace("-", "_") == "__train.resume_from" for argument in rest):
+            raise ValueError("--resume-from and --train.resume_from are the same: leave one of them out")
+        rest.append(f"--train.resume_from={json.dumps(options.resume_from)}")
     overrides = strict_yaml.parse_overrides(rest)
     if options.seed is not None:
         overrides["seeds"] = [options.seed]
     experiment = entry.open_recipe(options.recipe, overrides)
+    if options.resume_from and (options.stage != "train" or len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
+        raise ValueError("--resume-from starts one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`")
     if options.methods:
         experiment = experiment.only(options.methods.split(","))
+    if options.resume_from and options.method:
+        experiment = experiment.only([options.method])  # the others do not start from it
     if options.stage == "status":
         if options.portable:
             check_portable(experiment)

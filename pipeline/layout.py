@@ -33,6 +33,7 @@ _REPORT = 4  # raise when the page shows something new
 _FORMAT = 6  # raise when prepared data, checkpoints or products change shape
 # Of a training section, what changes no result: gradient checkpointing computes the same activations again.
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}
+_METHODS = ("ema", "safe_mix", "safety_gradient", "lisa")
 _ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "begun_share"}
 
 
@@ -154,10 +155,21 @@ class Layout:
             parts.append(recipe.sap.model_dump(mode="json", include={"safety_batch_size", "safety_micro_batch_size", "refresh_every"}))
         if recipe.saft.enabled:
             parts.append(self._filter_hash(cell))
-        for name in ("ema", "safe_mix", "safety_gradient", "lisa"):  # named only where enabled: another method's new field changes no folder
+        for name in _METHODS:  # named only where enabled: another method's new field changes no folder
             if getattr(recipe, name).enabled:
                 parts.append({name: getattr(recipe, name).model_dump(mode="json")})
         return _short(parts)
+
+    def basis(self, cell: Cell | None) -> dict[str, Any]:
+        """What a checkpoint of a training fits on, by the recipe's fields; of the alignment's without a cell. JSON."""
+        recipe, train = (self.base, self.base.align.train) if cell is None else (cell.recipe, cell.recipe.train)
+        methods = [] if cell is None else [name for name in ("sap", *_METHODS) if getattr(recipe, name).enabled]
+        lora = {} if train.adapter == "full" else {"train.lora": train.lora.model_dump(mode="json", exclude={"dropout"})}
+        return {
+            "model": _short(self._weights()) if cell is None else self._start_hash(),
+            "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods enabled": methods,
+            **({"sap.layers": recipe.sap.layers} if "sap" in methods else {}),
+        }  # fmt: skip
 
     def _embeddings_hash(self, cell: Cell) -> str:
         saft = cell.recipe.saft
@@ -236,7 +248,11 @@ def _training(train: TrainSection) -> dict[str, Any]:
     # One of the two cuts a batch. Without a budget the folders are named as before there was such a field.
     without |= {"tokens_per_micro_batch" if train.tokens_per_micro_batch is None else "micro_batch_size"}
     without |= set() if train.packing else {"packing"}
-    return train.model_dump(mode="json", exclude=_NEUTRAL | without)
+    without |= {"spike_factor", "on_spike"} if train.on_spike != "skip" else set()  # what only tells, or ends, changes no result
+    without |= {"resume_from"}
+    # The folder that is started from has its content in its name.
+    start = {} if train.resume_from is None else {"resume_from": train.resume_from.name}
+    return train.model_dump(mode="json", exclude=_NEUTRAL | without) | start
 
 
 def _probing(sap: SapSection) -> dict[str, Any]:

@@ -220,6 +220,17 @@ class TrainSection(Section):
     lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
     export_merged: bool = Field(False, description="Whether a LoRA run also writes merged/: the model with its adapter added, for vLLM")
     save_every: Positive = Field(50, description="Steps between checkpoints")
+    resume_from: Annotated[Path | None, PathField("path")] = Field(
+        None,
+        description="FOLDER@STEP: another training's work folder and one of its checkpoints, from which this one starts instead of from the "
+        "beginning, with its own settings; engine, adapter and method must be the same",
+    )
+    spike_factor: Annotated[float, Field(gt=1)] = Field(
+        20.0, description="A loss or gradient norm beyond so many times its median over the last 50 steps is a spike"
+    )
+    on_spike: Literal["note", "skip", "stop"] = Field(
+        "note", description="note: a spike is an event of the run; skip: and its update is left out; stop: the training ends with a sentence"
+    )
     validate_every: Positive = Field(20, description="Steps between validation losses (task and harmful opening)")
     watchdog_seconds: Annotated[float, Field(ge=0)] = Field(
         1800, description="Seconds without a finished step, validation or checkpoint after which a rank says where it is and ends; 0: never"
@@ -233,6 +244,8 @@ class TrainSection(Section):
             raise ValueError(
                 "packing is true, and tokens_per_micro_batch does not say how many tokens a row takes: set it"
             )
+        if self.resume_from is not None and not re.fullmatch(r"\.(train|align)-.+\.work@[1-9]\d*", self.resume_from.name):
+            raise ValueError(f"resume_from is '{self.resume_from}': it takes a training's work folder, by its own name, and a step, such as runs/demo/.train-sap-s0-1a2b3c4d5e.work@40")
         if self.use_reentrant:
             raise ValueError(
                 "use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient"

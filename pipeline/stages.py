@@ -135,7 +135,8 @@ def align(experiment: Experiment) -> bool:
     data = TrainingData(rows, [], chat.tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
         identity = artifacts.digest([target.name, inputs])
-        loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, layout.work(target), identity, run.log_metrics, "align", run.event)
+        work, basis = layout.work(target), layout.basis(None)
+        loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, work, identity, run.log_metrics, "align", run.event, basis=basis)
         if not loop.run():
             run.stopped()
             return False
@@ -251,7 +252,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
         # Its checkpoints are another run's where what it was made from has become another: the start model, aligned again on a GPU.
         identity = artifacts.digest([target.name, inputs])
-        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), identity, run.log_metrics, label, run.event, ema)
+        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), identity, run.log_metrics, label, run.event, ema, layout.basis(cell))
         if not loop.run():
             run.stopped()
             return False

@@ -15,6 +15,7 @@ STEP, ENGINE, ZERO3, FSDP2 = (
 )
 FORK_SERVER, WARM = "pipeline/fork_server.py", "pipeline/warm.py"
 INHERITED = "tests/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
+RESTARTED = "tests/training/test_restart.py"
 LOSSES, HEAD, BATCHES = "pipeline/sap/losses.py", "pipeline/sap/head.py", "pipeline/data/batches.py"
 
 DENSE = "tests/sap/test_step.py::test_step_equals_the_dense_reference"
@@ -471,6 +472,20 @@ OF_THE_PROCESSES = (
         "    if others:\n",
         "    if False:\n",
         "tests/test_warm.py::test_what_cannot_be_forked_is_said_once_and_jobs_import_for_themselves[thread]",
+    ),
+    mutant(
+        "a start from another adapter's checkpoint",
+        "pipeline/training/checkpoint_folders.py",
+        "if written.get(field) != own:",
+        'if field == "model" and written.get(field) != own:',
+        f"{RESTARTED}::test_a_checkpoint_that_does_not_go_with_the_run_is_refused[adapter]",
+    ),
+    mutant(
+        "what is skipped depends on where the run was stopped",
+        "pipeline/training/spikes.py",
+        '            self.seen(metrics, int(metrics["step"]) - 1)',
+        "            pass",
+        f"{RESTARTED}::test_a_spike_s_update_is_left_out_wherever_the_run_was_stopped",
     ),
 )
 

@@ -49,6 +49,9 @@ CASES = {
     "batch that does not divide": (["--train.batch_size", "7"], ["train.batch_size 7 does not divide by 2 ranks", "multiple of 2"]),
     "batch of align that does not divide": (["--align.train.batch_size", "5"], ["align.train.batch_size 5 does not divide by 2 ranks"]),
     "single with two ranks": (["--train.engine", "single"], ["single", "2 ranks", "zero3"]),
+    "start that is not there": (["--train.resume_from", ".train-sft-s0-1a.work@8"], ["train.resume_from is", "no checkpoint of step 8: it has none"]),
+    "start of another name": (["--train.resume_from", "copy@8"], ["train: resume_from is '", "copy@8'", "a training's work folder, by its own name"]),
+    "alignment's start": (["--align.train.resume_from", ".align-1a.work@8"], ["align.train.resume_from is", "it has none"]),
     "reentrant checkpointing": (["--train.use_reentrant", "true"], ["use_reentrant must be false", "autograd.grad"]),
     "missing data path": (["--data.task.source", "/nowhere/data.jsonl"], ["data.task.source /nowhere/data.jsonl does not exist"]),
     "unknown ending": (["--data.task.source", "/nowhere/data.xlsx"], ["data.task.source", "does not exist"]),
@@ -314,6 +317,21 @@ def test_a_launcher_decides_for_its_own_stage_only(project):
         checks.check(experiment, experiment.cell("sap", 0))
         with pytest.raises(ValueError, match="single runs one process, but there are 2 ranks"):
             checks.check(experiment, experiment.cell("sft", 0))
+
+
+@pytest.mark.parametrize("field", ["train", "align.train"])
+def test_a_start_that_is_gone_stops_no_run_that_has_a_checkpoint_of_its_own(project, tmp_path, field):
+    folder, content = project
+    given = [f"--{field}.resume_from", ".train-sft-s0-0123456789.work@8", "--output_dir", str(tmp_path)]
+    experiment = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
+    here = "align" if field == "align.train" else experiment.cell("sft", 0)
+    with pytest.raises(ValueError, match=rf"^{field}\.resume_from is .* holds no checkpoint of step 8: it has none$"):
+        checks.check(experiment, here)
+    layout = Layout(experiment)
+    work = layout.work(layout.align() if here == "align" else layout.train(here))
+    (work / "checkpoints" / ".new").mkdir(parents=True)
+    artifacts.publish(work / "checkpoints" / ".new", work / "checkpoints" / "step-000009", {})
+    checks.check(experiment, here)
 
 
 def test_methods_left_out_stop_no_launcher(project):

@@ -39,6 +39,7 @@ STARTS: dict[str, Settings] = {
     **{f"{source}.header": {f"{source}.source": "rows.csv"} for source in SOURCES},
     "model.revision": {"model.path": "owner/name"},
     "train.epochs": {"train.steps": None, "train.epochs": 1.0},
+    **{f"{section}.spike_factor": {f"{section}.on_spike": "skip"} for section in ("train", "align.train")},
     "align.train.epochs": {"align.train.steps": None, "align.train.epochs": 1.0},
     **{f"{part}.packing": {f"{part}.tokens_per_micro_batch": 4096} for part in ("train", "align.train")},
     **{f"{part}.enabled": {"methods": {"sft": {}, "plain": {}}} for part in PARTS},
@@ -68,6 +69,7 @@ IDLE: list[tuple[str, Settings]] = [
         for section in ("train", "align.train")
     ),
     ("sap.target_correction", {"sap.probe_step": "rms"}),
+    *((f"{section}.spike_factor", {}) for section in ("train", "align.train")),
     *((f"sap.{field}", NEVER_DRAWN) for field in ("safety_batch_size", "safety_micro_batch_size")),
     ("evaluate.harmless_prompts", {"evaluate.harmless": None}),
     ("evaluate.ordinary_prompts", {"evaluate.ordinary": None, "evaluate.attacks": []}),
@@ -76,6 +78,7 @@ IDLE: list[tuple[str, Settings]] = [
 VALUES: dict[str, Any] = {
     **{f"{source}.source": "other.jsonl" for source in SOURCES},
     **{f"{source}.columns": {"prompt": "goal"} for source in SOURCES},
+    **{f"{section}.resume_from": "runs/.train-x-s0-1.work@4" for section in ("train", "align.train")},
     **{f"{section}.steps": 9 for section in ("train", "align.train")},
     **{f"{section}.lora.target_modules": ["o_proj"] for section in ("train", "align.train")},
     **{f"{section}.tokens_per_micro_batch": 4096 for section in ("train", "align.train")},  # not below data.max_length

@@ -101,6 +101,10 @@ class Engine(ABC):
         """Clip, update with learning rate `lr`, clear the gradient. norm: the gradient's, where the caller has it."""
 
     @abstractmethod
+    def discard(self) -> None:
+        """Forget what `forward_backward` left for `step`, as if the step had not been: weights, moments and counters stay."""
+
+    @abstractmethod
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         """The whole vector, one full tensor at a time with its parameter's name, on the CPU; nothing on ranks other than 0.
 

@@ -143,6 +143,9 @@ class Fsdp2Engine(Engine):
         self._clear_gradient()
         self.drop_gathered()
 
+    def discard(self) -> None:
+        self._clear_gradient()
+
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, p), part in zip(self.named.items(), shard, strict=True):
             whole = self._like(p, part).full_tensor()

@@ -101,6 +101,9 @@ class SingleEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, p), part in zip(self.named.items(), shard, strict=True):
             yield name, part.view_as(p).cpu().clone()

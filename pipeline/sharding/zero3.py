@@ -142,6 +142,9 @@ class Zero3Engine(Engine):
             group["lr"] = lr
         self.ds.step()
 
+    def discard(self) -> None:
+        self._clear_gradient()
+
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter, part in self._parts(shard):
             whole = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import artifacts
 from pipeline.sharding.engine import Engine, Shard
 from pipeline.sharding.exchange import from_first
+from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
 _KEEP = 2
 
@@ -59,15 +60,18 @@ class Together:
         return {key.removeprefix(self._PREFIX): value for key, value in values.items() if key.startswith(self._PREFIX) == beside}
 
 
-def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str, metrics: Path | None = None) -> None:
+def save(
+    engine: Engine, step: Stateful, root: Path, number: int, identity: str, metrics: Path | None = None, basis: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write the state after `number` steps. identity: digest of what the run is; a checkpoint of another run is refused.
 
-    metrics: the file that grows with the run, of which a copy is kept. ValueError where the state is not finite.
+    metrics: the file that grows with the run, of which a copy is kept. basis: what a run must have in common with this one to start from here
+    (`start_from`), by the recipe's fields, as JSON. ValueError where the state is not finite.
     """
     target, temporary = root / f"step-{number:06d}", root / f".step-{number:06d}.tmp"
     what = _not_finite(engine, step)
     if what:
-        before = _folders(root)
+        before = checkpoints(root)
         kept = f"the last checkpoint is {before[-1]}" if before else "there is no checkpoint yet"
         raise ValueError(f"{what} after the update of step {number}: lower train.lr or check the data; {kept}")
     if engine.rank == 0:
@@ -81,13 +85,15 @@ def save(engine: Engine, step: Stateful, root: Path, number: int, identity: str,
         save_file(
             {key: value.detach().cpu().contiguous().clone() for key, value in step.state_dict().items()}, temporary / "step.safetensors"
         )
-        state = {"step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors)}
+        state = {
+            "step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors), "basis": basis or {},
+        }  # fmt: skip
         artifacts.write_json(temporary / "state.json", state)
         if metrics and metrics.is_file():
             shutil.copy(metrics, temporary / metrics.name)
         (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
         artifacts.publish(temporary, target, {"identity": identity})
-        for old in _folders(root)[:-_KEEP]:
+        for old in checkpoints(root)[:-_KEEP]:
             shutil.rmtree(old)
     engine.barrier()
 
@@ -103,11 +109,35 @@ def load_latest(engine: Engine, step: Stateful, root: Path, identity: str, metri
     folder, state = choice
     if state["identity"] != identity:
         raise ValueError(f"{folder} belongs to another run, or to this one on another start model or other data: delete {root} to begin again")
+    return _load(engine, step, folder, state, metrics)
+
+
+def start_from(engine: Engine, step: Stateful, given: Path, basis: dict[str, Any], metrics: Path) -> int:
+    """Restore a checkpoint of another run, given as FOLDER@STEP; returns STEP. ValueError, on all ranks, where it does not go with this one.
+
+    basis: what this run's own checkpoints fit on (`save`). metrics: becomes the other run's, up to there.
+    """
+    folder = sentence = None
+    if engine.rank == 0:
+        try:
+            folder = str(start_checkpoint(given, basis))
+        except ValueError as error:
+            sentence = str(error)
+    folder, sentence = from_first([folder, sentence])
+    if sentence:
+        raise ValueError(sentence)
+    copy = Path(folder) / metrics.name
+    if engine.rank == 0 and copy.is_file():
+        shutil.copy(copy, metrics)
+    return _load(engine, step, folder, json.loads((Path(folder) / "state.json").read_text()), None)
+
+
+def _load(engine: Engine, step: Stateful, folder: str, state: dict[str, Any], metrics: Path | None) -> int:
     vectors = engine.load(Path(folder) / "engine", state["vectors"])
     step.load_state_dict(load_file(Path(folder) / "step.safetensors"), vectors)
     what = _not_finite(engine, step)
     if what:
-        raise ValueError(f"{what} in {folder}: delete {root} and lower train.lr, or check the data")
+        raise ValueError(f"{what} in {folder}: delete {Path(folder).parent} and lower train.lr, or check the data")
     if metrics and engine.rank == 0:
         _restore(Path(folder) / metrics.name, metrics)
     return state["step"]
@@ -133,13 +163,9 @@ def _restore(copy: Path, metrics: Path) -> None:
 
 
 def _newest(root: Path) -> tuple[str, dict[str, Any]] | None:
-    for folder in reversed(_folders(root)):
+    for folder in reversed(checkpoints(root)):
         found = artifacts.damage(folder)
         if not found:
             return str(folder), json.loads((folder / "state.json").read_text())
         warnings.warn(f"a checkpoint is damaged, the one before it is used: {found}", stacklevel=2)
     return None
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.glob("step-*") if artifacts.complete(folder))

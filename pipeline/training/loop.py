@@ -22,13 +22,16 @@ from pipeline.data.sharing import share_of
 from pipeline.sap.losses import useful_loss
 from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine
+from pipeline.sharding.exchange import from_first
 from pipeline.system_errors import writing
 from pipeline.training import checkpoint
 from pipeline.training.ema import Ema
+from pipeline.training.spikes import Spikes, logged
 from pipeline.training.stopping import StopRequest
 from pipeline.training.watchdog import Watchdog
 
 Rows = Sequence[dict[str, Any]]
+_MOST_SKIPPED = 10  # spikes in a row: the run has left the range that it has learned in, and is no spike
 _ASKED = "ranks asked to stop"  # among the numbers that a step reads
 
 
@@ -50,17 +53,18 @@ class Loop:
     def __init__(
         self, engine: Engine, step: Any, data: TrainingData, train: TrainSection, seed: int, folder: Path, identity: str,
         on_metrics: Callable[[dict[str, float], int], None] = lambda metrics, number: None, label: str = "train",
-        on_event: Callable[[str], None] = lambda text: None, ema: Ema | None = None,
+        on_event: Callable[[str], None] = lambda text: None, ema: Ema | None = None, basis: dict[str, Any] | None = None,
     ):  # fmt: skip
         self.engine, self.step, self.data, self.train, self.seed = engine, step, data, train, seed
-        self.folder, self.identity, self.on_metrics, self.label, self.on_event = folder, identity, on_metrics, label, on_event
+        self.folder, self.identity, self.basis = folder, identity, basis or {}  # of its checkpoints
+        self.on_metrics, self.label, self.on_event = on_metrics, label, on_event
         self.steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch_size)
         self.order = BatchOrder(len(data.train), train.batch_size, seed)
         self.pair_order = BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
         if ema:
             ema.section.check_steps(self.steps)
         self.ema, self.state = ema, checkpoint.Together(step, ema) if ema else step
-        self.metrics_file = folder / "metrics.jsonl"
+        self.metrics_file, self.checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
         # Which task batch and which draw of pairs: a step that has two kinds of steps (Lisa) counts each by itself.
         self.positions: Callable[[int], tuple[int, int]] = getattr(step, "positions", lambda number: (number, number))
         # Of a step's samples, where a step wants some of them by themselves (SAP's V).
@@ -70,15 +74,11 @@ class Loop:
     def run(self) -> bool:
         """True when all steps are done; False when a stop was requested (the state is saved)."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = self.folder / "checkpoints"
-        done = checkpoint.load_latest(self.engine, self.state, checkpoints, self.identity, self.metrics_file)
-        if not done and saved_before():
-            # Every checkpoint is damaged, or this node does not see them: to begin again without a word would throw all of that work away.
-            raise RuntimeError(f"the job had saved step {saved_before()} in {checkpoints}, but no checkpoint there can be read: delete it to begin again")
-        if not done and self.engine.rank == 0:
-            self.metrics_file.unlink(missing_ok=True)  # of steps that run again
-        if done or circumstances():
-            self._event((f"resumed after step {done}" if done else "started") + circumstances())
+        done = self._begin()
+        # Rank 0's: the others may look before it has put the file back.
+        before = logged(self.metrics_file) if self.engine.rank == 0 else None
+        # A step of another kind does not take the next task batch.
+        self.spikes = Spikes(self.train.spike_factor, from_first(before), lambda number: self.positions(number + 1)[0] == self.positions(number)[0])
         with StopRequest(self.folder / "STOP") as stop, Watchdog(self.train.watchdog_seconds, self.engine.rank) as self._watchdog:
             if not done and self.data.validation:
                 self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
@@ -88,14 +88,38 @@ class Loop:
                 last = number + 1 == self.steps
                 stopping = asked and not last
                 if stopping or last or (number + 1) % self.train.save_every == 0:
-                    with writing(checkpoints):
-                        checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity, self.metrics_file)
+                    self._save(number + 1)
                     self._watchdog.progress(f"the checkpoint of step {number + 1}")
                 if stopping:
                     stop.obeyed(self.engine.rank)
-                    self._event(f"stopped after step {number + 1} ({stop.reason or 'another rank'})", f", saved in {checkpoints}")
+                    self._event(f"stopped after step {number + 1} ({stop.reason or 'another rank'})", f", saved in {self.checkpoints}")
                     return False
         return True
+
+    def _begin(self) -> int:
+        """Steps done: by this run, as its last checkpoint says, or by the one that it starts from."""
+        done = checkpoint.load_latest(self.engine, self.state, self.checkpoints, self.identity, self.metrics_file)
+        if not done and saved_before():
+            # Every checkpoint is damaged, or this node does not see them: to begin again without a word would throw all of that work away.
+            raise RuntimeError(
+                f"the job had saved step {saved_before()} in {self.checkpoints}, but no checkpoint there can be read: delete it to begin again"
+            )
+        if not done and self.engine.rank == 0:
+            self.metrics_file.unlink(missing_ok=True)  # of steps that run again
+        if done or circumstances():
+            self._event((f"resumed after step {done}" if done else "started") + circumstances())
+        given = self.train.resume_from
+        if not done and given is not None:
+            done = checkpoint.start_from(self.engine, self.state, given, self.basis, self.metrics_file)
+            if done >= self.steps:
+                raise ValueError(f"resume_from is at step {done}, and the training has {self.steps}: set train.steps beyond it")
+            self._save(done)  # the other run goes on, or is deleted
+            self._event(f"started from {given.name}", f" ({given})")
+        return done
+
+    def _save(self, number: int) -> None:
+        with writing(self.checkpoints):
+            checkpoint.save(self.engine, self.state, self.checkpoints, number, self.identity, self.metrics_file, self.basis)
 
     def _one_step(self, number: int, stop: StopRequest) -> bool:
         """Train step `number` and log it; whether a rank had been asked to stop before the update."""
@@ -116,7 +140,12 @@ class Loop:
                 raise ValueError(
                     f"the {what} is {metrics[key]} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data"
                 )
-        self.engine.step(lr, metrics["train/grad_norm"])
+        skipped = self._skipped(metrics, number)
+        if skipped:
+            self.engine.discard()
+        else:
+            self.engine.step(lr, metrics["train/grad_norm"])
+        metrics |= {"train/skipped": float(skipped)} if self.train.on_spike == "skip" else {}
         if self.ema:
             self.ema.update(number + 1)
         metrics["time/step"] = time.perf_counter() - started
@@ -124,6 +153,21 @@ class Loop:
             metrics |= self._validate()
         self._log(metrics, number + 1)
         return asked
+
+    def _skipped(self, metrics: dict[str, float], number: int) -> bool:
+        """Whether the update is left out, because of a spike. ValueError where that ends the training. All ranks see the same numbers."""
+        spike = self.spikes.seen(metrics, number)
+        if spike is None:
+            return False
+        way_on = "go on from a checkpoint before it with train.resume_from and a lower train.lr"
+        skip = self.train.on_spike == "skip"
+        if self.spikes.in_a_row == 1 or skip:
+            self._event(f"{spike} at step {number + 1}" + (", whose update is left out" if skip else ""))
+        if self.train.on_spike == "stop":
+            raise ValueError(f"{spike} at step {number + 1}, before the update: {way_on}")
+        if skip and self.spikes.in_a_row == _MOST_SKIPPED:
+            raise ValueError(f"the last {_MOST_SKIPPED} steps were spikes, whose updates are left out, and nothing is learned any more: {way_on}")
+        return skip
 
     def _useful(self, number: int, task: int, share: float = 1.0) -> list[MicroBatch]:
         engine = self.engine

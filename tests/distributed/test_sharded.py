@@ -114,6 +114,12 @@ def test_embeddings_of_two_ranks_equal_the_single_process_s(found, engine, tmp_p
     assert distance(result["weights"], after) / distance(after, start()) < 1e-5, "a step after the embeddings is as any other"
 
 
+@finds("discarded", [*SHARDED, "zero3-offload", "zero3-full", "fsdp2-full"])
+def test_a_gradient_that_is_thrown_away_leaves_no_trace(found, engine):
+    result = found["discarded", engine]
+    assert all(torch.equal(result["discarding"][name], weights) for name, weights in result["straight"].items())
+
+
 @finds("share", SHARDED)
 def test_v_of_a_share_of_the_samples_is_the_single_process_s(found, tmp_path, engine):
     expected, begin = shares(open_engine(tiny_lora(), train_section(tmp_path, "single", 0))), start()

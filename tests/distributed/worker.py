@@ -290,6 +290,22 @@ def shares(engine: Engine) -> dict[str, dict]:
     return found
 
 
+def discarded(folder: Path, name: str) -> dict:
+    """Weights after plain steps, and after the same with a main pass before each whose gradient is thrown away."""
+    found = {}
+    for way in ("straight", "discarding"):
+        engine = open_setting(folder, name)
+        batches, step = StepBatches(engine.rank, engine.world_size), make_step(engine, None)
+        for number in range(STEPS):
+            if way == "discarding":
+                engine.forward_backward(useful_loss, batches.useful(number + 7))
+                engine.add_gradient(engine.weights(), 0.5)
+                engine.discard()
+            one_step(engine, step, batches, number)
+        found[way] = engine.gather(engine.weights())
+    return found
+
+
 def without_dropout(folder: Path, name: str) -> Engine:
     """For what is cut into other micro-batches on other ranks: masks belong to a micro-batch."""
     setting = SETTINGS[name]
@@ -343,7 +359,7 @@ def reads(folder: Path, name: str) -> list[list[str]]:
     return found
 
 
-_ALL = (reads, parity, restore, traces, vectors, companions, replaced, embeddings, share, budget, packed, chunks)
+_ALL = (reads, discarded, parity, restore, traces, vectors, companions, replaced, embeddings, share, budget, packed, chunks)
 CASES = {case.__name__: case for case in _ALL}
 
 

@@ -1,0 +1,173 @@
+"""A new run from another one's checkpoint, and losses that leap: what is said, left out, or ends the training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.cli import main
+from pipeline.sharding.launch import open_engine
+from pipeline.training.loop import Loop, TrainingData
+from pipeline.training.plain import PlainStep
+from pipeline.training.spikes import Spikes
+from tests.test_recipe import content, load
+from tests.tiny import tiny_lora, tiny_rows
+from tests.training.test_loop import interrupted, log, saved, section, straight, weights  # noqa: F401 (fixtures)
+
+BASIS = {"model": "a digest", "train.engine": "single", "train.lora": {"r": 4, "alpha": 8}}
+
+
+@pytest.fixture
+def work(interrupted) -> Path:  # noqa: F811
+    """A stopped run's work folder, as stages name it, whose steps 2 and 4 can be started from."""
+    folder = interrupted / ".train-sft-s0-0123456789.work"
+    again = build(folder, basis=BASIS)
+    again.on_metrics = lambda _, number: number == 3 and (folder / "STOP").touch()
+    assert not again.run() and saved(folder) == ["step-000002", "step-000004"]
+    return folder
+
+
+def build(folder: Path, step=PlainStep, events=None, basis=None, **changes) -> Loop:
+    train = section(**changes)
+    engine = open_engine(tiny_lora(), train)
+    told = (lambda text: None) if events is None else events.append
+    return Loop(engine, step(engine), TrainingData(tiny_rows(), [], 0), train, 0, folder, "a run", on_event=told, basis=basis)
+
+
+def test_a_run_starts_from_another_one_s_checkpoint_with_settings_of_its_own(work, tmp_path_factory):
+    folder, events = tmp_path_factory.mktemp("new"), []
+    changes = {"lr": 1e-3, "resume_from": f"{work}@4", "save_every": 100}
+    started = build(folder, events=events, basis=BASIS, **changes)
+    assert started.run() and events == [f"started from {work.name}@4"]
+    assert [line["step"] for line in log(folder)] == [1, 2, 3, 4, 5, 6]
+    rates = [line["train/lr"] for line in log(folder)]
+    assert max(rates[4:]) <= 1e-3 < min(rates[:4])
+
+    by_hand = build(tmp_path_factory.mktemp("hand"), lr=1e-3)
+    by_hand.engine.load(work / "checkpoints" / "step-000004" / "engine")
+    for number in (4, 5):
+        metrics = by_hand.step(by_hand._useful(number, number), None, number)
+        by_hand.engine.step(log(folder)[number]["train/lr"], by_hand.engine.read({"n": by_hand.engine.gradient_norm()})["n"])
+        assert by_hand.engine.read(metrics)["train/loss"] == log(folder)[number]["train/loss"]
+    assert torch.equal(weights(by_hand), weights(started))
+
+
+def test_once_started_a_run_has_a_checkpoint_of_its_own(work, tmp_path_factory, monkeypatch):
+    folder, events = tmp_path_factory.mktemp("new"), []
+    changes = {"lr": 1e-3, "resume_from": f"{work}@4", "save_every": 100}
+    killed = build(folder, events=events, basis=BASIS, **changes)
+    monkeypatch.setattr(killed, "_one_step", lambda number, stop: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    work.rename(work.with_name("gone"))
+    again = build(folder, events=events, basis=BASIS, **changes)
+    assert again.run() and [event.partition(" from")[0] for event in events] == ["started", "resumed after step 4"]
+    assert [line["step"] for line in log(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"at": 3}, "holds no checkpoint of step 3: it has those of steps 2, 4"),
+        ({"folder": ".train-sft-s1-0123456789.work"}, "holds no checkpoint of step 4: it has none"),
+        ({"basis": {"model": "another"}}, "does not go with this one: model is another one; make it the same"),
+        ({"basis": {"train.engine": "zero3"}}, 'train.engine was "single" there, and is "zero3" here; make it the same'),
+        ({"basis": {"train.lora": {"r": 4, "alpha": 16}}}, 'train.lora was {"alpha": 8, "r": 4} there, and is {"alpha": 16, "r": 4} here'),
+        ({"steps": 4}, "is at step 4, and the training has 4: set train.steps beyond it"),
+    ],
+    ids=["step", "folder", "model", "engine", "adapter", "steps"],
+)
+def test_a_checkpoint_that_does_not_go_with_the_run_is_refused(work, tmp_path_factory, changes, sentence):
+    given = f"{work.with_name(changes.get('folder', work.name))}@{changes.get('at', 4)}"
+    started = build(tmp_path_factory.mktemp("new"), resume_from=given, steps=changes.get("steps", 6), basis=BASIS | changes.get("basis", {}))
+    said = ""
+    try:
+        started.run()
+    except ValueError as error:
+        said = str(error)
+    assert said.startswith("resume_from ") and sentence in said
+
+
+def test_a_damaged_checkpoint_is_no_start(work, tmp_path_factory):
+    (work / "checkpoints" / "step-000004" / "more").write_text("x")
+    with pytest.raises(ValueError, match="resume_from names a damaged checkpoint"):
+        build(tmp_path_factory.mktemp("new"), resume_from=f"{work}@4", basis=BASIS).run()
+
+
+@pytest.mark.parametrize("text", ["folder@1", ".train-sft-s0-1a.work", ".train-sft-s0-1a.work@0", ".train-sft-s0-1a.work@x", "copy.work@4"])
+def test_what_names_no_step_is_refused_with_the_recipe(tmp_path, text):
+    with pytest.raises(ValueError, match="resume_from is '.*': it takes a training's work folder, by its own name, and a step"):
+        load(tmp_path, content(), "--train.resume_from", text)
+
+
+class Leaps(PlainStep):
+    """The gradient of steps 12 and 13 (from 1) is a thousand times what it is."""
+
+    def __call__(self, useful, pairs, number):
+        metrics = super().__call__(useful, pairs, number)
+        if number in (11, 12):
+            self.engine.add_gradient(self.engine.accumulated_gradient(), 999.0)
+        return metrics
+
+
+@pytest.fixture(scope="module")
+def without_leaps(tmp_path_factory) -> torch.Tensor:
+    """Weights of the same run that never sees steps 12 and 13."""
+    run = build(tmp_path_factory.mktemp("calm"), steps=16)
+    original = run._one_step
+    run._one_step = lambda number, stop: False if number in (11, 12) else original(number, stop)
+    assert run.run()
+    return weights(run)
+
+
+def test_a_spike_is_an_event_once_and_training_goes_on(tmp_path, without_leaps):
+    run = build(tmp_path, Leaps, events=(events := []), steps=16)
+    assert run.run() and not torch.equal(weights(run), without_leaps)
+    assert len(events) == 1 and "the gradient's norm is " in events[0] and "times its median at step 12" in events[0]
+
+
+def test_a_spike_s_update_is_left_out_wherever_the_run_was_stopped(tmp_path, without_leaps):
+    run = build(tmp_path / "straight", Leaps, events=(events := []), steps=16, on_spike="skip")
+    assert run.run() and torch.equal(weights(run), without_leaps)
+    assert [event.endswith("whose update is left out") for event in events] == [True, True]
+    assert [line["step"] for line in log(tmp_path / "straight") if line["train/skipped"]] == [12, 13]
+    for number in (8, 12, 13):
+        folder = tmp_path / f"stopped-{number}"
+        stopped = build(folder, Leaps, steps=16, on_spike="skip", save_every=1)
+        stopped.on_metrics = lambda _, at, number=number, folder=folder: at == number - 1 and (folder / "STOP").touch()
+        assert not stopped.run() and saved(folder)[-1] == f"step-{number:06d}"
+        again = build(folder, Leaps, steps=16, on_spike="skip", save_every=1)
+        assert again.run() and torch.equal(weights(again), without_leaps)
+
+
+def test_a_spike_ends_the_training_where_the_recipe_says_so(tmp_path):
+    with pytest.raises(ValueError, match="the gradient's norm is .* at step 12, before the update: go on from a checkpoint before it"):
+        build(tmp_path, Leaps, steps=16, on_spike="stop").run()
+    assert saved(tmp_path)[-1] == "step-000010"
+
+
+def test_a_run_that_has_left_the_range_for_good_ends(tmp_path):
+    run = build(tmp_path, steps=40, on_spike="skip")
+    original = run.step
+    run.step = lambda useful, pairs, number: original(useful, pairs, number) | {"train/loss": torch.tensor(9e9 if number > 14 else 1.0)}
+    with pytest.raises(ValueError, match="the last 10 steps were spikes, whose updates are left out"):
+        run.run()
+    assert log(tmp_path)[-1]["step"] == 24 and saved(tmp_path)[-1] == "step-000024"
+
+
+def test_steps_of_another_kind_are_held_against_their_own():
+    seen = lambda spikes, losses: [spikes.seen({"train/loss": loss, "train/grad_norm": 1.0}, number) for number, loss in enumerate(losses)]  # noqa: E731
+    losses = [100.0 if number % 5 == 0 else 1.0 for number in range(60)]
+    assert not any(seen(Spikes(20.0, [], lambda number: number % 5 == 0), losses))
+    assert sum(map(bool, seen(Spikes(20.0, []), losses))) == 10, "the first two come before there is a median"
+    losses[50], losses[51] = 2001.0, 21.0
+    found = seen(Spikes(20.0, [], lambda number: number % 5 == 0), losses)
+    assert {number: text for number, text in enumerate(found) if text} == {
+        50: "the loss is 2e+03, 20 times its median", 51: "the loss is 21, 21 times its median",
+    }  # fmt: skip
+
+
+def test_the_option_and_the_field_cannot_both_be_given(capsys):
+    given = ["--resume-from", "a@1", "--train.resume-from", "b@2"]
+    assert main(["train", "demo.yaml", *given]) == 2
+    assert "--resume-from and --train.resume_from are the same" in capsys.readouterr().err
