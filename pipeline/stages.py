@@ -118,7 +118,7 @@ def align(experiment: Experiment) -> bool:
 
     layout, base = Layout(experiment), experiment.base
     target = layout.align()
-    if not base.align.enabled or artifacts.complete(target):
+    if not base.align.enabled or _done(target):
         return True
     artifacts.verify(layout.prepare())
     rank, _ = environment()
@@ -153,7 +153,7 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
     """SAFT: which training samples to leave out, by the start model's hidden states. Where it refuses, it says so; training on it is an error."""
     layout, saft = Layout(experiment), cell.recipe.saft
     target = layout.filter(cell)
-    if artifacts.complete(target):
+    if _done(target):
         return True
     _verify_upstream(layout)
     rows = read_rows(layout.prepare(), "task_train")
@@ -193,7 +193,7 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     """g_s over all contrastive pairs at the initial weights, and its per-layer summary; with the initial adapter, where one is trained."""
     layout = Layout(experiment)
     target = layout.direction(cell)
-    if artifacts.complete(target):
+    if _done(target):
         return True
     _verify_upstream(layout)
     resolved = cell.recipe
@@ -228,7 +228,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     """Fine-tune one cell; the product is a PEFT adapter, or a model folder. False when a stop was requested first (run it again to go on)."""
     layout = Layout(experiment)
     target = layout.train(cell)
-    if artifacts.complete(target):
+    if _done(target):
         return True
     _verify_upstream(layout)
     if direction_given(cell):
@@ -378,6 +378,11 @@ def _verify_upstream(layout: Layout) -> None:
     artifacts.verify(layout.prepare())
     if layout.base.align.enabled:
         artifacts.verify(layout.align())
+
+
+def _done(target: Path) -> bool:
+    """Whether a process alone finds it complete. Ranks decide together (`_claimed`): on two nodes a shared folder may look different for a while."""
+    return environment()[1] == 1 and artifacts.complete(target)
 
 
 def _claimed(target: Path, train_section: TrainSection) -> bool:

@@ -61,3 +61,20 @@ def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(train
     monkeypatch.setattr(stages, "load_whole", lambda *args: pytest.fail("a model was loaded"))
     assert run()
     assert looks and {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("stage", ["train", "direction"])
+def test_ranks_meet_before_one_finds_the_stage_complete(trained, monkeypatch, stage, seen):
+    """A rank that left by itself would let the others wait for it; one that sees an old state of the folder goes by what the first sees."""
+    layout, cell, met = Layout(trained), trained.cell("sap", 0), []
+    target = {"train": layout.train(cell), "direction": layout.direction(cell)}[stage]
+    original = artifacts.complete
+    monkeypatch.setattr(artifacts, "complete", lambda folder: seen if folder == target else original(folder))
+    monkeypatch.setattr(stages, "environment", lambda: (1, 2))
+    monkeypatch.setattr(stages, "init_distributed", lambda section: met.append(section))
+    monkeypatch.setattr(stages, "from_first", lambda value: False)
+    monkeypatch.setattr(stages, "start_engine", lambda *args: pytest.fail("a model was loaded"))
+    assert {"train": stages.train, "direction": stages.direction}[stage](trained, cell) is True
+    assert met == [cell.recipe.train]
