@@ -61,6 +61,8 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, l
             devices.check_ranks(field, train)
         check_training(field, train, base, facts, ranks)
         check_start(field, train, experiment, cell)
+        if train.packing and (attention := devices.attention(base.model)) != devices.FLASH:
+            notes.append(f"{field}.packing: attention {attention} works through a packed row whole; FlashAttention (docs/performance.md) does not")
         if cell is not None:
             notes += _check_cell(cell, base, facts, ranks)
     return Checked(facts, tuple(dict.fromkeys(notes)))

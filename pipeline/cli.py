@@ -34,6 +34,12 @@ from pipeline.tracking import deliver, describe_store, waiting
 from pipeline.warm import WarmParents
 
 _ON_RANKS = {"align", "filter", "direction", "train"}  # stages that start ranks
+_RUNNING = (*STAGES, "run")
+# Options that other commands would ignore.
+_ONLY_FOR = {
+    "of_stage": ("status",), "portable": ("status",), "ranks": ("plan",), "gpu_gb": ("plan",), "resume_from": ("train",),
+    "jobs": _RUNNING, "no_warm": _RUNNING, "dry_run": _RUNNING, "show": _RUNNING,
+}  # fmt: skip
 _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
 
 
@@ -62,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
-    known = (*STAGES, "run", "status", "track", "plan", "doctor", "data")
-    parser.add_argument("stage", choices=known, help="what to do; run: everything that is missing; track: deliver to MLflow what waits")
+    known = (*_RUNNING, "status", "track", "plan", "doctor")
+    named = "{" + ",".join((*known, *_WITHOUT_RECIPE)) + "}"
+    parser.add_argument("stage", choices=known, metavar=named, help="what to do; run: everything that is missing; track: deliver to MLflow what waits")
     shipped = "launch/recipes/NAME.yaml of one that ships with the package"
     parser.add_argument("recipe", help=f"path of the recipe, or {shipped}; for data: the file")
     parser.add_argument("--method", help="only this method of the recipe")
@@ -96,8 +103,9 @@ def _main(argv: list[str]) -> int:
     overrides = strict_yaml.parse_overrides(rest)
     if options.seed is not None:
         overrides["seeds"] = [options.seed]
+    _check_belongs(parser, options)
     experiment = entry.open_recipe(options.recipe, overrides)
-    if options.resume_from and (options.stage != "train" or len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
+    if options.resume_from and (len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
         raise ValueError("--resume-from starts one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`")
     if options.methods:
         experiment = experiment.only(options.methods.split(","))
@@ -108,8 +116,6 @@ def _main(argv: list[str]) -> int:
             check_portable(experiment)
         print(status(experiment, options.of_stage, options.method, options.seed, options.portable))
         return 0
-    if options.of_stage or options.portable:
-        raise ValueError("--stage and --portable belong to `sap status`: name a stage as in `sap train RECIPE`")
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
     if options.stage == "track":
@@ -143,6 +149,15 @@ def _main(argv: list[str]) -> int:
             code = _run(chain, stages, options)
     deliver(chain.layout)  # what a server missed that is back by now; MLflow is not imported where nothing waits
     return code
+
+
+def _check_belongs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """ValueError for an option that the stage would ignore."""
+    for name, stages in _ONLY_FOR.items():
+        if getattr(options, name) != parser.get_default(name) and options.stage not in stages:
+            option = "--stage" if name == "of_stage" else f"--{name.replace('_', '-')}"
+            where = "stages that run" if stages == _RUNNING else " and ".join(f"`sap {stage}`" for stage in stages)
+            raise ValueError(f"{option} would do nothing in `sap {options.stage}`, and belongs to {where}: leave it out")
 
 
 def _track(experiment: Experiment) -> int:
@@ -361,8 +376,6 @@ class Chain:
 def _doctor(experiment: Experiment, options: argparse.Namespace) -> int:
     from pipeline.doctor.case import choose_cell
 
-    if options.dry_run:
-        raise ValueError("doctor writes nothing and has nothing to list: leave --dry-run out")
     cell = choose_cell(experiment, options.method, options.seed)
     arguments = ["--config", *experiment.arguments(), "--method", cell.method, "--seed", str(cell.seed)]
     return runner.run_ranks("doctor.py", arguments, devices.ranks(cell.recipe.train))

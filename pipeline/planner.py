@@ -174,12 +174,17 @@ def estimate(
     return plan
 
 
-def estimate_training(base: Recipe, facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ranks: int, dtype: str) -> Plan:
-    """`estimate` of a cell's training, or without one of the alignment's. dtype: of the frozen weights, float32 or bfloat16."""
+def estimate_training(
+    base: Recipe, facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ranks: int, dtype: str, attention: str | None = None,
+) -> Plan:  # fmt: skip
+    """`estimate` of a cell's training, or without one of the alignment's. dtype: of the frozen weights, float32 or bfloat16.
+
+    attention: flash_attention_2, sdpa or eager; None: what model.attention means on this machine.
+    """
     section, data = base.model, base.data
     sap = SapSection() if of_cell is None else of_cell.sap
     ds_config = read_ds_config(train, ranks) if train.engine == "zero3" else None
-    width, attention = 4 if dtype == "float32" else 2, devices.attention(section)
+    width, attention = 4 if dtype == "float32" else 2, attention or devices.attention(section)
     lengths = (data.max_length, data.safety_max_length)
     plan = estimate(facts, train, sap, ds_config, width, section.quantization, ranks, *lengths, attention == "eager")
     plan = replace(plan, masked=train.packing and attention in ("eager", "sdpa"))
@@ -190,13 +195,14 @@ def estimate_training(base: Recipe, facts: ModelFacts, train: TrainSection, of_c
 
 
 def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> str:
-    """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text; dtype auto counts as bfloat16.
+    """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text; auto counts as bfloat16 and, where no GPU is here, as sdpa.
 
     Raises ValueError where the model's config cannot be had, and as `estimate`.
     """
     base = experiment.base
     dtype = "bfloat16" if base.model.dtype == "auto" else base.model.dtype
-    plan = estimate_training(base, outlined(base.model), cell.recipe.train, cell.recipe, ranks, dtype).fitted(FITTED_SHARE * gpu_gb * 1e9)
+    attention = "sdpa" if base.model.attention == "auto" and not devices.gpus() else None
+    plan = estimate_training(base, outlined(base.model), cell.recipe.train, cell.recipe, ranks, dtype, attention).fitted(FITTED_SHARE * gpu_gb * 1e9)
     head = f"{experiment.base.name}, method {cell.method}, {plan.train.engine} on {ranks} GPUs. Arithmetic: nothing here was run on a GPU."
     return "\n".join([head, plan.table(gpu_gb), plan.time()])
 

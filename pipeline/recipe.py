@@ -39,7 +39,7 @@ from pipeline.sections import (
     TrackingSection,
     TrainSection,
 )
-from pipeline.strict_yaml import as_arguments, expanded, merge, read
+from pipeline.strict_yaml import MOST_CELLS, as_arguments, expanded, merge, read
 from pipeline.system_errors import reading_input
 
 
@@ -91,6 +91,8 @@ class Recipe(Section):
         for name, overrides in value.items():
             # null takes away a method of the recipe that this one extends
             result |= {} if overrides is None else expanded(name, overrides) if isinstance(overrides, dict) else {name: overrides}
+        if len(result) > MOST_CELLS:
+            raise ValueError(f"these are {len(result):,} methods, and a recipe has at most {MOST_CELLS:,}: leave values out of the grids")
         return result
 
     @field_validator("name", "output_dir")

@@ -473,8 +473,19 @@ class EvaluateSection(Section):
         return self
 
 
+_STORES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
+
+
 class TrackingSection(Section):
     enabled: bool = Field(True, description="Whether to log to MLflow")
     uri: Annotated[str | None, PathField("uri")] = Field(None, description="Tracking URI; MLFLOW_TRACKING_URI wins; default sqlite:///<output_dir>/mlflow.db")
     experiment: str | None = Field(None, description="MLflow experiment; default: the recipe's name")
     log_answers: bool = Field(False, description="Upload generated answers as artifacts; they stay on this machine otherwise")
+
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, uri: str | None) -> str | None:
+        scheme, colon, _ = (uri or "").partition("://")
+        if colon and scheme.lower().partition("+")[0] not in _STORES:
+            raise ValueError(f"begins with {scheme}://, which is no store of MLflow's: it takes {', '.join(_STORES)} or a folder")
+        return uri

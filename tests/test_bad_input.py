@@ -49,6 +49,7 @@ CASES = {
     "batch that does not divide": (["--train.batch_size", "7"], ["train.batch_size 7 does not divide by 2 ranks", "multiple of 2"]),
     "batch of align that does not divide": (["--align.train.batch_size", "5"], ["align.train.batch_size 5 does not divide by 2 ranks"]),
     "single with two ranks": (["--train.engine", "single"], ["single", "2 ranks", "zero3"]),
+    "tracking in no store": (["--tracking.uri", "htp://mlflow:5000"], ["tracking.uri", "begins with htp://, which is no store of MLflow's", "sqlite"]),
     "start that is not there": (["--train.resume_from", ".train-sft-s0-1a.work@8"], ["train.resume_from is", "no checkpoint of step 8: it has none"]),
     "start of another name": (["--train.resume_from", "copy@8"], ["train: resume_from is '", "copy@8'", "a training's work folder, by its own name"]),
     "alignment's start": (["--align.train.resume_from", ".align-1a.work@8"], ["align.train.resume_from is", "it has none"]),
@@ -257,6 +258,15 @@ def test_a_token_budget_leaves_no_number_of_passes_to_the_ds_config(project, tmp
         path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: 2}))
         with pytest.raises(ValueError, match=f"sets {key}, but with train.tokens_per_micro_batch .*: take it out"):
             read_ds_config(train, 2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_under_an_attention_that_gains_nothing_is_noted(project, attention):
+    folder, content = project
+    given = ["--model.attention", attention, "--train.packing", "true", "--train.tokens_per_micro_batch", "400"]
+    experiment = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
+    notes = [note for note in checks.check(experiment, light=True).notes if "packing" in note]
+    assert notes == [f"train.packing: attention {attention} works through a packed row whole; FlashAttention (docs/performance.md) does not"]
 
 
 @pytest.mark.parametrize("section", ["train", "align.train"])

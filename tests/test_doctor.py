@@ -277,7 +277,7 @@ def test_bad_input_is_one_sentence(project, capfd):
     assert "no method of" in capfd.readouterr().err
     path = write_recipe(folder, content)
     assert main(["doctor", str(path), "--dry-run"]) == 2
-    assert "leave --dry-run out" in capfd.readouterr().err
+    assert "--dry-run would do nothing in `sap doctor`" in capfd.readouterr().err
     found = run(["launch/doctor.py", "--config", str(path), "--sap.layers", "[40]", "--train.ranks", "1"])
     assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline import capacity, planner, recipe, stages
+from pipeline import capacity, devices, planner, recipe, stages
 from pipeline.data.batches import MicroBatch, micro_batches
 from pipeline.doctor.resources import held_weights
 from pipeline.layer_choice import probed_layers
@@ -519,6 +519,15 @@ def local_recipe(folder, **sections) -> recipe.Experiment:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw | sections))
     return recipe.load(path)
+
+
+def test_attention_that_is_left_to_the_machine_is_planned_as_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "gpus", list)
+    text = {}
+    for attention in ("auto", "sdpa", "eager"):
+        experiment = local_recipe(tmp_path, **{"model": {"path": str(tmp_path / "model"), "attention": attention, "dtype": "bfloat16"}})
+        text[attention] = plan_cell(experiment, experiment.cell("sap", 0), ranks=4, gpu_gb=80)
+    assert text["auto"] == text["sdpa"] != text["eager"]
 
 
 def test_the_table_of_a_cell_adds_up_and_reads_no_weights(tmp_path):

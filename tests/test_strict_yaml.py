@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline import recipe
 from pipeline.strict_yaml import MOST_BYTES, MOST_DEPTH, MOST_FILES, expanded, parse_overrides, read
 
 
@@ -71,3 +73,11 @@ def test_a_grid_has_an_end():
     grid = {f"train.f{i}": list(range(10)) for i in range(6)}
     with pytest.raises(ValueError, match="the grid of method 'sap' has 1,000,000 cells, and takes at most 10,000"):
         expanded("sap", {"grid": grid})
+
+
+def test_grids_have_an_end_together(tmp_path):
+    grid = {"grid": {f"train.{field}": [i + 1 for i in range(10)] for field in ("lr", "steps", "batch_size", "weight_decay")}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"extends": "demo.yaml", "methods": {"a": grid, "b": {}}}))
+    with pytest.raises(ValueError, match="methods: these are 10,00[0-9] methods, and a recipe has at most 10,000"):
+        recipe.load(path)

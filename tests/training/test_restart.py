@@ -171,3 +171,9 @@ def test_the_option_and_the_field_cannot_both_be_given(capsys):
     given = ["--resume-from", "a@1", "--train.resume-from", "b@2"]
     assert main(["train", "demo.yaml", *given]) == 2
     assert "--resume-from and --train.resume_from are the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["run", "demo.yaml"], ["train", "demo.yaml"], ["train", "demo.yaml", "--method", "sap", "--seeds", "[0, 1]"]])
+def test_the_option_starts_one_training(capsys, given):
+    assert main([*given, "--resume-from", ".train-sap-s0-1a.work@1"]) == 2
+    assert capsys.readouterr().err.count("--resume-from") == 1 + (given[0] == "train")
