@@ -22,7 +22,7 @@ from pipeline.data.sharing import share_of
 from pipeline.sap.losses import useful_loss
 from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine
-from pipeline.system_errors import writing
+from pipeline.system_errors import naming
 from pipeline.training import checkpoint
 from pipeline.training.ema import Ema
 from pipeline.training.stopping import StopRequest
@@ -88,7 +88,7 @@ class Loop:
                 last = number + 1 == self.steps
                 stopping = asked and not last
                 if stopping or last or (number + 1) % self.train.save_every == 0:
-                    with writing(checkpoints):
+                    with naming(checkpoints):
                         checkpoint.save(self.engine, self.state, checkpoints, number + 1, self.identity, self.metrics_file)
                     self._watchdog.progress(f"the checkpoint of step {number + 1}")
                 if stopping:
@@ -177,7 +177,7 @@ class Loop:
 
     def _write(self, line: dict[str, float]) -> None:
         if self.engine.rank == 0:
-            with writing(self.metrics_file), self.metrics_file.open("a") as stream:
+            with naming(self.metrics_file), self.metrics_file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 
     def _event(self, text: str, where: str = "") -> None:
