@@ -23,8 +23,10 @@ def main() -> None:
 
     from pipeline import stages
     from pipeline.layout import Layout
+    from pipeline.system_errors import reading_input
 
-    layout = Layout(experiment)
+    with reading_input():
+        layout = Layout(experiment)
     baselines = {subject.name: subject for subject in layout.subjects() if subject.seed is None}
     subject = baselines.get(options.method) or layout.subject(entry.choose_cell(experiment, options.method, options.seed))
     stages.evaluate(experiment, subject, shard)

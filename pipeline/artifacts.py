@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.system_errors import BY_THE_INPUT, writing
+from pipeline.system_errors import BY_THE_INPUT, naming
 
 MANIFEST = "manifest.json"
 MARKER = "DONE"
@@ -50,7 +50,7 @@ def digest(value: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -63,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
     """Atomic and durable write of a small text file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path), temporary.open("w") as stream:
+        with naming(path), temporary.open("w") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -196,7 +196,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     machine cannot read it."""
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        with naming(path):
+            raw = path.read_bytes()
         manifest = json.loads(raw)
     except (FileNotFoundError, ValueError, RecursionError) as error:  # other OSErrors pass: they say nothing of the file
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
@@ -292,7 +293,7 @@ def building(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        with writing(target):
+        with naming(target):
             yield temporary
             publish(temporary, target, inputs, seconds=round(time.time() - started, 1), **facts)
     finally:

@@ -7,7 +7,7 @@
 training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
 `sap data FILE` says what a data file holds and how a recipe would read it, `sap template MODEL` what of a conversation is trained,
 `sap bench` what a step costs, by engine and method, beside Trainer and TRL, on a GPU or a CPU.
-Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone), 75 stopped on request (SIGTERM, SIGUSR1,
+Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone, a broken file), 75 stopped on request (SIGTERM, SIGUSR1,
 Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
 """
 
@@ -114,14 +114,16 @@ def _main(argv: list[str]) -> int:
     if options.stage == "status":
         if options.portable:
             check_portable(experiment)
-        print(status(experiment, options.of_stage, options.method, options.seed, options.portable))
+        with reading_input():
+            print(status(experiment, options.of_stage, options.method, options.seed, options.portable))
         return 0
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
     if options.stage == "track":
         return _track(experiment)
     if options.stage == "plan":
-        return _plan(experiment, options)
+        with reading_input():
+            return _plan(experiment, options)
     if options.stage == "doctor":
         return _doctor(experiment, options)
     if options.show:

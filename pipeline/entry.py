@@ -80,8 +80,9 @@ def choose_cell(experiment: Experiment, method: str | None, seed: int | None) ->
 def guarded(main: Callable[[], int | None]) -> int:
     """Run main; what goes wrong by the input, by the system or on request becomes one sentence on stderr and an exit code, without a traceback.
 
-    ValueError: 2. OSError: 74. Stopped: 75. KeyboardInterrupt: 130. Whoever reads our output may leave before its end: 0 where all that was
-    left to do was to print, else 141. A rank whose connection to another one breaks: 1. Any other exception passes.
+    ValueError: 2. What the system is behind (system_errors.py): 74. Stopped: 75. KeyboardInterrupt: 130. Whoever reads our
+    output may leave before its end: 0 where all that was left to do was to print, else 141. A rank whose connection to
+    another one breaks: 1. Any other passes.
     """
     umask = os.umask(0o077)
     os.umask(umask)
@@ -95,19 +96,28 @@ def guarded(main: Callable[[], int | None]) -> int:
 def _guarded(main: Callable[[], int | None]) -> int:
     try:
         code = main() or 0
-        with system_errors.writing(Path("standard output")):
+        with system_errors.naming(Path("standard output")):
             sys.stdout.flush()  # here, where an error of it is still ours to tell
         return code
-    except (ValueError, OSError, KeyboardInterrupt, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not (os.environ.get("WORLD_SIZE", "1") != "1" and _ANOTHER_RANK.search(str(error))):
+    except (Exception, KeyboardInterrupt) as error:
+        found = system_errors.behind(error)
+        if found is None and not _is_expected(error):
             raise
-        code = _told(error)
+        code = _told(found or error)
         if os.environ.get("SAP_DEBUG"):
             raise
         return code
 
 
-def _told(error: ValueError | OSError | KeyboardInterrupt | RuntimeError) -> int:
+def _is_expected(error: BaseException) -> bool:
+    """Whether an exception with which the system has nothing to do is told in one sentence; others are faults of ours."""
+    if isinstance(error, RuntimeError):
+        return os.environ.get("WORLD_SIZE", "1") != "1" and _ANOTHER_RANK.search(str(error)) is not None
+    # io.UnsupportedOperation is both.
+    return isinstance(error, KeyboardInterrupt | ValueError) and not isinstance(error, OSError)
+
+
+def _told(error: BaseException) -> int:
     """Tell the user and the batch script of the error; returns the exit code that it stands for."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if isinstance(error, ValueError):  # once a node: a path may be missing on one node only
@@ -127,6 +137,8 @@ def _told(error: ValueError | OSError | KeyboardInterrupt | RuntimeError) -> int
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the interpreter would try, and complain, once more
     if isinstance(error, BrokenPipeError) and gone:
         return _BROKEN_PIPE if sys.stderr in gone else 0  # stages tell their progress on stderr; stdout gets what is printed in the end
+    if gone and error.filename is None:
+        error.filename = "standard output" if sys.stdout in gone else "standard error"
     sentence = redact(system_errors.sentence(error))
     report_fault(sentence)
     if not first:

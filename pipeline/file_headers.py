@@ -13,6 +13,8 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.system_errors import naming
+
 _LFS = b"version https://git-lfs"
 _DTYPES = {
     1: ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"),
@@ -38,7 +40,7 @@ def safetensors_header(label: str, path: Path) -> dict[str, Tensor]:
     check_whole(label, path)
     size = path.stat().st_size
     broken = f"{label}: {path.name} is no safetensors file (its header cannot be read): copy or download it again"
-    with path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= 100 * 10**6:  # what the format allows
@@ -73,7 +75,7 @@ def check_whole(label: str, path: Path) -> None:
     """ValueError for a file that is empty, or Git's stand-in for one."""
     if not path.is_file():
         return
-    with path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         start = stream.read(len(_LFS))
     if not start:
         raise ValueError(f"{label}: {path.name} is empty: copy or download it again")
@@ -87,7 +89,8 @@ def json_object(label: str, path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     check_whole(label, path)
     try:
-        value = json.loads(path.read_bytes())
+        with naming(path):
+            value = json.loads(path.read_bytes())
     except ValueError as error:  # also bytes that are no UTF-8
         broken = isinstance(error, json.JSONDecodeError)
         where = f"line {error.lineno}: {error.msg}" if broken else "it is no UTF-8 text"

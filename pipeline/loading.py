@@ -9,7 +9,6 @@ holds a whole copy for a while.
 
 from __future__ import annotations
 
-import json
 import threading
 import warnings
 from pathlib import Path
@@ -21,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from pipeline import devices
 from pipeline.model_checks import check_files
-from pipeline.models import damaged_weight, load_model, resolve_dtype, unreachable
+from pipeline.models import damaged_weight, load_model, refused, resolve_dtype
 from pipeline.quantization import quantise
 from pipeline.sections import ModelSection
 from pipeline.sharding.launch import device
-from pipeline.weights import Source, Sources, WeightFiles, file_source, fill, not_finite, placeholder
+from pipeline.weights import Source, Sources, WeightFiles, file_source, fill, listed, not_finite, placeholder
 
 
 def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[PreTrainedModel, Sources]:
@@ -62,15 +61,15 @@ def weight_files(location: str, revision: str | None = None) -> WeightFiles:
         return WeightFiles(Path(location))
     folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.json"]))
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = sorted(set(listed(index).values())) if index.is_file() else ["model.safetensors"]
     return WeightFiles(Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", *names])))
 
 
 def _files_of(location: str, revision: str | None) -> WeightFiles:
     try:
         return weight_files(location, revision)
-    except (OSError, ValueError) as error:  # ValueError: no id at all, or an index that is no JSON
-        raise ValueError(unreachable(location, error)) from None
+    except (OSError, ValueError) as error:  # ValueError: no id at all
+        raise refused(location, error) from None
 
 
 def _skeleton(location: str, dtype: torch.dtype, attention: str, revision: str | None) -> tuple[PreTrainedModel, Sources] | None:
@@ -86,7 +85,7 @@ def _skeleton(location: str, dtype: torch.dtype, attention: str, revision: str |
         if model.can_generate() and (files.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(files.folder)
     except OSError as error:
-        raise ValueError(unreachable(location, error)) from None
+        raise refused(location, error) from None
     model.tie_weights()
     problem = _differs(model, files, dtype)
     if problem:

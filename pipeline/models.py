@@ -5,6 +5,7 @@ from pipeline.models import load_model, load_tokenizer, add_lora
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -35,7 +36,8 @@ from pipeline.file_headers import Tensor  # noqa: E402
 from pipeline.lora_targets import ALL_LINEAR, adapted_modules  # noqa: E402
 from pipeline.model_files import model_location, resolve_model_path  # noqa: E402
 from pipeline.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
-from pipeline.weights import not_finite  # noqa: E402
+from pipeline.system_errors import naming, passes  # noqa: E402
+from pipeline.weights import listed, not_finite  # noqa: E402
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel, on import by peft
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft still asks for it
@@ -51,8 +53,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision, trust_remote_code=False)
     except OSError as error:
-        raise ValueError(unreachable(path, error)) from None
+        raise refused(path, error) from None
     except Exception as error:  # what the tokenizers library raises is no more than that
+        if found := passes(error):
+            raise found from None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"the tokenizer of model.path '{path}' cannot be read ({first}): save it again with "
@@ -83,7 +87,9 @@ def load_chat(section: ModelSection) -> Chat:
     path = resolve_model_path(section)
     try:
         described = GenerationConfig.from_pretrained(path, revision=section.revision).eos_token_id
-    except (OSError, ValueError):  # none there
+    except (OSError, ValueError) as error:  # none there
+        if found := passes(error):  # one that cannot be read would be an answer that ends elsewhere
+            raise found from None
         described = None
     configured = (described, load_config(section).get_text_config().eos_token_id)
     stops = [token for value in configured for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
@@ -114,13 +120,17 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision:
 
     path: local folder or hub id. Raises ValueError where it cannot be had, or is not complete.
     """
+    index, single = (Path(path) / f"model.safetensors{ending}" for ending in (".index.json", ""))
+    if index.is_file() and not single.is_file():
+        listed(index)  # transformers would say that JSON is wrong, and not whose
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        with naming(Path(path)):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, use_safetensors=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
     except OSError as error:
-        raise ValueError(unreachable(path, error)) from None
+        raise refused(path, error) from None
     if report["mismatched_keys"]:
         name, found, wanted = min(report["mismatched_keys"])
         sizes = f"{tuple(found)} in the files, but config.json makes it {tuple(wanted)}"
@@ -149,7 +159,7 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
-        raise ValueError(unreachable(path, error)) from None
+        raise refused(path, error) from None
 
 
 def outline(section: ModelSection) -> PreTrainedModel:
@@ -274,6 +284,16 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers to probe")
     return list(max(lists, key=len))
+
+
+def refused(path: str, error: Exception) -> Exception:
+    """What to raise where a model cannot be had: an error of the system that may pass as it is, else a ValueError.
+
+    A folder that is not there any more is such an error: a library would take its name for one of the hub.
+    """
+    if Path(path).is_absolute() and not Path(path).exists():
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return passes(error) or ValueError(unreachable(path, error))
 
 
 def unreachable(path: str, error: Exception) -> str:

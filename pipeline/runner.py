@@ -18,6 +18,7 @@ from types import FrameType
 
 from pipeline import devices, shipped
 from pipeline.stop_signals import PARENT, stop_signals
+from pipeline.system_errors import AGAIN
 from pipeline.warm import WITHOUT_CTRL_C, Forked, WarmParents
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
@@ -86,8 +87,9 @@ def run_side_by_side(
             for job in [job for job in forwarding.jobs if job.poll() is not None]:
                 forwarding.jobs.remove(job)
                 free.append(slot_of[job])
-                code = code or job.returncode
-                if job.returncode == SYSTEM_ERROR:
+                _say_of_mapped_file([job])
+                code = code or _failure([job])
+                if _failure([job]) == SYSTEM_ERROR:
                     waiting.clear()
     return STOPPED if forwarding.received else code
 
@@ -134,19 +136,33 @@ def _wait(jobs: list[Job]) -> int:
     while None in [job.poll() for job in jobs]:  # a list: every job is polled, or a failure behind a hanging rank is not seen
         failed = _failure(jobs)
         if failed and not code:
+            _say_of_mapped_file(jobs)
             code, deadline = failed, time.monotonic() + (_GRACE_SAID if failed == SYSTEM_ERROR else _GRACE)
         if time.monotonic() > deadline:
             for job in jobs:
                 if job.poll() is None:
                     job.kill()
         time.sleep(0.1)
+    if not code:
+        _say_of_mapped_file(jobs)
     return code or _failure(jobs)
 
 
 def _failure(jobs: list[Job]) -> int:
-    """The exit code that says most: an error of the system, which the others' broken connections follow from, else that of the lowest rank that failed."""
+    """The exit code that says most: an error of the system, which the others' broken connections follow from, else that of the lowest rank that failed.
+
+    SIGBUS is one: a file that was mapped into memory has been cut, or its disk or network file system does not answer.
+    """
     codes = [job.returncode for job in jobs if job.returncode]
-    return SYSTEM_ERROR if SYSTEM_ERROR in codes else next(iter(codes), 0)
+    return SYSTEM_ERROR if {SYSTEM_ERROR, -signal.SIGBUS} & set(codes) else next(iter(codes), 0)
+
+
+def _say_of_mapped_file(jobs: list[Job]) -> None:
+    """What a process that SIGBUS ended could not say: the kernel has no other word where a file is read as memory."""
+    if any(job.returncode == -signal.SIGBUS for job in jobs):
+        said = "a file of weights was cut short while it was read, or its disk or network file system fails (SIGBUS)"
+        advice = f"see whether the model's and output_dir's folders are sound, and {AGAIN}"
+        print(f"error: {said}: {advice}", file=sys.stderr, flush=True)
 
 
 class _Forwarding:

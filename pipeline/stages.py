@@ -40,7 +40,7 @@ from pipeline.filtering.filter import write as write_decision
 from pipeline.layer_choice import read_layer
 from pipeline.layout import Layout, Subject
 from pipeline.loading import load_whole, open_model
-from pipeline.model_checks import check_prompts
+from pipeline.model_checks import check_model, check_prompts
 from pipeline.model_files import resolve_model_path
 from pipeline.models import decoder_layers, load_chat, load_config, load_tokenizer, make_trainable
 from pipeline.recipe import Cell, Experiment, Recipe
@@ -50,7 +50,7 @@ from pipeline.sharding import engine as engines
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.exchange import from_first
 from pipeline.sharding.launch import device, init_distributed, largest_of_ranks, open_engine
-from pipeline.system_errors import writing
+from pipeline.system_errors import naming
 from pipeline.tracking import open_run
 from pipeline.training.ema import Ema
 from pipeline.training.loop import Loop, TrainingData
@@ -186,7 +186,8 @@ def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch
                 save_file({"embeddings": found}, folder / "embeddings.safetensors")
     else:
         artifacts.verify(target)
-    return load_file(target / "embeddings.safetensors")["embeddings"]
+    with naming(target):
+        return load_file(target / "embeddings.safetensors")["embeddings"]
 
 
 def direction(experiment: Experiment, cell: Cell) -> bool:
@@ -291,6 +292,7 @@ def evaluate(experiment: Experiment, subject: Subject, shard: Shard = WHOLE) -> 
 
 def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
     """Chat and sets of the evaluation. ValueError for all that can be known to be wrong before a weight is read."""
+    check_model(layout.base)
     _verify_upstream(layout)
     if subject.trained is not None:
         artifacts.verify(subject.trained)
@@ -444,7 +446,7 @@ def _publishing(engine: Engine, layout: Layout, target: Path, inputs: dict[str, 
     """artifacts.building for a stage of several ranks: all enter and leave together, rank 0 publishes and clears the work folder."""
     folder, work = target.with_name(f".{target.name}.tmp"), layout.work(target)
     try:
-        with writing(target):
+        with naming(target):
             if engine.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)

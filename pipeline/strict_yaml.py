@@ -22,6 +22,7 @@ import yaml
 
 from pipeline import shipped
 from pipeline.redaction import redact
+from pipeline.system_errors import naming
 
 Resolve = Callable[[dict[str, Any], Path], dict[str, Any]]
 
@@ -49,7 +50,9 @@ def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} is {path.stat().st_size:,} bytes, and a recipe has at most {MOST_BYTES:,}: give the path of a recipe")
     try:
-        raw = _load(path.read_text())
+        with naming(path):
+            text = path.read_text()
+        raw = _load(text)
     except _TooMuch as error:
         raise ValueError(f"{path} {error}: give the path of a recipe") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date like 2024-13-01

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.file_headers import json_object
+from pipeline.system_errors import passes
 
 _OF_OTHER_MODALITIES = re.compile(r"image|img|audio|video|vision|speech|sound|boi|eoi|boa|eoa")  # in names like image_token
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -83,6 +84,8 @@ def check_loads(label: str, folder: Path) -> None:
     try:
         Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no more than that
+        if found := passes(error):
+            raise found from None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"the tokenizer of {label} cannot be read ({path.name}: {first}): save it again with tokenizer.save_pretrained"

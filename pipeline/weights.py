@@ -9,6 +9,7 @@ Files are mapped into memory, one at a time: pages of a file belong to the kerne
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -21,6 +22,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from pipeline.system_errors import BrokenFile, naming
 
 MAX_FILE_BYTES = 5 * 10**9  # transformers' own default
 _CHUNK = 2**20  # elements read at a time
@@ -53,7 +56,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     """The tensors of a folder's `<stem>.safetensors`, or of the several files that `<stem>.safetensors.index.json` lists.
 
     Iterates in the order of the files, so that whoever follows it maps each file once. A returned tensor is a view of the file: clone it to
-    keep it. Threads may share it. Raises FileNotFoundError where the folder has neither.
+    keep it. Threads may share it. Raises FileNotFoundError where the folder has neither, BrokenFile where one is not whole.
     """
 
     def __init__(self, folder: Path, stem: str = "model"):
@@ -62,7 +65,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         if single.is_file():
             names = dict.fromkeys(_names(single), single.name)
         else:
-            names = json.loads(index.read_text())["weight_map"]
+            names = listed(index)
         self._file_of = dict(sorted(names.items(), key=lambda item: item[1]))
         missing = [name for name in sorted(set(names.values())) if not (folder / name).is_file()]
         if missing:
@@ -77,14 +80,17 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         return len(self._file_of)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file(name).get_tensor(name)
+        with self._naming(name):
+            return self._file(name).get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
+        with self._naming(name):
+            return tuple(self._file(name).get_slice(name).get_shape())
 
     def is_float(self, name: str) -> bool:
         """Whether the tensor is of 16, 32 or 64-bit floating point; 8-bit floats are useless without their scales."""
-        return self._file(name).get_slice(name).get_dtype() in ("F16", "BF16", "F32", "F64")
+        with self._naming(name):
+            return self._file(name).get_slice(name).get_dtype() in ("F16", "BF16", "F32", "F64")
 
     def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop of the flattened tensor, in the file's dtype; only the rows that hold them are touched."""
@@ -95,12 +101,17 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             return self[name].reshape(1)
         row = math.prod(shape[1:])
         first = start // row
-        rows = self._file(name).get_slice(name)[first : -(-stop // row)]
+        with self._naming(name):
+            rows = self._file(name).get_slice(name)[first : -(-stop // row)]
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
     def largest_file(self) -> int:
         """Bytes of the largest file."""
         return max((self.folder / name).stat().st_size for name in set(self._file_of.values()))
+
+    def _naming(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the system's errors, and those of a file that is not whole, name the tensor's file."""
+        return naming(self.folder / self._file_of[name])
 
     def _file(self, name: str) -> safe_open:
         file = self._file_of[name]
@@ -111,8 +122,20 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             return self._open[1]
 
 
+def listed(index: Path) -> dict[str, str]:
+    """Name of a tensor -> name of its file, by a `model.safetensors.index.json`. BrokenFile where it does not say so."""
+    try:
+        with naming(index):
+            names = json.loads(index.read_text())["weight_map"]
+        if all(isinstance(file, str) for file in names.values()):
+            return names
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise BrokenFile(f"{index} holds no weight_map of tensors to files: copy or download it again")
+
+
 def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
+    with naming(file), safe_open(file, framework="pt") as opened:
         return sorted(opened.keys())
 
 

@@ -38,9 +38,11 @@ def test_exit_codes_and_output_without_finalization(body, code):
     assert "finalized" in ended(body, "sys.exit(entry.guarded(main))")[1], "nothing would be finalized here anyhow"
 
 
-def test_other_errors_are_tracebacks():
-    code, out, err = ended("raise RuntimeError('a broken node')")
-    assert code == 1 and "atexit ran" in out and "RuntimeError: a broken node" in err
+@pytest.mark.parametrize("error", ["RuntimeError('a broken node')", "__import__('io').UnsupportedOperation('fileno')"])
+def test_other_errors_are_tracebacks(error):
+    """Also where Python calls a fault of ours an OSError and a ValueError at once."""
+    code, out, err = ended(f"raise {error}")
+    assert code == 1 and "atexit ran" in out and "Traceback" in err and error.split("'")[-2] in err.splitlines()[-1]
 
 
 def test_threads_that_still_run_do_not_hold_the_process():
@@ -51,11 +53,17 @@ def test_threads_that_still_run_do_not_hold_the_process():
     ("body", "code", "said"),
     [
         ("raise OSError(28, 'No space left on device', '/runs/demo')", 74, "error: /runs/demo: No space left on device: free space there"),
+        ("raise Exception('No space left on device (os error 28)')", 74, "error: a file that is not named here: No space left on device: free"),
+        ("raise Exception('of a library') from OSError(5, 'Input/output error', '/x')", 74, "error: /x: Input/output error: see whether the disk"),
+        ("raise ConnectionRefusedError(111, 'Connection refused')", 74, "error: the network: Connection refused: see whether this machine reaches"),
+        ("open('x', 'wb').write(b'1' * 9); from safetensors import safe_open as o; o('x', 'np')", 74, "error: a safetensors file that is not named here"),
         ("raise entry.Stopped('SIGTERM')", 75, "stopped on request (SIGTERM): run the same command again to go on"),
         ("raise KeyboardInterrupt", 130, "interrupted"),
     ],
 )
-def test_the_system_and_requests_to_stop_are_one_sentence(body, code, said):
+def test_the_system_and_requests_to_stop_are_one_sentence(body, code, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    monkeypatch.chdir(tmp_path)
     found, _, err = ended(body)
     assert found == code and err.startswith(said) and err.count("\n") == 1
 

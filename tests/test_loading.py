@@ -1,6 +1,9 @@
 """Streamed loading gives the model that from_pretrained gives, and no rank ever holds more than its part."""
 
+import errno
 import json
+import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -12,12 +15,14 @@ from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from pipeline.loading import load_whole, open_model
 from pipeline.model_facts import read_facts
-from pipeline.models import check_weights, damaged_weight, load_model, make_trainable, outline
+from pipeline.models import check_weights, damaged_weight, load_chat, load_model, make_trainable, outline
 from pipeline.quantization import quantise
 from pipeline.sections import LoraSection, ModelSection, TrainSection
+from pipeline.system_errors import BrokenFile, sentence
 from pipeline.weights import WeightFiles, fill, not_finite
 from tests import measure_loading
 from tests.model_folder import change, make_folder
+from tests.project import make_model
 from tests.tiny import FAMILIES, family_model
 
 pytestmark = pytest.mark.processes
@@ -244,13 +249,62 @@ def test_training_and_evaluation_quantise_on_the_same_device(tmp_path, monkeypat
     assert asked == [torch.device("cuda", 1)] * 3 and {p.device.type for p in whole.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("location", ["no/such-model", "/nowhere"])
-def test_what_cannot_be_had_is_one_sentence(location, monkeypatch):
+def test_what_cannot_be_had_is_one_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=rf"model.path '{location}' cannot be had") as caught:
-        open_model(section(location), location, sharded=True)
+    with pytest.raises(ValueError, match="model.path 'no/such-model' cannot be had") as caught:
+        open_model(section("no/such-model"), "no/such-model", sharded=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_folder_that_vanished_since_it_was_checked_is_no_model_of_the_hub(tmp_path, monkeypatch, sharded):
+    location = saved(tmp_path / "model")
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # it goes a moment after the last look
+    shutil.rmtree(location)
+    with pytest.raises(FileNotFoundError) as gone:
+        open_model(section(location), location, sharded)
+    assert gone.value.filename == location and "bring it back if it was moved or unmounted" in sentence(gone.value)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_file_that_this_machine_cannot_read_is_not_left_out_and_no_bad_input(tmp_path, name):
+    make_model(tmp_path)
+    load_chat(section(str(tmp_path)))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/proc/self/mem")  # opens, and gives EIO
+    with pytest.raises(OSError) as found:
+        load_chat(section(str(tmp_path)))
+    assert found.value.errno == errno.EIO
+
+
+HARM = {
+    "cut": lambda folder: os.truncate(folder / "model-00002-of-00013.safetensors", 500),
+    "emptied": lambda folder: os.truncate(folder / "model-00002-of-00013.safetensors", 0),
+    "header": lambda folder: (folder / "model-00002-of-00013.safetensors").write_bytes(b"\xff" * 300),
+    "index": lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
+    "no map": lambda folder: change(folder / "model.safetensors.index.json", weight_map=None),
+    "no tensors": lambda folder: save_file({"x": torch.zeros(1)}, folder / "model-00002-of-00013.safetensors"),
+}
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("harm", HARM)
+def test_files_that_broke_after_they_were_checked_are_one_sentence_that_names_the_file(tmp_path, sharded, harm):
+    """Before they were they are bad input: tests/test_model_facts.py."""
+    location = saved(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 13
+    HARM[harm](tmp_path)
+    if (harm, sharded) == ("no tensors", False):  # transformers says itself what is missing
+        pytest.raises(ValueError, load_model, location, torch.float32).match("lacks the weight")
+        return
+    with pytest.raises(BrokenFile) as broken:
+        model, sources = open_model(section(location), location, sharded)
+        fill(sources)
+    name = "model.safetensors.index.json" if harm in ("index", "no map") else "model-00002-of-00013.safetensors"
+    said = sentence(broken.value)
+    assert said.startswith(str(tmp_path / name)) and "\n" not in said
+    assert said.endswith("copy or download it again, and run the same command again; finished stages and checkpoints are kept")
 
 
 @pytest.fixture(scope="module")

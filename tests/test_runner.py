@@ -206,8 +206,21 @@ def test_a_rank_that_is_left_alone_by_a_killed_one_says_so_in_one_sentence(launc
     assert said.startswith("error: the connection to another rank is lost") and said.count("\n") == 1
 
 
-def test_after_an_error_of_the_system_no_job_is_begun(launch, warm):
-    out = launch(f"(out / sys.argv[1]).touch()\nsys.exit({runner.SYSTEM_ERROR})")
+CUT_WHILE_READ = "import mmap\nf = open(out / 'f', 'w+b'); f.truncate(8192); m = mmap.mmap(f.fileno(), 8192); f.truncate(0); m[5000]"
+
+
+def test_a_mapped_file_that_is_cut_ends_a_rank_without_a_word_so_we_say_it(launch, warm, capfd):
+    launch(f"if os.environ['RANK'] == '0': time.sleep(60)\n{CUT_WHILE_READ}")
+    started = time.monotonic()
+    assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
+    assert time.monotonic() - started < runner._GRACE
+    said = capfd.readouterr().err
+    assert said.startswith("error: a file of weights was cut short while it was read") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("ending", [f"sys.exit({runner.SYSTEM_ERROR})", CUT_WHILE_READ])
+def test_after_an_error_of_the_system_no_job_is_begun(launch, warm, ending):
+    out = launch(f"(out / sys.argv[1]).touch()\n{ending}")
     assert runner.run_side_by_side("job.py", [["first"], ["second"]], slots=1, warm=warm) == runner.SYSTEM_ERROR
     assert not (out / "second").exists()
 

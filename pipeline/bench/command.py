@@ -22,6 +22,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from pipeline import artifacts
 from pipeline.bench.cases import ENGINES, METHODS, OTHERS, SHAPES, Case
 from pipeline.bench.processes import Processes
 
@@ -43,7 +44,7 @@ def command(argv: Sequence[str]) -> int:
                 if row["profile"]:
                     print(row["profile"])
     if options.json:
-        options.json.write_text(json.dumps({"matmul_flops_per_s": rate, "rows": found}, indent=1) + "\n")
+        artifacts.write_text(options.json, json.dumps({"matmul_flops_per_s": rate, "rows": found}, indent=1) + "\n")
     print(table(found, rate))
     problem = unlike(found)
     if problem:

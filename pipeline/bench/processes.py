@@ -19,6 +19,7 @@ from typing import Any
 from pipeline import shipped
 from pipeline.bench.cases import Case
 from pipeline.runner import Job, free_port
+from pipeline.system_errors import naming
 from pipeline.warm import WITHOUT_CTRL_C, WarmParents
 
 # What cases would else import one by one: DeepSpeed, PEFT, transformers' Trainer and the model.
@@ -66,7 +67,8 @@ class Processes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             arguments = [{"Case": asdict(value)} if isinstance(value, Case) else value for value in given]
-            (folder / "asked").write_text(json.dumps([sys.path, function, arguments]))
+            with naming(folder):
+                (folder / "asked").write_text(json.dumps([sys.path, function, arguments]))
             job, deadline = self._start(name, {"MASTER_PORT": free_port(), **own}), time.monotonic() + seconds
             try:
                 while job.poll() is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import errno
 import fcntl
 import functools
 import io
@@ -31,6 +30,7 @@ import yaml
 from pipeline import artifacts
 from pipeline.data.everyday import everyday_rows
 from pipeline.data.text_to_sql import text_to_sql_rows
+from pipeline.system_errors import OF_THE_MACHINE
 
 Row = dict[str, Any]
 
@@ -100,7 +100,7 @@ def archive(name: str) -> Path:
         result = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(folder) / entry.file
         full = re.search(r"\[Errno (\d+)\]", _last_line(result.stderr)) if result.returncode else None
-        if full and int(full.group(1)) in (errno.ENOSPC, errno.EDQUOT):
+        if full and int(full.group(1)) in OF_THE_MACHINE:
             raise OSError(int(full.group(1)), os.strerror(int(full.group(1))), str(path))
         if result.returncode or not fetched.is_file():
             raise ValueError(

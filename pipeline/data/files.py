@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.data.malformed import Bad, Place
 from pipeline.data.text_rows import NotReadable, Placed, csv_rows, json_rows
+from pipeline.system_errors import naming
 
 TEXT = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXT, ".parquet", ".arrow")
@@ -167,7 +168,10 @@ def read(path: Path, header: bool = True, split: str = "train") -> Table:
     Raises NotReadable (a ValueError of half a sentence, which follows the path) for what cannot be read as a whole.
     """
     files = parts(path, split)
-    tables = [_read_file(file, header) for file in files]
+    tables = []
+    for file in files:
+        with naming(file):
+            tables.append(_read_file(file, header))
     if not path.is_dir():
         return tables[0]
     other = next((file for file, table in zip(files, tables, strict=True) if table.labels != tables[0].labels), None)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.data.chat import IGNORE, Chat, Encoded, Messages
 from pipeline.sections import ModelSection
+from pipeline.system_errors import reading_input
 
 _ASKED = {"role": "user", "content": "How many legs has a duck?"}
 _CALL = {"type": "function", "function": {"name": "count", "arguments": {"what": "legs", "of": "duck"}}}
@@ -63,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
         str(Path(options.model).expanduser().absolute()) if Path(options.model).expanduser().is_dir() else options.model
     )
     section = ModelSection(path=path, chat_template=options.chat_template, revision=options.revision)
-    print(describe(load_chat(section), colour=sys.stdout.isatty()))
+    with reading_input():
+        chat = load_chat(section)
+    print(describe(chat, colour=sys.stdout.isatty()))
     return 0
 
 

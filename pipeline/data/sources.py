@@ -23,6 +23,7 @@ from pipeline.data import builtin, files
 from pipeline.data.malformed import Bad, Place, refusal
 from pipeline.data.text_rows import NotReadable
 from pipeline.sections import SourceSection
+from pipeline.system_errors import passes
 
 Row = dict[str, Any]
 FIELDS = ("messages", "tools", "prompt", "input", "response", "system", "history", "chosen", "rejected", "harmful")
@@ -277,7 +278,9 @@ def _read_hub(source: SourceSection, field: str) -> files.Table:
 
     try:
         loaded = datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError) as error:  # the hub's, the cache's and the library's own
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # hub, cache, library
+        if found := passes(error):
+            raise found from None
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and "

@@ -125,11 +125,14 @@ class Engine(ABC):
 
     @abstractmethod
     def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
-        """Write weights, optimizer state and named vectors of every rank below `folder`. A collective call."""
+        """Write weights, optimizer state and named vectors of every rank below `folder`; no rank waits for another."""
 
     @abstractmethod
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
-        """Read what `save` wrote, at any world size: bit for bit, each rank its part. Returns the vectors named. A collective call."""
+        """Read what `save` wrote, at any world size: bit for bit, each rank its part, and none waits for another.
+
+        Returns the vectors named.
+        """
 
     def loss(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
         """The global loss without gradients, in eval mode (no dropout)."""

@@ -2,15 +2,21 @@
 
     number = from_first(number)          # rank 0's, on every rank
     sentences = of_every_rank(sentence)  # in the order of ranks
+    with leaving_together():             # an error of one rank's disk is all ranks' error, at once
+        write_file_of_this_rank()
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from pipeline.system_errors import behind, from_parts, parts
 
 
 def from_first(value: Any) -> Any:
@@ -39,6 +45,26 @@ def of_every_rank(value: Any) -> list[Any]:
     texts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(texts, padded)
     return [_value(found[:count]) for found, count in zip(texts, counts, strict=True)]
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """Inside the block, in which no rank may wait for another, an error of the system on one is raised on all at its end.
+
+    Else those that met none would wait in the next collective for one that is about to leave, and nobody would say why
+    for half a minute. A collective call. Where several ranks meet one, each raises its own, and those that met none the
+    first's.
+    """
+    met = None
+    try:
+        yield
+    except Exception as error:
+        met = behind(error)
+        if met is None:
+            raise
+    told = next((found for found in of_every_rank(None if met is None else parts(met)) if found), None)
+    if told is not None:
+        raise met or from_parts(told)
 
 
 def _tensor(value: Any) -> torch.Tensor:

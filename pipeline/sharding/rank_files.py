@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pipeline.system_errors import naming
+
 
 def write(folder: Path, rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
     """This rank's file. tensors: flat pieces, and what is alike on all ranks."""
@@ -38,7 +40,10 @@ class RankFiles:
 
     def __enter__(self) -> RankFiles:
         self._open = contextlib.ExitStack()
-        self.files = [self._open.enter_context(safe_open(path, framework="pt")) for path in self.paths]
+        self.files = []
+        for path in self.paths:
+            with naming(path):
+                self.files.append(self._open.enter_context(safe_open(path, framework="pt")))
         self.keys = list(self.files[0].keys())
         return self
 

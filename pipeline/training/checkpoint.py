@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import artifacts
 from pipeline.sharding.engine import Engine, Shard
-from pipeline.sharding.exchange import from_first
+from pipeline.sharding.exchange import from_first, leaving_together
+from pipeline.system_errors import naming
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
 _KEEP = 2
@@ -78,24 +79,34 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     engine.barrier()
-    vectors = step.vectors()
-    engine.save(temporary / "engine", vectors)
+    try:
+        vectors = step.vectors()
+        with leaving_together(), naming(root):
+            engine.save(temporary / "engine", vectors)
+        if engine.rank == 0:
+            state = {
+                "step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors), "basis": basis or {},
+            }  # fmt: skip
+            _complete(step, state, temporary, metrics)
+            (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
+            artifacts.publish(temporary, target, {"identity": identity})
+            for old in checkpoints(root)[:-_KEEP]:
+                shutil.rmtree(old)
+    except OSError:
+        if engine.rank == 0:  # gigabytes, perhaps on a full disk; no rank writes there any more
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     engine.barrier()
-    if engine.rank == 0:
-        save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in step.state_dict().items()}, temporary / "step.safetensors"
-        )
-        state = {
-            "step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors), "basis": basis or {},
-        }  # fmt: skip
-        artifacts.write_json(temporary / "state.json", state)
+
+
+def _complete(step: Stateful, state: dict[str, Any], folder: Path, metrics: Path | None) -> None:
+    """Add what is the same on every rank to the folder that holds the ranks' files."""
+    with naming(folder.parent):
+        carried = {key: value.detach().cpu().contiguous().clone() for key, value in step.state_dict().items()}
+        save_file(carried, folder / "step.safetensors")
+        artifacts.write_json(folder / "state.json", state)
         if metrics and metrics.is_file():
-            shutil.copy(metrics, temporary / metrics.name)
-        (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
-        artifacts.publish(temporary, target, {"identity": identity})
-        for old in checkpoints(root)[:-_KEEP]:
-            shutil.rmtree(old)
-    engine.barrier()
+            shutil.copy(metrics, folder / metrics.name)
 
 
 def load_latest(engine: Engine, step: Stateful, root: Path, identity: str, metrics: Path | None = None) -> int:
@@ -133,8 +144,9 @@ def start_from(engine: Engine, step: Stateful, given: Path, basis: dict[str, Any
 
 
 def _load(engine: Engine, step: Stateful, folder: str, state: dict[str, Any], metrics: Path | None) -> int:
-    vectors = engine.load(Path(folder) / "engine", state["vectors"])
-    step.load_state_dict(load_file(Path(folder) / "step.safetensors"), vectors)
+    with leaving_together(), naming(Path(folder)):
+        vectors = engine.load(Path(folder) / "engine", state["vectors"])
+        step.load_state_dict(load_file(Path(folder) / "step.safetensors"), vectors)
     what = _not_finite(engine, step)
     if what:
         raise ValueError(f"{what} in {folder}: delete {Path(folder).parent} and lower train.lr, or check the data")

@@ -23,7 +23,7 @@ from pipeline.sap.losses import useful_loss
 from pipeline.sections import TrainSection
 from pipeline.sharding.engine import Engine
 from pipeline.sharding.exchange import from_first
-from pipeline.system_errors import writing
+from pipeline.system_errors import naming
 from pipeline.training import checkpoint
 from pipeline.training.ema import Ema
 from pipeline.training.spikes import Spikes, logged
@@ -118,7 +118,7 @@ class Loop:
         return done
 
     def _save(self, number: int) -> None:
-        with writing(self.checkpoints):
+        with naming(self.checkpoints):
             checkpoint.save(self.engine, self.state, self.checkpoints, number, self.identity, self.metrics_file, self.basis)
 
     def _one_step(self, number: int, stop: StopRequest) -> bool:
@@ -221,7 +221,7 @@ class Loop:
 
     def _write(self, line: dict[str, float]) -> None:
         if self.engine.rank == 0:
-            with writing(self.metrics_file), self.metrics_file.open("a") as stream:
+            with naming(self.metrics_file), self.metrics_file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 
     def _event(self, text: str, where: str = "") -> None:

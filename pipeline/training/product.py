@@ -27,6 +27,7 @@ from pipeline.loading import weight_files
 from pipeline.models import load_model, resolve_dtype
 from pipeline.sections import ModelSection, TrainSection
 from pipeline.sharding.engine import Engine
+from pipeline.system_errors import naming
 from pipeline.weights import merged as merge
 from pipeline.weights import write_sharded
 
@@ -88,7 +89,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     lean_imports.import_peft()
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder))
+    with naming(folder):
+        return PeftModel.from_pretrained(model, str(folder))
 
 
 def save_merged(engine: Engine, source: str, section: ModelSection, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

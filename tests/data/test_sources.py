@@ -2,9 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 
-from pipeline.data.sources import check_source, read_source
+from pipeline.data.sources import check_source, read_source, read_table
 from pipeline.sections import SourceSection
 
 ROWS = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
@@ -101,3 +102,15 @@ def test_empty_file_and_scalars(tmp_path):
 
 def test_hub_id_offline_says_what_to_do():
     refused(SourceSection(source="owner/data"), "data.task.source 'owner/data' .* cannot be had: check id")
+
+
+@pytest.mark.parametrize(("cause", "kind"), [(OSError(28, "No space left on device", "/cache"), OSError), (KeyError("column"), ValueError)])
+def test_a_full_cache_is_no_wrong_data_set_and_what_the_library_cannot_make_is(monkeypatch, cause, kind):
+    """It puts an exception on top that is neither."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from cause
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(kind, match="/cache" if kind is OSError else "cannot be had: check id"):
+        read_table(SourceSection(source="owner/data"), "data.task")

@@ -1,5 +1,6 @@
 """The loop around a step: learning rate, what stops it, what it resumes from, and what its log holds afterwards."""
 
+import errno
 import json
 import shutil
 import warnings
@@ -330,3 +331,22 @@ def test_validation_runs_at_its_interval_and_at_the_end_and_changes_nothing(tmp_
     assert loop.run()
     assert [line["step"] for line in log(tmp_path) if "validation/task_loss" in line] == [0, 4, 6]
     assert torch.equal(weights(loop), straight[1])
+
+
+def test_a_checkpoint_that_a_full_disk_cuts_short_takes_no_room_and_the_run_goes_on_from_the_one_before(tmp_path, straight):
+    loop = build(tmp_path)
+    write = loop.engine.save
+
+    def full(folder: Path, vectors: dict) -> None:
+        write(folder, vectors)
+        if folder.parent.name == ".step-000004.tmp":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    loop.engine.save = full
+    with pytest.raises(OSError) as met:
+        loop.run()
+    checkpoints = tmp_path / "checkpoints"
+    assert (met.value.errno, met.value.filename) == (errno.ENOSPC, str(checkpoints))
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
+    again = build(tmp_path)
+    assert again.run() and torch.equal(weights(again), straight[1])
