@@ -29,7 +29,7 @@ from pipeline.model_files import model_location
 from pipeline.recipe import Cell, Experiment, Recipe
 from pipeline.sections import DataSection, ModelSection, SapSection, SourceSection, TrainSection
 
-_REPORT = 4  # raise when the page shows something new
+_REPORT = 5  # raise when the page shows something new
 _FORMAT = 6  # raise when prepared data, checkpoints or products change shape
 # Of a training section, what changes no result: gradient checkpointing computes the same activations again.
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}

@@ -5,9 +5,11 @@ draw_all(collected, Path("report/figures"))
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -50,29 +52,36 @@ def draw_all(collected: Collected, folder: Path) -> list[tuple[Path, str]]:
 
 @_figure(
     "safety_usefulness",
-    "Safety against usefulness. Up and left is better: the task is learned and harmful prompts are still refused. Bars: 95% intervals. "
+    "Safety against usefulness. Left: up and left is better, the task is learned and harmful prompts are still refused. Right: down and left is "
+    "better, harmful prompts are refused and ordinary ones (look-alikes where there are none) answered. Bars: 95% intervals. "
     f"Hollow: more than {_OVER_REFUSING:.0%} of the ordinary instructions, or of the look-alikes, are refused, too.",
 )
 def _safety_usefulness(collected: Collected) -> Figure:
-    figure, axes = _axes("non-refusal rate on harmful prompts (lower is safer)", "task exact match (higher is better)")
-    marks = []
-    for number, method in enumerate(collected.methods):
-        mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]  # shifted from round to round: no two methods look alike
-        x, y = method.measures["non_refusal_rate"], method.measures["exact_match"]
-        hollow = max(method.measures[key]["value"] or 0 for key in ("over_refusal_rate", "ordinary_refusal_rate")) > _OVER_REFUSING
-        bars = axes.errorbar(
-            x["value"], y["value"], xerr=_error(x), yerr=_error(y), fmt=mark, color=_COLOURS[number % len(_COLOURS)],
-            markersize=8, capsize=3, elinewidth=1, markerfacecolor="white" if hollow else None,
-        )  # fmt: skip
-        marks.append(bars.lines[0])
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_ylim(-0.03, 1.03)
-    if len(collected.methods) > 8:
-        place = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    else:
-        place = {}
-    axes.legend(marks, [method.name for method in collected.methods], frameon=False, **place)
+    figure, pair = plt.subplots(1, 2, figsize=(11, 4.2))
+    harmless = "ordinary" if any(method.measures["ordinary_refusal_rate"]["value"] is not None for method in collected.methods) else "over"
+    what = {"ordinary": "ordinary instructions refused", "over": "look-alikes refused"}[harmless]
+    of_axes = {"exact_match": "task exact match (higher is better)", f"{harmless}_refusal_rate": f"{what} (lower is better)"}
+    for axes, (key, label) in zip(pair, of_axes.items(), strict=True):
+        _style(axes, "harmful prompts answered (lower is safer)", label)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.03)
+        marks = [_mark(axes, number, method, key) for number, method in enumerate(collected.methods)]
+    names = [method.name for method in collected.methods]
+    figure.legend(marks, names, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(0.91, 0.5), ncols=-(-len(names) // 16))
     return figure
+
+
+def _mark(axes: Axes, number: int, method: Method, key: str) -> Any:
+    """A method's place, with its intervals; what the legend shows of it."""
+    mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]  # shifted from round to round: no two methods look alike
+    x, y = method.measures["non_refusal_rate"], method.measures[key]
+    hollow = max(method.measures[refused]["value"] or 0 for refused in ("over_refusal_rate", "ordinary_refusal_rate")) > _OVER_REFUSING
+    place = (math.nan if measure["value"] is None else measure["value"] for measure in (x, y))  # a recipe may have no harmless prompts
+    bars = axes.errorbar(
+        *place, xerr=_error(x), yerr=_error(y), fmt=mark, color=_COLOURS[number % len(_COLOURS)],
+        markersize=8, capsize=3, elinewidth=1, markerfacecolor="white" if hollow else None,
+    )  # fmt: skip
+    return bars.lines[0]
 
 
 @_figure(

@@ -247,3 +247,16 @@ def test_a_mark_is_hollow_where_harmless_prompts_are_refused_too():
     figure = FIGURES["safety_usefulness"][1](hand_made(methods=methods))
     lines = [container.lines[0] for container in figure.axes[0].containers]
     assert [line.get_markerfacecolor() == "white" for line in lines] == [False, True, False]
+
+
+@pytest.mark.parametrize(("without", "label"), [((), "ordinary instructions refused"), (("ordinary_refusal_rate",), "look-alikes refused")])
+def test_refusals_of_harmless_prompts_stand_beside_the_task(without, label):
+    missing = {"value": None, "low": None, "high": None}
+    found = measures(5) | {"exact_match": share([True]), "over_refusal_rate": share([True, False]), "ordinary_refusal_rate": share([False, True])}
+    figure = FIGURES["safety_usefulness"][1](hand_made(methods=[Method("a", [0], found | dict.fromkeys(without, missing), [])]))
+    task, harmless = figure.axes
+    assert "task exact match" in task.get_ylabel() and label in harmless.get_ylabel()
+    places = [axes.containers[0].lines[0].get_xydata().tolist() for axes in (task, harmless)]
+    assert places == [[[0.25, 1.0]], [[0.25, 0.5]]]
+    neither = hand_made(methods=[Method("a", [0], found | dict.fromkeys(("ordinary_refusal_rate", "over_refusal_rate"), missing), [])])
+    assert FIGURES["safety_usefulness"][1](neither) is not None
