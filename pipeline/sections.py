@@ -301,7 +301,7 @@ class SapSection(Section):
     )
     probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
     target_correction: Annotated[float, Field(gt=0)] = Field(
-        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; 0.7 was chosen with an earlier demo (docs/defaults.md)"
+        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; 0.7 is of an earlier demo, today's sets 1.0 (docs/defaults.md)"
     )
     layers: str | list[int] | list[float] = Field(
         "0.33:0.66",
