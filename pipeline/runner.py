@@ -27,7 +27,14 @@ SYSTEM_ERROR = 74  # EX_IOERR: a full disk, a folder that is gone; what else wou
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
 Job = subprocess.Popen | Forked
 _GRACE = 30.0  # seconds between a rank's failure and the end of the others
-_GRACE_SAID = 1.0  # the same where the failure is an error of the system: the others wait for that rank, or are about to say the same
+_GRACE_SAID = 1.0  # the same where it has been told why: the others wait for that rank, or are about to say the same
+# Of a process that a signal ended: what it could not say.
+_LAST_WORDS = {
+    signal.SIGBUS: "a file of weights was cut short while it was read, or its disk or network file system fails (SIGBUS): see whether the model's "
+    "and output_dir's folders are sound",
+    signal.SIGKILL: "a process was killed (SIGKILL), as the system does where memory is full: free memory, or lower --jobs or the recipe's "
+    "micro_batch_size",
+}
 
 
 class Stopped(KeyboardInterrupt):
@@ -87,7 +94,7 @@ def run_side_by_side(
             for job in [job for job in forwarding.jobs if job.poll() is not None]:
                 forwarding.jobs.remove(job)
                 free.append(slot_of[job])
-                _say_of_mapped_file([job])
+                _say_for_the_dead([job])
                 code = code or _failure([job])
                 if _failure([job]) == SYSTEM_ERROR:
                     waiting.clear()
@@ -136,15 +143,15 @@ def _wait(jobs: list[Job]) -> int:
     while None in [job.poll() for job in jobs]:  # a list: every job is polled, or a failure behind a hanging rank is not seen
         failed = _failure(jobs)
         if failed and not code:
-            _say_of_mapped_file(jobs)
-            code, deadline = failed, time.monotonic() + (_GRACE_SAID if failed == SYSTEM_ERROR else _GRACE)
+            _say_for_the_dead(jobs)
+            code, deadline = failed, time.monotonic() + (_GRACE_SAID if failed == SYSTEM_ERROR or -failed in _LAST_WORDS else _GRACE)
         if time.monotonic() > deadline:
             for job in jobs:
                 if job.poll() is None:
                     job.kill()
         time.sleep(0.1)
     if not code:
-        _say_of_mapped_file(jobs)
+        _say_for_the_dead(jobs)
     return code or _failure(jobs)
 
 
@@ -157,12 +164,11 @@ def _failure(jobs: list[Job]) -> int:
     return SYSTEM_ERROR if {SYSTEM_ERROR, -signal.SIGBUS} & set(codes) else next(iter(codes), 0)
 
 
-def _say_of_mapped_file(jobs: list[Job]) -> None:
-    """What a process that SIGBUS ended could not say: the kernel has no other word where a file is read as memory."""
-    if any(job.returncode == -signal.SIGBUS for job in jobs):
-        said = "a file of weights was cut short while it was read, or its disk or network file system fails (SIGBUS)"
-        advice = f"see whether the model's and output_dir's folders are sound, and {AGAIN}"
-        print(f"error: {said}: {advice}", file=sys.stderr, flush=True)
+def _say_for_the_dead(jobs: list[Job]) -> None:
+    """What a process that the system ended could not say itself."""
+    for number, sentence in _LAST_WORDS.items():
+        if any(job.returncode == -number for job in jobs):
+            print(f"error: {sentence}, and {AGAIN}", file=sys.stderr, flush=True)
 
 
 class _Forwarding:

@@ -195,15 +195,23 @@ def test_a_rank_whose_connection_to_a_failed_one_breaks_adds_nothing_to_its_sent
     assert "error: /runs: No space left on device" in said and "Traceback" not in said and "connection" not in said
 
 
-def test_a_rank_that_is_left_alone_by_a_killed_one_says_so_in_one_sentence(launch, warm, capfd):
+@pytest.mark.parametrize(
+    ("end", "code", "sentence"),
+    [
+        ("os._exit(9)", 9, "the connection to another rank is lost"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, "a process was killed (SIGKILL), as the system does where memory is full"),
+    ],
+    ids=["without a word", "killed"],
+)
+def test_ranks_that_are_left_alone_are_no_second_sentence(launch, warm, capfd, end, code, sentence):
     launch(
         f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
-        "def main():\n    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"def main():\n    if os.environ['RANK'] == '1': {end}\n"
         "    raise RuntimeError('[pair.cc:553] Connection closed by peer [127.0.0.1]:58513')\nentry.run(main)"
     )
-    assert runner.run_ranks("job.py", [], 2, warm) == -signal.SIGKILL
+    assert runner.run_ranks("job.py", [], 2, warm) == code
     said = capfd.readouterr().err
-    assert said.startswith("error: the connection to another rank is lost") and said.count("\n") == 1
+    assert said.startswith(f"error: {sentence}") and said.count("\n") == 1
 
 
 CUT_WHILE_READ = "import mmap\nf = open(out / 'f', 'w+b'); f.truncate(8192); m = mmap.mmap(f.fileno(), 8192); f.truncate(0); m[5000]"
@@ -216,6 +224,12 @@ def test_a_mapped_file_that_is_cut_ends_a_rank_without_a_word_so_we_say_it(launc
     assert time.monotonic() - started < runner._GRACE
     said = capfd.readouterr().err
     assert said.startswith("error: a file of weights was cut short while it was read") and said.count("\n") == 1
+
+
+def test_what_we_kill_after_another_one_s_failure_is_no_error_of_its_own(launch, warm, capfd, monkeypatch):
+    monkeypatch.setattr(runner, "_GRACE", 0.5)
+    launch("if os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(60)")
+    assert runner.run_ranks("job.py", [], 2, warm) == 3 and "SIGKILL" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("ending", [f"sys.exit({runner.SYSTEM_ERROR})", CUT_WHILE_READ])
