@@ -159,3 +159,14 @@ def test_only_what_a_fork_may_have_broken_is_tried_again(function, given, separa
         with pytest.raises(RuntimeError, match=f"{function}.* (gave no answer within 2 s|its process ended)"):
             processes.call(f"tests.test_bench:{function}", given, seconds=2)
         assert processes._separate is separate and time.monotonic() - started < 60
+
+
+def read(path: str) -> str:
+    return Path(path).read_text()
+
+
+@pytest.mark.processes
+def test_an_error_of_the_system_in_a_process_is_the_command_s(capfd):
+    with Processes() as processes, pytest.raises(FileNotFoundError) as met:
+        processes.call("tests.test_bench:read", "/nowhere/at/all")
+    assert met.value.filename == "/nowhere/at/all" and "Traceback" not in capfd.readouterr().err

@@ -1,8 +1,8 @@
 """One call of a function, in this process.
 
 `python pipeline/bench/answer.py FOLDER` reads FOLDER/asked, [sys.path, "module:function", its arguments], and writes
-FOLDER/answer: [null, what it returns] or [what failed, null]. JSON, in which {"Case": {...}} stands for a case of
-cases.py. processes.py starts it.
+FOLDER/answer: [null, what it returns], [what failed, null], or [what failed, the system's error in parts]. JSON, in
+which {"Case": {...}} stands for a case of cases.py. processes.py starts it.
 """
 
 import importlib
@@ -22,8 +22,12 @@ def main(folder: Path) -> int:
         answer = None, getattr(importlib.import_module(module), name)(*arguments)
         text = json.dumps(answer)
     except Exception as error:  # whatever it is, it is the caller's to say
-        traceback.print_exc()
-        answer = f"failed: {''.join(traceback.format_exception_only(error)).strip()}", None
+        from pipeline.system_errors import behind, parts
+
+        met = behind(error)
+        if met is None:
+            traceback.print_exc()
+        answer = f"failed: {''.join(traceback.format_exception_only(error)).strip()}", None if met is None else parts(met)
         text = json.dumps(answer)
     (folder / "half").write_text(text)
     (folder / "half").rename(folder / "answer")

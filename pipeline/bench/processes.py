@@ -19,7 +19,7 @@ from typing import Any
 from pipeline import shipped
 from pipeline.bench.cases import Case
 from pipeline.runner import Job, free_port
-from pipeline.system_errors import naming
+from pipeline.system_errors import from_parts, naming
 from pipeline.warm import WITHOUT_CTRL_C, WarmParents
 
 # What cases would else import one by one: DeepSpeed, PEFT, transformers' Trainer and the model.
@@ -48,7 +48,8 @@ class Processes:
     def call(self, function: str, *given: Any, seconds: float = 600, environment: dict[str, str] | None = None) -> Any:
         """`module:function` of what is given, in a process of its own; both are of JSON, but for cases.
 
-        environment: what is to be different there. RuntimeError, with the reason, where no answer comes.
+        environment: what is to be different there. OSError where it met one, RuntimeError, with the reason, where no
+        answer comes for another.
         """
         problem, answer = self._ask(function, given, seconds, environment or {})
         if problem and not self._answered and ("CUDA" in problem or problem == _ENDED):
@@ -56,14 +57,14 @@ class Processes:
             self._separate = True
             problem, answer = self._ask(function, given, seconds, environment or {})
         if problem:
-            raise RuntimeError(f"{function}{given} {problem}")
+            raise from_parts(answer) if answer else RuntimeError(f"{function}{given} {problem}")
         self._answered = True
         return answer
 
     def _ask(
         self, function: str, given: tuple[Any, ...], seconds: float, own: dict[str, str]
     ) -> tuple[str | None, Any]:
-        """What went wrong, or None, and the answer."""
+        """What went wrong, or None; and the answer, or where an error of the system went wrong, that in parts."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             arguments = [{"Case": asdict(value)} if isinstance(value, Case) else value for value in given]
