@@ -61,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with runner.stoppable():
             return _WITHOUT_RECIPE.get(given[0], _main)(given) if given else _main(given)
 
-    return entry.guarded(work)
+    code = entry.guarded(work)
+    if argv is None and code in (runner.STOPPED, entry.INTERRUPTED):
+        entry.end(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import os
 import re
 import select
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from pipeline.stop_signals import end_with_parent
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # as a shell says of a program that SIGINT ended
+_LEAVING = 5.0  # seconds for what is registered with atexit, after a request to leave
 _BROKEN_PIPE = 141  # the same of SIGPIPE
 _BEHIND_THE_FIRST = 25.0  # seconds that a node's other ranks leave its first to say the same: it may deliver to MLflow for 20 before it ends
 _BEHIND_ANOTHER = 2.0  # the same for a rank that notices another one's end
@@ -183,10 +185,20 @@ def end(code: int) -> NoReturn:
     Threads of communication libraries may outlive the process group. One that asks for the interpreter while it finalizes is ended
     in the middle of C++ code, and a rank that has done all its work aborts: "terminate called without an active exception", seen
     once in some hundred launches. What is registered with atexit still runs, and output is flushed.
+
+    After a request to leave it runs for a while only. The request may have come while two threads imported, as MLflow's
+    and our own do: the lock of imports was then seen to stay taken, and libraries (torch) import when they leave.
     """
+    if code in (STOPPED, INTERRUPTED):
+        threading.Thread(target=_leave, args=(code,), daemon=True).start()
     try:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    time.sleep(_LEAVING)
+    os._exit(code)

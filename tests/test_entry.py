@@ -92,3 +92,20 @@ def test_secrets_in_addresses_stay_out(capsys):
 
     assert entry.guarded(fails) == 74
     assert "hunter2" not in capsys.readouterr().err
+
+
+TAKEN_LOCK = """
+import _imp, atexit, threading
+thread = threading.Thread(target=_imp.acquire_lock)
+thread.start(), thread.join()  # it ends, and the lock of imports stays taken
+atexit.register(lambda: __import__("colorsys"))
+"""
+
+
+@pytest.mark.parametrize("way", ["entry.run(main)", "sys.argv = ['sap']; cli._main = lambda argv: main(); sys.exit(cli.main())"])
+def test_a_lock_of_imports_that_stays_taken_does_not_keep_a_stopped_program(way):
+    """As when a signal came while two threads imported: torch imports at its end."""
+    body = f"import sys, colorsys\ndel sys.modules['colorsys']\nfrom pipeline import cli, entry, runner\n{TAKEN_LOCK}"
+    program = f"{body}\ndef main(): raise runner.Stopped('SIGINT')\nentry._LEAVING = 1.0\n{way}"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 75 and "stopped on request (SIGINT)" in ended.stderr
