@@ -139,7 +139,7 @@ def check_start(field: str, train: TrainSection, experiment: Experiment, cell: C
     if artifacts.complete(target) or checkpoints(layout.work(target) / "checkpoints"):
         return
     try:
-        start_checkpoint(train.resume_from, layout.basis(cell))
+        start_checkpoint(train.resume_from, layout.basis(cell), train.steps, ("state.json",))
     except ValueError as error:
         raise ValueError(f"{field}.{error}") from None
 

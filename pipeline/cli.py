@@ -35,9 +35,11 @@ from pipeline.warm import WarmParents
 
 _ON_RANKS = {"align", "filter", "direction", "train"}  # stages that start ranks
 _RUNNING = (*STAGES, "run")
+_OF_CELLS = (*_RUNNING, "status", "plan", "doctor")
 # Options that other commands would ignore.
 _ONLY_FOR = {
-    "of_stage": ("status",), "portable": ("status",), "ranks": ("plan",), "gpu_gb": ("plan",), "resume_from": ("train",),
+    "of_stage": ("status",), "portable": ("status",), "ranks": ("plan",), "gpu_gb": ("plan",),
+    "resume_from": (*_RUNNING, "status"), "method": _OF_CELLS, "methods": _OF_CELLS, "seed": _OF_CELLS,
     "jobs": _RUNNING, "no_warm": _RUNNING, "dry_run": _RUNNING, "show": _RUNNING,
 }  # fmt: skip
 _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
     alone = "start every process as a Python of its own, which imports for itself: slower, the same results"
     parser.add_argument("--no-warm", action="store_true", help=alone)
-    parser.add_argument("--resume-from", metavar="FOLDER@STEP", help="for train: start from a checkpoint of another run; one --method and --seed (train.resume_from)")
+    parser.add_argument("--resume-from", metavar="FOLDER@STEP", help="of one --method and --seed: the training that starts from another one's checkpoint (train.resume_from)")
     parser.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print what would run and what is there, and stop")
@@ -109,10 +111,10 @@ def _main(argv: list[str]) -> int:
     _check_belongs(parser, options)
     experiment = entry.open_recipe(options.recipe, overrides)
     if options.resume_from and (len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
-        raise ValueError("--resume-from starts one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`")
+        raise ValueError("--resume-from is of one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages")
     if options.methods:
         experiment = experiment.only(options.methods.split(","))
-    if options.resume_from and options.method:
+    if options.method and experiment.base.train.resume_from is not None:
         experiment = experiment.only([options.method])  # the others do not start from it
     if options.stage == "status":
         if options.portable:
@@ -161,7 +163,7 @@ def _check_belongs(parser: argparse.ArgumentParser, options: argparse.Namespace)
     for name, stages in _ONLY_FOR.items():
         if getattr(options, name) != parser.get_default(name) and options.stage not in stages:
             option = "--stage" if name == "of_stage" else f"--{name.replace('_', '-')}"
-            where = "stages that run" if stages == _RUNNING else " and ".join(f"`sap {stage}`" for stage in stages)
+            where = "stages that run" if stages == _RUNNING else "commands that look at cells" if stages == _OF_CELLS else " and ".join(f"`sap {stage}`" for stage in stages)
             raise ValueError(f"{option} would do nothing in `sap {options.stage}`, and belongs to {where}: leave it out")
 
 

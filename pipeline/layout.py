@@ -161,14 +161,18 @@ class Layout:
         return _short(parts)
 
     def basis(self, cell: Cell | None) -> dict[str, Any]:
-        """What a checkpoint of a training fits on, by the recipe's fields; of the alignment's without a cell. JSON."""
+        """What a checkpoint of a training fits on, by the recipe's fields; of the alignment's without a cell. JSON.
+
+        A method's whole section is: what it carries from step to step (V and its scale, a direction, an average) was made with it.
+        """
         recipe, train = (self.base, self.base.align.train) if cell is None else (cell.recipe, cell.recipe.train)
         methods = [] if cell is None else [name for name in ("sap", *_METHODS) if getattr(recipe, name).enabled]
         lora = {} if train.adapter == "full" else {"train.lora": train.lora.model_dump(mode="json", exclude={"dropout"})}
+        kept = {} if cell is None or not recipe.sap.enabled or recipe.sap.refresh_every else {"the direction stage": self._direction_hash(cell)}
         return {
-            "model": _short(self._weights()) if cell is None else self._start_hash(),
-            "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods enabled": methods,
-            **({"sap.layers": recipe.sap.layers} if "sap" in methods else {}),
+            "the start model (with model.dtype, model.attention and align)": _short(self._weights()) if cell is None else self._start_hash(),
+            "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods": methods,
+            **{name: _probing(recipe.sap) if name == "sap" else getattr(recipe, name).model_dump(mode="json") for name in methods}, **kept,
         }  # fmt: skip
 
     def _embeddings_hash(self, cell: Cell) -> str:

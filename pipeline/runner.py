@@ -32,8 +32,8 @@ _GRACE_SAID = 1.0  # the same where it has been told why: the others wait for th
 _LAST_WORDS = {
     signal.SIGBUS: "a file of weights was cut short while it was read, or its disk or network file system fails (SIGBUS): see whether the model's "
     "and output_dir's folders are sound",
-    signal.SIGKILL: "a process was killed (SIGKILL), as the system does where memory is full: free memory, or lower --jobs or the recipe's "
-    "micro_batch_size",
+    signal.SIGKILL: "a process was killed (SIGKILL), as the system does where memory is full, and the watchdog after its words: free memory, or lower "
+    "--jobs or the recipe's micro_batch_size",
 }
 
 

@@ -223,7 +223,7 @@ class TrainSection(Section):
     resume_from: Annotated[Path | None, PathField("path")] = Field(
         None,
         description="FOLDER@STEP: another training's work folder and one of its checkpoints, from which this one starts instead of from the "
-        "beginning, with its own settings; engine, adapter and method must be the same",
+        "beginning, with its own settings; engine, adapter and the methods' sections must be the same",
     )
     spike_factor: Annotated[float, Field(gt=1)] = Field(
         20.0, description="A loss or gradient norm beyond so many times its median over the last 50 steps is a spike"
@@ -301,7 +301,7 @@ class SapSection(Section):
     )
     probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
     target_correction: Annotated[float, Field(gt=0)] = Field(
-        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; 0.7 is of an earlier demo, today's sets 1.0 (docs/defaults.md)"
+        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how values were chosen: docs/defaults.md"
     )
     layers: str | list[int] | list[float] = Field(
         "0.33:0.66",

@@ -52,6 +52,7 @@ from pipeline.sharding.exchange import from_first
 from pipeline.sharding.launch import device, init_distributed, largest_of_ranks, open_engine
 from pipeline.system_errors import naming
 from pipeline.tracking import open_run
+from pipeline.training.checkpoint import ORIGIN
 from pipeline.training.ema import Ema
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.methods import make_step
@@ -253,7 +254,8 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
         # Its checkpoints are another run's where what it was made from has become another: the start model, aligned again on a GPU.
         identity = artifacts.digest([target.name, inputs])
-        loop = Loop(engine, step, data, resolved.train, cell.seed, layout.work(target), identity, run.log_metrics, label, run.event, ema, layout.basis(cell))
+        work, basis = layout.work(target), layout.basis(cell) | {"the start model's content": inputs.get("align", inputs["model"])}
+        loop = Loop(engine, step, data, resolved.train, cell.seed, work, identity, run.log_metrics, label, run.event, ema, basis)
         if not loop.run():
             run.stopped()
             return False
@@ -456,7 +458,9 @@ def _publishing(engine: Engine, layout: Layout, target: Path, inputs: dict[str, 
             if engine.rank == 0:
                 if (work / "metrics.jsonl").is_file():
                     shutil.copy(work / "metrics.jsonl", folder)
-                artifacts.publish(folder, target, inputs, world_size=engine.world_size)
+                origin = work / ORIGIN
+                started = {"resume_from": json.loads(origin.read_text())} if origin.is_file() else {}
+                artifacts.publish(folder, target, inputs | started, world_size=engine.world_size)
                 shutil.rmtree(work, ignore_errors=True)
             engine.barrier()
     except OSError:

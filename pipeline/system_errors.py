@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import re
 import socket
@@ -87,16 +86,21 @@ def passes(error: BaseException) -> OSError | None:
     return None if found.errno is None or found.errno in BY_THE_INPUT else found
 
 
-def parts(error: OSError) -> tuple[int | None, str, str | None]:
-    """What another process needs to raise the same (`from_parts`), as JSON: number, text, file."""
+def parts(error: OSError) -> tuple[str, int | None, str, str | None]:
+    """What another process needs to raise the same (`from_parts`), as JSON: kind, number, text, file."""
     text = str(error) if error.errno is None else error.strerror or os.strerror(error.errno)
-    return error.errno, text, None if error.filename is None else os.fsdecode(error.filename)
+    kind = "broken" if isinstance(error, BrokenFile) else "network" if error.errno is not None and _of_a_connection(error) else "other"
+    return kind, error.errno, text, None if error.filename is None else os.fsdecode(error.filename)
 
 
 def from_parts(given: Sequence[Any]) -> OSError:
     """The error that `parts` took apart."""
-    number, text, file = given
-    return BrokenFile(text) if number is None else OSError(number, text, file)
+    kind, number, text, file = given
+    if kind == "broken":
+        return BrokenFile(text)
+    if kind == "network":  # SSL's numbers and those of names mean other things among files
+        return socket.gaierror(number, text)
+    return OSError(text) if number is None else OSError(number, text, file)
 
 
 def sentence(error: OSError) -> str:
@@ -169,7 +173,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def _as_system(error: BaseException) -> OSError | None:
     """The exception itself where it is the system's, or what it says of it where a library has its own."""
-    if isinstance(error, io.UnsupportedOperation):  # an OSError and a ValueError, and always a fault of ours
+    if isinstance(error, ValueError):  # a sentence of ours, which may quote a library; io.UnsupportedOperation, a fault of ours, is one
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return error

@@ -4,6 +4,7 @@ Real ones where that is possible: /proc/self/mem opens and gives EIO, a process'
 """
 
 import errno
+import json
 import os
 import resource
 import socket
@@ -20,7 +21,7 @@ from pipeline import artifacts, file_headers, recipe, system_errors
 from pipeline.data import files
 from pipeline.sharding.rank_files import RankFiles
 from pipeline.sharding.rank_files import write as write_rank
-from pipeline.system_errors import BrokenFile, behind, naming, passes, reading_input, sentence
+from pipeline.system_errors import BrokenFile, behind, from_parts, naming, parts, passes, reading_input, sentence
 from pipeline.weights import WeightFiles
 
 AGAIN = "run the same command again; finished stages and checkpoints are kept"
@@ -199,3 +200,18 @@ def test_before_anything_runs_a_name_or_a_right_is_the_inputs_fault_and_a_disk_i
         with pytest.raises(kind, match=os.strerror(number)), reading_input():
             raise OSError(number, os.strerror(number), "/data/task.jsonl")
     assert errno.ENOSPC not in system_errors.BY_THE_INPUT
+
+
+def test_our_own_sentence_that_quotes_a_library_is_no_error_of_the_system():
+    assert behind(ValueError("the tokenizer of model.path /m cannot be read (Permission denied (os error 13)): save it again")) is None
+    with pytest.raises(ValueError, match="of model.path"), naming(Path("/runs/demo")):
+        raise ValueError("the tokenizer of model.path /m cannot be read (Permission denied (os error 13)): save it again")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BrokenFile("/m/a.safetensors is no whole file"), OSError("hub: 401"), socket.gaierror(-2, "Name or service not known"), OSError(28, "No space", "/x")],
+)
+def test_another_process_says_the_same(error):
+    again = from_parts(json.loads(json.dumps(parts(error))))
+    assert sentence(again) == sentence(error) and isinstance(again, BrokenFile) is isinstance(error, BrokenFile)

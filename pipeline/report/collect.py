@@ -60,7 +60,7 @@ class Collected:
     git_revision: str | None
     answers: list[Path]
     outcomes: dict[str, Outcomes] = field(default_factory=dict)  # of the trained methods
-    references: list[str] = field(default_factory=list)  # what the others are compared with: plain fine-tuning, safe_mix
+    references: list[str] = field(default_factory=list)  # what the others are compared with: plain fine-tuning and SAP's controls
     filters: dict[str, dict[str, Any]] = field(default_factory=dict)  # method -> its filter's facts
     filter_pictures: list[tuple[str, Path]] = field(default_factory=list)  # (methods, picture), one a filter
 
@@ -76,7 +76,7 @@ def collect(layout: Layout) -> Collected:
         evaluations[subject.name].append((subject.seed, folder, subject.trained))
     cells = {cell.method: cell for cell in layout.experiment.cells()}
     plain = next((name for name, cell in cells.items() if not cell.recipe.parts), None)
-    mixed = next((name for name, cell in cells.items() if cell.recipe.parts == ["safe_mix"]), None)
+    controls = [next((name for name, cell in cells.items() if cell.recipe.parts == [part]), None) for part in ("safe_mix", "safety_gradient")]
     filters = {name: layout.filter(cell) for name, cell in cells.items() if layout.needs_filter(cell)}
     for folder in filters.values():
         artifacts.verify(folder, artifacts.FACTS, "scores.png")
@@ -99,7 +99,7 @@ def collect(layout: Layout) -> Collected:
         git_revision=artifacts.git_revision(),
         answers=[folder / "answers.jsonl" for entries in evaluations.values() for _, folder, _ in entries],
         outcomes={name: _outcomes(entries) for name, entries in evaluations.items() if name in cells},
-        references=[name for name in (plain, mixed) if name],
+        references=[name for name in (plain, *controls) if name],
         filters={name: _filter_facts(folder) for name, folder in filters.items()},
         filter_pictures=[
             (", ".join(name for name, other in filters.items() if other == folder), folder / "scores.png") for folder in dict.fromkeys(filters.values())
@@ -134,16 +134,16 @@ def _outcomes(entries: list[tuple[int | None, Path, Path | None]]) -> Outcomes:
 def _method(name: str, entries: list[tuple[int | None, Path, Path | None]], given_pairs: int) -> Method:
     measured = [json.loads((folder / "metrics.json").read_text()) for _, folder, _ in entries]
     parts = [key for key in measured[0] if "/" in key]  # by form, and under attacks
-    measures = {key: _over_seeds([m[key] for m in measured]) for key in (*_SHARES, *parts)}
+    measures = {key: _over_seeds([m[key] for m in measured], -1.0 if key.endswith("/told_apart") else 0.0) for key in (*_SHARES, *parts)}
     measures["test_loss"] = _over_seeds_within([m["test_loss"] for m in measured], math.inf)
     logs = [_read_log(train / "metrics.jsonl") for _, _, train in entries if train is not None]
     return Method(name, [seed for seed, _, _ in entries if seed is not None], measures, logs, given_pairs)
 
 
-def _over_seeds(shares: list[dict[str, Any]]) -> dict[str, Any]:
+def _over_seeds(shares: list[dict[str, Any]], least: float = 0.0) -> dict[str, Any]:
     """One seed: its interval over prompts. Several: their mean, and at each end the further of Student's interval over seeds and of the mean one over prompts.
 
-    Student's alone is a point where all seeds agree, as they do at 0 and at 1.
+    Student's alone is a point where all seeds agree, as they do at 0 and at 1. least: what is measured can be; a difference of shares -1.
     """
     if any(s["value"] is None for s in shares):
         return share([])
@@ -151,7 +151,6 @@ def _over_seeds(shares: list[dict[str, Any]]) -> dict[str, Any]:
         return shares[0]
     seeds = mean_interval([s["value"] for s in shares])
     low, high = (fmean(s[end] for s in shares) for end in ("low", "high"))
-    least = -1.0 if low < 0 else 0.0  # a difference of shares may be below 0
     return seeds | {"low": max(least, min(seeds["low"], low)), "high": min(1.0, max(seeds["high"], high))}
 
 

@@ -24,6 +24,7 @@ from pipeline.system_errors import naming
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
 _KEEP = 2
+ORIGIN = "started_from.json"  # in a work folder: the checkpoint of another run that this one started from, and its digest
 
 
 class Stateful(Protocol):
@@ -75,28 +76,28 @@ def save(
         before = checkpoints(root)
         kept = f"the last checkpoint is {before[-1]}" if before else "there is no checkpoint yet"
         raise ValueError(f"{what} after the update of step {number}: lower train.lr or check the data; {kept}")
-    if engine.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    engine.barrier()
+    with leaving_together(), naming(root):
+        if engine.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
     try:
         vectors = step.vectors()
         with leaving_together(), naming(root):
             engine.save(temporary / "engine", vectors)
-        if engine.rank == 0:
-            state = {
-                "step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors), "basis": basis or {},
-            }  # fmt: skip
-            _complete(step, state, temporary, metrics)
-            (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
-            artifacts.publish(temporary, target, {"identity": identity})
-            for old in checkpoints(root)[:-_KEEP]:
-                shutil.rmtree(old)
+        state = {
+            "step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors), "basis": basis or {},
+        }  # fmt: skip
+        with leaving_together():
+            if engine.rank == 0:
+                _complete(step, state, temporary, metrics)
+                (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
+                artifacts.publish(temporary, target, {"identity": identity})
+                for old in checkpoints(root)[:-_KEEP]:
+                    shutil.rmtree(old)
     except OSError:
         if engine.rank == 0:  # gigabytes, perhaps on a full disk; no rank writes there any more
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    engine.barrier()
 
 
 def _complete(step: Stateful, state: dict[str, Any], folder: Path, metrics: Path | None) -> None:
@@ -123,24 +124,28 @@ def load_latest(engine: Engine, step: Stateful, root: Path, identity: str, metri
     return _load(engine, step, folder, state, metrics)
 
 
-def start_from(engine: Engine, step: Stateful, given: Path, basis: dict[str, Any], metrics: Path) -> int:
+def start_from(engine: Engine, step: Stateful, given: Path, basis: dict[str, Any], steps: int, metrics: Path) -> int:
     """Restore a checkpoint of another run, given as FOLDER@STEP; returns STEP. ValueError, on all ranks, where it does not go with this one.
 
-    basis: what this run's own checkpoints fit on (`save`). metrics: becomes the other run's, up to there.
+    basis: what this run's own checkpoints fit on (`save`). steps: of this run. metrics: becomes the other run's, up to there; beside it is
+    written what was started from.
     """
-    folder = sentence = None
-    if engine.rank == 0:
-        try:
-            folder = str(start_checkpoint(given, basis))
-        except ValueError as error:
-            sentence = str(error)
-    folder, sentence = from_first([folder, sentence])
+    folder = state = sentence = None
+    with leaving_together():
+        if engine.rank == 0:
+            try:
+                found = start_checkpoint(given, basis, steps)
+            except ValueError as error:
+                sentence = str(error)
+            else:
+                folder, state = str(found), json.loads((found / "state.json").read_text())
+                if (found / metrics.name).is_file():
+                    shutil.copy(found / metrics.name, metrics)
+                artifacts.write_json(metrics.with_name(ORIGIN), {"checkpoint": given.name, "digest": artifacts.source(found)["content"]})
+    folder, state, sentence = from_first([folder, state, sentence])
     if sentence:
         raise ValueError(sentence)
-    copy = Path(folder) / metrics.name
-    if engine.rank == 0 and copy.is_file():
-        shutil.copy(copy, metrics)
-    return _load(engine, step, folder, json.loads((Path(folder) / "state.json").read_text()), None)
+    return _load(engine, step, folder, state, None)
 
 
 def _load(engine: Engine, step: Stateful, folder: str, state: dict[str, Any], metrics: Path | None) -> int:

@@ -1,11 +1,12 @@
 """Which checkpoints there are, and which of them a run may start from. Needs no torch.
 
-    start_checkpoint(Path("runs/demo/.train-sap-s0-1a2b3c4d5e.work@40"), layout.basis(cell))
+    start_checkpoint(Path("runs/demo/.train-sap-s0-1a2b3c4d5e.work@40"), layout.basis(cell), names=("state.json",))
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,25 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(folder for folder in root.glob("step-*") if artifacts.complete(folder))
 
 
-def start_checkpoint(given: Path, basis: dict[str, Any]) -> Path:
+def start_checkpoint(given: Path, basis: dict[str, Any], steps: int | None = None, names: Sequence[str] = ()) -> Path:
     """The folder of the checkpoint that FOLDER@STEP names. ValueError where it is not there, is damaged, or does not fit.
 
-    basis: what the run that starts from it fits on, by the recipe's fields; the checkpoint must have been written on the same.
+    basis: what the run that starts from it fits on, by the recipe's fields; the checkpoint must have been written on the same. steps: of that
+    run, where they are known. names: the files that are looked at, where not all are.
     """
     folder = _named(given)
-    found = artifacts.damage(folder)
+    number = int(folder.name.removeprefix("step-"))
+    if steps is not None and number >= steps:
+        raise ValueError(f"resume_from is at step {number}, and the training has {steps}: set train.steps beyond it")
+    found = artifacts.damage(folder, names)
     if found:
         raise ValueError(f"resume_from names a damaged checkpoint: {found}")
-    written = json.loads((folder / "state.json").read_text()).get("basis", {})
+    written = json.loads((folder / "state.json").read_text()).get("basis")
+    if not written:
+        raise ValueError(f"resume_from names {folder}, which does not say what it fits on: an older version has written it, so begin without")
     for field, own in basis.items():
         if written.get(field) != own:
-            values = "is another one" if field == "model" else f"was {_text(written.get(field))} there, and is {_text(own)} here"
-            raise ValueError(f"resume_from names {folder}, whose run does not go with this one: {field} {values}; make it the same")
+            raise ValueError(f"resume_from names {folder}, whose run does not go with this one: {_difference(field, written.get(field), own)}; make it the same")
     return folder
 
 
@@ -39,10 +45,16 @@ def _named(given: Path) -> Path:
     root = Path(folder) / "checkpoints"
     found = {int(path.name.removeprefix("step-")): path for path in checkpoints(root)}
     if int(number) not in found:
-        there = f"it has those of steps {', '.join(map(str, found))}" if found else "it has none"
+        there = f"it has those of steps {', '.join(map(str, found))}" if found else "it has none (those of a finished training are gone)"
         raise ValueError(f"resume_from is {given}, and {root} holds no checkpoint of step {number}: {there}")
     return found[int(number)]
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+def _difference(field: str, there: Any, here: Any) -> str:
+    """What differs: of a section its first field that does; of what is no field ("the start model") no more than that."""
+    if field.startswith("the "):
+        return f"{field} is another one"
+    if isinstance(there, dict) and isinstance(here, dict):
+        name = next(name for name in {**here, **there} if there.get(name) != here.get(name))
+        return _difference(f"{field}.{name}", there.get(name), here.get(name))
+    return f"{field} was {json.dumps(there)} there, and is {json.dumps(here)} here"

@@ -110,9 +110,7 @@ class Loop:
             self._event((f"resumed after step {done}" if done else "started") + circumstances())
         given = self.train.resume_from
         if not done and given is not None:
-            done = checkpoint.start_from(self.engine, self.state, given, self.basis, self.metrics_file)
-            if done >= self.steps:
-                raise ValueError(f"resume_from is at step {done}, and the training has {self.steps}: set train.steps beyond it")
+            done = checkpoint.start_from(self.engine, self.state, given, self.basis, self.steps, self.metrics_file)
             self._save(done)  # the other run goes on, or is deleted
             self._event(f"started from {given.name}", f" ({given})")
         return done
@@ -146,7 +144,7 @@ class Loop:
         else:
             self.engine.step(lr, metrics["train/grad_norm"])
         metrics |= {"train/skipped": float(skipped)} if self.train.on_spike == "skip" else {}
-        if self.ema:
+        if self.ema and not skipped:
             self.ema.update(number + 1)
         metrics["time/step"] = time.perf_counter() - started
         if (number + 1) % self.train.validate_every == 0 or number + 1 == self.steps:
@@ -159,7 +157,7 @@ class Loop:
         spike = self.spikes.seen(metrics, number)
         if spike is None:
             return False
-        way_on = "go on from a checkpoint before it with train.resume_from and a lower train.lr"
+        way_on = "begin anew from a checkpoint before it with a lower train.lr (--resume-from)"
         skip = self.train.on_spike == "skip"
         if self.spikes.in_a_row == 1 or skip:
             self._event(f"{spike} at step {number + 1}" + (", whose update is left out" if skip else ""))
@@ -232,6 +230,7 @@ class Loop:
         if self.engine.rank == 0:
             with contextlib.suppress(OSError):  # a terminal that is closed must not end a training before it has saved
                 print(f"[{self.label}] {text}", file=sys.stderr, flush=True)
+
 
 def padding(batches: Sequence[MicroBatch]) -> float:
     """Share of padding among the tokens of a rank's micro-batches."""

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.processes
 
 
 def save_or_load(rank: int, folder: Path, alone: int, verb: str) -> None:
-    """Save a checkpoint that rank `alone` cannot write, or load one that it cannot open; leave what each rank met."""
+    """Save a checkpoint that rank `alone` cannot write, or publish, or load one that it cannot open; leave what each rank met."""
     # A rank that waits in vain fails after 20 seconds.
     init_distributed(train_section(folder, "fsdp2", 0), timedelta(seconds=20))
     engine = open_case(folder, "fsdp2", "lora")
@@ -35,15 +35,20 @@ def save_or_load(rank: int, folder: Path, alone: int, verb: str) -> None:
             resource.setrlimit(limit, (lowest, before[1]))
         return real(*given)
 
+    def publish(temporary: Path, *given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+
     engine.load = load
+    if verb == "publish" and rank == alone:
+        checkpoint.artifacts.publish = publish
     if rank == alone and verb == "save":
         resource.setrlimit(limit, (lowest, before[1]))
     began, met = time.monotonic(), None
     try:
-        if verb == "save":
-            checkpoint.save(engine, step, root, 1, "same")
-        else:
+        if verb == "load":
             checkpoint.load_latest(engine, step, root, "same")
+        else:
+            checkpoint.save(engine, step, root, 1, "same")
     except OSError as error:
         met = [error.errno, error.filename, time.monotonic() - began]
     resource.setrlimit(limit, before)
@@ -51,7 +56,7 @@ def save_or_load(rank: int, folder: Path, alone: int, verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "alone", "number"), [("save", 1, errno.EFBIG), ("save", 0, errno.EFBIG), ("load", 1, errno.EMFILE)]
+    ("verb", "alone", "number"), [("save", 1, errno.EFBIG), ("save", 0, errno.EFBIG), ("publish", 0, errno.ENOSPC), ("load", 1, errno.EMFILE)]
 )
 def test_an_error_of_one_ranks_disk_is_all_ranks_error_at_once(tmp_path, verb, alone, number):
     spawn(2, save_or_load, tmp_path, alone, verb)

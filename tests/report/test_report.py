@@ -12,7 +12,7 @@ from pipeline import artifacts, recipe
 from pipeline.evaluation.metrics import mean_interval, share
 from pipeline.layout import Layout
 from pipeline.report.build import build_report
-from pipeline.report.collect import Collected, Method, collect
+from pipeline.report.collect import Collected, Method, _over_seeds, collect
 from pipeline.report.figures import FIGURES, draw_all
 from pipeline.report.table import HEADER, as_markdown, table_rows
 from tests.project import make_project, write_recipe
@@ -260,3 +260,9 @@ def test_refusals_of_harmless_prompts_stand_beside_the_task(without, label):
     assert places == [[[0.25, 1.0]], [[0.25, 0.5]]]
     neither = hand_made(methods=[Method("a", [0], found | dict.fromkeys(("ordinary_refusal_rate", "over_refusal_rate"), missing), [])])
     assert FIGURES["safety_usefulness"][1](neither) is not None
+
+
+def test_what_is_told_apart_may_be_less_than_nothing():
+    """Seeds at 0.28, 0.02 and 0.20: Student's interval begins below 0, and a difference of shares can."""
+    seeds = [{"value": value, "low": value - 0.01, "high": value + 0.01, "n": 50} for value in (0.28, 0.02, 0.20)]
+    assert _over_seeds(seeds, least=-1.0)["low"] == pytest.approx(0.1667 - 4.3027 * 0.1332 / 3**0.5, abs=1e-3) and _over_seeds(seeds)["low"] == 0.0

@@ -1,20 +1,27 @@
 """A new run from another one's checkpoint, and losses that leap: what is said, left out, or ends the training."""
 
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline import artifacts, recipe, stages
+from pipeline.checks import check_start
 from pipeline.cli import main
+from pipeline.layout import Layout
 from pipeline.sharding.launch import open_engine
+from pipeline.strict_yaml import parse_overrides
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.plain import PlainStep
 from pipeline.training.spikes import Spikes
+from tests.project import make_project, write_recipe
 from tests.test_recipe import content, load
 from tests.tiny import tiny_lora, tiny_rows
 from tests.training.test_loop import interrupted, log, saved, section, straight, weights  # noqa: F401 (fixtures)
 
-BASIS = {"model": "a digest", "train.engine": "single", "train.lora": {"r": 4, "alpha": 8}}
+BASIS = {"the start model": "a digest", "train.engine": "single", "train.lora": {"r": 4, "alpha": 8}}
 
 
 @pytest.fixture
@@ -27,11 +34,11 @@ def work(interrupted) -> Path:  # noqa: F811
     return folder
 
 
-def build(folder: Path, step=PlainStep, events=None, basis=None, **changes) -> Loop:
+def build(folder: Path, step=PlainStep, events=None, basis=None, ema=None, **changes) -> Loop:
     train = section(**changes)
     engine = open_engine(tiny_lora(), train)
     told = (lambda text: None) if events is None else events.append
-    return Loop(engine, step(engine), TrainingData(tiny_rows(), [], 0), train, 0, folder, "a run", on_event=told, basis=basis)
+    return Loop(engine, step(engine), TrainingData(tiny_rows(), [], 0), train, 0, folder, "a run", on_event=told, basis=basis, ema=ema)
 
 
 def test_a_run_starts_from_another_one_s_checkpoint_with_settings_of_its_own(work, tmp_path_factory):
@@ -70,9 +77,9 @@ def test_once_started_a_run_has_a_checkpoint_of_its_own(work, tmp_path_factory, 
     [
         ({"at": 3}, "holds no checkpoint of step 3: it has those of steps 2, 4"),
         ({"folder": ".train-sft-s1-0123456789.work"}, "holds no checkpoint of step 4: it has none"),
-        ({"basis": {"model": "another"}}, "does not go with this one: model is another one; make it the same"),
+        ({"basis": {"the start model": "another"}}, "does not go with this one: the start model is another one; make it the same"),
         ({"basis": {"train.engine": "zero3"}}, 'train.engine was "single" there, and is "zero3" here; make it the same'),
-        ({"basis": {"train.lora": {"r": 4, "alpha": 16}}}, 'train.lora was {"alpha": 8, "r": 4} there, and is {"alpha": 16, "r": 4} here'),
+        ({"basis": {"train.lora": {"r": 4, "alpha": 16}}}, 'train.lora.alpha was 8 there, and is 16 here; make it the same'),
         ({"steps": 4}, "is at step 4, and the training has 4: set train.steps beyond it"),
     ],
     ids=["step", "folder", "model", "engine", "adapter", "steps"],
@@ -141,7 +148,7 @@ def test_a_spike_s_update_is_left_out_wherever_the_run_was_stopped(tmp_path, wit
 
 
 def test_a_spike_ends_the_training_where_the_recipe_says_so(tmp_path):
-    with pytest.raises(ValueError, match="the gradient's norm is .* at step 12, before the update: go on from a checkpoint before it"):
+    with pytest.raises(ValueError, match="the gradient's norm is .* at step 12, before the update: begin anew from a checkpoint before it"):
         build(tmp_path, Leaps, steps=16, on_spike="stop").run()
     assert saved(tmp_path)[-1] == "step-000010"
 
@@ -174,6 +181,101 @@ def test_the_option_and_the_field_cannot_both_be_given(capsys):
 
 
 @pytest.mark.parametrize("given", [["run", "demo.yaml"], ["train", "demo.yaml"], ["train", "demo.yaml", "--method", "sap", "--seeds", "[0, 1]"]])
-def test_the_option_starts_one_training(capsys, given):
+def test_the_option_is_of_one_training(capsys, given):
     assert main([*given, "--resume-from", ".train-sap-s0-1a.work@1"]) == 2
-    assert capsys.readouterr().err.count("--resume-from") == 1 + (given[0] == "train")
+    assert "--resume-from is of one training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["track"], ["plan"], ["doctor", "--method", "sap"]])
+def test_the_option_is_refused_where_it_would_do_nothing(capsys, given):
+    assert main([given[0], "demo.yaml", *given[1:], "--resume-from", ".train-sap-s0-1a.work@1"]) == 2
+    assert f"--resume-from would do nothing in `sap {given[0]}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        (["--train.lr", "1", "--train.steps", "9", "--train.on_spike", "skip", "--data.validation_samples", "9"], True),
+        (["--train.lora.dropout", "0.5"], True),
+        (["--train.lora.r", "3"], False),
+        (["--train.adapter", "full"], False),
+        (["--train.engine", "fsdp2"], False),
+        (["--sap.target_correction", "0.4"], False),
+        (["--sap.probe_step", "rms", "--sap.beta", "3"], False),
+        (["--ema.enabled", "true"], False),
+        (["--align.train.lr", "3e-5"], False),
+        (["--model.dtype", "float32"], False),
+    ],
+)
+def test_what_a_checkpoint_fits_on(changes, same):
+    """What the method carries, and where its weights belong; not what a run is started anew for."""
+    of = lambda given: (lambda experiment: Layout(experiment).basis(experiment.cell("sap", 0)))(recipe.load("demo.yaml", parse_overrides(given)))  # noqa: E731
+    before = of(["--model.dtype", "bfloat16"])
+    assert (of(["--model.dtype", "bfloat16", *changes] if "--model.dtype" not in changes else changes) == before) is same
+
+
+def test_what_the_alignment_s_checkpoint_fits_on():
+    of = lambda *given: Layout(recipe.load("demo.yaml", parse_overrides(list(given)))).basis(None)  # noqa: E731
+    assert of() == of("--align.train.lr", "3e-5", "--train.lora.r", "3") != of("--align.train.lora.r", "3")
+
+
+@pytest.mark.processes
+def test_a_stage_starts_from_another_one_s_checkpoint_and_records_it(tmp_path):
+    raw = make_project(tmp_path)
+    raw["align"] = {"enabled": False}
+    raw["train"] |= {"engine": "single", "ranks": 1, "steps": 3}
+    raw["tracking"] = {"enabled": False}
+    path = write_recipe(tmp_path, raw)
+    old = recipe.load(path)
+    cell, layout = old.cell("sap", 0), Layout(old)
+    stages.prepare(old)
+    stages.direction(old, cell)
+    work = layout.work(layout.train(cell))
+    work.mkdir()
+    (work / "STOP").touch()
+    assert stages.train(old, cell) is False and saved(work) == ["step-000001"]
+    changes = ["--train.lr", "1e-4", "--train.resume_from", f"{work}@1"]
+    new = recipe.load(path, parse_overrides(changes))
+    with pytest.raises(ValueError, match=r"train.resume_from names .*: sap.target_correction was .* there, and is 0.3 here"):
+        check_start("train", new.base.train, other := recipe.load(path, parse_overrides([*changes, "--sap.target_correction", "0.3"])), other.cell("sap", 0))
+    check_start("train", new.base.train, new, new.cell("sap", 0))
+    assert stages.train(new, new.cell("sap", 0))
+    made = Layout(new).train(new.cell("sap", 0))
+    origin = artifacts.read_manifest(made)["inputs"]["resume_from"]
+    assert origin == {"checkpoint": f"{work.name}@1", "digest": artifacts.source(work / "checkpoints" / "step-000001")["content"]}
+    assert [json.loads(line)["step"] for line in (made / "metrics.jsonl").read_text().splitlines()][-3:] == [1, 2, 3]
+
+
+def test_weights_of_an_alignment_made_again_are_another_start(work, tmp_path_factory):
+    """The folder's name is the same, and what it holds is not: on a GPU, or by other ranks."""
+    given = {"resume_from": f"{work}@4"}
+    with pytest.raises(ValueError, match="the start model's content is another one; make it the same"):
+        build(tmp_path_factory.mktemp("new"), basis=BASIS | {"the start model's content": {"folder": "align-1", "content": "b"}}, **given).run()
+
+
+class Averaged:
+    """Counts its updates."""
+
+    def __init__(self):
+        self.seen = []
+        self.section = type("", (), {"check_steps": lambda self, steps: None})()
+
+    def state_dict(self):
+        return {}
+
+    vectors = state_dict
+
+    def load_state_dict(self, state, vectors):
+        pass
+
+    def update(self, number):
+        self.seen.append(number)
+
+    def applied(self):
+        return contextlib.nullcontext()
+
+
+def test_a_step_that_is_left_out_moves_no_average(tmp_path):
+    average = Averaged()
+    run = build(tmp_path, Leaps, steps=16, on_spike="skip", ema=average)
+    assert run.run() and average.seen == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, 16]
