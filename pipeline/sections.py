@@ -245,7 +245,7 @@ class TrainSection(Section):
                 "packing is true, and tokens_per_micro_batch does not say how many tokens a row takes: set it"
             )
         if self.resume_from is not None and not re.fullmatch(r"\.(train|align)-.+\.work@[1-9]\d*", self.resume_from.name):
-            raise ValueError(f"resume_from is '{self.resume_from}': it takes a training's work folder, by its own name, and a step, such as runs/demo/.train-sap-s0-1a2b3c4d5e.work@40")
+            raise ValueError(f"resume_from is '{self.resume_from.name}': it takes a training's work folder, by its own name, and a step, such as runs/demo/.train-sap-s0-1a2b3c4d5e.work@40")
         if self.use_reentrant:
             raise ValueError(
                 "use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient"

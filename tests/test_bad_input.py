@@ -51,7 +51,7 @@ CASES = {
     "single with two ranks": (["--train.engine", "single"], ["single", "2 ranks", "zero3"]),
     "tracking in no store": (["--tracking.uri", "htp://mlflow:5000"], ["tracking.uri", "begins with htp://, which is no store of MLflow's", "sqlite"]),
     "start that is not there": (["--train.resume_from", ".train-sft-s0-1a.work@8"], ["train.resume_from is", "no checkpoint of step 8: it has none"]),
-    "start of another name": (["--train.resume_from", "copy@8"], ["train: resume_from is '", "copy@8'", "a training's work folder, by its own name"]),
+    "start of another name": (["--train.resume_from", "copy@8"], ["train: resume_from is 'copy@8'", "a training's work folder, by its own name"]),
     "alignment's start": (["--align.train.resume_from", ".align-1a.work@8"], ["align.train.resume_from is", "it has none"]),
     "reentrant checkpointing": (["--train.use_reentrant", "true"], ["use_reentrant must be false", "autograd.grad"]),
     "missing data path": (["--data.task.source", "/nowhere/data.jsonl"], ["data.task.source /nowhere/data.jsonl does not exist"]),
