@@ -66,8 +66,8 @@ def main() -> int:
             number = 0
             while time.monotonic() < deadline and not (options.trial is not None and number):
                 seed = options.seed * 1_000_000 + number if options.trial is None else options.trial
-                # Every kind in turn, and every engine with every kind.
-                kind, engine = kinds[number % len(kinds)], list(chains)[(number + number // len(kinds)) % len(chains)]
+                # Every kind in turn, and every engine with every kind: the sum of round and kind.
+                kind, engine = kinds[number % len(kinds)], list(chains)[sum(divmod(number, len(kinds))) % len(chains)]
                 chain, expected, undisturbed = chains[engine]
                 number += 1
                 verdict = tried(chain, expected, undisturbed, kind, seed, room)
