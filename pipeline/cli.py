@@ -14,7 +14,6 @@ Ctrl-C; run it again to go on), whatever failed before, anything else a stage's 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import textwrap
@@ -22,7 +21,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline import artifacts, capacity, checks, devices, dry_run, entry, recipe, redaction, runner, strict_yaml
+from pipeline import artifacts, capacity, checks, devices, dry_run, entry, recipe, redaction, runner
+from pipeline import options as options_of
 from pipeline.bench import command as bench
 from pipeline.capacity import Capacity
 from pipeline.data import describe, show_template
@@ -34,14 +34,6 @@ from pipeline.tracking import deliver, describe_store, waiting
 from pipeline.warm import WarmParents
 
 _ON_RANKS = {"align", "filter", "direction", "train"}  # stages that start ranks
-_RUNNING = (*STAGES, "run")
-_OF_CELLS = (*_RUNNING, "status", "plan", "doctor")
-# Options that other commands would ignore.
-_ONLY_FOR = {
-    "of_stage": ("status",), "portable": ("status",), "ranks": ("plan",), "gpu_gb": ("plan",),
-    "resume_from": (*_RUNNING, "status"), "method": _OF_CELLS, "methods": _OF_CELLS, "seed": _OF_CELLS,
-    "jobs": _RUNNING, "no_warm": _RUNNING, "dry_run": _RUNNING, "show": _RUNNING,
-}  # fmt: skip
 _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
 
 
@@ -69,53 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
-    )
-    known = (*_RUNNING, "status", "track", "plan", "doctor")
-    named = "{" + ",".join((*known, *_WITHOUT_RECIPE)) + "}"
-    parser.add_argument("stage", choices=known, metavar=named, help="what to do; run: everything that is missing; track: deliver to MLflow what waits")
-    shipped = "launch/recipes/NAME.yaml of one that ships with the package"
-    parser.add_argument("recipe", help=f"path of the recipe, or {shipped}; for data: the file")
-    parser.add_argument("--method", help="only this method of the recipe")
-    parser.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap (a grid: the name before its settings): a report of its own")
-    parser.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")
-    parser.add_argument("--portable", action="store_true", help="for status: refuse a recipe whose folders differ from machine to machine")
-    parser.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
-    parser.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
-    alone = "start every process as a Python of its own, which imports for itself: slower, the same results"
-    parser.add_argument("--no-warm", action="store_true", help=alone)
-    parser.add_argument("--resume-from", metavar="FOLDER@STEP", help="of one --method and --seed: the training that starts from another one's checkpoint (train.resume_from)")
-    parser.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
-    parser.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
-    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print what would run and what is there, and stop")
-    parser.add_argument("--show", action="store_true", help="print the resolved recipe of every method, and stop")
-    return parser
-
-
 def _main(argv: list[str]) -> int:
-    parser = _parser()
+    parser = options_of.parser(__doc__, _WITHOUT_RECIPE)
     if not argv or "--help" in argv or "-h" in argv:
         parser.print_help()
         _print_fields()
         return 0
-    options, rest = parser.parse_known_args(argv)
-    if options.resume_from:
-        if any(argument.partition("=")[0].replace("-", "_") == "__train.resume_from" for argument in rest):
-            raise ValueError("--resume-from and --train.resume_from are the same: leave one of them out")
-        rest.append(f"--train.resume_from={json.dumps(options.resume_from)}")
-    overrides = strict_yaml.parse_overrides(rest)
-    if options.seed is not None:
-        overrides["seeds"] = [options.seed]
-    _check_belongs(parser, options)
-    experiment = entry.open_recipe(options.recipe, overrides)
-    if options.resume_from and (len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
-        raise ValueError("--resume-from is of one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages")
-    if options.methods:
-        experiment = experiment.only(options.methods.split(","))
-    if options.method and experiment.base.train.resume_from is not None:
-        experiment = experiment.only([options.method])  # the others do not start from it
+    options, experiment = options_of.opened(parser, argv)
     if options.stage == "status":
         if options.portable:
             check_portable(experiment)
@@ -156,15 +108,6 @@ def _main(argv: list[str]) -> int:
             code = _run(chain, stages, options)
     deliver(chain.layout)  # what a server missed that is back by now; MLflow is not imported where nothing waits
     return code
-
-
-def _check_belongs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """ValueError for an option that the stage would ignore."""
-    for name, stages in _ONLY_FOR.items():
-        if getattr(options, name) != parser.get_default(name) and options.stage not in stages:
-            option = "--stage" if name == "of_stage" else f"--{name.replace('_', '-')}"
-            where = "stages that run" if stages == _RUNNING else "commands that look at cells" if stages == _OF_CELLS else " and ".join(f"`sap {stage}`" for stage in stages)
-            raise ValueError(f"{option} would do nothing in `sap {options.stage}`, and belongs to {where}: leave it out")
 
 
 def _track(experiment: Experiment) -> int:
