@@ -42,7 +42,7 @@ def parser(description: str, without_recipe: Iterable[str]) -> argparse.Argument
     result.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
     alone = "start every process as a Python of its own, which imports for itself: slower, the same results"
     result.add_argument("--no-warm", action="store_true", help=alone)
-    result.add_argument("--resume-from", metavar="FOLDER@STEP", help="of one --method and --seed: the training that starts from another one's checkpoint (train.resume_from)")
+    result.add_argument("--resume-from", metavar="FOLDER@STEP", help="with one --method and --seed: start that training from another one's checkpoint (train.resume_from)")
     result.add_argument("--ranks", type=int, help="for plan: GPUs to plan for; default: train.ranks")
     result.add_argument("--gpu-gb", type=float, default=80.0, help="for plan: memory of a GPU in GB (1e9 bytes); default 80")
     result.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print what would run and what is there, and stop")
@@ -53,6 +53,9 @@ def parser(description: str, without_recipe: Iterable[str]) -> argparse.Argument
 def opened(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Experiment]:
     """The options, and the recipe with its overrides and the methods that are asked for. ValueError for what does not go together."""
     options, rest = parser.parse_known_args(argv)
+    for name in ("method", "methods", "resume_from"):
+        if getattr(options, name) == "":  # a variable of a script that is not set
+            raise ValueError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     if options.resume_from:
         if any(argument.partition("=")[0].replace("-", "_") == "__train.resume_from" for argument in rest):
             raise ValueError("--resume-from and --train.resume_from are the same: leave one of them out")
@@ -62,10 +65,10 @@ def opened(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.N
         overrides["seeds"] = [options.seed]
     _check_belongs(parser, options)
     experiment = entry.open_recipe(options.recipe, overrides)
-    if options.resume_from and (len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
-        raise ValueError("--resume-from is of one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages")
     if options.methods:
         experiment = experiment.only(options.methods.split(","))
+    if options.resume_from and (len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
+        raise ValueError("--resume-from is of one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages")
     if options.method and experiment.base.train.resume_from is not None:
         experiment = experiment.only([options.method])  # the others do not start from it
     return options, experiment

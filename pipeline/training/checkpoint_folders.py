@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,14 @@ from pipeline import artifacts
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The complete ones below `root`, the oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if artifacts.complete(folder))
+    """The complete ones below `root`, the oldest first; a copy under another name is nobody's."""
+    found = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", folder.name) and artifacts.complete(folder))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """After how many steps a checkpoint was written."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def start_checkpoint(given: Path, basis: dict[str, Any], steps: int | None = None, names: Sequence[str] = ()) -> Path:
@@ -25,12 +32,12 @@ def start_checkpoint(given: Path, basis: dict[str, Any], steps: int | None = Non
     run, where they are known. names: the files that are looked at, where not all are.
     """
     folder = _named(given)
-    number = int(folder.name.removeprefix("step-"))
+    number = step_of(folder)
     if steps is not None and number >= steps:
         raise ValueError(f"resume_from is at step {number}, and the training has {steps}: set train.steps beyond it")
     found = artifacts.damage(folder, names)
     if found:
-        raise ValueError(f"resume_from names a damaged checkpoint: {found}")
+        raise ValueError(f"resume_from names a damaged checkpoint ({found}): give another step, or begin without")
     written = json.loads((folder / "state.json").read_text()).get("basis")
     if not written:
         raise ValueError(f"resume_from names {folder}, which does not say what it fits on: an older version has written it, so begin without")
@@ -43,9 +50,11 @@ def start_checkpoint(given: Path, basis: dict[str, Any], steps: int | None = Non
 def _named(given: Path) -> Path:
     folder, _, number = str(given).rpartition("@")
     root = Path(folder) / "checkpoints"
-    found = {int(path.name.removeprefix("step-")): path for path in checkpoints(root)}
+    if not Path(folder).is_dir():
+        raise ValueError(f"resume_from is {given}, and there is no folder {folder}: a training has it until it is finished")
+    found = {step_of(path): path for path in checkpoints(root)}
     if int(number) not in found:
-        there = f"it has those of steps {', '.join(map(str, found))}" if found else "it has none (those of a finished training are gone)"
+        there = f"it has those of steps {', '.join(map(str, found))}" if found else "it has none"
         raise ValueError(f"resume_from is {given}, and {root} holds no checkpoint of step {number}: {there}")
     return found[int(number)]
 

@@ -79,6 +79,8 @@ class Loop:
         before = logged(self.metrics_file) if self.engine.rank == 0 else None
         # A step of another kind does not take the next task batch.
         self.spikes = Spikes(self.train.spike_factor, from_first(before), lambda number: self.positions(number + 1)[0] == self.positions(number)[0])
+        if self._started_anew:
+            self.spikes.in_a_row = 0  # those of the run before were not left out by this one
         with StopRequest(self.folder / "STOP") as stop, Watchdog(self.train.watchdog_seconds, self.engine.rank) as self._watchdog:
             if not done and self.data.validation:
                 self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
@@ -109,7 +111,8 @@ class Loop:
         if done or circumstances():
             self._event((f"resumed after step {done}" if done else "started") + circumstances())
         given = self.train.resume_from
-        if not done and given is not None:
+        self._started_anew = not done and given is not None
+        if self._started_anew:
             done = checkpoint.start_from(self.engine, self.state, given, self.basis, self.steps, self.metrics_file)
             self._save(done)  # the other run goes on, or is deleted
             self._event(f"started from {given.name}", f" ({given})")
@@ -163,7 +166,7 @@ class Loop:
             self._event(f"{spike} at step {number + 1}" + (", whose update is left out" if skip else ""))
         if self.train.on_spike == "stop":
             raise ValueError(f"{spike} at step {number + 1}, before the update: {way_on}")
-        if skip and self.spikes.in_a_row == _MOST_SKIPPED:
+        if skip and self.spikes.in_a_row >= _MOST_SKIPPED:
             raise ValueError(f"the last {_MOST_SKIPPED} steps were spikes, whose updates are left out, and nothing is learned any more: {way_on}")
         return skip
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_once_started_a_run_has_a_checkpoint_of_its_own(work, tmp_path_factory, 
     ("changes", "sentence"),
     [
         ({"at": 3}, "holds no checkpoint of step 3: it has those of steps 2, 4"),
-        ({"folder": ".train-sft-s1-0123456789.work"}, "holds no checkpoint of step 4: it has none"),
+        ({"folder": ".train-sft-s1-0123456789.work"}, "there is no folder"),
         ({"basis": {"the start model": "another"}}, "does not go with this one: the start model is another one; make it the same"),
         ({"basis": {"train.engine": "zero3"}}, 'train.engine was "single" there, and is "zero3" here; make it the same'),
         ({"basis": {"train.lora": {"r": 4, "alpha": 16}}}, 'train.lora.alpha was 8 there, and is 16 here; make it the same'),
@@ -103,7 +104,7 @@ def test_a_damaged_checkpoint_is_no_start(work, tmp_path_factory):
 
 @pytest.mark.parametrize("text", ["folder@1", ".train-sft-s0-1a.work", ".train-sft-s0-1a.work@0", ".train-sft-s0-1a.work@x", "copy.work@4"])
 def test_what_names_no_step_is_refused_with_the_recipe(tmp_path, text):
-    with pytest.raises(ValueError, match="resume_from is '.*': it takes a training's work folder, by its own name, and a step"):
+    with pytest.raises(ValueError, match="resume_from is '.*': it takes the work folder of a training that is not finished, and a step"):
         load(tmp_path, content(), "--train.resume_from", text)
 
 
@@ -279,3 +280,37 @@ def test_a_step_that_is_left_out_moves_no_average(tmp_path):
     average = Averaged()
     run = build(tmp_path, Leaps, steps=16, on_spike="skip", ema=average)
     assert run.run() and average.seen == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, 16]
+
+
+@pytest.mark.parametrize("steps", [16, 60])
+def test_spikes_of_the_run_before_are_not_the_last_ten(tmp_path, steps):
+    """A run that only noted its spikes, begun anew with skip: it ends after ten of its own, or goes on where the spikes end."""
+    source = tmp_path / ".train-sft-s0-0123456789.work"
+    leaping = lambda run, last: lambda useful, pairs, number: run(useful, pairs, number) | {"train/loss": torch.tensor(9e9 if 14 < number < last else 1.0)}  # noqa: E731
+    old = build(source, steps=100, save_every=1, basis=BASIS)
+    old.step = leaping(old.step, 99)
+    old.on_metrics = lambda _, number: number == 27 and (source / "STOP").touch()
+    assert not old.run() and old.spikes.in_a_row > 10
+    new = build(tmp_path / "new", steps=28 + steps, on_spike="skip", resume_from=f"{source}@28", basis=BASIS)
+    new.step = leaping(new.step, 99 if steps == 60 else 36)
+    if steps == 60:
+        with pytest.raises(ValueError, match="the last 10 steps were spikes"):
+            new.run()
+        assert log(tmp_path / "new")[-1]["step"] == 37
+    else:
+        assert new.run() and sum(line.get("train/skipped", 0) for line in log(tmp_path / "new")) == 8
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(work, tmp_path_factory):
+    copy = work / "checkpoints" / "step-000002-keep"
+    shutil.copytree(work / "checkpoints" / "step-000002", copy)
+    started = build(tmp_path_factory.mktemp("new"), resume_from=f"{work}@4", basis=BASIS)
+    assert started.run()
+    again = build(work, basis=BASIS)
+    assert again.run() and saved(work) == ["step-000002-keep", "step-000004", "step-000006"]
+
+
+@pytest.mark.parametrize("option", ["--method", "--methods", "--resume-from"])
+def test_an_option_without_a_value_is_refused(capsys, option):
+    assert main(["train", "demo.yaml", option, ""]) == 2
+    assert f"{option} is empty" in capsys.readouterr().err
