@@ -226,10 +226,10 @@ class TrainSection(Section):
         "beginning, with its own settings; engine, adapter and the methods' sections must be the same",
     )
     spike_factor: Annotated[float, Field(gt=1)] = Field(
-        20.0, description="A loss or gradient norm beyond so many times its median over the last 50 steps is a spike"
+        20.0, description="A loss or gradient norm of more than this many times its median over the last 50 steps is a spike"
     )
     on_spike: Literal["note", "skip", "stop"] = Field(
-        "note", description="note: a spike is an event of the run; skip: and its update is left out; stop: the training ends with a sentence"
+        "note", description="note: a spike is logged as an event of the run; skip: its update is also left out; stop: the training ends with a message"
     )
     validate_every: Positive = Field(20, description="Steps between validation losses (task and harmful opening)")
     watchdog_seconds: Annotated[float, Field(ge=0)] = Field(
@@ -245,7 +245,7 @@ class TrainSection(Section):
                 "packing is true, and tokens_per_micro_batch does not say how many tokens a row takes: set it"
             )
         if self.resume_from is not None and not re.fullmatch(r"\.(train|align)-.+\.work@[1-9]\d*", self.resume_from.name):
-            raise ValueError(f"resume_from is '{self.resume_from.name}': it takes a training's work folder, by its own name, and a step, such as runs/demo/.train-sap-s0-1a2b3c4d5e.work@40")
+            raise ValueError(f"resume_from is '{self.resume_from.name}': it takes the work folder of a training that is not finished, and a step, such as runs/demo/.train-sap-s0-1a2b3c4d5e.work@40")
         if self.use_reentrant:
             raise ValueError(
                 "use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient"

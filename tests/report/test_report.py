@@ -266,3 +266,10 @@ def test_what_is_told_apart_may_be_less_than_nothing():
     """Seeds at 0.28, 0.02 and 0.20: Student's interval begins below 0, and a difference of shares can."""
     seeds = [{"value": value, "low": value - 0.01, "high": value + 0.01, "n": 50} for value in (0.28, 0.02, 0.20)]
     assert _over_seeds(seeds, least=-1.0)["low"] == pytest.approx(0.1667 - 4.3027 * 0.1332 / 3**0.5, abs=1e-3) and _over_seeds(seeds)["low"] == 0.0
+
+
+@pytest.mark.parametrize(("key", "hits", "said"), [("empty_rate", 20, True), ("incoherent_rate", 9, True), ("empty_rate", 2, False)])
+def test_the_table_says_where_a_model_says_nothing(tmp_path, key, hits, said):
+    found = {"empty_rate": share([False] * 20), "incoherent_rate": share([False] * 20), key: share([True] * hits + [False] * (20 - hits))}
+    build_report(hand_made(methods=[Method("mute", [0], measures(0) | found, [])]), tmp_path)
+    assert (f"note: mute: {hits * 5}% of its answers to harmful prompts are empty or incoherent" in (tmp_path / "table.txt").read_text()) is said
