@@ -14,6 +14,7 @@ does not hang.
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -28,6 +29,9 @@ EXIT_CODE = 70  # EX_SOFTWARE
 _BACKSTOP = 60.0  # seconds beyond the limit until the sentinel acts, where the thread below cannot run
 _DUMP = signal.SIGRTMIN + 5  # at which this process prints its stacks: one that nobody else uses
 _SENTINEL = Path(__file__).with_name("sentinel.py")
+# Full tables of processes, and EFAULT: execve has said it of sound arguments, once in thousands of trainings, and the
+# reason was not found (100,000 starts beside MLflow's thread never did).
+_MAY_PASS = frozenset((errno.EAGAIN, errno.ENOMEM, errno.EFAULT))
 
 
 class Watchdog:
@@ -43,7 +47,7 @@ class Watchdog:
         if self.seconds:
             faulthandler.register(_DUMP)
             given = [str(os.getpid()), str(self.seconds + _BACKSTOP), str(int(_DUMP))]
-            self._sentinel = subprocess.Popen([sys.executable, "-I", "-S", str(_SENTINEL), *given], stdin=subprocess.PIPE)
+            self._sentinel = _start([sys.executable, "-I", "-S", str(_SENTINEL), *given])
             os.set_blocking(self._sentinel.stdin.fileno(), False)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -78,3 +82,18 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(EXIT_CODE)
+
+
+def _start(command: list[str], tries: int = 3) -> subprocess.Popen:
+    """A process that reads what we write; OSError where it cannot be started.
+
+    It gets a copy of the environment: the C library's own may be changed by a thread that does not hold Python's lock.
+    """
+    while True:
+        tries -= 1
+        try:
+            return subprocess.Popen(command, stdin=subprocess.PIPE, env=dict(os.environ))
+        except OSError as error:
+            if not tries or error.errno not in _MAY_PASS:
+                raise
+        time.sleep(0.1)

@@ -1,5 +1,6 @@
 """The watchdog ends a process that stands still, with the reason and the stack; one that goes on it leaves alone."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -104,3 +105,23 @@ def test_the_sentinel_ends_with_its_process():
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists()
+
+
+@pytest.mark.parametrize(("number", "failures", "starts"), [(errno.EFAULT, 2, 3), (errno.EAGAIN, 1, 2), (errno.EFAULT, 3, 3), (errno.ENOENT, 1, 1)])
+def test_a_start_that_may_pass_is_tried_again(monkeypatch, number, failures, starts):
+    popen, tried = subprocess.Popen, []
+
+    def failing(command, **given):
+        tried.append(given["env"]["PATH"])
+        if len(tried) <= failures:
+            raise OSError(number, os.strerror(number), command[0])
+        return popen(command, **given)
+
+    monkeypatch.setattr(subprocess, "Popen", failing)
+    if failures < starts:
+        with Watchdog(1800, rank=0) as watchdog:
+            assert watchdog._sentinel.poll() is None
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)), Watchdog(1800, rank=0):
+            raise AssertionError("it was watched")
+    assert len(tried) == starts
