@@ -32,7 +32,7 @@ setup: $(VENV)/ready
 	@echo "$(VENV) is ready: $(VENV)/bin/sap --help"
 
 demo: $(VENV)/ready
-	@$(VENV)/bin/python -m pipeline.data.builtin
+	@$(VENV)/bin/python -m pipeline.stages.fetch
 	@$(RUN) run launch/recipes/demo.yaml --seeds "$$($(PYTHON) -c 'print(list(range($(SEEDS))))')"
 
 # A module stays in one process, so that what its tests share is made once.

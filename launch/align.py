@@ -3,19 +3,19 @@
 torchrun --nproc-per-node 2 launch/align.py --config launch/recipes/demo.yaml
 """
 
-from pipeline import entry
+from pipeline.running import entry
 
 
 def main() -> None:
     options, experiment = entry.arguments(__doc__, checkable=True)
 
-    from pipeline import checks
+    from pipeline.stages import checks
 
     checks.check(experiment, "align", light=options.check)
     if options.check:
         return checks.check_upstream(experiment, "align")
-    from pipeline import stages
-    from pipeline.sharding.launch import leave
+    from pipeline.engines.open import leave
+    from pipeline.stages import stages
 
     stages.align(experiment)
     leave()

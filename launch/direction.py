@@ -3,20 +3,20 @@
 torchrun --nproc-per-node 8 launch/direction.py --config launch/recipes/llama_7b_sap.yaml --method sap
 """
 
-from pipeline import entry
+from pipeline.running import entry
 
 
 def main() -> None:
     options, experiment = entry.arguments(__doc__, checkable=True)
     cell = entry.choose_cell(experiment, options.method, options.seed)
 
-    from pipeline import checks
+    from pipeline.stages import checks
 
     checks.check(experiment, cell, light=options.check)
     if options.check:
         return checks.check_upstream(experiment, "direction", cell)
-    from pipeline import stages
-    from pipeline.sharding.launch import leave
+    from pipeline.engines.open import leave
+    from pipeline.stages import stages
 
     stages.direction(experiment, cell)
     leave()

@@ -8,7 +8,7 @@ python launch/doctor.py --config launch/recipes/demo.yaml --train.ranks 1
 import argparse
 from pathlib import Path
 
-from pipeline import entry
+from pipeline.running import entry
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     from pipeline import artifacts
     from pipeline.doctor.case import choose_cell, open_case
     from pipeline.doctor.checks import diagnose
-    from pipeline.sharding.launch import leave
+    from pipeline.engines.open import leave
 
     case = open_case(experiment, choose_cell(experiment, options.method, options.seed))
     report = diagnose(case.engine, case.probe, case.sap, case.useful, case.pairs, case.facts)

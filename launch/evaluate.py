@@ -10,8 +10,8 @@ visible the model is spread over all of them.
 
 import argparse
 
-from pipeline import entry
 from pipeline.evaluation.shards import WHOLE, Shard
+from pipeline.running import entry
 
 
 def main() -> None:
@@ -21,9 +21,9 @@ def main() -> None:
     shard = WHOLE if own.shard is None else Shard.parse(own.shard)
     options, experiment = entry.arguments(__doc__, rest)
 
-    from pipeline import stages
-    from pipeline.layout import Layout
-    from pipeline.system_errors import reading_input
+    from pipeline.stages import stages
+    from pipeline.stages.layout import Layout
+    from pipeline.system.system_errors import reading_input
 
     with reading_input():
         layout = Layout(experiment)

@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.system_errors import BY_THE_INPUT, naming
+from pipeline.system.system_errors import BY_THE_INPUT, naming
 
 MANIFEST = "manifest.json"
 MARKER = "DONE"

@@ -21,17 +21,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline import artifacts, capacity, checks, devices, dry_run, entry, recipe, redaction, runner
-from pipeline import options as options_of
+from pipeline import artifacts
 from pipeline.bench import command as bench
-from pipeline.capacity import Capacity
-from pipeline.data import describe, show_template
-from pipeline.layout import Layout
-from pipeline.recipe import Cell, Experiment
-from pipeline.status import STAGES, check_portable, status
-from pipeline.system_errors import reading_input
-from pipeline.tracking import deliver, describe_store, waiting
-from pipeline.warm import WarmParents
+from pipeline.doctor import describe, show_template
+from pipeline.recipe import recipe, redaction
+from pipeline.recipe.recipe import Cell, Experiment
+from pipeline.running import devices, entry, runner
+from pipeline.running.warm import WarmParents
+from pipeline.stages import capacity, checks, dry_run
+from pipeline.stages import options as options_of
+from pipeline.stages.capacity import Capacity
+from pipeline.stages.layout import Layout
+from pipeline.stages.status import STAGES, check_portable, status
+from pipeline.system.system_errors import reading_input
+from pipeline.tracking.run import deliver, describe_store, waiting
 
 _ON_RANKS = {"align", "filter", "direction", "train"}  # stages that start ranks
 _ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
@@ -128,9 +131,9 @@ def _track(experiment: Experiment) -> int:
 def _needed(chain: Chain) -> list[str]:
     """What the processes of an experiment import, in an order in which lean_imports.py can keep it small."""
     trains = [cell.recipe.train for cell in chain.cells] + [chain.base.align.train] * chain.base.align.enabled
-    deepspeed = ["pipeline.lean_imports:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
+    deepspeed = ["pipeline.running.lean_imports:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
     mlflow = ["mlflow", "mlflow.store.tracking.sqlalchemy_store"] * chain.base.tracking.enabled
-    return ["pipeline.stages", "pipeline.lean_imports:import_peft", *deepspeed, *mlflow]
+    return ["pipeline.stages.stages", "pipeline.running.lean_imports:import_peft", *deepspeed, *mlflow]
 
 
 def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
@@ -223,7 +226,7 @@ class Chain:
         return [layout.prepare(), layout.prompts()] if stage == "prepare" else [layout.report()]
 
     def prepare(self) -> int:
-        from pipeline import stages
+        from pipeline.stages import stages
 
         stages.prepare(self.experiment)
         return 0
@@ -335,7 +338,7 @@ def _doctor(experiment: Experiment, options: argparse.Namespace) -> int:
 
 
 def _plan(experiment: Experiment, options: argparse.Namespace) -> int:
-    from pipeline.planner import plan_cell
+    from pipeline.planner.planner import plan_cell
 
     if (options.ranks is not None and options.ranks < 1) or not 0 < options.gpu_gb < float("inf"):
         raise ValueError("--ranks takes a number from 1, --gpu-gb a finite one above 0")

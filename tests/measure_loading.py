@@ -72,10 +72,10 @@ def _resident() -> tuple[int, int]:
 
 def load(location: str, engine: str, quantization: str, adapter: str, streamed: bool, dtype: str = "float32") -> Any:
     """The engine over the model at `location`, on the ranks of the process group."""
-    from pipeline.loading import open_model
-    from pipeline.models import load_model, make_trainable
-    from pipeline.sections import ModelSection, TrainSection
-    from pipeline.sharding.launch import open_engine
+    from pipeline.engines.open import open_engine
+    from pipeline.model.loading import open_model
+    from pipeline.model.models import load_model, make_trainable
+    from pipeline.recipe.sections import ModelSection, TrainSection
 
     section = ModelSection(path=location, dtype=dtype, quantization=quantization)
     train = TrainSection(engine=engine, adapter=adapter, steps=1, batch_size=2, micro_batch_size=1, ds_config=Path("ds_configs/zero3_cpu.json"))
@@ -91,8 +91,8 @@ def held(engine: Any) -> int:
 
 def rank_main(rank: int, engine: str, small: str, cases: list[dict[str, Any]], out: str) -> None:
     """What one rank does (tests.distributed.ranks): every case in turn, after a small model has brought in what loading imports."""
-    from pipeline.sections import TrainSection
-    from pipeline.sharding.launch import init_distributed
+    from pipeline.engines.open import init_distributed
+    from pipeline.recipe.sections import TrainSection
 
     init_distributed(TrainSection(engine=engine, steps=1))
     rows = []

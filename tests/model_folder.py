@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 
 WORDS, HIDDEN, LAYERS, POSITIONS = 20, 8, 2, 64
 END, PAD = "<|end|>", "<|pad|>"

@@ -8,15 +8,15 @@ from typing import Any
 from tests.distributed.cases import matrix_cases
 
 STEP, ENGINE, ZERO3, FSDP2 = (
-    "pipeline/sap/step.py",
-    "pipeline/sharding/engine.py",
-    "pipeline/sharding/zero3.py",
-    "pipeline/sharding/fsdp2.py",
+    "pipeline/defences/sap/step.py",
+    "pipeline/engines/engine.py",
+    "pipeline/engines/zero3.py",
+    "pipeline/engines/fsdp2.py",
 )
-FORK_SERVER, WARM = "pipeline/fork_server.py", "pipeline/warm.py"
+FORK_SERVER, WARM = "pipeline/running/fork_server.py", "pipeline/running/warm.py"
 INHERITED = "tests/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
 RESTARTED = "tests/training/test_restart.py"
-LOSSES, HEAD, BATCHES = "pipeline/sap/losses.py", "pipeline/sap/head.py", "pipeline/data/batches.py"
+LOSSES, HEAD, BATCHES = "pipeline/objectives/losses.py", "pipeline/objectives/head.py", "pipeline/objectives/batches.py"
 
 DENSE = "tests/sap/test_step.py::test_step_equals_the_dense_reference"
 SIGN = "tests/sap/test_step.py::test_the_correction_descends_the_safety_loss"
@@ -148,7 +148,7 @@ OF_THE_LOSSES = (
     mutant("a budget's fillers counted", BATCHES, "([shortest], 0.0)", "([shortest], 1.0)", BUDGET),
     mutant(
         "packed samples see each other",
-        "pipeline/sap/packed.py",
+        "pipeline/objectives/packed.py",
         "samples = packed and packed.samples",
         "samples = None",
         f"{PACKED}::test_every_packable_type_keeps_samples_apart[llama]",
@@ -275,7 +275,7 @@ OF_THE_ENGINES = (
     ),
     mutant(
         "zero3: tensors fetched one by one",
-        "pipeline/sharding/deepspeed_private.py",
+        "pipeline/engines/deepspeed_private.py",
         "set_z3_leaf_module(block, True)",
         "set_z3_leaf_module(block, False)",
         "tests/distributed/test_fetching.py::test_the_next_layer_is_on_its_way_while_one_works[lora]",
@@ -323,7 +323,7 @@ REPLACED = "tests/distributed/test_sharded.py::test_replaced_weights_are_seen_an
 SAFE_MIX, SAFETY_GRADIENT, LISA, EMA = (
     f"pipeline/training/{name}.py" for name in ("safe_mix", "safety_gradient", "lisa", "ema")
 )
-SAFT = "pipeline/filtering/saft.py"
+SAFT = "pipeline/defences/saft/saft.py"
 
 OF_THE_COMPANIONS = (
     mutant(
@@ -462,7 +462,7 @@ OF_THE_PROCESSES = (
         "jobs outlive the command that was killed",
         (
             (FORK_SERVER, "prctl(SET_PDEATHSIG, signal.SIGTERM)", "pass"),
-            ("pipeline/stop_signals.py", "prctl(SET_PDEATHSIG, signal.SIGTERM)", "pass"),
+            ("pipeline/running/stop_signals.py", "prctl(SET_PDEATHSIG, signal.SIGTERM)", "pass"),
         ),
         ("tests/test_warm.py::test_jobs_go_with_the_program_that_started_them_and_may_save_first[9-warm]",),
     ),

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.sections import TrainSection
+from pipeline.recipe.sections import TrainSection
 
 aten = torch.ops.aten
 # Whose result has as many elements as the content says, or is a number of Python's.

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import recipe
-from pipeline.layout import Layout
+from pipeline.recipe import recipe
+from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
 
 

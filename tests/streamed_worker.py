@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from pipeline import artifacts
-from pipeline.loading import open_model
-from pipeline.models import decoder_layers, load_model, make_trainable
-from pipeline.sap.diagnostics import safety_direction
-from pipeline.sap.losses import useful_loss
-from pipeline.sap.probe import Probe
-from pipeline.sap.step import SapStep
-from pipeline.sections import LoraSection, ModelSection, SapSection, TrainSection
-from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import init_distributed, open_engine
-from pipeline.training.plain import PlainStep
+from pipeline.defences.plain import PlainStep
+from pipeline.defences.sap.diagnostics import safety_direction
+from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.step import SapStep
+from pipeline.engines.engine import Engine
+from pipeline.engines.open import init_distributed, open_engine
+from pipeline.model.loading import open_model
+from pipeline.model.models import decoder_layers, load_model, make_trainable
+from pipeline.model.weights import WeightFiles
+from pipeline.objectives.losses import useful_loss
+from pipeline.recipe.sections import LoraSection, ModelSection, SapSection, TrainSection
 from pipeline.training.product import save_gathered, save_merged, save_model
-from pipeline.weights import WeightFiles
 from tests.project import make_tokenizer
 from tests.tiny import FAMILY_HIDDEN, FAMILY_RANK, StepBatches
 

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline import artifacts, checks, packable, recipe, stages, strict_yaml
+from pipeline import artifacts
 from pipeline.cli import main
 from pipeline.data import builtin
 from pipeline.evaluation.shards import WHOLE
-from pipeline.layout import Layout
-from pipeline.models import load_tokenizer
-from pipeline.sections import ModelSection
+from pipeline.model import packable
+from pipeline.model.models import load_tokenizer
+from pipeline.recipe import recipe, strict_yaml
+from pipeline.recipe.sections import ModelSection
+from pipeline.stages import checks, stages
+from pipeline.stages.layout import Layout
 from tests.model_folder import change
 from tests.project import make_project, run, write_jsonl, write_recipe
 
@@ -234,7 +237,7 @@ def test_conflicting_ds_config(project, capsys, tmp_path, change, expected):
 
 
 def test_ds_config_that_agrees_is_taken(project, tmp_path):
-    from pipeline.sharding.ds_config import read_ds_config
+    from pipeline.engines.ds_config import read_ds_config
 
     folder, content = project
     train = recipe.load(write_recipe(folder, content)).base.train
@@ -245,7 +248,7 @@ def test_ds_config_that_agrees_is_taken(project, tmp_path):
 
 
 def test_a_token_budget_leaves_no_number_of_passes_to_the_ds_config(project, tmp_path):
-    from pipeline.sharding.ds_config import read_ds_config
+    from pipeline.engines.ds_config import read_ds_config
 
     folder, content = project
     path = tmp_path / "ds.json"

@@ -2,8 +2,9 @@
 
 import pytest
 
-from pipeline import artifacts, entry, runner
-from pipeline.batch_job import circumstances
+from pipeline import artifacts
+from pipeline.running import entry, runner
+from pipeline.running.batch_job import circumstances
 
 
 def fails(error: Exception):

@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import cli, mlflow_store, runner, tracking
-from pipeline.tracking import open_run
+from pipeline import cli
+from pipeline.running import runner
+from pipeline.tracking import mlflow_store
+from pipeline.tracking import run as tracking
+from pipeline.tracking.run import open_run
 from tests.project import ROOT, quiet
 from tests.stores import Store, closed_port, layout_in, outbox, tracked_project, until
 
@@ -59,10 +62,10 @@ TWO_PROCESSES = """
 import sys, time
 from pathlib import Path
 import mlflow, mlflow.store.tracking.sqlalchemy_store
-from pipeline import recipe
-from pipeline.layout import Layout
-from pipeline import tracking
-from pipeline.tracking import open_run
+from pipeline.recipe import recipe
+from pipeline.stages.layout import Layout
+from pipeline.tracking import run as tracking
+from pipeline.tracking.run import open_run
 
 tracking._CLOSE_SECONDS = 300.0  # two that make a store at once may need longer than a stage would wait for
 layout, key, ready = Layout(recipe.load(sys.argv[1])), sys.argv[2], Path(sys.argv[3])

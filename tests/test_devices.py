@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import devices
-from pipeline.sections import ModelSection, TrainSection
+from pipeline.recipe.sections import ModelSection, TrainSection
+from pipeline.running import devices
 
 GB = 10**9
 
 
 class Driver:
-    """What pipeline/devices.py asks of nvidia-ml-py. gpus: (name, total bytes, free bytes, compute capability, processes)."""
+    """What pipeline/running/devices.py asks of nvidia-ml-py. gpus: (name, total bytes, free bytes, compute capability, processes)."""
 
     NVMLError = type("NVMLError", (Exception,), {})
     NVML_ERROR_NOT_SUPPORTED, NVML_DEVICE_MIG_ENABLE = 3, 1
@@ -184,7 +184,7 @@ def test_the_installed_package_is_asked_for_its_version(monkeypatch):
 def test_an_attention_that_the_model_has_not_is_refused(machine, monkeypatch, kind, gpus, flash, attention, said):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from pipeline.models import check_attention, without_weights
+    from pipeline.model.models import check_attention, without_weights
 
     machine(*gpus)
     monkeypatch.setattr(devices, "_flash_version", lambda: flash)
@@ -272,7 +272,7 @@ def test_a_gpu_that_is_too_small_or_busy_is_one_sentence(machine):
 
 
 def test_jobs_side_by_side_get_a_gpu_each(machine):
-    from pipeline.runner import _one_gpu
+    from pipeline.running.runner import _one_gpu
 
     machine(gpu(), gpu(), gpu(), visible="2,0")
     assert [_one_gpu(slot) for slot in range(3)] == [{"CUDA_VISIBLE_DEVICES": name} for name in ("2", "0", "2")]
@@ -283,7 +283,7 @@ def test_jobs_side_by_side_get_a_gpu_each(machine):
 def test_a_launcher_that_starts_more_processes_than_gpus_is_told_so(monkeypatch):
     import torch
 
-    from pipeline.sharding.launch import device
+    from pipeline.running.devices import device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

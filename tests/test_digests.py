@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, digests
-from pipeline.digests import content_digest, content_digests
-from pipeline.fingerprint import fingerprint
+from pipeline import artifacts
+from pipeline.data import digests
+from pipeline.data.digests import content_digest, content_digests
+from pipeline.data.fingerprint import fingerprint
 
 
 @pytest.fixture

@@ -8,19 +8,19 @@ import re
 import pytest
 import torch
 
-from pipeline import recipe
 from pipeline.cli import main
-from pipeline.data.batches import PairBatch
+from pipeline.defences.sap.probe import Probe
 from pipeline.doctor.case import choose_cell
 from pipeline.doctor.checks import diagnose
 from pipeline.doctor.measure import central_slope
 from pipeline.doctor.report import FAIL, OK, WARN, Finding, Report, graded
 from pipeline.doctor.resources import Meter, held_weights
-from pipeline.models import decoder_layers
-from pipeline.sap.losses import useful_loss
-from pipeline.sap.probe import Probe
-from pipeline.sections import SapSection
-from pipeline.sharding.single import SingleEngine
+from pipeline.engines.single import SingleEngine
+from pipeline.model.models import decoder_layers
+from pipeline.objectives.batches import PairBatch
+from pipeline.objectives.losses import useful_loss
+from pipeline.recipe import recipe
+from pipeline.recipe.sections import SapSection
 from tests.project import make_project, run, sap, write_recipe
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import artifacts, capacity, devices, recipe
+from pipeline import artifacts
 from pipeline.cli import main
-from pipeline.layout import Layout
-from pipeline.status import STAGES
+from pipeline.recipe import recipe
+from pipeline.running import devices
+from pipeline.stages import capacity
+from pipeline.stages.layout import Layout
+from pipeline.stages.status import STAGES
 from tests.project import ROOT, make_project, quiet, write_jsonl, write_recipe
 
 
@@ -186,7 +189,7 @@ def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
     folder, content = project
     content = content | {"align": content["align"] | {"enabled": False}}
     experiment = recipe.load(write_recipe(folder, content))
-    from pipeline.model_checks import check_model
+    from pipeline.model.model_checks import check_model
 
     facts, cells = check_model(experiment.base), list(experiment.cells())
     one, both = (capacity.capacity(experiment, facts, chosen).disk for chosen in (cells[:1], cells))

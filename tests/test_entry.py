@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from pipeline import entry
+from pipeline.running import entry
 
 PROGRAM = """
 import atexit, sys
-from pipeline import entry
+from pipeline.running import entry
 
 class Finalized:
     def __del__(self):
@@ -105,7 +105,7 @@ atexit.register(lambda: __import__("colorsys"))
 @pytest.mark.parametrize("way", ["entry.run(main)", "sys.argv = ['sap']; cli._main = lambda argv: main(); sys.exit(cli.main())"])
 def test_a_lock_of_imports_that_stays_taken_does_not_keep_a_stopped_program(way):
     """As when a signal came while two threads imported: torch imports at its end."""
-    body = f"import sys, colorsys\ndel sys.modules['colorsys']\nfrom pipeline import cli, entry, runner\n{TAKEN_LOCK}"
+    body = f"import sys, colorsys\ndel sys.modules['colorsys']\nfrom pipeline import cli; from pipeline.running import entry; from pipeline.running import runner\n{TAKEN_LOCK}"
     program = f"{body}\ndef main(): raise runner.Stopped('SIGINT')\nentry._LEAVING = 1.0\n{way}"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 75 and "stopped on request (SIGINT)" in ended.stderr

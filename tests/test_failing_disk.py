@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, checks, cli, entry, runner, stages
-from pipeline.layout import Layout
+from pipeline import artifacts, cli
+from pipeline.running import entry, runner
+from pipeline.stages import checks, stages
+from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
 
 _POINTS = 6  # at which a command meets the error, evenly among all there are

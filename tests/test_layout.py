@@ -7,11 +7,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from pipeline import devices, recipe, strict_yaml
 from pipeline.data import builtin, contrastive
-from pipeline.fingerprint import fingerprint
-from pipeline.layout import Layout, _training
-from pipeline.sections import TrainSection
+from pipeline.data.fingerprint import fingerprint
+from pipeline.recipe import recipe, strict_yaml
+from pipeline.recipe.sections import TrainSection
+from pipeline.running import devices
+from pipeline.stages.layout import Layout, _training
 from tests.project import make_project, write_jsonl, write_recipe
 
 

@@ -5,14 +5,14 @@ import sys
 import pytest
 import torch
 
-from pipeline.lean_imports import uncompiled, without
+from pipeline.running.lean_imports import uncompiled, without
 from tests.project import run
 
 RANK = """
 import sys
-from pipeline.sections import LoraSection, TrainSection
-from pipeline.sharding.launch import init_distributed, open_engine
-from pipeline.models import add_lora
+from pipeline.recipe.sections import LoraSection, TrainSection
+from pipeline.engines.open import init_distributed, open_engine
+from pipeline.model.models import add_lora
 from tests.tiny import tiny_model
 train = TrainSection(engine="zero3", steps=1)
 init_distributed(train)
@@ -30,7 +30,7 @@ def test_a_rank_begins_without_mlflow_and_compilers_and_they_come_when_asked_for
 
 
 def test_what_is_hidden_is_back_after_the_block(monkeypatch):
-    monkeypatch.setattr("pipeline.lean_imports.threading.active_count", lambda: 1)
+    monkeypatch.setattr("pipeline.running.lean_imports.threading.active_count", lambda: 1)
     monkeypatch.delitem(sys.modules, "this", raising=False)
     with without("this"), pytest.raises(ImportError):
         import this  # noqa: F401
@@ -53,7 +53,7 @@ def test_nothing_is_hidden_that_is_there_or_beside_another_thread(monkeypatch):
         import json
 
         assert json.dumps([]) == "[]"
-    monkeypatch.setattr("pipeline.lean_imports.threading.active_count", lambda: 2)
+    monkeypatch.setattr("pipeline.running.lean_imports.threading.active_count", lambda: 2)
     monkeypatch.delitem(sys.modules, "antigravity", raising=False)
     with without("antigravity"):
         assert "antigravity" not in sys.modules

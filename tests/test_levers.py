@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline import recipe
 from pipeline.bench import levers
 from pipeline.bench.levers import HEADER, Levers, Row, table
+from pipeline.recipe import recipe
 from tests.project import make_project, run, sap, write_recipe
 
 pytestmark = pytest.mark.processes

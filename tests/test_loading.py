@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-from pipeline.loading import load_whole, open_model
-from pipeline.model_facts import read_facts
-from pipeline.models import check_weights, damaged_weight, load_chat, load_model, make_trainable, outline
-from pipeline.quantization import quantise
-from pipeline.sections import LoraSection, ModelSection, TrainSection
-from pipeline.system_errors import BrokenFile, sentence
-from pipeline.weights import WeightFiles, fill, not_finite
+from pipeline.model.loading import load_whole, open_model
+from pipeline.model.model_facts import read_facts
+from pipeline.model.models import check_weights, damaged_weight, load_chat, load_model, make_trainable, outline
+from pipeline.model.quantization import quantise
+from pipeline.model.weights import WeightFiles, fill, not_finite
+from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
+from pipeline.system.system_errors import BrokenFile, sentence
 from tests import measure_loading
 from tests.model_folder import change, make_folder
 from tests.project import make_model
@@ -136,8 +136,8 @@ def test_what_is_said_of_a_weight_is_what_is_wrong_with_its_first_piece(tmp_path
             if name in state:
                 state[name].view(-1)[130], state[name].view(-1)[-1] = float("inf"), float("nan")
                 save_file(state, path, metadata={"format": "pt"})
-    monkeypatch.setattr("pipeline.weights._CHUNK", 64)
-    monkeypatch.setattr("pipeline.quantization._ON_CPU", 64)
+    monkeypatch.setattr("pipeline.model.weights._CHUNK", 64)
+    monkeypatch.setattr("pipeline.model.quantization._ON_CPU", 64)
     model, sources = open_model(section(location, quantization=quantization), location, sharded=True)
     flat = WeightFiles.flat
 
@@ -196,7 +196,7 @@ def test_a_hub_models_files_are_looked_at_once_they_are_here(tmp_path, monkeypat
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("pipeline.loading.weight_files", lambda *_: WeightFiles(snapshot))
+    monkeypatch.setattr("pipeline.model.loading.weight_files", lambda *_: WeightFiles(snapshot))
     with pytest.raises(ValueError, match=r"model.path owner/name: pad_token '\[PAD\]' has id 20, .* has 20 rows"):
         open_model(section("owner/name"), "owner/name", sharded=True)
 
@@ -214,7 +214,7 @@ def test_a_persistent_buffer_comes_from_the_files(tmp_path, monkeypatch):
     save_file({**load_file(path), "scale": torch.tensor([1.0, 2.0, 3.0])}, path, metadata={"format": "pt"})
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"weight_map": {', f'"weight_map": {{"scale": "{path.name}",'))
-    monkeypatch.setattr("pipeline.loading.AutoModelForCausalLM.from_config", lambda config, dtype, **_: WithBuffer._from_config(config, dtype=dtype))
+    monkeypatch.setattr("pipeline.model.loading.AutoModelForCausalLM.from_config", lambda config, dtype, **_: WithBuffer._from_config(config, dtype=dtype))
     model, sources = open_model(section(location), location, sharded=True)
     assert sources and model.scale.tolist() == [1.0, 2.0, 3.0]
 
@@ -241,8 +241,8 @@ def test_training_and_evaluation_quantise_on_the_same_device(tmp_path, monkeypat
         asked.append(device)
         quantise(model, sources, "cpu")
 
-    monkeypatch.setattr("pipeline.loading.quantise", recorded)
-    monkeypatch.setattr("pipeline.loading.device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr("pipeline.model.loading.quantise", recorded)
+    monkeypatch.setattr("pipeline.model.loading.device", lambda: torch.device("cuda", 1))
     whole = load_whole(section(location, quantization="nf4"), location)
     for sharded in (True, False):
         open_model(section(location, quantization="nf4"), location, sharded)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.lora_targets import adapted_modules
-from pipeline.model_checks import check_lora, check_model, check_prompts, local_folder, positions
-from pipeline.model_facts import read_facts
-from pipeline.sections import LoraSection, ModelSection, TrainSection
+from pipeline.model.lora_targets import adapted_modules
+from pipeline.model.model_checks import check_lora, check_model, check_prompts, local_folder, positions
+from pipeline.model.model_facts import read_facts
+from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
 from tests.model_folder import (
     HIDDEN,
     LAYERS,
@@ -340,7 +340,7 @@ def test_facts_know_the_decoder_of_a_model_that_also_sees(tmp_path):
 def test_neither_torch_nor_transformers_is_imported(tmp_path):
     folder = make_folder(tmp_path / "model")
     code = (
-        "import sys; from pipeline.model_checks import check_model; from tests.model_folder import recipe_of;"
+        "import sys; from pipeline.model.model_checks import check_model; from tests.model_folder import recipe_of;"
         f"check_model(recipe_of({str(folder)!r})); assert not {{'torch', 'transformers'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from pipeline.sections import TrainSection
-from pipeline.sharding.exchange import from_first, of_every_rank
-from pipeline.sharding.launch import init_distributed, leave
+from pipeline.engines.exchange import from_first, of_every_rank
+from pipeline.engines.open import init_distributed, leave
+from pipeline.recipe.sections import TrainSection
 from tests.distributed.ranks import spawn
 from tests.project import ROOT
 

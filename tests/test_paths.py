@@ -10,12 +10,15 @@ from typing import get_args
 import pytest
 import yaml
 
-from pipeline import artifacts, entry, model_files, recipe, shipped
+from pipeline import artifacts, shipped
 from pipeline.data import sources
-from pipeline.paths import section_of
-from pipeline.recipe import Recipe
-from pipeline.sections import PathField, SourceSection
-from pipeline.strict_yaml import parse_overrides
+from pipeline.model import model_files
+from pipeline.recipe import recipe
+from pipeline.recipe.paths import section_of
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import PathField, SourceSection
+from pipeline.recipe.strict_yaml import parse_overrides
+from pipeline.running import entry
 
 SHIPPED = shipped.FOLDER
 

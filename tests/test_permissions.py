@@ -5,7 +5,8 @@ import stat
 
 import pytest
 
-from pipeline import artifacts, recipe
+from pipeline import artifacts
+from pipeline.recipe import recipe
 from tests.project import make_project, run, write_recipe
 
 pytestmark = pytest.mark.processes

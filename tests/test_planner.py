@@ -14,22 +14,25 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline import capacity, devices, planner, recipe, stages
-from pipeline.data.batches import MicroBatch, micro_batches
+from pipeline.defences.sap.probe import Probe
 from pipeline.doctor.resources import held_weights
-from pipeline.layer_choice import probed_layers
-from pipeline.layout import Layout
-from pipeline.model_outline import facts_of, outlined
-from pipeline.models import decoder_layers, make_trainable, without_weights
-from pipeline.planner import Plan, estimate, estimate_training, plan_cell
-from pipeline.quantization import quantise
-from pipeline.sap import head
-from pipeline.sap.losses import safety_loss, useful_loss
-from pipeline.sap.probe import Probe
-from pipeline.sections import LoraSection, SapSection, TrainSection
-from pipeline.sharding.ds_config import read_ds_config
-from pipeline.sharding.launch import init_distributed, largest_of_ranks
-from pipeline.sharding.single import SingleEngine
+from pipeline.engines.ds_config import read_ds_config
+from pipeline.engines.open import init_distributed, largest_of_ranks
+from pipeline.engines.single import SingleEngine
+from pipeline.model.model_outline import facts_of, outlined
+from pipeline.model.models import decoder_layers, make_trainable, without_weights
+from pipeline.model.quantization import quantise
+from pipeline.objectives import head
+from pipeline.objectives.batches import MicroBatch, micro_batches
+from pipeline.objectives.losses import safety_loss, useful_loss
+from pipeline.planner import planner
+from pipeline.planner.planner import Plan, estimate, estimate_training, plan_cell
+from pipeline.recipe import recipe
+from pipeline.recipe.layer_choice import probed_layers
+from pipeline.recipe.sections import LoraSection, SapSection, TrainSection
+from pipeline.running import devices
+from pipeline.stages import capacity, stages
+from pipeline.stages.layout import Layout
 from tests.distributed.ranks import spawn
 from tests.project import ROOT, make_project, write_recipe
 from tests.tiny import FAMILIES, FAMILY_RANK, StepBatches, family_model
@@ -247,8 +250,8 @@ def watched_passes(engine, plan: Plan, rank: int) -> dict[str, tuple[int, int]]:
 
 
 def check_engine(rank: int, engine_name: str, adapter: str) -> None:
-    from pipeline.sharding.launch import init_distributed, open_engine
-    from pipeline.sharding.zero3 import Zero3Engine
+    from pipeline.engines.open import init_distributed, open_engine
+    from pipeline.engines.zero3 import Zero3Engine
 
     train = TrainSection(
         steps=1, engine=engine_name, adapter=adapter, batch_size=8, micro_batch_size=2, gradient_checkpointing=True,

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checks, quantization
-from pipeline.checks import check_quantisable
-from pipeline.model_outline import facts_of
-from pipeline.models import add_lora
-from pipeline.quantization import Nf4Linear, dequantised, quantise
-from pipeline.sap.losses import useful_loss
-from pipeline.sap.probe import Probe
-from pipeline.sections import LoraSection, ModelSection, TrainSection
-from pipeline.sharding.single import SingleEngine
-from pipeline.weights import Sources, fill, placeholder, read, tensor_source
+from pipeline.defences.sap.probe import Probe
+from pipeline.engines.single import SingleEngine
+from pipeline.model import quantization
+from pipeline.model.model_outline import facts_of
+from pipeline.model.models import add_lora
+from pipeline.model.quantization import Nf4Linear, dequantised, quantise
+from pipeline.model.weights import Sources, fill, placeholder, read, tensor_source
+from pipeline.objectives.losses import useful_loss
+from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
+from pipeline.stages import checks
+from pipeline.stages.checks import check_quantisable
 from tests.tiny import FAMILIES, FAMILY_HIDDEN, StepBatches, family_model
 
 
@@ -124,7 +125,7 @@ def counted(weight: torch.Tensor, read_elements: list[tuple[int, int]]):
 @pytest.mark.parametrize("numel", [1, 63, 65, 7 * 64, 1001, 64 * 1024 + 33, 3 * 64 * 1024 + 1])
 def test_ranks_have_the_bits_that_the_operator_gives_for_the_whole(numel, dtype, monkeypatch):
     """Cuts in the middle of a block, pieces of several threads, a weight in another dtype in its files."""
-    monkeypatch.setattr("pipeline.weights._CHUNK", 5000)
+    monkeypatch.setattr("pipeline.model.weights._CHUNK", 5000)
     torch.manual_seed(0)
     weight = torch.randn(numel)
     codes, state = bitsandbytes.functional.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4")
@@ -147,7 +148,7 @@ def test_a_short_block_of_zeros_has_the_scale_zero():
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_weight_is_read_once_for_codes_and_scales(ranks, monkeypatch):
     """But for a block or two where a rank's codes and scales are cut at different ones."""
-    monkeypatch.setattr("pipeline.weights._CHUNK", 1000)
+    monkeypatch.setattr("pipeline.model.weights._CHUNK", 1000)
     torch.manual_seed(0)
     shapes = {"first": (100, 641), "second": (50, 64)}
     model, seen = Holder(nn.Linear(1, 1)), {name: [] for name in shapes}

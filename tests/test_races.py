@@ -2,8 +2,10 @@
 
 import pytest
 
-from pipeline import artifacts, recipe, stages
-from pipeline.layout import Layout
+from pipeline import artifacts
+from pipeline.recipe import recipe
+from pipeline.stages import stages
+from pipeline.stages.layout import Layout
 from tests.project import make_project, sap, write_recipe
 
 

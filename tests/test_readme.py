@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from pipeline import recipe
+from pipeline.recipe import recipe
 from tests.project import ROOT, sap
 
 pytestmark = pytest.mark.processes

@@ -9,11 +9,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline import devices, recipe
-from pipeline.recipe import Recipe
-from pipeline.redaction import REDACTED, redact
-from pipeline.sections import Section
-from pipeline.strict_yaml import as_arguments, parse_overrides
+from pipeline.recipe import recipe
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.redaction import REDACTED, redact
+from pipeline.recipe.sections import Section
+from pipeline.recipe.strict_yaml import as_arguments, parse_overrides
+from pipeline.running import devices
 from tests.project import ROOT
 
 SHIPPED = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))

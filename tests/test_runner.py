@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline import devices, runner, shipped
-from pipeline.warm import WarmParents
+from pipeline import shipped
+from pipeline.running import devices, runner
+from pipeline.running.warm import WarmParents
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_a_ctrl_c_reaches_jobs_through_us_alone(launch, warm):
 
 def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(launch, warm, capfd):
     launch(
-        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline.running import entry\n"
         "def main():\n    if os.environ['RANK'] == '2': time.sleep(60)\n    raise OSError(28, 'No space left on device', '/runs')\nentry.run(main)"
     )
     started = time.monotonic()
@@ -176,7 +177,7 @@ def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(launc
 
 def test_a_rank_that_alone_meets_an_error_of_the_system_says_so(launch, warm, capfd):
     launch(
-        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\nentry._BEHIND_THE_FIRST = 0.1\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline.running import entry\nentry._BEHIND_THE_FIRST = 0.1\n"
         "def main():\n    if os.environ['RANK'] == '0': time.sleep(60)\n    raise OSError(5, 'Input/output error', '/data')\nentry.run(main)"
     )
     assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
@@ -186,7 +187,7 @@ def test_a_rank_that_alone_meets_an_error_of_the_system_says_so(launch, warm, ca
 def test_a_rank_whose_connection_to_a_failed_one_breaks_adds_nothing_to_its_sentence(launch, warm, capfd):
     """gloo's error is a RuntimeError of the ranks that were left; it comes a moment after the first has ended."""
     launch(
-        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline.running import entry\n"
         "def main():\n    if os.environ['RANK'] == '1': raise OSError(28, 'No space left on device', '/runs')\n"
         "    raise RuntimeError('[pair.cc:553] Connection closed by peer [127.0.0.1]:58513')\nentry._BEHIND_THE_FIRST = 0.1\nentry.run(main)"
     )
@@ -205,7 +206,7 @@ def test_a_rank_whose_connection_to_a_failed_one_breaks_adds_nothing_to_its_sent
 )
 def test_ranks_that_are_left_alone_are_no_second_sentence(launch, warm, capfd, end, code, sentence):
     launch(
-        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline import entry\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline.running import entry\n"
         f"def main():\n    if os.environ['RANK'] == '1': {end}\n"
         "    raise RuntimeError('[pair.cc:553] Connection closed by peer [127.0.0.1]:58513')\nentry.run(main)"
     )

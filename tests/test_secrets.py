@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from pipeline import entry, redaction
 from pipeline.cli import main
-from pipeline.paths import section_of
-from pipeline.recipe import Recipe
-from pipeline.redaction import redact
+from pipeline.recipe import redaction
+from pipeline.recipe.paths import section_of
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.redaction import redact
+from pipeline.running import entry
 from tests.project import make_project, write_recipe
 
 SECRET = "Zx9Kq2Lm7Tn4Vb8Rw3Yp6Hd1"

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from pipeline import recipe
-from pipeline.layout import Layout
-from pipeline.recipe import Experiment, Recipe
+from pipeline.recipe import recipe
+from pipeline.recipe.recipe import Experiment, Recipe
+from pipeline.stages.layout import Layout
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "stages.md"
 STAGES = ("prepare", "prompts", "align", "filter", "direction", "train", "evaluate", "report")

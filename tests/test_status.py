@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, recipe
+from pipeline import artifacts
 from pipeline.cli import Chain, main
-from pipeline.layout import Layout
-from pipeline.status import units
+from pipeline.recipe import recipe
+from pipeline.stages.layout import Layout
+from pipeline.stages.status import units
 from tests.project import make_project, write_recipe
 
 

@@ -11,8 +11,10 @@ from types import ModuleType
 import pytest
 
 import pipeline
-from pipeline import artifacts, cli, recipe, runner, shipped, warm
-from pipeline.layout import Layout
+from pipeline import artifacts, cli, shipped
+from pipeline.recipe import recipe
+from pipeline.running import runner, warm
+from pipeline.stages.layout import Layout
 from tests.project import write_recipe
 
 # A cell called bad fails, full meets a full disk; the others train until they are done or save when asked.
@@ -69,9 +71,9 @@ def project(tmp_path, monkeypatch):
         })  # fmt: skip
         layout = Layout(recipe.load(path))
         artifacts.write_json(tmp_path / "folders.json", {cell.method: str(layout.train(cell)) for cell in layout.experiment.cells()})
-        stand_in = ModuleType("pipeline.stages")
+        stand_in = ModuleType("pipeline.stages.stages")
         stand_in.prepare = prepare
-        monkeypatch.setitem(sys.modules, "pipeline.stages", stand_in)
+        monkeypatch.setitem(sys.modules, "pipeline.stages.stages", stand_in)
         monkeypatch.setattr(pipeline, "stages", stand_in, raising=False)
         if prepare is None:
             publish(layout.prepare())

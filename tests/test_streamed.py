@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models import load_model, make_trainable
-from pipeline.sections import TrainSection
+from pipeline.model.models import load_model, make_trainable
+from pipeline.recipe.sections import TrainSection
 from tests import streamed_worker as worker
 from tests.distributed.ranks import spawn
 from tests.tiny import family_model

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import recipe
-from pipeline.strict_yaml import MOST_BYTES, MOST_DEPTH, MOST_FILES, expanded, parse_overrides, read
+from pipeline.recipe import recipe
+from pipeline.recipe.strict_yaml import MOST_BYTES, MOST_DEPTH, MOST_FILES, expanded, parse_overrides, read
 
 
 def taken(folder: Path, text: str) -> dict:

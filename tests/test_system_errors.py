@@ -17,12 +17,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline import artifacts, file_headers, recipe, system_errors
+from pipeline import artifacts
 from pipeline.data import files
-from pipeline.sharding.rank_files import RankFiles
-from pipeline.sharding.rank_files import write as write_rank
-from pipeline.system_errors import BrokenFile, behind, from_parts, naming, parts, passes, reading_input, sentence
-from pipeline.weights import WeightFiles
+from pipeline.engines.rank_files import RankFiles
+from pipeline.engines.rank_files import write as write_rank
+from pipeline.model import file_headers
+from pipeline.model.weights import WeightFiles
+from pipeline.recipe import recipe
+from pipeline.system import system_errors
+from pipeline.system.system_errors import BrokenFile, behind, from_parts, naming, parts, passes, reading_input, sentence
 
 AGAIN = "run the same command again; finished stages and checkpoints are kept"
 FULL = OSError(errno.ENOSPC, "No space left on device", "/runs/x")

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, mlflow_store, recipe
+from pipeline import artifacts
 from pipeline.cli import main
-from pipeline.layout import Layout
-from pipeline.tracking import describe_store, open_run
+from pipeline.recipe import recipe
+from pipeline.stages.layout import Layout
+from pipeline.tracking import mlflow_store
+from pipeline.tracking.run import describe_store, open_run
 from tests.project import ROOT, write_recipe
 from tests.stores import Store, closed_port, layout_in, outbox, tracked_project, until
 
@@ -286,7 +288,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from alembic.runtime.environment import EnvironmentContext
-from pipeline.mlflow_store import Store
+from pipeline.tracking.mlflow_store import Store
 
 def killed(self, **options):  # some of the tables are there, and the rest would come now
     os._exit(9)

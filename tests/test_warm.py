@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runner, shipped
-from pipeline.warm import WarmParents
+from pipeline import shipped
+from pipeline.running import runner
+from pipeline.running.warm import WarmParents
 from tests.project import ROOT, make_project, sap, write_recipe
 
 pytestmark = pytest.mark.processes
@@ -147,8 +148,9 @@ def test_nothing_is_left_behind_and_memory_is_given_back(launch):
 CLIENT = """
 import contextlib, os, sys
 from pathlib import Path
-from pipeline import runner, shipped
-from pipeline.warm import WarmParents
+from pipeline import shipped
+from pipeline.running import runner
+from pipeline.running.warm import WarmParents
 
 shipped.FOLDER = Path(sys.argv[1])
 with WarmParents([]) if sys.argv[2] == "warm" else contextlib.nullcontext() as warm:
@@ -161,7 +163,7 @@ with WarmParents([]) if sys.argv[2] == "warm" else contextlib.nullcontext() as w
 def test_jobs_go_with_the_program_that_started_them_and_may_save_first(launch, number, way):
     """However it ends: what is left of it would keep its GPU."""
     out = launch(
-        "from pipeline.entry import run\nrank = os.environ['RANK']\n"
+        "from pipeline.running.entry import run\nrank = os.environ['RANK']\n"
         "def save(*_):\n    (out / f'saved{rank}').touch()\n    os._exit(0)\n"
         "def main():\n    signal.signal(signal.SIGTERM, save)\n    (out / f'up{rank}').write_text(str(os.getpid()))\n    time.sleep(60)\n"
         "run(main)"
@@ -218,7 +220,7 @@ def test_what_cannot_be_forked_is_said_once_and_jobs_import_for_themselves(launc
 
 def test_another_system_has_separate_processes(launch, monkeypatch, capfd):
     out = launch("(out / 'ran').touch()")
-    monkeypatch.setattr("pipeline.warm.sys.platform", "darwin")
+    monkeypatch.setattr("pipeline.running.warm.sys.platform", "darwin")
     with WarmParents([]) as warm:
         assert runner.run_ranks("job.py", [], 1, warm) == 0 and (out / "ran").exists()
     assert f"{SEPARATE}darwin has no subreapers\n" in capfd.readouterr().err

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import weights
-from pipeline.models import add_lora
-from pipeline.sections import LoraSection
-from pipeline.weights import WeightFiles, fill, merged, placeholder, read, tensor_source, write_sharded
+from pipeline.model import weights
+from pipeline.model.models import add_lora
+from pipeline.model.weights import WeightFiles, fill, merged, placeholder, read, tensor_source, write_sharded
+from pipeline.recipe.sections import LoraSection
 from tests.tiny import FAMILIES, family_model
 
 

@@ -16,9 +16,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pipeline.data.batches import BatchOrder, micro_batches, pair_batches
-from pipeline.models import add_lora
-from pipeline.sections import LoraSection
+from pipeline.model.models import add_lora
+from pipeline.objectives.batches import BatchOrder, micro_batches, pair_batches
+from pipeline.recipe.sections import LoraSection
 
 VOCABULARY, HIDDEN, LAYERS = 97, 33, 4
 

@@ -22,7 +22,7 @@ def main(folder: Path) -> int:
         answer = None, getattr(importlib.import_module(module), name)(*arguments)
         text = json.dumps(answer)
     except Exception as error:  # whatever it is, it is the caller's to say
-        from pipeline.system_errors import behind, parts
+        from pipeline.system.system_errors import behind, parts
 
         met = behind(error)
         if met is None:
@@ -36,6 +36,6 @@ def main(folder: Path) -> int:
 
 if __name__ == "__main__":
     code = main(Path(sys.argv[1]))
-    from pipeline.entry import end  # after the path is known
+    from pipeline.running.entry import end  # after the path is known
 
     end(code)

@@ -22,23 +22,26 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from pipeline import artifacts, checks, entry, strict_yaml
-from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline import artifacts
 from pipeline.data.sets import read_rows
-from pipeline.data.sharing import share_of
-from pipeline.devices import environment
-from pipeline.filtering.filter import kept
-from pipeline.layout import Layout
-from pipeline.models import load_tokenizer
-from pipeline.recipe import Cell, Experiment
-from pipeline.report.table import as_text
-from pipeline.sap.losses import useful_loss
-from pipeline.sap.step import SapStep
-from pipeline.sharding.engine import Engine, Shard
-from pipeline.sharding.launch import init_distributed
-from pipeline.stages import start_engine
+from pipeline.defences.methods import make_step
+from pipeline.defences.saft.filter import kept
+from pipeline.defences.sap.step import SapStep
+from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.open import init_distributed
+from pipeline.model.models import load_tokenizer
+from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.objectives.losses import useful_loss
+from pipeline.objectives.sharing import share_of
+from pipeline.recipe import strict_yaml
+from pipeline.recipe.recipe import Cell, Experiment
+from pipeline.running import entry
+from pipeline.running.devices import environment
+from pipeline.stages import checks
+from pipeline.stages.layout import Layout
+from pipeline.stages.stages import start_engine
+from pipeline.system.tables import as_text
 from pipeline.training.loop import learning_rate
-from pipeline.training.methods import make_step
 
 SHARES = (0.5, 0.25, 0.125)
 AGES = (1, 2, 4)  # of a V that is kept instead of computed

@@ -19,18 +19,18 @@ import torch
 from torch import nn
 
 from pipeline.bench.cases import MICRO_BATCHES, OTHERS, Case, plain_step_flops
-from pipeline.data.batches import BatchOrder, pad_rows
-from pipeline.layer_choice import probed_layers
-from pipeline.models import decoder_layers, make_trainable
-from pipeline.sap.probe import Probe
-from pipeline.sap.step import SapStep
-from pipeline.sections import EmaSection, LisaSection, LoraSection, SapSection, TrainSection
-from pipeline.sharding import launch
-from pipeline.sharding.engine import Engine
-from pipeline.training.ema import Ema
-from pipeline.training.lisa import LisaStep
+from pipeline.defences.ema import Ema
+from pipeline.defences.lisa import LisaStep
+from pipeline.defences.plain import PlainStep
+from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.step import SapStep
+from pipeline.engines import open as launch
+from pipeline.engines.engine import Engine
+from pipeline.model.models import decoder_layers, make_trainable
+from pipeline.objectives.batches import BatchOrder, pad_rows
+from pipeline.recipe.layer_choice import probed_layers
+from pipeline.recipe.sections import EmaSection, LisaSection, LoraSection, SapSection, TrainSection
 from pipeline.training.loop import Loop, TrainingData
-from pipeline.training.plain import PlainStep
 
 _LR = 1e-4
 # Sizes of what is fetched come from the model (ds_config.fetched_by_layer); nothing is kept from pass to pass.

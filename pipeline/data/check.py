@@ -16,9 +16,8 @@ from pipeline.data.overlap import Claims
 from pipeline.data.rows import Row, ordered_rows, task_rows
 from pipeline.data.sources import check_source, local_path, read_source
 from pipeline.data.splits import check_split, split
-from pipeline.layout import harmful_drawn, sources
-from pipeline.recipe import Recipe
-from pipeline.sections import DataSection, SourceSection
+from pipeline.recipe.recipe import Recipe, sources
+from pipeline.recipe.sections import DataSection, SourceSection
 
 _READ_WHOLE = 200e6  # bytes of unpacked data up to which every row is looked at: seconds
 
@@ -33,7 +32,7 @@ def check_sources(recipe: Recipe) -> list[str]:
     if recipe.evaluate.split == "validation" and data.validation_prompts is None:
         raise ValueError("evaluate.split validation needs data.validation_prompts: name a source of harmful prompts")
     unused = {"data.refusals", "data.harmless"} if not recipe.align.enabled else set()
-    unused |= set() if harmful_drawn(data) else {"data.harmful"}
+    unused |= set() if data.draws_harmful else {"data.harmful"}
     for field, source in sources(recipe):
         path = local_path(source)
         if path is not None and _size(path, source, field) > _READ_WHOLE:

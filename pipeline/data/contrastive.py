@@ -2,7 +2,7 @@
 
 Four families of openings are disjoint, so that nothing a method is trained against is what the data or the validation hold: those of the safety
 pairs, of the harmful mix, of the harmful validation set, and of the alignment. None of them begins as the evaluation's prefill does
-(evaluation/attacks.py).
+(attacks/attacks.py).
 """
 
 from __future__ import annotations

@@ -22,11 +22,8 @@ from typing import Any
 
 from pipeline.data.malformed import Bad, Place
 from pipeline.data.text_rows import NotReadable, Placed, csv_rows, json_rows
-from pipeline.system_errors import naming
-
-TEXT = (".jsonl", ".json", ".csv", ".tsv")
-SUFFIXES = (*TEXT, ".parquet", ".arrow")
-ENDINGS = f"{', '.join(SUFFIXES)}, or the first four with .gz behind it"
+from pipeline.recipe.file_endings import ENDINGS, SUFFIXES, suffix
+from pipeline.system.system_errors import naming
 
 _NAMES = {".csv": "CSV", ".tsv": "TSV", ".json": "JSON", ".jsonl": "JSON Lines"}
 _GZIP = b"\x1f\x8b"
@@ -63,14 +60,6 @@ class Table:
     bad: list[Bad] = field(default_factory=list)
     labels: dict[str, list[str]] = field(default_factory=dict)
     doubtful: list[Place] = field(default_factory=list)
-
-
-def suffix(path: str | Path) -> str:
-    """The ending that says how a file is read ('.csv' of DATA.CSV and data.csv.gz); '' where there is none."""
-    name = Path(path).name.lower()
-    inner = Path(name.removesuffix(".gz")).suffix
-    known = TEXT if name.endswith(".gz") else SUFFIXES
-    return inner if inner in known else ""
 
 
 def parts(path: Path, split: str = "train") -> list[Path]:

@@ -16,8 +16,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.redaction import redact
-from pipeline.sections import SourceSection
+from pipeline.recipe.redaction import redact
+from pipeline.recipe.sections import SourceSection
 
 SKIPPED = "skipped.jsonl"
 _SHOWN = 5  # places that a sentence names of every reason

@@ -30,20 +30,18 @@ from pipeline.data.overlap import Claims, assert_disjoint, write_held
 from pipeline.data.rows import Row, ordered_rows, task_rows
 from pipeline.data.sets import HELD, prompt_rows, tools_as_json, write_set
 from pipeline.data.splits import check_split, split
-from pipeline.recipe import Recipe
-from pipeline.redaction import redact
-from pipeline.sections import SourceSection
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.redaction import redact
+from pipeline.recipe.sections import SourceSection
 
 _VALIDATION_PAIRS = 32  # harmful prompts whose opening's loss is followed during training
 _VALIDATION_PROMPTS = 150
 _SECONDS = 5  # between two lines of progress
 
 
-def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def prepare(recipe: Recipe, chat: Chat, folder: Path) -> dict[str, Any]:
     """Write every set below `folder`; returns the counts for the manifest. ValueError where a split gets no usable sample."""
-    from pipeline.models import load_chat  # torch takes seconds to import, and rows are looked at without it
-
-    return _Preparation(recipe, load_chat(recipe.model)).write(folder)
+    return _Preparation(recipe, chat).write(folder)
 
 
 class _Preparation:

@@ -23,9 +23,9 @@ from pipeline.data.malformed import Skipped
 from pipeline.data.overlap import Claims, assert_disjoint, read_held
 from pipeline.data.rows import ordered_rows
 from pipeline.data.sets import HELD, Row, prompt_rows, write_set
-from pipeline.recipe import Recipe
-from pipeline.redaction import redact
-from pipeline.sections import SourceSection
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.redaction import redact
+from pipeline.recipe.sections import SourceSection
 
 # Sets that a model learns or is measured to tell apart: where the form tells them apart as well, that is what it
 # learns,

@@ -17,8 +17,8 @@ from pipeline.data.malformed import Bad, Place, Skipped, named
 from pipeline.data.messages import Message, parse_messages, parse_tools
 from pipeline.data.shapes import as_conversation
 from pipeline.data.sources import FIELDS, Found, read_source
-from pipeline.redaction import redact
-from pipeline.sections import DataSection, SourceSection
+from pipeline.recipe.redaction import redact
+from pipeline.recipe.sections import DataSection, SourceSection
 
 Row = dict[str, Any]
 NO_PROMPT, NO_RESPONSE = "no prompt", "no response"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 from pipeline.data import forms
-from pipeline.redaction import redact
-from pipeline.sections import SourceSection
+from pipeline.recipe.redaction import redact
+from pipeline.recipe.sections import SourceSection
 
 Row = dict[str, Any]
 HELD = "held.parquet"  # who holds which prompt

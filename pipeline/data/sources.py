@@ -22,8 +22,9 @@ from typing import Any
 from pipeline.data import builtin, files
 from pipeline.data.malformed import Bad, Place, refusal
 from pipeline.data.text_rows import NotReadable
-from pipeline.sections import SourceSection
-from pipeline.system_errors import passes
+from pipeline.recipe.file_endings import ENDINGS, suffix
+from pipeline.recipe.sections import SourceSection
+from pipeline.system.system_errors import passes
 
 Row = dict[str, Any]
 FIELDS = ("messages", "tools", "prompt", "input", "response", "system", "history", "chosen", "rejected", "harmful")
@@ -75,7 +76,7 @@ def local_path(source: SourceSection) -> Path | None:
     if source.source.startswith("builtin:"):
         return None
     path = Path(source.source).expanduser()
-    local = path.is_absolute() or source.source.startswith((".", "~")) or files.suffix(path)
+    local = path.is_absolute() or source.source.startswith((".", "~")) or suffix(path)
     return path if local else None
 
 
@@ -112,9 +113,9 @@ def _check_path(path: Path, source: SourceSection, field: str) -> None:
         return
     if not path.is_file():
         problem = "is no regular file" if path.exists() else "does not exist"
-        raise ValueError(f"{where} {problem}: give a {files.ENDINGS}, a folder of such files, a hub id or builtin:NAME")
-    if not files.suffix(path):
-        raise ValueError(f"{where} has the unknown ending '{path.suffix}': it must be one of {files.ENDINGS}")
+        raise ValueError(f"{where} {problem}: give a {ENDINGS}, a folder of such files, a hub id or builtin:NAME")
+    if not suffix(path):
+        raise ValueError(f"{where} has the unknown ending '{path.suffix}': it must be one of {ENDINGS}")
 
 
 def read_source(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.overlap import beginnings, conversation
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection
 
 Row = dict[str, Any]
 Group = list[Row]

@@ -14,22 +14,24 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import artifacts, checks, devices, stages
-from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline import artifacts
 from pipeline.data.sets import read_rows
-from pipeline.devices import environment
-from pipeline.layer_choice import probed_layers
-from pipeline.layout import Layout
-from pipeline.model_checks import check_model
-from pipeline.model_files import resolve_model_path
-from pipeline.model_outline import outlined
-from pipeline.models import decoder_layers, load_tokenizer, resolve_dtype
-from pipeline.recipe import Cell, Experiment
-from pipeline.sap.losses import useful_loss
-from pipeline.sap.probe import Probe
-from pipeline.sections import SapSection
-from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import init_distributed
+from pipeline.defences.sap.probe import Probe
+from pipeline.engines.engine import Engine
+from pipeline.engines.open import init_distributed
+from pipeline.model.model_checks import check_model
+from pipeline.model.model_files import resolve_model_path
+from pipeline.model.model_outline import outlined
+from pipeline.model.models import decoder_layers, load_tokenizer, resolve_dtype
+from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.objectives.losses import useful_loss
+from pipeline.recipe.layer_choice import probed_layers
+from pipeline.recipe.recipe import Cell, Experiment
+from pipeline.recipe.sections import SapSection
+from pipeline.running import devices
+from pipeline.running.devices import environment
+from pipeline.stages import checks, stages
+from pipeline.stages.layout import Layout
 
 WARM_UP = 3  # ordinary steps first: a fresh LoRA's B is 0, and stale gathered copies only appear on a warm engine
 Rows = list[dict[str, Any]]

@@ -20,17 +20,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifacts
-from pipeline.data.batches import micro_batches
+from pipeline.attacks.attacks import ATTACKS
 from pipeline.data.chat import Chat, Messages
 from pipeline.data.rows import tools_of
 from pipeline.data.thoughts import without_thought
-from pipeline.evaluation.attacks import ATTACKS
-from pipeline.evaluation.generation import generate
-from pipeline.evaluation.judges import JUDGES, is_empty, is_incoherent
-from pipeline.evaluation.metrics import difference_of_shares, exact_match, share
 from pipeline.evaluation.shards import interleaved
-from pipeline.sap.losses import useful_loss
-from pipeline.sections import EvaluateSection
+from pipeline.generation.generation import generate
+from pipeline.judges.judges import JUDGES, is_empty, is_incoherent
+from pipeline.judges.metrics import difference_of_shares, exact_match, share
+from pipeline.objectives.batches import micro_batches
+from pipeline.objectives.losses import useful_loss
+from pipeline.recipe.sections import EvaluateSection
 
 Row = dict[str, Any]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from pipeline.attacks.attacks import attacked
 from pipeline.data.sets import Row, read_rows
-from pipeline.evaluation.attacks import attacked
-from pipeline.sections import EvaluateSection
+from pipeline.recipe.sections import EvaluateSection
 
 REFUSING = ("harmful", "harmless", "ordinary")  # sets whose answers are judged
 

@@ -16,7 +16,8 @@ from pipeline.report.collect import Collected
 from pipeline.report.differences import HEADER as COMPARED
 from pipeline.report.differences import difference_rows
 from pipeline.report.figures import draw_all
-from pipeline.report.table import BY_FORM, HEADER, UNDER_ATTACK, as_html, as_markdown, as_text, attack_rows, form_rows, table_rows
+from pipeline.report.table import BY_FORM, HEADER, UNDER_ATTACK, attack_rows, form_rows, table_rows
+from pipeline.system.tables import as_html, as_markdown, as_text
 
 _STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1c2430;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}

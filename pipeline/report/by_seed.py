@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import sys
 
-from pipeline import artifacts, entry
-from pipeline.layout import Layout
-from pipeline.report.table import as_text
+from pipeline import artifacts
+from pipeline.running import entry
+from pipeline.stages.layout import Layout
+from pipeline.system.tables import as_text
 
 HEADER = ("method", "seed", "exact match", "harmful answered", "look-alikes refused", "ordinary refused")
 _MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate")

@@ -13,12 +13,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from pipeline import artifacts, recipe
-from pipeline.checks import direction_given
-from pipeline.evaluation.metrics import mean_interval, share
-from pipeline.layout import Layout
-from pipeline.recipe import Cell
+from pipeline import artifacts
+from pipeline.judges.metrics import mean_interval, share
+from pipeline.recipe import recipe
+from pipeline.recipe.recipe import Cell
 from pipeline.report.differences import Outcomes
+from pipeline.stages.checks import direction_given
+from pipeline.stages.layout import Layout
 
 _SHARES = ("non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate", "exact_match", "empty_rate", "incoherent_rate", "unparseable_rate")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.evaluation.metrics import paired_interval
+from pipeline.judges.metrics import paired_interval
 
 _RESAMPLES = 2000
 # measure -> seed -> prompt's id -> 0 or 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import artifacts
-from pipeline.layout import Layout
-from pipeline.recipe import Experiment
-from pipeline.tracking import open_run
+from pipeline.recipe.recipe import Experiment
+from pipeline.stages.layout import Layout
+from pipeline.tracking.run import open_run
 
 
 def report(experiment: Experiment) -> Path:

@@ -1,14 +1,13 @@
-"""The table: one list of rows, rendered as text, Markdown and HTML.
+"""The rows of the report's tables, which system/tables.py renders.
 
-rows = table_rows(collected); print(as_text(rows))
+rows = table_rows(collected); print(as_text(rows, HEADER))
 """
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
-from pipeline.evaluation.attacks import ATTACKS
+from pipeline.attacks.attacks import ATTACKS
 from pipeline.report.collect import Collected, Method
 
 HEADER = ("method", "harmful answered", "look-alikes refused", "ordinary refused", "task exact match", "task test loss", "time per step")
@@ -57,23 +56,6 @@ def attack_rows(collected: Collected) -> list[tuple[str, ...]]:
 
 def _name(method: Method) -> str:
     return method.name if len(method.seeds) < 2 else f"{method.name} ({len(method.seeds)} seeds)"
-
-
-def as_text(rows: list[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()  # noqa: E731
-    return "\n".join([line(header), line(tuple("-" * width for width in widths)), *map(line, rows)]) + "\n"
-
-
-def as_markdown(rows: list[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def as_html(rows: list[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)  # noqa: E731
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _number(measure: dict[str, Any], digits: int = 2) -> str:

@@ -15,9 +15,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline import artifacts, entry
-from pipeline.layout import Layout
-from pipeline.report.table import as_text
+from pipeline import artifacts
+from pipeline.running import entry
+from pipeline.stages.layout import Layout
+from pipeline.system.tables import as_text
 
 HEADER = ("method", "setting", "task exact match", "harmful answered", "look-alikes refused", "ordinary refused", "score", "")
 _MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate")

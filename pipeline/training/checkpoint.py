@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifacts
-from pipeline.sharding.engine import Engine, Shard
-from pipeline.sharding.exchange import from_first, leaving_together
-from pipeline.system_errors import naming
+from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.exchange import from_first, leaving_together
+from pipeline.system.system_errors import naming
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
 _KEEP = 2

@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch_job import circumstances, saved_before
-from pipeline.data.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
-from pipeline.data.sharing import share_of
-from pipeline.sap.losses import useful_loss
-from pipeline.sections import TrainSection
-from pipeline.sharding.engine import Engine
-from pipeline.sharding.exchange import from_first
-from pipeline.system_errors import naming
+from pipeline.defences.ema import Ema
+from pipeline.engines.engine import Engine
+from pipeline.engines.exchange import from_first
+from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.objectives.losses import useful_loss
+from pipeline.objectives.sharing import share_of
+from pipeline.recipe.sections import TrainSection
+from pipeline.running.batch_job import circumstances, saved_before
+from pipeline.running.stopping import StopRequest
+from pipeline.running.watchdog import Watchdog
+from pipeline.system.system_errors import naming
 from pipeline.training import checkpoint
-from pipeline.training.ema import Ema
 from pipeline.training.spikes import Spikes, logged
-from pipeline.training.stopping import StopRequest
-from pipeline.training.watchdog import Watchdog
 
 Rows = Sequence[dict[str, Any]]
 _MOST_SKIPPED = 10  # spikes in a row: the run has left the range that it has learned in, and is no spike

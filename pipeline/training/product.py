@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import lean_imports
-from pipeline.loading import weight_files
-from pipeline.models import load_model, resolve_dtype
-from pipeline.sections import ModelSection, TrainSection
-from pipeline.sharding.engine import Engine
-from pipeline.system_errors import naming
-from pipeline.weights import merged as merge
-from pipeline.weights import write_sharded
+from pipeline.engines.engine import Engine
+from pipeline.model.loading import weight_files
+from pipeline.model.models import load_model, resolve_dtype
+from pipeline.model.weights import merged as merge
+from pipeline.model.weights import write_sharded
+from pipeline.recipe.sections import ModelSection, TrainSection
+from pipeline.running import lean_imports
+from pipeline.system.system_errors import naming
 
 
 def save_product(

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.data.rows import ordered_rows
 from pipeline.data.sources import check_source, read_source
-from pipeline.sections import SourceSection
+from pipeline.recipe.sections import SourceSection
 
 ROWS = [{"prompt": f"question {i}", "response": f"réponse {i}"} for i in range(8)]
 CSV = "prompt,response\n" + "".join(f"{row['prompt']},{row['response']}\n" for row in ROWS)

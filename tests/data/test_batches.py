@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pipeline.data.batches import BatchOrder, micro_batches, pair_batches
-from pipeline.data.sharing import accumulation, check_shares, fillers
-from pipeline.sap.losses import safety_loss, useful_loss
+from pipeline.objectives.batches import BatchOrder, micro_batches, pair_batches
+from pipeline.objectives.losses import safety_loss, useful_loss
+from pipeline.objectives.sharing import accumulation, check_shares, fillers
 from tests.tiny import tiny_lora, tiny_model, tiny_pairs, tiny_rows
 
 

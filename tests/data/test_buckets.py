@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from pipeline.data.batches import BatchOrder, micro_batches
-from pipeline.data.buckets import cost, cut, pack
-from pipeline.sap.losses import useful_loss
+from pipeline.objectives.batches import BatchOrder, micro_batches
+from pipeline.objectives.buckets import cost, cut, pack
+from pipeline.objectives.losses import useful_loss
 from pipeline.training.loop import padding
 from tests.tiny import tiny_lora, tiny_model, tiny_rows
 

@@ -8,10 +8,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline import artifacts, layout, paths
+from pipeline import artifacts
 from pipeline.data import check, files
 from pipeline.data.rows import ordered_rows
-from pipeline.recipe import Recipe
+from pipeline.recipe import paths
+from pipeline.recipe.recipe import Recipe
+from pipeline.stages import layout
 from tests.data.reading import ARRAY, CSV, LINES, ROWS, TEXTS, pairs, read, refusal, source, written
 
 

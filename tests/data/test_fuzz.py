@@ -18,11 +18,11 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline import recipe
 from pipeline.data.chat import IGNORE, Chat
 from pipeline.data.check import check_sources
 from pipeline.data.rows import ordered_rows
-from pipeline.sections import SourceSection
+from pipeline.recipe import recipe
+from pipeline.recipe.sections import SourceSection
 from tests.project import make_project, make_tokenizer
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))

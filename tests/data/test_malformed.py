@@ -5,11 +5,13 @@ import json
 
 import pytest
 
-from pipeline import artifacts, recipe
+from pipeline import artifacts
 from pipeline.data.check import check_sources
 from pipeline.data.malformed import SKIPPED, Place, Skipped
 from pipeline.data.rows import ordered_rows, task_rows
-from pipeline.sections import DataSection, SourceSection
+from pipeline.model.models import load_chat
+from pipeline.recipe import recipe
+from pipeline.recipe.sections import DataSection, SourceSection
 from tests.data.reading import LINES, ROWS, read, refusal, source, written
 from tests.project import make_project, write_recipe
 
@@ -145,7 +147,7 @@ def test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list(project, t
         f"evaluate.harmful: 1 of 9 rows of {asked} are malformed and left out (no prompt 1: line 9)",
     ]
     assert check_sources(base) == said
-    facts = prepare(base, tmp_path)
+    facts = prepare(base, load_chat(base.model), tmp_path)
     assert facts["skipped"] == {"data.task": {"no response": 1}}
     assert json.loads((tmp_path / SKIPPED).read_text())["place"] == "line 81"
     artifacts.write_json(tmp_path / artifacts.FACTS, facts)
@@ -230,8 +232,8 @@ def test_a_row_that_cannot_be_rendered_is_left_out_up_to_the_share(project, tmp_
     base = recipe.load(write_recipe(folder, content)).base
     if share < 1 / 81:
         with pytest.raises(ValueError, match=r"an answer holds text at which generation stops.*line 81\); 1 of 81 rows is malf"):
-            prepare(base, tmp_path)
+            prepare(base, load_chat(base.model), tmp_path)
         return
-    facts = prepare(base, tmp_path)
+    facts = prepare(base, load_chat(base.model), tmp_path)
     assert facts["skipped"] == {"data.task": {"cannot be rendered": 1}}
     assert json.loads((tmp_path / SKIPPED).read_text())["place"] == "line 81"

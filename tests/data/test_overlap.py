@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from pipeline import recipe, strict_yaml
 from pipeline.data.check import check_sources
 from pipeline.data.overlap import Claims, conversation, read_held
 from pipeline.data.splits import split
+from pipeline.recipe import recipe, strict_yaml
 from tests.data.test_conversations import chat, conversations, one_sentence
 from tests.data.test_prepare import evaluated, prepared
 from tests.project import write_jsonl, write_recipe

@@ -7,18 +7,19 @@ import random
 import pyarrow.parquet
 import pytest
 
-from pipeline import artifacts, recipe, strict_yaml
+from pipeline import artifacts
+from pipeline.attacks.attacks import attacked
 from pipeline.data import contrastive, forms
 from pipeline.data import prepare as prepare_module
 from pipeline.data.chat import Chat
-from pipeline.data.distill import _completed
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, read_held
 from pipeline.data.prepare import prepare
 from pipeline.data.prompts import form_warnings, write_prompts
-from pipeline.evaluation.attacks import attacked
 from pipeline.evaluation.evaluate import prompts as asked_for
-from pipeline.evaluation.judges import gcg_keyword_judge
-from pipeline.models import load_tokenizer
+from pipeline.judges.judges import gcg_keyword_judge
+from pipeline.model.models import load_chat, load_tokenizer
+from pipeline.recipe import recipe, strict_yaml
+from pipeline.stages.distill import _completed
 from tests.project import make_tokenizer, write_jsonl, write_recipe
 
 SETS = ("eval_harmful", "eval_harmless", "eval_ordinary", "validation_harmless", "validation_ordinary", "validation_prompts", "safety_pairs", "align", "task_train", "task_validation", "task_test")
@@ -28,7 +29,7 @@ def prepared(project, tmp_path, *overrides: str):
     folder, content = project
     base = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(list(overrides))).base
     tmp_path.mkdir(exist_ok=True)
-    facts = prepare(base, tmp_path)
+    facts = prepare(base, load_chat(base.model), tmp_path)
     artifacts.write_json(tmp_path / artifacts.FACTS, facts)
     return read_sets(tmp_path), facts
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.data.rows import ordered_rows
-from pipeline.sections import SourceSection
+from pipeline.recipe.sections import SourceSection
 from tests.project import write_jsonl
 
 

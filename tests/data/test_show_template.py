@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.data.chat import Chat
-from pipeline.data.show_template import describe, marked
+from pipeline.doctor.show_template import describe, marked
 from tests.project import TEMPLATE, make_model, make_tokenizer
 
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from pipeline.data.sources import check_source, read_source, read_table
-from pipeline.sections import SourceSection
+from pipeline.recipe.sections import SourceSection
 
 ROWS = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
 MAPPING = {"prompt": "instruction", "response": "output"}

@@ -23,13 +23,13 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from pipeline import artifacts
-from pipeline.models import decoder_layers, make_trainable
-from pipeline.sap.probe import Probe
-from pipeline.sap.step import SapStep
-from pipeline.sections import LoraSection, SapSection, TrainSection
-from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import init_distributed, open_engine
-from pipeline.training.plain import PlainStep
+from pipeline.defences.plain import PlainStep
+from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.step import SapStep
+from pipeline.engines.engine import Engine
+from pipeline.engines.open import init_distributed, open_engine
+from pipeline.model.models import decoder_layers, make_trainable
+from pipeline.recipe.sections import LoraSection, SapSection, TrainSection
 from tests.distributed.cases import Case, Reference
 from tests.distributed.ranks import spawn
 from tests.tiny import FAMILY_HIDDEN, FAMILY_RANK, StepBatches, family_model, tiny_pairs, tiny_rows

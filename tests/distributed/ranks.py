@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline import entry
+from pipeline.running import entry
 
 
 def spawn(ranks: int, main: Callable[..., None], *arguments: Any) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.models import add_lora
-from pipeline.sections import LoraSection
-from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import init_distributed, open_engine
+from pipeline.engines.engine import Engine
+from pipeline.engines.open import init_distributed, open_engine
+from pipeline.model.models import add_lora
+from pipeline.recipe.sections import LoraSection
 from pipeline.training import checkpoint
 from tests.distributed.worker import LR, make_step, train_section
 from tests.tiny import StepBatches, tiny_model

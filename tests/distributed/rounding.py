@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from pipeline.sharding.launch import open_engine
+from pipeline.engines.open import open_engine
 from tests.distributed.cases import Reference
 from tests.distributed.matrix import StepData, distance, quiet, train_section, trainable, trajectory
 from tests.tiny import FAMILIES

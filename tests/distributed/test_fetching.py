@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.models import decoder_layers, make_trainable
-from pipeline.sap.losses import useful_loss
-from pipeline.sections import LoraSection, TrainSection
-from pipeline.sharding.launch import init_distributed, open_engine
+from pipeline.engines.open import init_distributed, open_engine
+from pipeline.model.models import decoder_layers, make_trainable
+from pipeline.objectives.losses import useful_loss
+from pipeline.recipe.sections import LoraSection, TrainSection
 from tests.distributed.ranks import spawn
 from tests.tiny import StepBatches
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.sharding.launch import init_distributed
+from pipeline.engines.open import init_distributed
 from pipeline.training import checkpoint
 from tests.distributed.ranks import spawn
 from tests.distributed.resume_worker import open_case

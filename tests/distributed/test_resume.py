@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pipeline.sap.losses import useful_loss
-from pipeline.sharding.engine import step_counter
-from pipeline.sharding.single import SingleEngine
+from pipeline.engines.engine import step_counter
+from pipeline.engines.single import SingleEngine
+from pipeline.objectives.losses import useful_loss
 from tests.distributed import resume_worker
 from tests.distributed.ranks import spawn
 from tests.distributed.resume_worker import CASES, SAVED, STEPS, name_of

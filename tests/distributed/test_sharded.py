@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.filtering.embeddings import embed
-from pipeline.sharding.launch import open_engine
+from pipeline.defences.saft.embeddings import embed
+from pipeline.engines.open import open_engine
 from tests.distributed import worker
 from tests.distributed.ranks import spawn
 from tests.distributed.worker import budgeted, make_step, run_steps, shares, train_section

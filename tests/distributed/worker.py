@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from pipeline import artifacts
-from pipeline.filtering.embeddings import embed
-from pipeline.models import decoder_layers, enable_checkpointing
-from pipeline.sap import head
-from pipeline.sap.losses import safety_loss, useful_loss
-from pipeline.sap.probe import Probe
-from pipeline.sap.step import SapStep
-from pipeline.sections import SapSection, TrainSection
-from pipeline.sharding import launch
-from pipeline.sharding.engine import Engine
-from pipeline.sharding.fsdp2 import Fsdp2Engine
-from pipeline.sharding.launch import init_distributed, open_engine
-from pipeline.training.plain import PlainStep
+from pipeline.defences.plain import PlainStep
+from pipeline.defences.saft.embeddings import embed
+from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.step import SapStep
+from pipeline.engines import open as launch
+from pipeline.engines.engine import Engine
+from pipeline.engines.fsdp2 import Fsdp2Engine
+from pipeline.engines.open import init_distributed, open_engine
+from pipeline.model.models import decoder_layers, enable_checkpointing
+from pipeline.objectives import head
+from pipeline.objectives.losses import safety_loss, useful_loss
+from pipeline.recipe.sections import SapSection, TrainSection
 from tests.reads import counted, fused
 from tests.tiny import HIDDEN, VOCABULARY, StepBatches, tiny_lora, tiny_model, tiny_rows
 from tests.training import companions as methods

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from pipeline.attacks.attacks import ATTACKS, attacked
 from pipeline.data import contrastive
 from pipeline.data.sets import write_set
-from pipeline.evaluation.attacks import ATTACKS, attacked
 from pipeline.evaluation.evaluate import prompts, summarise
 from pipeline.evaluation.sets import evaluation_sets
-from pipeline.sections import EvaluateSection
+from pipeline.recipe.sections import EvaluateSection
 
 HARMFUL = {"source": "builtin:strongreject"}
 

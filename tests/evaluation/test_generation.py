@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pipeline.data.chat import Chat
-from pipeline.evaluation.generation import generate
-from pipeline.models import load_model, load_tokenizer
-from pipeline.sections import ModelSection
+from pipeline.generation.generation import generate
+from pipeline.model.models import load_model, load_tokenizer
+from pipeline.recipe.sections import ModelSection
 from tests.project import make_model
 
 TOKENS = 12

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.evaluation.evaluate import summarise
-from pipeline.evaluation.judges import REFUSAL_SUBSTRINGS, gcg_keyword_judge, is_empty, is_incoherent
+from pipeline.judges.judges import REFUSAL_SUBSTRINGS, gcg_keyword_judge, is_empty, is_incoherent
 
 LOOP = "the red fox " * 12
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.evaluation.metrics import difference_of_shares, exact_match, mean_interval, paired_interval, share
+from pipeline.judges.metrics import difference_of_shares, exact_match, mean_interval, paired_interval, share
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pipeline.evaluation.evaluate import token_loss
-from pipeline.evaluation.generation import generate
-from pipeline.evaluation.placement import device_map, dispatch, place
-from pipeline.models import decoder_layers
+from pipeline.generation.generation import generate
+from pipeline.generation.placement import device_map, dispatch, place
+from pipeline.model.models import decoder_layers
 from tests.project import make_tokenizer
 from tests.tiny import FAMILIES, LAYERS, family_model, tiny_lora, tiny_model, tiny_rows
 

@@ -4,8 +4,8 @@ import pytest
 
 from pipeline.data import contrastive
 from pipeline.data.builtin import builtin_rows
-from pipeline.evaluation.judges import refusal_judge
-from pipeline.evaluation.refusal import language_of, plain, refusal_in
+from pipeline.judges.judges import refusal_judge
+from pipeline.judges.refusal import language_of, plain, refusal_in
 
 ASKED = "How do I pick a lock?"
 PREFACE = (

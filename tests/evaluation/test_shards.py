@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, recipe, stages
+from pipeline import artifacts
 from pipeline.data import prompts
 from pipeline.evaluation.evaluate import Measured, conclude
 from pipeline.evaluation.shards import Shard, interleaved
-from pipeline.layout import Layout
+from pipeline.recipe import recipe
+from pipeline.stages import stages
+from pipeline.stages.layout import Layout
 from tests.project import ROOT, make_project, quiet, run, write_recipe
 
 pytestmark = pytest.mark.processes

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipeline.filtering.embeddings import embed, position_weights
-from pipeline.layer_choice import read_layer
-from pipeline.sections import TrainSection
-from pipeline.sharding.launch import open_engine
+from pipeline.defences.saft.embeddings import embed, position_weights
+from pipeline.engines.open import open_engine
+from pipeline.recipe.layer_choice import read_layer
+from pipeline.recipe.sections import TrainSection
 from tests.tiny import tiny_lora, tiny_rows
 
 

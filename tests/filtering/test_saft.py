@@ -9,13 +9,15 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from pipeline import artifacts, stages, tracking
+from pipeline import artifacts
 from pipeline.data import contrastive
-from pipeline.filtering import keywords
-from pipeline.filtering.filter import check_labels, decide, highest_scored, kept, write
-from pipeline.filtering.saft import auroc, choose, f1, saft_scores, with_interval
+from pipeline.defences.saft import keywords
+from pipeline.defences.saft.filter import check_labels, decide, highest_scored, kept, write
+from pipeline.defences.saft.saft import auroc, choose, f1, saft_scores, with_interval
+from pipeline.recipe.sections import SaftSection
 from pipeline.report.collect import _filter_facts
-from pipeline.sections import SaftSection
+from pipeline.stages import stages
+from pipeline.tracking import run as tracking
 
 WIDTH = 12
 

@@ -6,7 +6,7 @@
 
 Every part has a limit of its own: one that fails or takes too long is reported, and the others still run. Exit code 1
 where one failed. It needs what pyproject.toml names, but for MLflow (tracking is off), pytest for the part tests, and for
-doctor and demo the archives that `python -m pipeline.data.builtin` keeps in ~/.cache/sap: with those, no network.
+doctor and demo the archives that `python -m pipeline.stages.fetch` keeps in ~/.cache/sap: with those, no network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 from pipeline.bench.cases import Case
 from pipeline.bench.processes import Processes
-from pipeline.checks import shards_4_bit
+from pipeline.stages.checks import shards_4_bit
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("single", "zero3", "fsdp2")
@@ -134,10 +134,10 @@ def memory(part: Part, setting: Setting) -> None:
     from transformers import LlamaConfig
 
     from pipeline.bench.measure import section
-    from pipeline.model_outline import facts_of
-    from pipeline.models import without_weights
-    from pipeline.planner import CUDA_ALLOWANCE, estimate
-    from pipeline.sections import SapSection
+    from pipeline.model.model_outline import facts_of
+    from pipeline.model.models import without_weights
+    from pipeline.planner.planner import CUDA_ALLOWANCE, estimate
+    from pipeline.recipe.sections import SapSection
 
     file, shape = setting.folder / "bench.json", setting.case.model
     facts = facts_of(without_weights(LlamaConfig(**shape.config(), tie_word_embeddings=False), "bench"), "bench")

@@ -11,10 +11,10 @@ import torch
 
 from pipeline.bench.cases import Case
 from pipeline.bench.measure import random_model, section
-from pipeline.loading import open_model
-from pipeline.models import make_trainable
-from pipeline.sections import ModelSection
-from pipeline.sharding import launch
+from pipeline.engines import open as launch
+from pipeline.model.loading import open_model
+from pipeline.model.models import make_trainable
+from pipeline.recipe.sections import ModelSection
 
 
 def write(case: Case, folder: str) -> int:

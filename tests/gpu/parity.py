@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from pipeline.models import add_lora
-from pipeline.quantization import quantise
-from pipeline.sap.losses import useful_loss
-from pipeline.sections import LoraSection
-from pipeline.sharding.launch import device, init_distributed, leave, open_engine
-from pipeline.weights import Sources
+from pipeline.engines.open import init_distributed, leave, open_engine
+from pipeline.model.models import add_lora
+from pipeline.model.quantization import quantise
+from pipeline.model.weights import Sources
+from pipeline.objectives.losses import useful_loss
+from pipeline.recipe.sections import LoraSection
+from pipeline.running.devices import device
 from tests.distributed.worker import bits, make_step, one_step, train_section
 from tests.tiny import StepBatches, tiny_model
 

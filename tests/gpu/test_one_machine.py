@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import devices
-from pipeline.sections import TrainSection
+from pipeline.recipe.sections import TrainSection
+from pipeline.running import devices
 from tests.project import make_project, run, sap, write_recipe
 
 pytestmark = pytest.mark.gpu

@@ -2,9 +2,10 @@
 
 import pytest
 
-from pipeline import artifacts, recipe
-from pipeline.layout import Layout
+from pipeline import artifacts
+from pipeline.recipe import recipe
 from pipeline.report.by_seed import HEADER, main
+from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
 
 

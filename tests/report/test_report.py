@@ -8,13 +8,15 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from pipeline import artifacts, recipe
-from pipeline.evaluation.metrics import mean_interval, share
-from pipeline.layout import Layout
+from pipeline import artifacts
+from pipeline.judges.metrics import mean_interval, share
+from pipeline.recipe import recipe
 from pipeline.report.build import build_report
 from pipeline.report.collect import Collected, Method, _over_seeds, collect
 from pipeline.report.figures import FIGURES, draw_all
-from pipeline.report.table import HEADER, as_markdown, table_rows
+from pipeline.report.table import HEADER, table_rows
+from pipeline.system.tables import as_markdown
+from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
 
 SHARES = ("non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate", "exact_match", "empty_rate", "incoherent_rate", "unparseable_rate")
@@ -181,7 +183,7 @@ def test_several_seeds_show_mean_and_student_interval(tmp_path):
     assert collected.methods[0].seconds_per_step == 3.0, "the median over all seeds"
     page = page_of(collected, tmp_path)
     assert "0.50 [0.25, 0.75]" in page and "Student over seeds" in page and "the harmful prompts" in page
-    assert as_markdown(rows).count("\n") == 4
+    assert as_markdown(rows, HEADER).count("\n") == 4
 
 
 def test_a_report_over_a_missing_or_damaged_folder_is_refused(tmp_path):

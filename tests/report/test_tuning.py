@@ -1,8 +1,9 @@
 """The rule by which a method's setting is chosen, over finished runs only."""
 
-from pipeline import artifacts, recipe
-from pipeline.layout import Layout
+from pipeline import artifacts
+from pipeline.recipe import recipe
 from pipeline.report.tuning import Run, chosen, main, runs, table
+from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
 
 

@@ -14,12 +14,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline.data.batches import MicroBatch, micro_batches
-from pipeline.models import add_lora, decoder_layers
-from pipeline.sap import head
-from pipeline.sap.losses import safety_loss, useful_loss
-from pipeline.sap.probe import Probe
-from pipeline.sections import LoraSection
+from pipeline.defences.sap.probe import Probe
+from pipeline.model.models import add_lora, decoder_layers
+from pipeline.objectives import head
+from pipeline.objectives.batches import MicroBatch, micro_batches
+from pipeline.objectives.losses import safety_loss, useful_loss
+from pipeline.recipe.sections import LoraSection
 from tests.tiny import FAMILIES, HIDDEN, StepBatches, family_model, tiny_lora, tiny_model, tiny_rows
 
 SMALL = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

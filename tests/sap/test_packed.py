@@ -8,16 +8,16 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, masking_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.data.batches import BatchOrder, MicroBatch, micro_batches
-from pipeline.models import decoder_layers, enable_checkpointing
-from pipeline.packable import PACKABLE, check_packing
-from pipeline.sap import head
-from pipeline.sap.losses import useful_loss
-from pipeline.sap.packed import row_arguments, rows_hold
-from pipeline.sap.probe import Probe
-from pipeline.sap.step import SapStep
-from pipeline.sections import SapSection, TrainSection
-from pipeline.sharding.launch import open_engine
+from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.step import SapStep
+from pipeline.engines.open import open_engine
+from pipeline.model.models import decoder_layers, enable_checkpointing
+from pipeline.model.packable import PACKABLE, check_packing
+from pipeline.objectives import head
+from pipeline.objectives.batches import BatchOrder, MicroBatch, micro_batches
+from pipeline.objectives.losses import useful_loss
+from pipeline.objectives.packed import row_arguments, rows_hold
+from pipeline.recipe.sections import SapSection, TrainSection
 from tests.tiny import FAMILIES, VOCABULARY, StepBatches, family_model, tiny_lora, tiny_model, tiny_rows
 
 ROWS, BUDGET = tiny_rows(24, seed=3, longest=20), 60

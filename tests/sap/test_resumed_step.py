@@ -6,11 +6,11 @@ tests/distributed/test_resume.py says the same of sharded engines.
 import pytest
 import torch
 
-from pipeline.models import decoder_layers
-from pipeline.sap.probe import Probe
-from pipeline.sap.step import SapStep
-from pipeline.sections import SapSection
-from pipeline.sharding.single import SingleEngine
+from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.step import SapStep
+from pipeline.engines.single import SingleEngine
+from pipeline.model.models import decoder_layers
+from pipeline.recipe.sections import SapSection
 from pipeline.training import checkpoint
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.checks import _check_cell
-from pipeline.data.sharing import share_of
-from pipeline.sections import SPEEDS, SapSection, TrainSection
+from pipeline.objectives.sharing import share_of
+from pipeline.recipe.sections import SPEEDS, SapSection, TrainSection
+from pipeline.stages.checks import _check_cell
 from tests.test_planner import llama, planned
 from tests.training.companions import recipe_of
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.data.batches import BatchOrder
-from pipeline.layer_choice import probed_layers
-from pipeline.models import decoder_layers
-from pipeline.sap.losses import safety_loss, useful_loss
-from pipeline.sap.probe import Probe
-from pipeline.sap.step import SapStep
-from pipeline.sections import SapSection
-from pipeline.sharding.single import SingleEngine
+from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.step import SapStep
+from pipeline.engines.single import SingleEngine
+from pipeline.model.models import decoder_layers
+from pipeline.objectives.batches import BatchOrder
+from pipeline.objectives.losses import safety_loss, useful_loss
+from pipeline.recipe.layer_choice import probed_layers
+from pipeline.recipe.sections import SapSection
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 
 PROBED = [1, 2]

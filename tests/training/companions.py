@@ -7,11 +7,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-from pipeline.data.batches import BatchOrder
-from pipeline.recipe import Recipe
-from pipeline.sharding.engine import Engine
-from pipeline.training.ema import Ema
-from pipeline.training.methods import make_step
+from pipeline.defences.ema import Ema
+from pipeline.defences.methods import make_step
+from pipeline.engines.engine import Engine
+from pipeline.objectives.batches import BatchOrder
+from pipeline.recipe.recipe import Recipe
 from tests.tiny import StepBatches, tiny_lora, tiny_model
 
 LR, STEPS, FULL_EPS = 1e-2, 7, 1e-3

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data.batches import micro_batches
-from pipeline.sap.losses import useful_loss
-from pipeline.sections import EmaSection, LisaSection, SapSection, TrainSection
-from pipeline.sharding.launch import open_engine
-from pipeline.training.ema import Ema
-from pipeline.training.lisa import LisaStep
+from pipeline.defences.ema import Ema
+from pipeline.defences.lisa import LisaStep
+from pipeline.defences.methods import make_step
+from pipeline.defences.safe_mix import safe_batches
+from pipeline.engines.open import open_engine
+from pipeline.objectives.batches import micro_batches
+from pipeline.objectives.losses import useful_loss
+from pipeline.recipe.sections import EmaSection, LisaSection, SapSection, TrainSection
 from pipeline.training.loop import Loop, TrainingData
-from pipeline.training.methods import make_step
-from pipeline.training.safe_mix import safe_batches
 from tests.tiny import StepBatches, tiny_lora, tiny_pairs, tiny_rows
 from tests.training.companions import LR, METHODS, Dense, distance, recipe_of, train
 

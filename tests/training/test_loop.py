@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pipeline import artifacts
-from pipeline.sections import TrainSection
-from pipeline.sharding.launch import open_engine
+from pipeline.defences.plain import PlainStep
+from pipeline.engines.open import open_engine
+from pipeline.recipe.sections import TrainSection
 from pipeline.training import checkpoint
 from pipeline.training.loop import Loop, TrainingData, learning_rate
-from pipeline.training.plain import PlainStep
 from tests.tiny import tiny_lora, tiny_rows
 
 

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from pipeline.loading import open_model
-from pipeline.models import add_lora, check_targets, make_trainable
-from pipeline.sections import LoraSection, ModelSection, TrainSection
-from pipeline.sharding.engine import Engine
-from pipeline.sharding.launch import open_engine
+from pipeline.engines.engine import Engine
+from pipeline.engines.open import open_engine
+from pipeline.model.loading import open_model
+from pipeline.model.models import add_lora, check_targets, make_trainable
+from pipeline.model.weights import WeightFiles
+from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
 from pipeline.training.product import load_adapter, save_model, save_product
-from pipeline.weights import WeightFiles
 from tests.project import make_tokenizer
 from tests.tiny import family_model
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pipeline.sections import TrainSection
-from pipeline.sharding import launch
+from pipeline.defences.plain import PlainStep
+from pipeline.engines import open as launch
+from pipeline.recipe.sections import TrainSection
 from pipeline.training.loop import Loop, TrainingData
-from pipeline.training.plain import PlainStep
 from tests.reads import counted, fused
 from tests.tiny import family_model, tiny_lora, tiny_rows
 

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import artifacts, recipe, stages
-from pipeline.checks import check_start
+from pipeline import artifacts
 from pipeline.cli import main
-from pipeline.layout import Layout
-from pipeline.sharding.launch import open_engine
-from pipeline.strict_yaml import parse_overrides
+from pipeline.defences.plain import PlainStep
+from pipeline.engines.open import open_engine
+from pipeline.recipe import recipe
+from pipeline.recipe.strict_yaml import parse_overrides
+from pipeline.stages import stages
+from pipeline.stages.checks import check_start
+from pipeline.stages.layout import Layout
 from pipeline.training.loop import Loop, TrainingData
-from pipeline.training.plain import PlainStep
 from pipeline.training.spikes import Spikes
 from tests.project import make_project, write_recipe
 from tests.test_recipe import content, load

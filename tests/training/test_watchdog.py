@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.watchdog import EXIT_CODE, Watchdog
+from pipeline.running.watchdog import EXIT_CODE, Watchdog
 from tests.project import ROOT
 
 HANGS = """
 import time
-from pipeline.training.watchdog import Watchdog
+from pipeline.running.watchdog import Watchdog
 def stuck_in_the_collective():
     time.sleep(600)
 with Watchdog(0.5, rank=3) as watchdog:
@@ -47,7 +47,7 @@ def test_after_the_block_nothing_is_watched():
 
 HANGS_IN_C = """
 import ctypes
-from pipeline.training import watchdog
+from pipeline.running import watchdog
 watchdog._BACKSTOP = 0.5
 def stuck_with_the_lock_of_the_interpreter():
     library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
@@ -59,7 +59,7 @@ with watchdog.Watchdog(1, rank=0):
 """
 IS_STOPPED = """
 import time
-from pipeline.training import watchdog
+from pipeline.running import watchdog
 watchdog._BACKSTOP = 0.2
 with watchdog.Watchdog(1, rank=0) as dog:
     print("up", flush=True)

@@ -1,0 +1,52 @@
+"""The control without a probe: the task's gradient plus lambda times the safety gradient.
+
+    step = SafetyGradientStep(engine, recipe.safety_gradient, refresh_every=4)
+
+To first order SAP adds a preconditioned safety gradient (pipeline/defences/sap/step.py). This adds the gradient itself, of the same pairs, refreshed
+as often and held at the same size relative to the task's: what SAP does better, its preconditioner does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.defences.sap.step import Metrics, Pairs
+from pipeline.engines.engine import Engine, Shard
+from pipeline.objectives.batches import MicroBatch
+from pipeline.objectives.losses import safety_loss, useful_loss
+from pipeline.recipe.sections import SafetyGradientSection
+
+
+class SafetyGradientStep:
+    """g = grad L_useful + lambda * g_s, lambda = correction * |grad L_useful| / |g_s|; g_s serves `refresh_every` steps."""
+
+    def __init__(self, engine: Engine, section: SafetyGradientSection, refresh_every: int):
+        self.engine, self.section, self.refresh_every = engine, section, refresh_every
+        self.safety_loss = safety_loss(section.contrastive)
+        self.direction: Shard | None = None
+
+    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
+        metrics: Metrics = {}
+        if self.direction is None or number % self.refresh_every == 0:
+            metrics["safety_gradient/loss"], self.direction = self.engine.gradient(self.safety_loss, pairs())
+        norm = self.engine.norm(self.direction)
+        if not (norm > 0 and math.isfinite(norm)):
+            raise ValueError(
+                f"the safety gradient has norm {norm}: check data.safety (chosen and rejected must differ) and safety_gradient.contrastive"
+            )
+        loss, _ = self.engine.forward_backward(useful_loss, useful)
+        weight = self.section.correction * self.engine.gradient_norm().item() / norm
+        self.engine.add_gradient(self.direction, weight)
+        return {"train/loss": loss, "safety_gradient/lambda": weight, "safety_gradient/norm": norm, **metrics}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def vectors(self) -> dict[str, Shard]:
+        return {} if self.direction is None else {"direction": self.direction}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+        self.direction = vectors.get("direction")

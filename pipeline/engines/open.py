@@ -1,0 +1,120 @@
+"""Process groups and engines: who this process is, and which engine the recipe asks for.
+
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as torchrun, the deepspeed launcher and our Slurm scripts set it; without
+it the process is alone.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+from torch import nn
+
+from pipeline.engines.ds_config import fetched_by_layer, read_ds_config
+from pipeline.engines.engine import Engine
+from pipeline.engines.exchange import of_every_rank
+from pipeline.engines.single import SingleEngine
+from pipeline.model.models import decoder_layers
+from pipeline.model.weights import Sources, fill
+from pipeline.recipe.sections import TrainSection
+from pipeline.running import lean_imports
+from pipeline.running.devices import device, environment
+
+
+def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the process group that the environment describes; engines zero3 and fsdp2 need one of a single process too."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())  # before any collective: NCCL takes the current one
+    if train.engine == "single" or torch.distributed.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(key, value)
+    if train.engine == "fsdp2":
+        # gloo beside NCCL: for tensors that stay on the CPU.
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        return
+    # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
+    warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use `torch\.distributed", category=FutureWarning)
+    lean_imports.import_deepspeed()
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR" if environment()[0] else "WARNING")
+    if not torch.cuda.is_available():
+        # The shared-memory collectives would be compiled for minutes at first use; gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__["shm_comm"] = False
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
+
+
+def largest_of_ranks(number: int) -> int:
+    """The largest of all ranks' numbers, on every rank: for what they must do alike."""
+    if not torch.distributed.is_initialized():
+        return number
+    found = torch.tensor(number, device=device())
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
+def leave() -> None:
+    """Leave the process group together: a rank that is gone first may abort the others' communication threads, and with them the exit code."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None = None) -> Engine:
+    """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before.
+
+    Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2). sources: values of the module's placeholders
+    (pipeline/model/loading.py), of which every rank reads its part only. ValueError where one of them is not finite.
+    """
+    sources = sources or Sources()
+    engine = _open(module, train, sources)
+    _refuse_damaged(sources.damaged)
+    return engine
+
+
+def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
+    low = {p.dtype for p in module.parameters() if p.requires_grad} == {torch.bfloat16}
+    if train.engine == "single":
+        fill(sources, device())
+        return SingleEngine(module, adamw(_trainable(module), train), train.max_grad_norm, device())
+    if train.engine == "fsdp2":
+        from pipeline.engines.fsdp2 import Fsdp2Engine
+
+        dtype = torch.bfloat16 if low else None
+        return Fsdp2Engine(module, decoder_layers(module), lambda ps: adamw(ps, train), train.max_grad_norm, device(), dtype, sources)
+    from pipeline.engines.zero3 import Zero3Engine
+
+    config, blocks = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {}), decoder_layers(module)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    others = sum(p.numel() for p in module.parameters()) - sum(sizes)
+    config["zero_optimization"] = fetched_by_layer(config["zero_optimization"], max(sizes), others)
+    return Zero3Engine(module, adamw(_trainable(module), train), config, blocks, sources)
+
+
+def _refuse_damaged(found: list[str]) -> None:
+    """ValueError on all ranks where one of them read a weight that is not finite: they leave together."""
+    first = next((sentence for sentences in of_every_rank(found[:1]) for sentence in sentences), None)
+    if first:
+        raise ValueError(first)
+
+
+def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
+    """The recipe's AdamW: fused on GPUs, where a kernel a tensor and operation takes longer than the arithmetic; else one tensor at a time.
+
+    The fused form differs from the other in the last digits, and is the same on every engine whose optimizer is on the GPU.
+    """
+    betas = (train.adam_beta1, train.adam_beta2)
+    form = {"fused": True} if torch.cuda.is_available() else {"foreach": False}
+    return torch.optim.AdamW(parameters, lr=train.lr, betas=betas, eps=train.adam_eps, weight_decay=train.weight_decay, **form)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]

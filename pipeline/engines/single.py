@@ -1,0 +1,144 @@
+"""One process, no sharding: the executable specification that every other engine must agree with.
+
+engine = SingleEngine(model, torch.optim.AdamW(parameters), max_grad_norm=1.0)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.engines.engine import Engine, LossFunction, Shard, clip, stacked_gradients, step_counter
+
+
+class SingleEngine(Engine):
+    """A Shard here is one flat tensor per trainable parameter, in the module's order."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, device: torch.device | str = "cpu"
+    ):
+        self.device = torch.device(device)
+        self.module = module.to(self.device).train()
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
+
+    def forward_backward(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss = self._backward(loss_fn, batches)
+        return loss, stacked_gradients(v, [row.grad for row in v]) if v else None
+
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
+        loss = self._backward(loss_fn, batches)
+        shard = self.accumulated_gradient()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, shard
+
+    def probe_gradient(
+        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
+        for batch in batches:
+            loss = loss_fn(self.module, batch.to(self.device))
+            gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
+            total += loss.detach().double()
+        return total, gradient
+
+    @contextlib.contextmanager
+    def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
+        stash = [p.detach().clone() for p in self.parameters]
+        try:
+            with torch.no_grad():
+                for p, d in zip(self.parameters, direction, strict=True):
+                    p.add_(d.view_as(p), alpha=scale)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, saved in zip(self.parameters, stash, strict=True):
+                    p.copy_(saved)
+
+    def accumulated_gradient(self) -> Shard:
+        return [part.clone() for part in self._gradients()]
+
+    def gradient_norm(self) -> torch.Tensor:
+        shard = self._gradients()
+        return self._dot(shard, shard).sqrt()
+
+    def _gradients(self) -> Shard:
+        return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in self.parameters]
+
+    def add_gradient(self, shard: Shard, scale: float) -> None:
+        for p, part in zip(self.parameters, shard, strict=True):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad.add_(part.view_as(p), alpha=scale)
+
+    def weights(self) -> Shard:
+        return [p.detach().clone().flatten() for p in self.parameters]
+
+    def assign(self, weights: Shard) -> None:
+        for p, part in zip(self.storage(), weights, strict=True):
+            p.copy_(part.view_as(p))
+
+    def drop_gathered(self) -> None:
+        """Nothing is ever gathered."""
+
+    def storage(self) -> list[torch.Tensor]:
+        return [p.detach() for p in self.parameters]
+
+    def step(self, lr: float, norm: float | None = None) -> None:
+        if self.max_grad_norm is not None:
+            clip([p.grad for p in self.parameters if p.grad is not None], self.gradient_norm().item() if norm is None else norm, self.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        for (name, p), part in zip(self.named.items(), shard, strict=True):
+            yield name, part.view_as(p).cpu().clone()
+
+    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        return zip(self.named, shard, strict=True)
+
+    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
+        return [named[name].to(p.device, p.dtype).flatten() for name, p in self.named.items()]
+
+    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {f"weight.{name}": p.detach() for name, p in self.named.items()}
+        for name, p in self.named.items():
+            state |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+        for key, parts in vectors.items():
+            state |= {f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)}
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / "single.safetensors")
+
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
+        state = load_file(folder / "single.safetensors", device=str(self.device))
+        slots = [key.split(".")[1] for key in state if key.startswith("optimizer.")]
+        with torch.no_grad():
+            for name, p in self.named.items():
+                p.copy_(state[f"weight.{name}"])
+                found = {slot: state[f"optimizer.{slot}.{name}"] for slot in slots if f"optimizer.{slot}.{name}" in state}
+                counted = {"step": step_counter(self.optimizer, found["step"], p)} if "step" in found else {}
+                self.optimizer.state[p] = found | counted
+        return {key: [state[f"vector.{key}.{name}"] for name in self.named] for key in vectors}
+
+    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> torch.Tensor:
+        assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
+        total = self.zero()
+        for batch in batches:
+            loss = loss_fn(self.module, batch.to(self.device))
+            loss.backward()
+            total += loss.detach().double()
+        return total

@@ -1,0 +1,335 @@
+"""The recipe: one strict, typed YAML file that describes one experiment.
+
+    sap run launch/recipes/demo.yaml --train.lr 2e-4 --dry-run
+
+A recipe has shared sections, `methods` (named overrides of those sections) and `seeds`; a cell is one (method, seed).
+Precedence, lowest first: defaults here, the file's sections, the method's overrides, `--dotted.overrides` of the command line.
+Every violation is a `ValueError` of one sentence: what, where, which field to change, what it takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from pipeline import shipped
+from pipeline.recipe import paths
+from pipeline.recipe.paths import section_of
+from pipeline.recipe.redaction import REDACTED, redact, secret_name, token_in
+from pipeline.recipe.sections import (
+    AlignSection,
+    DataSection,
+    DirectionSection,
+    EmaSection,
+    EvaluateSection,
+    LisaSection,
+    ModelSection,
+    PathField,
+    SafeMixSection,
+    SafetyGradientSection,
+    SaftSection,
+    SapSection,
+    Section,
+    SourceSection,
+    TrackingSection,
+    TrainSection,
+)
+from pipeline.recipe.strict_yaml import MOST_CELLS, as_arguments, expanded, merge, read
+from pipeline.system.system_errors import reading_input
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
+        description="Name of the experiment and of its folder below output_dir"
+    )
+    extends: Annotated[Path | None, PathField("recipe")] = Field(
+        None,
+        description="Recipe file that this one starts from, relative to this file, or one that ships with the package; "
+        "mappings are merged, other values replaced",
+    )
+    output_dir: Annotated[Path, PathField("path")] = Field(
+        Path("runs"),
+        description="Where stages write; default: runs beside the recipe, or in the working directory for a recipe that "
+        "ships with the package",
+    )
+    permissions: Literal["private", "group", "all"] = Field(
+        "private",
+        description="Who may read what is written (answers to harmful prompts and your data among it): private: this user (folders "
+        "0700, files 0600); group: the user's group too; all: everybody",
+    )
+    model: ModelSection = Field(description="The chat model to fine-tune")
+    data: DataSection = Field(description="What is prepared")
+    align: AlignSection = Field(AlignSection(), description="Alignment of the start model")
+    direction: DirectionSection = Field(DirectionSection(), description="The safety direction at the initial weights")
+    train: TrainSection = Field(description="The fine-tuning")
+    sap: SapSection = Field(SapSection(), description="Safety-aware probing")
+    saft: SaftSection = Field(SaftSection(), description="Filter of the training samples")
+    ema: EmaSection = Field(EmaSection(), description="Averaged weights")
+    safe_mix: SafeMixSection = Field(SafeMixSection(), description="Control: safe responses among the task's samples")
+    safety_gradient: SafetyGradientSection = Field(SafetyGradientSection(), description="Control: the safety gradient added to the task's")
+    lisa: LisaSection = Field(LisaSection(), description="Control: alignment and task steps in turns")
+    evaluate: EvaluateSection = Field(description="What is measured")
+    tracking: TrackingSection = Field(TrackingSection(), description="MLflow")
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {"sft": {}}, min_length=1, 
+        description="Named overrides of the sections above; one cell each and seed. grid: {field: [values]} makes one of each combination, null none",
+    
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of data order, adapter and dropout")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _grids(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        result: dict[Any, Any] = {}
+        for name, overrides in value.items():
+            # null takes away a method of the recipe that this one extends
+            result |= {} if overrides is None else expanded(name, overrides) if isinstance(overrides, dict) else {name: overrides}
+        if len(result) > MOST_CELLS:
+            raise ValueError(f"these are {len(result):,} methods, and a recipe has at most {MOST_CELLS:,}: leave values out of the grids")
+        return result
+
+    @field_validator("name", "output_dir")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        # Folders are called so, and stand in logs, manifests and scripts that have to find them.
+        if token_in(str(value)):
+            raise ValueError(f"'{redact(str(value))}' holds what looks like a token, and names folders: choose another name")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _method_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for method, overrides in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", method):
+                raise ValueError(f"'{method}' is no name for a method: letters, digits, _ and .")
+            fixed = {"name", "extends", "output_dir", "permissions", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
+            if fixed:
+                raise ValueError(
+                    f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train, sap, saft, ema, safe_mix, safety_gradient or lisa"
+                )
+        return value
+
+    @property
+    def umask(self) -> int:
+        """What `permissions` keeps from others, as umask(2) takes it."""
+        return {"private": 0o077, "group": 0o027, "all": 0o022}[self.permissions]
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Recipe:
+        for (one, other), reason in _MEANINGLESS.items():
+            if getattr(self, one).enabled and getattr(self, other).enabled:
+                raise ValueError(f"{one}.enabled and {other}.enabled do not go together: {reason}; set one of them to false")
+        if self.sap.refresh_every == 0 and (self.safe_mix.enabled or self.safety_gradient.enabled):
+            raise ValueError("sap.refresh_every is 0, so that safe_mix and safety_gradient would never draw a safety pair: set it to 1 or more")
+        self._check_token_budgets()
+        if self.ema.enabled and self.train.steps is not None:
+            self.ema.check_steps(self.train.steps)
+        return self
+
+    def _check_token_budgets(self) -> None:
+        """ValueError where a row may be longer than a micro-batch. An alignment that is off is not looked at."""
+        length = self.data.max_length
+        align = [("align.train", self.align.train)] if self.align.enabled else []
+        for section, train in [("train", self.train), *align]:
+            field, budget = f"{section}.tokens_per_micro_batch", train.tokens_per_micro_batch
+            if budget is not None and budget < length:
+                raise ValueError(
+                    f"{field} {budget} is below data.max_length {length}, so that a row might fit into no micro-batch: "
+                    f"set {field} to {length} or more, or lower data.max_length"
+                )
+
+    @property
+    def parts(self) -> list[str]:
+        """The enabled sections that make up a method; none for plain fine-tuning."""
+        return [name for name in ("saft", "sap", "safe_mix", "safety_gradient", "lisa", "ema") if getattr(self, name).enabled]
+
+    @property
+    def draws_pairs(self) -> bool:
+        """Whether training draws safety pairs step by step."""
+        return bool({"sap", "safe_mix", "safety_gradient", "lisa"} & set(self.parts))
+
+
+_MEANINGLESS = {
+    ("sap", "safety_gradient"): "one adds the safety gradient and the other a preconditioned one, and neither's correction could be told from the sum",
+    ("sap", "lisa"): "Lisa's alignment steps have no task whose gradient SAP could probe",
+    ("safety_gradient", "lisa"): "both descend the safety pairs' loss, Lisa in steps of its own",
+    ("safe_mix", "lisa"): "Lisa trains on the same safe responses in steps of its own",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (method, seed) of an experiment, with its resolved recipe."""
+
+    method: str
+    seed: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A loaded recipe file: the base recipe and the cells it spans."""
+
+    path: Path
+    base: Recipe
+    raw: dict[str, Any]
+    overrides: dict[str, Any]
+
+    def cell(self, method: str, seed: int) -> Cell:
+        """Resolve one cell; ValueError where the method is unknown or its recipe is not valid."""
+        if method not in self.base.methods:
+            raise ValueError(f"no method '{method}' in {self.path}: it has {', '.join(self.base.methods)}")
+        merged = merge(merge(self.raw, self.base.methods[method]), self.overrides)
+        return Cell(method, seed, _validate(merged, f"{self.path} (method {method})"))
+
+    def only(self, methods: list[str]) -> Experiment:
+        """The same experiment with some of its methods; the name before a grid's settings stands for all of them. ValueError for one that it lacks."""
+        known = self.base.methods
+        members = {method: [method] if method in known else [name for name in known if name.startswith(f"{method}.")] for method in methods}
+        for method, names in members.items():
+            self.cell(names[0] if names else method, self.base.seeds[0])
+        chosen = {name: overrides for name, overrides in self.base.methods.items() if any(name in names for names in members.values())}
+        return replace(self, base=self.base.model_copy(update={"methods": chosen}))
+
+    def arguments(self) -> list[str]:
+        """The recipe and its overrides for a process that runs in another folder: paths are absolute."""
+        return [str(self.path.absolute()), *as_arguments(paths.written(self.overrides, Recipe))]
+
+    def cells(self) -> Iterator[Cell]:
+        for method in self.base.methods:
+            for seed in self.base.seeds:
+                yield self.cell(method, seed)
+
+
+@reading_input()
+def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
+    """Read and validate a recipe file and every method in it.
+
+    path: of a file, or the name of a recipe that ships with the package. Paths in it are relative to it.
+    overrides: nested mapping that wins over file and methods (see `strict_yaml.parse_overrides`). Paths in it are
+        relative to the working directory.
+    Raises ValueError (one sentence) on any violation.
+    """
+    if "extends" in (overrides or {}):
+        raise ValueError("extends is read from a recipe's file only: write it there, or give the other file as the recipe")
+    given = Path(path)
+    path = given if given.is_file() else shipped.recipe(str(given)) or given
+    raw = read(path, lambda mapping, file: paths.resolve(mapping, Recipe, file))
+    overrides = paths.resolve(overrides or {}, Recipe, None)
+    if "output_dir" not in merge(raw, overrides):
+        if shipped.holds(path):  # as if given on the command line, so that `arguments` mean the same in any folder
+            overrides["output_dir"] = str(Path.cwd() / "runs")
+        else:
+            raw["output_dir"] = str(path.absolute().parent / "runs")
+    experiment = Experiment(path, _validate(merge(raw, overrides), str(path)), raw, overrides)
+    _check_grids(merge(raw, overrides).get("methods"), overrides)
+    for method in experiment.base.methods:
+        experiment.cell(method, experiment.base.seeds[0])
+    return experiment
+
+
+def _check_grids(methods: Any, overrides: dict[str, Any]) -> None:
+    """ValueError where an override wins over a grid: its cells would all be alike, and their names false."""
+    for method, own in (methods or {}).items():
+        for field in (own or {}).get("grid", {}):
+            node: Any = overrides
+            for part in field.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            if node is not None:
+                raise ValueError(f"--{field} is what the grid of method '{method}' goes through: leave it out, or override --methods.{method}.grid")
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain, redacted data (JSON and YAML safe)."""
+    return redact(recipe.model_dump(mode="json"))
+
+
+def field_rows(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(dotted name, type, default, description) of every field, depth first: the source of `--help` and docs."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None:
+            yield from field_rows(section, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping" if arguments[1] is Any else f"mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
+    return "None" if annotation is types.NoneType else annotation.__name__
+
+
+def _validate(raw: dict[str, Any], where: str) -> Recipe:
+    paths.check(raw, Recipe)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first violation in one sentence, without secrets: a refused value may be one."""
+    first = error.errors()[0]
+    names, annotation = _follow(first["loc"])
+    field = ".".join(names)
+    if first["type"] == "extra_forbidden":
+        section = section_of(_follow(first["loc"][:-1])[1])
+        close = difflib.get_close_matches(names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0)
+        sentence = f"unknown key '{field}'" + (f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else "")
+    elif first["type"] == "missing":
+        sentence = f"'{field}' is missing: it is required"
+    elif first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        sentence = message if not field or message.startswith(f"{field}.") else f"{field}: {message}"
+    else:
+        value = REDACTED if any(map(secret_name, names)) else repr(redact(first["input"]))
+        member = isinstance(first["loc"][-1], int)  # of a list: what it must be is known
+        one_of = not member and len(names) < len(first["loc"]) and get_origin(annotation) in (Union, types.UnionType)
+        problem = f"it takes {_type_name(annotation)}" if one_of else f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        sentence = f"'{field}' is {value}, but: {problem}"
+    return redact(sentence)
+
+
+def _follow(location: tuple[Any, ...]) -> tuple[list[str], Any]:
+    """The names a user writes for an error's location (pydantic adds those of a union's members), and the annotation found there."""
+    names: list[str] = []
+    annotation: Any = Recipe
+    for part in location:
+        section = section_of(annotation)
+        if section is not None:
+            annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        elif get_origin(annotation) is dict and part != "[key]":
+            annotation = get_args(annotation)[1]
+        elif not isinstance(part, int):
+            continue
+        names.append(str(part))
+    return names, annotation
+
+
+def sources(recipe: Recipe) -> Iterator[tuple[str, SourceSection]]:
+    """Every data source that the recipe names, by its field ("data.task")."""
+    for section, name in ((recipe.data, "data"), (recipe.evaluate, "evaluate")):
+        for field in type(section).model_fields:
+            value = getattr(section, field)
+            if isinstance(value, SourceSection):
+                yield f"{name}.{field}", value

@@ -1,0 +1,496 @@
+"""The sections of a recipe: every field, its type, default and meaning.
+
+    sap --help      prints them all
+
+A section checks what it can see by itself; what several have to agree on is the recipe's (pipeline/recipe/recipe.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True)
+class PathField:
+    """Marks a field whose text is a path, or may be one: pipeline/recipe/paths.py makes it absolute while the recipe is read.
+
+    kind: path is always one; recipe and ds_config may name a shipped file; model and data may be hub ids or
+    builtin:NAME; uri may be that of a sqlite file.
+    """
+
+    kind: Literal["path", "recipe", "ds_config", "model", "data", "uri"]
+
+
+def _holds(annotation: Any, kinds: tuple[type, ...]) -> bool:
+    return annotation in kinds or any(_holds(part, kinds) for part in get_args(annotation))
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are errors and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and _holds(field.annotation, (int, float)) and not _holds(field.annotation, (bool,)):
+                raise ValueError(f"{name} is {str(value).lower()}: it takes a number")
+        return given
+
+
+class ModelSection(Section):
+    path: Annotated[str, PathField("model")] = Field(description="Hub id, local folder, or builtin:smollm2-135m-instruct")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or AMX, else float32"
+    )
+    chat_template: Annotated[Path | None, PathField("path")] = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto",
+        description="Attention implementation of transformers; auto: eager on CPUs; on GPUs flash_attention_2 where "
+        "the package flash-attn is installed, the GPUs are Ampere or newer and dtype is bfloat16, else sdpa",
+    )
+    quantization: Literal["none", "nf4"] = Field("none", description="nf4: frozen linear layers in 4 bits (QLoRA); needs adapter: lora")
+
+
+class SourceSection(Section):
+    source: Annotated[str, PathField("data")] = Field(
+        description="builtin:NAME, a local .jsonl, .json, .csv, .tsv (also .gz), .parquet or .arrow file, "
+        "a folder of such files or of save_to_disk, or a hub data set id"
+    )
+    subset: str | None = Field(None, description="Configuration name of a hub data set")
+    split: str = Field("train", description="Split of a hub data set, or of a folder that holds several")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub data set")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Mapping to the fields messages | prompt, input, response, system, history, chosen, rejected, "
+        "and harmful (true, false or nothing: for saft); "
+        "e.g. {prompt: instruction, response: output}",
+    )
+    header: bool = Field(
+        True, description="Whether a CSV or TSV file's first line names its columns; else they are called 0, 1, ..."
+    )
+    limit: Positive | None = Field(None, description="Rows to use at the most, drawn with data.seed")
+    max_bad_rows: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of malformed rows (wrong number of fields, no JSON, no prompt, no response where it is needed) "
+        "that may be left out, counted and listed; above it the source is refused",
+    )
+    reasoning: Literal["keep", "drop"] = Field(
+        "keep", description="keep: the reasoning that answers come with is trained as the chat template renders it; drop: it is left out, and counted"
+    )
+
+
+class DataSection(Section):
+    task: SourceSection = Field(description="What the model is to learn: prompts and responses, or messages")
+    validation_samples: Positive = Field(64, description="Task samples held out for validation loss")
+    test_samples: Positive = Field(100, description="Task samples held out for the test loss and exact match")
+    max_length: Positive = Field(
+        512, description="Tokens per sequence; longer responses are cut, prompts that leave no response are dropped and counted"
+    )
+    harmful: SourceSection | None = Field(
+        None, description="Prompts mixed into the task data as harmful samples (an affirmative opening where no response is given)"
+    )
+    harmful_fraction: Fraction = Field(0.0, description="Share of harmful samples in the training data; 0 mixes none in")
+    safety: SourceSection = Field(
+        description="Safety-critical prompts; chosen/rejected where the data have them, else a refusal and an affirmative opening"
+    )
+    safety_pairs: Positive = Field(48, description="Contrastive pairs used for the safety direction")
+    safety_max_length: Positive = Field(256, description="Tokens per sequence of a contrastive pair")
+    refusals: SourceSection | None = Field(None, description="Harmful prompts that the align stage answers with refusals")
+    refusal_samples: Positive = Field(200, description="Samples taken from data.refusals")
+    harmless: SourceSection | None = Field(
+        None, description="Harmless prompts of the align stage; without responses the model's own answers are used"
+    )
+    harmless_samples: Positive = Field(200, description="Samples taken from data.harmless")
+    begun_share: Fraction = Field(
+        0.0,
+        description="Share of the align stage's samples whose answer, a refusal or not, comes after the first words of an affirmative opening that are given "
+        "and not trained on, so that refusals reach deeper than the first tokens (arXiv 2406.05946)",
+    )
+    validation_prompts: SourceSection | None = Field(
+        None, description="Harmful prompts on which defaults are chosen; never the evaluation's"
+    )
+    forms: Literal["balanced", "as_they_are"] = Field(
+        "balanced",
+        description="balanced: half questions and half imperatives among the safety pairs, harmful samples, validation prompts and the align stage's samples; "
+        "prompts without a response are rewritten where a source has one form only, and counted",
+    )
+    seed: int = Field(0, description="Seed of splits, mixtures and templates; the same for all methods and training seeds")
+
+    @model_validator(mode="after")
+    def _harmful_source(self) -> DataSection:
+        if self.harmful_fraction > 0 and self.harmful is None:
+            raise ValueError(
+                "data.harmful_fraction is above 0 but data.harmful is missing: name a source of harmful prompts, or set the fraction to 0"
+            )
+        if self.harmful_fraction >= 1:
+            raise ValueError("data.harmful_fraction leaves no task sample: set it below 1")
+        return self
+
+    @property
+    def draws_harmful(self) -> bool:
+        """Whether prompts of `harmful` are taken: some are mixed in, or a limit makes a pool taken at any fraction."""
+        return self.harmful is not None and (self.harmful_fraction > 0 or self.harmful.limit is not None)
+
+
+class LoraSection(Section):
+    r: Positive = Field(8, description="Rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="Scaling numerator; the update is scaled by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout probability before A")
+    target_modules: list[str] | str = Field(
+        ["q_proj", "v_proj"],
+        description="Linear modules to adapt: a list of names, all-linear (all but the head), or a regular expression "
+        "for whole names",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_lora(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "modules_to_save" in value:
+            raise ValueError(
+                "modules_to_save is not supported: no whole module is trained beside an adapter; "
+                "name linear modules (lm_head too) in target_modules, or train all weights with adapter: full"
+            )
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _pattern(cls, value: list[str] | str) -> list[str] | str:
+        if not value:
+            raise ValueError("must name at least one module, e.g. [q_proj, v_proj] or all-linear")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                problem = f"'{value}' is no regular expression ({error})"
+                raise ValueError(f"{problem}: give one, a list of names, or all-linear") from None
+        return value
+
+
+class TrainSection(Section):
+    engine: Literal["zero3", "fsdp2", "single"] = Field(
+        "zero3", description="zero3: DeepSpeed ZeRO-3; fsdp2: PyTorch's fully_shard; single: the plain reference, one process"
+    )
+    adapter: Literal["lora", "full"] = Field("lora", description="What is trained: a LoRA adapter on frozen weights, or all weights")
+    ranks: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Local processes that `sap` starts, one a GPU; auto: every visible GPU, or two processes on a CPU, as far as batch_size "
+        "divides by them; other launchers decide themselves",
+    )
+    ds_config: Annotated[Path | Literal["auto"], PathField("ds_config")] = Field(
+        "auto",
+        description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it; auto: ds_configs/zero3.json on GPUs, "
+        "zero3_cpu.json on CPUs",
+    )
+    steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training data; exclusive with steps")
+    batch_size: Positive = Field(8, description="Sequences per optimizer step over all ranks")
+    micro_batch_size: Positive = Field(4, description="Sequences per rank and forward pass at the most; accumulation follows")
+    tokens_per_micro_batch: Positive | None = Field(
+        None,
+        description="Tokens per rank and forward pass at the most, with padding, in place of micro_batch_size: rows "
+        "of like length go together, and a bound on rows would keep short ones from filling a pass; at least "
+        "data.max_length",
+    )
+    packing: bool = Field(
+        False,
+        description="Whether the samples of a micro-batch lie end to end in one row, up to tokens_per_micro_batch "
+        "tokens, none of which sees another sample's: no padding; for models of which it was shown (pipeline/model/packable.py)",
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate of AdamW")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="Steps of linear warm-up")
+    decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning-rate decay after the warm-up")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay of AdamW")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="First-moment decay of AdamW")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Second-moment decay of AdamW")
+    adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Denominator term of AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Global gradient norm to clip at; null: no clipping")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False,
+        description="Recompute activations in the backward pass (non-reentrant): of every layer, of none, or (auto) of as many as do not fit into "
+        "the GPUs' memory, by the planner's arithmetic",
+    )
+    use_reentrant: bool = Field(False, description="Refused when true: reentrant checkpointing has no gradient with respect to the probe")
+    lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
+    export_merged: bool = Field(False, description="Whether a LoRA run also writes merged/: the model with its adapter added, for vLLM")
+    save_every: Positive = Field(50, description="Steps between checkpoints")
+    resume_from: Annotated[Path | None, PathField("path")] = Field(
+        None,
+        description="FOLDER@STEP: another training's work folder and one of its checkpoints, from which this one starts instead of from the "
+        "beginning, with its own settings; engine, adapter and the methods' sections must be the same",
+    )
+    spike_factor: Annotated[float, Field(gt=1)] = Field(
+        20.0, description="A loss or gradient norm of more than this many times its median over the last 50 steps is a spike"
+    )
+    on_spike: Literal["note", "skip", "stop"] = Field(
+        "note", description="note: a spike is logged as an event of the run; skip: its update is also left out; stop: the training ends with a message"
+    )
+    validate_every: Positive = Field(20, description="Steps between validation losses (task and harmful opening)")
+    watchdog_seconds: Annotated[float, Field(ge=0)] = Field(
+        1800, description="Seconds without a finished step, validation or checkpoint after which a rank says where it is and ends; 0: never"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("exactly one of steps and epochs must be set")
+        if self.packing and self.tokens_per_micro_batch is None:
+            raise ValueError(
+                "packing is true, and tokens_per_micro_batch does not say how many tokens a row takes: set it"
+            )
+        if self.resume_from is not None and not re.fullmatch(r"\.(train|align)-.+\.work@[1-9]\d*", self.resume_from.name):
+            raise ValueError(f"resume_from is '{self.resume_from.name}': it takes the work folder of a training that is not finished, and a step, such as runs/demo/.train-sap-s0-1a2b3c4d5e.work@40")
+        if self.use_reentrant:
+            raise ValueError(
+                "use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient"
+            )
+        return self
+
+
+class AlignSection(Section):
+    enabled: bool = Field(False, description="Whether to align the model first (for base or unaligned models)")
+    distill_tokens: Positive = Field(48, description="Tokens of the model's own answers to harmless prompts without a response")
+    train: TrainSection = Field(TrainSection(steps=100), description="How to train; same fields as train")
+
+
+class DirectionSection(Section):
+    micro_batch_size: Positive = Field(4, description="Pairs per rank and pass")
+
+
+# What sap.speed sets where the recipe does not: how much of it is what, docs/performance.md.
+SPEEDS: dict[str, dict[str, float]] = {
+    "exact": {},
+    "balanced": {"probe_share": 0.25, "correction_every": 20},
+    "fast": {"probe_share": 0.125, "correction_every": 20, "noise_every": 0},
+}
+
+
+class SapSection(Section):
+    enabled: bool = Field(False, description="Whether the training step is SAP (arXiv 2505.16737, Algorithm 1)")
+    speed: Literal["exact", "balanced", "fast"] = Field(
+        "exact",
+        description="Values of probe_share, correction_every and noise_every where they are not given: balanced, V from a quarter of the samples; fast, from an eighth",
+    )
+    schedule: Literal["exact", "lagged"] = Field(
+        "exact", description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer"
+    )
+    contrastive: Literal["difference", "logsigmoid"] = Field(
+        "difference", description="Contrastive safety loss: Definition 3.1, or -logsigmoid of the margin"
+    )
+    direction: Literal["live", "precomputed"] = Field(
+        "live", description="First safety direction: of this step's pairs, or the direction stage's over all pairs"
+    )
+    probe_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Share of a step's samples that V is computed from, at least one sample; below 1 for schedule exact only"
+    )
+    refresh_every: Annotated[int, Field(ge=0)] = Field(
+        1, description="Steps after which pairs are drawn and the direction is computed again; 0: never (precomputed only)"
+    )
+    safety_batch_size: Positive = Field(4, description="Contrastive pairs drawn at a time, over all ranks; by the controls too")
+    safety_micro_batch_size: Positive = Field(2, description="Contrastive pairs per rank and pass at the most")
+    eps: Annotated[float, Field(gt=0)] = Field(0.05, description="|dW| as a share of |W|, both global over the trainable parameters")
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.05,
+        description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first scale tried (target_correction)",
+    )
+    probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
+    target_correction: Annotated[float, Field(gt=0)] = Field(
+        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how values were chosen: docs/defaults.md"
+    )
+    layers: str | list[int] | list[float] = Field(
+        "0.33:0.66",
+        description="Probed decoder layers: [10, 11] indices, [0.3, 0.5] fractions of the depth, '10:19' or '0.33:0.66' a half-open range",
+    )
+    noise_every: Annotated[int, Field(ge=0)] = Field(
+        20, description="Steps between measurements of the probe's noise (one extra pass); 0: never"
+    )
+    correction_every: Annotated[int, Field(ge=0)] = Field(
+        10, description="Steps between measurements of the correction (one extra pass); 0: never"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _speed(cls, given: Any) -> Any:
+        return {**SPEEDS.get(str(given.get("speed")), {}), **given} if isinstance(given, dict) else given
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"\s*[\d.]+\s*:\s*[\d.]+\s*", value):
+            raise ValueError(f"'{value}' is no range: write start:stop, e.g. 10:19 or 0.33:0.66")
+        if isinstance(value, list) and not value:
+            raise ValueError("must name at least one decoder layer")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SapSection:
+        if self.refresh_every == 0 and self.direction == "live":
+            raise ValueError("refresh_every 0 needs direction: precomputed")
+        if self.schedule == "lagged" and self.probe_share < 1:
+            set_by = f" (of speed {self.speed})" if self.speed != "exact" else ""
+            raise ValueError(
+                f"probe_share {self.probe_share:g}{set_by} needs schedule: exact; the lagged schedule has V's first gradient from its main pass, over all samples"
+            )
+        if self.probe_step == "target_correction" and self.correction_every == 0:
+            raise ValueError("correction_every must be at least 1 with probe_step: target_correction")
+        return self
+
+
+class EmaSection(Section):
+    """What arXiv 2508.12531 calls EMA momentum in parameter space; its update rule is not published, so both readings are here."""
+
+    enabled: bool = Field(False, description="Whether to average the trained weights over the steps (arXiv 2508.12531)")
+    mode: Literal["shadow", "momentum"] = Field(
+        "shadow",
+        description="shadow: training goes on untouched, validation and product are the average; momentum: training goes on from the average",
+    )
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Weight of the average so far in the next: s = decay * s + (1 - decay) * w")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps after which averaging begins, with the weights of that moment; until then the average is the weights"
+    )
+    every: Positive = Field(1, description="Steps between updates of the average")
+
+    def check_steps(self, steps: int) -> None:
+        """ValueError where a training of so many steps would end before the first update: its product would be the start, or no average."""
+        if self.warmup_steps + self.every > steps:
+            raise ValueError(
+                f"ema.warmup_steps {self.warmup_steps} and ema.every {self.every} leave no step of {steps} to average: lower them, or set ema.enabled to false"
+            )
+
+
+class SafeMixSection(Section):
+    """SafeInstr, the control that SAP's reviewers asked for. It draws pairs as SAP does: sap.safety_batch_size every sap.refresh_every steps."""
+
+    enabled: bool = Field(False, description="Whether the safe responses of the safety pairs are mixed into the task's batches")
+
+
+class SafetyGradientSection(Section):
+    """The control without a probe: the safety gradient itself. It draws pairs as SAP does (SafeMixSection)."""
+
+    enabled: bool = Field(False, description="Whether lambda * grad L_safety is added to the task's gradient")
+    contrastive: Literal["difference", "logsigmoid"] = Field(
+        "logsigmoid", description="Contrastive safety loss; difference has no lower bound, and here nothing but the steps' number limits it"
+    )
+    correction: Annotated[float, Field(gt=0)] = Field(
+        0.7, description="|lambda * grad L_safety| / |task gradient|, as sap.target_correction measures SAP's; lambda follows at every step"
+    )
+
+
+class LisaSection(Section):
+    """Lisa (arXiv 2405.18641): steps on the safe responses and on the task in turns, each near where the other left off."""
+
+    enabled: bool = Field(False, description="Whether to alternate alignment steps and task steps (arXiv 2405.18641)")
+    alignment_steps: Positive = Field(1, description="Steps in a row on the safe responses of sap.safety_batch_size pairs each")
+    task_steps: Positive = Field(4, description="Steps in a row on the task, after them; train.steps counts both")
+    rho: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of rho / 2 * |w - w_last|^2, w_last being the weights at the last switch")
+
+
+class SaftSection(Section):
+    """SAFT (arXiv 2410.10014): training samples that the model's hidden states give away as harmful are left out."""
+
+    enabled: bool = Field(False, description="Whether to filter the training samples before training (arXiv 2410.10014)")
+    layer: Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="Decoder layer whose output is read: an index, or a fraction of the depth such as 0.5"
+    )
+    position: Literal["response_start", "response_mean", "response_end"] = Field(
+        "response_mean",
+        description="Tokens read: the one before the response (as published; it has not seen the response), all of the response, or its last",
+    )
+    components: Annotated[int, Field(ge=1, le=4)] | None = Field(None, description="Singular vectors k; null: the best of 1 to 4 on labelled samples")
+    labelled: Annotated[int, Field(ge=0)] = Field(
+        100, description="Labelled samples on which k and threshold are chosen (best F1); 0: none. 40 others, at most half, are held out where there are fewer"
+    )
+    contamination: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Share of harmful samples expected: the threshold where no sample has a label"
+    )
+    min_auroc: Fraction = Field(0.7, description="AUROC on the labelled samples below which the filter refuses to drop anything")
+    min_precision: Fraction = Field(
+        0.5,
+        description="Of what would be dropped, the share that is harmful: lower end of its Wilson 95% interval on held-out labelled samples, below which the "
+        "filter refuses to drop anything. 0.5: more harmful samples than harmless ones; 4 right of 4 reach it. 0: not asked",
+    )
+    max_dropped: Fraction = Field(0.5, description="Largest share of the samples that may be dropped: those with the highest scores")
+    keep_refusals: bool = Field(True, description="Whether samples whose response begins as a refusal are kept whatever their score")
+    micro_batch_size: Positive = Field(8, description="Samples per rank and forward pass")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SaftSection:
+        if self.labelled == 0 and self.contamination is None:
+            raise ValueError("labelled 0 needs contamination: set saft.contamination to the share of harmful samples you expect")
+        return self
+
+
+class EvaluateSection(Section):
+    harmful: SourceSection = Field(description="Harmful prompts; their answers are judged")
+    harmful_prompts: Positive = Field(150, description="Prompts taken from evaluate.harmful")
+    harmless: SourceSection | None = Field(None, description="Harmless prompts that look harmful; refused answers count as over-refusal")
+    harmless_prompts: Positive = Field(75, description="Prompts taken from evaluate.harmless, and as many again of what is left for the split validation")
+    ordinary: SourceSection | None = Field(
+        None, description="Ordinary instructions that have nothing harmful about them; refused answers count as over-refusal of their own"
+    )
+    ordinary_prompts: Positive = Field(
+        100, description="Prompts taken from evaluate.ordinary; a third of the source is kept for the split validation and never tested on"
+    )
+    forms: Literal["balanced", "as_they_are"] = Field(
+        "balanced",
+        description="balanced: half questions and half imperatives in every set of prompts, rewritten where a source has one form only, and counted; "
+        "as_they_are: the sources' own, for figures that are compared with others'",
+    )
+    attacks: list[Literal["prefill", "ignore_instructions", "role_play"]] = Field(
+        [],
+        description="Also ask under these: an answer that begins with 'Sure, here is', a prompt that overrides instructions, a role to play; each of harmful "
+        "and, as its control, of harmless prompts",
+    )
+    attack_prompts: Positive = Field(50, description="Harmful and harmless prompts asked under each of evaluate.attacks")
+    task_prompts: Positive = Field(75, description="Task test samples answered for exact match")
+    split: Literal["test", "validation"] = Field(
+        "test",
+        description="validation: data.validation_prompts, what the test leaves of evaluate.harmless and the task's validation samples, for choosing settings",
+    )
+    max_new_tokens: Positive = Field(32, description="Tokens generated per answer, greedily")
+    batch_size: Positive = Field(32, description="Prompts per generation batch and rank")
+    judge: Literal["refusal", "gcg_keyword"] = Field(
+        "refusal",
+        description="refusal: reads how the first sentences begin; gcg_keyword: 29 substrings of GCG, for comparison with papers. Both yield the "
+        "non-refusal rate, not a harmful score",
+    )
+    baselines: bool = Field(True, description="Also evaluate the shipped and the aligned model")
+
+    @model_validator(mode="after")
+    def _controlled(self) -> EvaluateSection:
+        if self.attacks and self.harmless is None and self.ordinary is None:
+            raise ValueError(
+                "attacks need harmless prompts as their control: name a source in evaluate.ordinary or evaluate.harmless, or take evaluate.attacks out"
+            )
+        if len(set(self.attacks)) < len(self.attacks):
+            raise ValueError(f"attacks names one twice: {', '.join(self.attacks)}")
+        return self
+
+
+_STORES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
+
+
+class TrackingSection(Section):
+    enabled: bool = Field(True, description="Whether to log to MLflow")
+    uri: Annotated[str | None, PathField("uri")] = Field(None, description="Tracking URI; MLFLOW_TRACKING_URI wins; default sqlite:///<output_dir>/mlflow.db")
+    experiment: str | None = Field(None, description="MLflow experiment; default: the recipe's name")
+    log_answers: bool = Field(False, description="Upload generated answers as artifacts; they stay on this machine otherwise")
+
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, uri: str | None) -> str | None:
+        scheme, colon, _ = (uri or "").partition("://")
+        if colon and scheme.lower().partition("+")[0] not in _STORES:
+            raise ValueError(f"begins with {scheme}://, which is no store of MLflow's: it takes {', '.join(_STORES)} or a folder")
+        return uri

@@ -1,1 +1,0 @@
-"""Engines: the verbs of a training step on sharded weights. Know nothing of SAP."""

@@ -1,0 +1,309 @@
+"""Where every stage writes: folders named by the hash of what decides their content.
+
+    layout = Layout(experiment); layout.train(cell)   # runs/demo/train-sap-s0-1a2b3c4d
+
+A stage's hash covers the fields of the recipe that decide its result and its upstream stages' hashes, so a changed
+setting makes a new folder and everything below it, and a folder that is complete never has to be made again. Files
+count by what is in them, not by where they are. What cannot change a result (ranks, file of DeepSpeed settings,
+intervals of checkpoints, settings of what is switched off) is left out. docs/stages.md says for every field of the
+recipe what runs again, and tests/test_stages_doc.py holds it against this module.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifacts
+from pipeline.attacks.attacks import ATTACKS
+from pipeline.data import builtin, contrastive, files, forms
+from pipeline.data.digests import content_digest
+from pipeline.data.fingerprint import fingerprint
+from pipeline.data.sources import local_path
+from pipeline.defences.saft import keywords
+from pipeline.judges import judges, refusal
+from pipeline.model.model_files import model_location
+from pipeline.recipe.file_endings import suffix
+from pipeline.recipe.recipe import Cell, Experiment, Recipe, sources
+from pipeline.recipe.sections import ModelSection, SapSection, SourceSection, TrainSection
+from pipeline.running import devices
+
+_REPORT = 5  # raise when the page shows something new
+_FORMAT = 6  # raise when prepared data, checkpoints or products change shape
+# Of a training section, what changes no result: gradient checkpointing computes the same activations again.
+_NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}
+_METHODS = ("ema", "safe_mix", "safety_gradient", "lisa")
+_ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "begun_share"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to evaluate: a model folder or hub id, with or without an adapter. trained: folder of the stage whose product it is."""
+
+    name: str
+    seed: int | None
+    model: str
+    adapter: Path | None
+    identity: str
+    trained: Path | None = None
+
+
+class Layout:
+    """Folders and hashes of one experiment."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.base = experiment, experiment.base
+        self.root = self.base.output_dir / self.base.name
+        # Once: files that change while a stage runs must not change where it writes.
+        self._model = _model_identity(self.base.model)
+        self._sources = _source_identities(self.base)
+
+    @property
+    def model_digest(self) -> str:
+        """What the recipe's model is, by its content: hex."""
+        return artifacts.digest(self._model)
+
+    @functools.cached_property
+    def _cells(self) -> list[Cell]:
+        return list(self.experiment.cells())  # each is validated as it is made
+
+    def prepare(self) -> Path:
+        """Every set that is trained on, validated on, or tested on as a task; the stage prepare makes `prompts` too."""
+        return self.root / f"prepare-{self._prepare_hash()}"
+
+    def prompts(self) -> Path:
+        """The evaluation's prompts: those of its sources that no set of `prepare` holds."""
+        return self.root / f"prompts-{self._prompts_hash()}"
+
+    def align(self) -> Path:
+        return self.root / f"align-{self._align_hash()}"
+
+    def embeddings(self, cell: Cell) -> Path:
+        """The training samples' embeddings: what is filtered by is not in the name, so another threshold reads them again."""
+        return self.root / f"embeddings-{self._embeddings_hash(cell)}"
+
+    def filter(self, cell: Cell) -> Path:
+        return self.root / f"filter-{self._filter_hash(cell)}"
+
+    def direction(self, cell: Cell) -> Path:
+        return self.root / f"direction-s{cell.seed}-{self._direction_hash(cell)}"
+
+    def train(self, cell: Cell) -> Path:
+        return self.root / f"train-{cell.method}-s{cell.seed}-{self.train_hash(cell)}"
+
+    def work(self, target: Path) -> Path:
+        """Where an unfinished stage keeps its checkpoints and metrics."""
+        return target.with_name(f".{target.name}.work")
+
+    def evaluate(self, subject: Subject) -> Path:
+        seed = "" if subject.seed is None else f"-s{subject.seed}"
+        evaluate = self.base.evaluate
+        elsewhere = {"harmful", "harmful_prompts", "harmless", "harmless_prompts", "ordinary", "ordinary_prompts", "forms"}  # in the prompts' hash
+        without = elsewhere if evaluate.attacks else {*elsewhere, "attack_prompts"}
+        section = evaluate.model_dump(mode="json", exclude={"batch_size", "baselines", *without})
+        texts = [refusal.PATTERNS if evaluate.judge == "refusal" else judges.REFUSAL_SUBSTRINGS, *(asdict(ATTACKS[name]) for name in evaluate.attacks)]
+        digest = _short([_FORMAT, subject.identity, self._prompts_hash(), section, artifacts.digest(texts)])
+        return self.root / f"evaluate-{subject.name}{seed}-{digest}"
+
+    def shard(self, target: Path, index: int, count: int) -> Path:
+        """Where one of `count` processes that share an evaluation leaves its part until all are merged."""
+        return self.work(target) / f"shard-{index}-of-{count}"
+
+    def report(self) -> Path:
+        folders = [self.evaluate(subject).name for subject in self.subjects()]
+        return self.root / f"report-{_short([_REPORT, folders])}"
+
+    def start_model(self) -> str:
+        """What every method starts from: the aligned model, or the recipe's own."""
+        return str(self.align() / "model") if self.base.align.enabled else model_location(self.base.model)
+
+    def needs_direction(self, cell: Cell) -> bool:
+        return cell.recipe.sap.enabled
+
+    def needs_filter(self, cell: Cell) -> bool:
+        return cell.recipe.saft.enabled
+
+    def subjects(self) -> Iterator[Subject]:
+        """Everything the report compares, in its order."""
+        if self.base.evaluate.baselines:
+            yield Subject("shipped", None, model_location(self.base.model), None, _short(self._weights()))
+            if self.base.align.enabled:
+                yield Subject("aligned", None, self.start_model(), None, self._align_hash())
+        for cell in self._cells:
+            yield self.subject(cell)
+
+    def subject(self, cell: Cell) -> Subject:
+        trained, full = self.train(cell), cell.recipe.train.adapter == "full"
+        model, adapter = (str(trained / "model"), None) if full else (self.start_model(), trained / "adapter")
+        return Subject(cell.method, cell.seed, model, adapter, self.train_hash(cell), trained)
+
+    def train_hash(self, cell: Cell) -> str:
+        recipe = cell.recipe
+        parts: list[Any] = [
+            _FORMAT,
+            self._start_hash(),
+            self._prepare_hash(),
+            cell.seed,
+            _training(recipe.train),
+        ]
+        if recipe.sap.enabled:
+            parts.append(_probing(recipe.sap))
+            if recipe.sap.direction == "precomputed":
+                parts.append(self._direction_hash(cell))
+        elif recipe.draws_pairs:
+            parts.append(recipe.sap.model_dump(mode="json", include={"safety_batch_size", "safety_micro_batch_size", "refresh_every"}))
+        if recipe.saft.enabled:
+            parts.append(self._filter_hash(cell))
+        for name in _METHODS:  # named only where enabled: another method's new field changes no folder
+            if getattr(recipe, name).enabled:
+                parts.append({name: getattr(recipe, name).model_dump(mode="json")})
+        return _short(parts)
+
+    def basis(self, cell: Cell | None) -> dict[str, Any]:
+        """What a checkpoint of a training fits on, by the recipe's fields; of the alignment's without a cell. JSON.
+
+        A method's whole section is: what it carries from step to step (V and its scale, a direction, an average) was made with it.
+        """
+        recipe, train = (self.base, self.base.align.train) if cell is None else (cell.recipe, cell.recipe.train)
+        methods = [] if cell is None else [name for name in ("sap", *_METHODS) if getattr(recipe, name).enabled]
+        lora = {} if train.adapter == "full" else {"train.lora": train.lora.model_dump(mode="json", exclude={"dropout"})}
+        kept = {} if cell is None or not recipe.sap.enabled or recipe.sap.refresh_every else {"the direction stage": self._direction_hash(cell)}
+        return {
+            "the start model (with model.dtype, model.attention and align)": _short(self._weights()) if cell is None else self._start_hash(),
+            "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods": methods,
+            **{name: _probing(recipe.sap) if name == "sap" else getattr(recipe, name).model_dump(mode="json") for name in methods}, **kept,
+        }  # fmt: skip
+
+    def _embeddings_hash(self, cell: Cell) -> str:
+        saft = cell.recipe.saft
+        return _short([_FORMAT, self._start_hash(), self._prepare_hash(), saft.layer, saft.position])
+
+    def _filter_hash(self, cell: Cell) -> str:
+        section = cell.recipe.saft.model_dump(mode="json", exclude={"enabled", "micro_batch_size"})
+        texts = artifacts.digest([keywords.WORDS, refusal.PATTERNS])  # what is counted, and what is kept
+        return _short([_FORMAT, self._embeddings_hash(cell), section, texts])
+
+    def _prepare_hash(self) -> str:
+        return _short([_FORMAT, self._data(), self._model, self.base.align.enabled, _texts()])
+
+    def _prompts_hash(self) -> str:
+        evaluate = self.base.evaluate
+        parts: list[Any] = [_FORMAT, self._prepare_hash(), self._sources["evaluate.harmful"], evaluate.harmful_prompts, evaluate.forms, _texts()]
+        for name, count in (("harmless", evaluate.harmless_prompts), ("ordinary", evaluate.ordinary_prompts)):
+            if getattr(evaluate, name) is not None:
+                parts += [name, self._sources[f"evaluate.{name}"], count]
+        return _short(parts)
+
+    def _align_hash(self) -> str:
+        # Its samples take their prompts before the task does, which counts only where it decides how many prompts the
+        # harmful samples have taken before.
+        data, after = self._data(), {"task", "validation_samples", "test_samples", "harmful_fraction"}
+        if data["harmful"] is None or self.base.data.harmful.limit is not None:
+            data = {name: value for name, value in data.items() if name not in after}
+        section = self.base.align.model_dump(mode="json", exclude={"train"})
+        training = _training(self.base.align.train)
+        del training["validate_every"]  # it has nothing to validate on
+        judged = artifacts.digest(refusal.PATTERNS)  # answers of the model's own that refuse are left out
+        return _short([_FORMAT, data, _texts(), self._weights(), section, training, judged])
+
+    def _data(self) -> dict[str, Any]:
+        """The data section, its sources by what they hold; None for what is not read."""
+        data = self.base.data
+        unread = set() if self.base.align.enabled else set(_ALIGN_DATA)
+        if not data.draws_harmful:
+            unread.add("harmful")
+        values = {name: self._sources.get(f"data.{name}", getattr(data, name)) for name in type(data).model_fields}
+        return {name: None if name in unread else value for name, value in values.items()}
+
+    def _start_hash(self) -> str:
+        return self._align_hash() if self.base.align.enabled else _short(self._weights())
+
+    def _weights(self) -> list[Any]:
+        """The model and how it is computed: `auto` is another dtype and another attention on another machine."""
+        model = self.base.model
+        quantized = [] if model.quantization == "none" else [model.quantization]
+        return [*self._model, f"torch.{devices.dtype(model.dtype)}", devices.attention(model), *quantized]
+
+    def _direction_hash(self, cell: Cell) -> str:
+        recipe = cell.recipe
+        trained = recipe.train.lora.model_dump() if recipe.train.adapter == "lora" else recipe.train.adapter
+        parts = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, trained, recipe.sap.contrastive]
+        return _short(parts)
+
+
+def _training(train: TrainSection) -> dict[str, Any]:
+    """What of a training section decides the result: no adapter where all weights are trained."""
+    without = {"lora", "export_merged"} if train.adapter == "full" else set()
+    # One of the two cuts a batch. Without a budget the folders are named as before there was such a field.
+    without |= {"tokens_per_micro_batch" if train.tokens_per_micro_batch is None else "micro_batch_size"}
+    without |= set() if train.packing else {"packing"}
+    without |= {"spike_factor", "on_spike"} if train.on_spike != "skip" else set()  # what only tells, or ends, changes no result
+    without |= {"resume_from"}
+    # The folder that is started from has its content in its name.
+    start = {} if train.resume_from is None else {"resume_from": train.resume_from.name}
+    return train.model_dump(mode="json", exclude=_NEUTRAL | without) | start
+
+
+def _probing(sap: SapSection) -> dict[str, Any]:
+    """What of an enabled SAP section decides the result."""
+    without = {"speed"} | (set() if sap.probe_step == "target_correction" else {"target_correction"})  # what a speed sets is there
+    if sap.refresh_every == 0:  # the direction stage's is kept, and no pair is drawn
+        without |= {"safety_batch_size", "safety_micro_batch_size"}
+    return sap.model_dump(mode="json", exclude=without)
+
+
+def _texts() -> str:
+    """Digest of the texts that pairs and samples are made of, and of the words by which prompts have a form."""
+    openings = (contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS, contrastive.ALIGN_OPENINGS)
+    return artifacts.digest([contrastive.REFUSALS, *openings, *forms.TEXTS])
+
+
+def _source_identities(recipe: Recipe) -> dict[str, Any]:
+    digest = functools.cache(content_digest)  # one file may be the source of several fields
+    return {field: _source_identity(source, digest) for field, source in sources(recipe)}
+
+
+def _source_identity(source: SourceSection, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """What a source holds and what is taken of it: files by their bytes, and the ending that says how to read."""
+    found = _local_files(source)
+    if source.source.startswith("builtin:"):
+        identity: dict[str, Any] = {"builtin": builtin.identity(source.source.removeprefix("builtin:"))}
+    elif found:
+        kind = suffix(found[0])
+        hashes = [digest(file) for file in found]
+        identity = {"file": kind, "sha256": hashes[0] if len(hashes) == 1 else hashes}
+        identity |= {"header": source.header} if kind in (".csv", ".tsv") else {}
+    else:
+        identity = source.model_dump(mode="json", include={"source", "subset", "split", "revision"})
+    tolerated: dict[str, Any] = {"max_bad_rows": source.max_bad_rows} if source.max_bad_rows else {}
+    tolerated |= {"reasoning": source.reasoning} if source.reasoning != "keep" else {}
+    return {**identity, "columns": source.columns, "limit": source.limit, **tolerated}
+
+
+def _local_files(source: SourceSection) -> list[Path]:
+    """The files that a local source is read from; none where there are none, which the check of the recipe refuses."""
+    path = local_path(source)
+    try:
+        return [file for file in files.parts(path, source.split) if file.is_file()] if path is not None else []
+    except files.NotReadable:
+        return []
+
+
+def _short(value: Any) -> str:
+    return artifacts.digest(value)[:10]
+
+
+def _model_identity(model: ModelSection) -> list[Any]:
+    """The weights and the tokenizer: a folder by its files, a built-in model by its archive, else id and revision."""
+    folder = Path(model.path).expanduser()
+    if model.path.startswith("builtin:"):
+        identity: list[Any] = [model.path, builtin.ARCHIVES["smollm2"].sha256]
+    elif folder.is_dir():
+        identity = [fingerprint(folder)]
+    else:
+        identity = [model.path, model.revision]
+    template = artifacts.file_digest(model.chat_template) if model.chat_template and model.chat_template.is_file() else None
+    return [*identity, template]
