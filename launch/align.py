@@ -4,10 +4,11 @@ torchrun --nproc-per-node 2 launch/align.py --config launch/recipes/demo.yaml
 """
 
 from pipeline.running import entry
+from pipeline.stages import command_line
 
 
 def main() -> None:
-    options, experiment = entry.arguments(__doc__, checkable=True)
+    options, experiment = command_line.arguments(__doc__, checkable=True)
 
     from pipeline.stages import checks
 

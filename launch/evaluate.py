@@ -12,6 +12,7 @@ import argparse
 
 from pipeline.evaluation.shards import WHOLE, Shard
 from pipeline.running import entry
+from pipeline.stages import command_line
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("--shard")
     own, rest = parser.parse_known_args()
     shard = WHOLE if own.shard is None else Shard.parse(own.shard)
-    options, experiment = entry.arguments(__doc__, rest)
+    options, experiment = command_line.arguments(__doc__, rest)
 
     from pipeline.stages import stages
     from pipeline.stages.layout import Layout
@@ -28,7 +29,7 @@ def main() -> None:
     with reading_input():
         layout = Layout(experiment)
     baselines = {subject.name: subject for subject in layout.subjects() if subject.seed is None}
-    subject = baselines.get(options.method) or layout.subject(entry.choose_cell(experiment, options.method, options.seed))
+    subject = baselines.get(options.method) or layout.subject(command_line.choose_cell(experiment, options.method, options.seed))
     stages.evaluate(experiment, subject, shard)
 
 

@@ -4,11 +4,12 @@ torchrun --nproc-per-node 8 launch/filter.py --config launch/recipes/compare.yam
 """
 
 from pipeline.running import entry
+from pipeline.stages import command_line
 
 
 def main() -> None:
-    options, experiment = entry.arguments(__doc__, checkable=True)
-    cell = entry.choose_cell(experiment, options.method, options.seed)
+    options, experiment = command_line.arguments(__doc__, checkable=True)
+    cell = command_line.choose_cell(experiment, options.method, options.seed)
 
     from pipeline.stages import checks
 

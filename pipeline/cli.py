@@ -23,6 +23,7 @@ from pathlib import Path
 
 from pipeline import artifacts
 from pipeline.bench import command as bench
+from pipeline.defences import recipes
 from pipeline.doctor import describe, show_template
 from pipeline.recipe import recipe, redaction
 from pipeline.recipe.recipe import Cell, Experiment
@@ -249,10 +250,8 @@ class Chain:
 
     def train(self) -> int:
         self._need("prepare", "align", "filter")
-        precomputed = [
-            self.layout.direction(cell) for cell in self.cells if cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"
-        ]
-        missing = next((folder for folder in precomputed if not artifacts.complete(folder)), None)
+        read = [self.layout.read_by(cell).get("direction") for cell in self.cells]
+        missing = next((folder for folder in read if folder and not artifacts.complete(folder)), None)
         if missing:
             raise ValueError(f"{missing} is not complete: run `sap direction {self.experiment.path}` first, or `sap run`")
         code = self._each_cell("train.py", self.layout.train, lambda cell: True)
@@ -360,7 +359,7 @@ def _show(experiment: Experiment, method: str | None) -> int:
 def _print_fields() -> None:
     width = min(shutil.get_terminal_size().columns, 110)
     print("\nFields of a recipe; each can be overridden on the command line, e.g. --train.lr 2e-4:")
-    for name, kind, default, meaning in recipe.field_rows():
+    for name, kind, default, meaning in recipes.field_rows():
         print(f"  --{name}  {kind} ({default if default == 'required' else f'default {default}'})")
         print(textwrap.fill(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
 

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer
 from pipeline import artifacts
 from pipeline.cli import main
 from pipeline.data import builtin
+from pipeline.defences import recipes
 from pipeline.evaluation.shards import WHOLE
 from pipeline.model import packable
 from pipeline.model.models import load_tokenizer
-from pipeline.recipe import recipe, strict_yaml
+from pipeline.recipe import strict_yaml
 from pipeline.recipe.sections import ModelSection
 from pipeline.stages import checks, stages
 from pipeline.stages.layout import Layout
@@ -100,7 +101,7 @@ CASES = {
     "Lisa and the safety gradient": (["--methods.sft.lisa.enabled=true", "--methods.sft.safety_gradient.enabled=true"], ["both descend"]),
     "Lisa and the mix": (["--methods.sft.lisa.enabled=true", "--methods.sft.safe_mix.enabled=true"], ["Lisa trains on the same safe responses"]),
     "a mix that never draws": (
-        ["--methods.sap.safe_mix.enabled", "true", "--methods.sap.sap.refresh_every", "0"], ["sap.refresh_every is 0", "never draw a safety pair"]
+        ["--methods.sap.safe_mix.enabled", "true", "--methods.sap.safety_pairs.refresh_every", "0"], ["safety_pairs.refresh_every is 0", "never draw a safety pair"]
     ),
     "a warm-up without end": (["--ema.enabled", "true", "--ema.warmup_steps", "6"], ["ema.warmup_steps 6 and ema.every 1 leave no step of 6 to average"]),
     "an average that is never updated": (["--ema.enabled", "true", "--ema.every", "7"], ["ema.warmup_steps 0 and ema.every 7 leave no step of 6"]),
@@ -203,7 +204,7 @@ def test_eos_of_the_config_serves_a_tokenizer_without(project, tmp_path):
 def test_a_prompt_that_leaves_no_room_for_its_answer(project, monkeypatch):
     """Seen before weights are read; which prompts there are, the recipe alone does not tell."""
     folder, content = project
-    layout = Layout(recipe.load(write_recipe(folder, content)))
+    layout = Layout(recipes.load(write_recipe(folder, content)))
     monkeypatch.setattr(stages, "_verify_upstream", lambda _: None)
     monkeypatch.setattr(stages, "_prompts", lambda _: None)
     monkeypatch.setattr(stages.artifacts, "verify", lambda _: None)
@@ -240,7 +241,7 @@ def test_ds_config_that_agrees_is_taken(project, tmp_path):
     from pipeline.engines.ds_config import read_ds_config
 
     folder, content = project
-    train = recipe.load(write_recipe(folder, content)).base.train
+    train = recipes.load(write_recipe(folder, content)).base.train
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
     config = read_ds_config(train.model_copy(update={"ds_config": path}), 2)
@@ -252,7 +253,7 @@ def test_a_token_budget_leaves_no_number_of_passes_to_the_ds_config(project, tmp
 
     folder, content = project
     path = tmp_path / "ds.json"
-    train = recipe.load(write_recipe(folder, content)).base.train
+    train = recipes.load(write_recipe(folder, content)).base.train
     train = train.model_copy(update={"ds_config": path, "tokens_per_micro_batch": 400})
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
     config = read_ds_config(train, 2)
@@ -267,7 +268,7 @@ def test_a_token_budget_leaves_no_number_of_passes_to_the_ds_config(project, tmp
 def test_packing_under_an_attention_that_gains_nothing_is_noted(project, attention):
     folder, content = project
     given = ["--model.attention", attention, "--train.packing", "true", "--train.tokens_per_micro_batch", "400"]
-    experiment = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
+    experiment = recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
     notes = [note for note in checks.check(experiment, light=True).notes if "packing" in note]
     assert notes == [f"train.packing: attention {attention} works through a packed row whole; FlashAttention (docs/performance.md) does not"]
 
@@ -324,7 +325,7 @@ def test_a_launcher_decides_for_its_own_stage_only(project):
     """The sap cell runs on this launcher's two ranks; the sft cell will run alone, as its recipe says, and is fine."""
     folder, content = project
     content = content | {"methods": content["methods"] | {"sft": {"train": {"engine": "single", "ranks": 1}}}}
-    experiment = recipe.load(write_recipe(folder, content, "mixed.yaml"))
+    experiment = recipes.load(write_recipe(folder, content, "mixed.yaml"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         checks.check(experiment, experiment.cell("sap", 0))
@@ -336,7 +337,7 @@ def test_a_launcher_decides_for_its_own_stage_only(project):
 def test_a_start_that_is_gone_stops_no_run_that_has_a_checkpoint_of_its_own(project, tmp_path, field):
     folder, content = project
     given = [f"--{field}.resume_from", ".train-sft-s0-0123456789.work@8", "--output_dir", str(tmp_path)]
-    experiment = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
+    experiment = recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
     here = "align" if field == "align.train" else experiment.cell("sft", 0)
     with pytest.raises(ValueError, match=rf"^{field}\.resume_from is .* there is no folder .*1a?[0-9]*.work: a training has it until it is finished$"):
         checks.check(experiment, here)
@@ -351,7 +352,7 @@ def test_methods_left_out_stop_no_launcher(project):
     """What --methods leaves out is in the recipe that a launch script reads: here saft, which has no labels at fraction 0."""
     folder, content = project
     content = content | {"methods": content["methods"] | {"saft": {"saft": {"enabled": True}}}}
-    experiment = recipe.load(write_recipe(folder, content, "labels.yaml"), strict_yaml.parse_overrides(["--data.harmful_fraction", "0"]))
+    experiment = recipes.load(write_recipe(folder, content, "labels.yaml"), strict_yaml.parse_overrides(["--data.harmful_fraction", "0"]))
     checks.check(experiment, "align")
     checks.check(experiment, experiment.cell("sft", 0))
     checks.check(experiment.only(["sft", "sap"]))
@@ -369,7 +370,7 @@ def test_a_report_of_one_method_is_refused(project, capsys):
 def test_a_folder_that_another_process_writes_is_refused(project, capsys):
     folder, content = project
     arguments = ["prepare", str(write_recipe(folder, content)), f"--output_dir={folder / 'held'}", "--tracking.enabled=false"]
-    target = Layout(recipe.load(folder / "recipe.yaml", {"output_dir": str(folder / "held")})).prepare()
+    target = Layout(recipes.load(folder / "recipe.yaml", {"output_dir": str(folder / "held")})).prepare()
     release = artifacts.claim(target)
     assert main(arguments) == 2 and "another process is writing" in capsys.readouterr().err
     release()

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline import artifacts
 from pipeline.cli import main
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.running import devices
 from pipeline.stages import capacity
 from pipeline.stages.layout import Layout
@@ -41,8 +41,8 @@ def test_eight_lines_say_what_would_run_and_what_is_there(project, capsys):
     assert code == 0 and [line.split()[0] for line in lines] == ["machine", *STAGES] and len(lines) == 8
     assert "2 processes on the CPU" in lines[0] and "GB memory" in lines[0] and "GB disk" in lines[0]
     assert lines[3].split(maxsplit=1)[1] == "not in this recipe" and all("would run" in line for line in (*lines[1:3], *lines[4:]))
-    layout = Layout(recipe.load(path))
-    done = layout.train(recipe.load(path).cell("sft", 0))
+    layout = Layout(recipes.load(path))
+    done = layout.train(recipes.load(path).cell("sft", 0))
     done.mkdir(parents=True)
     (done / artifacts.MARKER).touch()
     _, lines, _ = dry_run(capsys, path)
@@ -188,7 +188,7 @@ def test_a_small_gpu_is_refused_by_the_planner(project, capsys, monkeypatch):
 def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
     folder, content = project
     content = content | {"align": content["align"] | {"enabled": False}}
-    experiment = recipe.load(write_recipe(folder, content))
+    experiment = recipes.load(write_recipe(folder, content))
     from pipeline.model.model_checks import check_model
 
     facts, cells = check_model(experiment.base), list(experiment.cells())
@@ -199,8 +199,8 @@ def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
 
 def test_pairs_that_leave_ranks_idle_are_said(project, capsys):
     folder, content = project
-    code, _, error = dry_run(capsys, write_recipe(folder, content), "--methods.sap.sap.safety_batch_size=1")
-    assert code == 0 and "note: sap.safety_batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 would take the same time" in error
+    code, _, error = dry_run(capsys, write_recipe(folder, content), "--methods.sap.safety_pairs.batch_size=1")
+    assert code == 0 and "note: safety_pairs.batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 would take the same time" in error
 
 
 def test_a_model_that_is_not_here_is_a_note(project, capsys, monkeypatch, tmp_path):

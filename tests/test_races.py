@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline import artifacts
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.stages import stages
 from pipeline.stages.layout import Layout
 from tests.project import make_project, sap, write_recipe
@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     raw["evaluate"] |= {"baselines": False}
     path = write_recipe(folder, raw)
     assert sap("run", path, "--methods", "sap").returncode == 0
-    return recipe.load(path)
+    return recipes.load(path)
 
 
 @pytest.mark.processes
@@ -40,7 +40,7 @@ def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(train
     subject = layout.subject(cell)
     from pipeline.report import stage as report_stage
 
-    one = recipe.load(trained.path, {"methods": {"sft": None}}) if stage == "report" else trained
+    one = recipes.load(trained.path, {"methods": {"sft": None}}) if stage == "report" else trained
     target, run = {
         "train": (layout.train(cell), lambda: stages.train(trained, cell)),
         "direction": (layout.direction(cell), lambda: stages.direction(trained, cell)),

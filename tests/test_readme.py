@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from tests.project import ROOT, sap
 
 pytestmark = pytest.mark.processes
@@ -44,7 +44,7 @@ def test_the_recipe_of_the_readme_runs_literally(tmp_path):
     assert len(list(runs.glob("report-*/report.html"))) == 1
 
 
-FIELDS = {name for name, *_ in recipe.field_rows()}
+FIELDS = {name for name, *_ in recipes.field_rows()}
 SECTIONS = {part for name in FIELDS for part in [name.partition(".")[0]] if "." in name}
 NO_FIELDS = {"model.resize_token_embeddings", "model.safetensors", "model.safetensors.index.json", "model.vocab"}  # Python, a file, a key of tokenizer.json
 KNOWN = FIELDS | {name.rsplit(".", depth)[0] for name in FIELDS for depth in range(1, name.count(".") + 1)}

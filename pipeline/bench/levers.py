@@ -24,7 +24,7 @@ from torch.nn.functional import cosine_similarity
 
 from pipeline import artifacts
 from pipeline.data.sets import read_rows
-from pipeline.defences.methods import make_step
+from pipeline.defences.making import make_step
 from pipeline.defences.saft.filter import kept
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines.engine import Engine, Shard
@@ -37,7 +37,7 @@ from pipeline.recipe import strict_yaml
 from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.running import entry
 from pipeline.running.devices import environment
-from pipeline.stages import checks
+from pipeline.stages import checks, command_line
 from pipeline.stages.layout import Layout
 from pipeline.stages.stages import start_engine
 from pipeline.system.tables import as_text
@@ -88,7 +88,7 @@ class Levers:
         rows = kept(layout.filter(cell)) if layout.needs_filter(cell) else None
         self.rows, self.pair_rows = read_rows(layout.prepare(), "task_train", rows), read_rows(layout.prepare(), "safety_pairs")
         self.order = BatchOrder(len(self.rows), self.recipe.train.batch_size, cell.seed)
-        self.pair_order = BatchOrder(len(self.pair_rows), self.recipe.sap.safety_batch_size, cell.seed)
+        self.pair_order = BatchOrder(len(self.pair_rows), self.recipe.safety_pairs.batch_size, cell.seed)
         self.kept: list[torch.Tensor] = []  # V of the training's steps so far
 
     def measured(self, at: Sequence[int]) -> Iterator[Row]:
@@ -157,7 +157,7 @@ class Levers:
         return micro_batches(self.rows, chosen, *sharing, packing=train.packing)
 
     def _pairs(self, number: int) -> list[PairBatch]:
-        size = self.recipe.sap.safety_micro_batch_size
+        size = self.recipe.safety_pairs.micro_batch_size
         return pair_batches(self.pair_rows, self.pair_order.step(number), size, 0, 1, self.pad, self.seed, number)
 
     def _cosine(self, a: Shard, b: Shard) -> float:
@@ -194,8 +194,8 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     if not all(part.isdigit() and int(part) for part in options.at.split(",")):
         raise ValueError(f"--at is '{options.at}': it takes steps by commas, from 1, such as 2,10,20")
-    experiment = entry.open_recipe(options.recipe, strict_yaml.parse_overrides(rest))
-    levers = Levers(experiment, entry.choose_cell(experiment, options.method, options.seed))
+    experiment = command_line.open_recipe(options.recipe, strict_yaml.parse_overrides(rest))
+    levers = Levers(experiment, command_line.choose_cell(experiment, options.method, options.seed))
     print(table(list(levers.measured(sorted(map(int, options.at.split(",")))))), end="")
 
 

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.doctor.measure import Examined, Slope, across_ranks, central_slope, digest, gradients_left, relative
 from pipeline.doctor.report import FAIL, INFO, OK, WARN, Finding, Report, graded, passed
 from pipeline.doctor.resources import Meter, held_weights, mebibytes
 from pipeline.engines.engine import Engine, Shard
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import useful_loss
-from pipeline.recipe.sections import SapSection
 
 _EPS = (1e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
 _MARGIN = 1.5  # signal over noise; nothing but rounding has 1

@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.engines.engine import Engine, LossFunction, Shard
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
-from pipeline.recipe.sections import SapSection
 
 _CHANGES = (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)  # of the loss, to first order: below is rounding, above is curvature
 _LOW_CHANGES = _CHANGES[1:]  # rounding is larger in less than float32

@@ -14,14 +14,14 @@ from typing import Literal
 
 from pipeline import artifacts
 from pipeline.data.check import check_sources
+from pipeline.defences import DEFENCES
 from pipeline.engines.ds_config import check_engine
 from pipeline.model.model_checks import check_lora, check_model, check_positions
 from pipeline.model.model_facts import ModelFacts
 from pipeline.model.model_outline import facts_of, of_modules, outlined
 from pipeline.model.packable import check_packing
 from pipeline.model.tokenizer_facts import check_loads
-from pipeline.objectives.sharing import check_shares, fillers, share_of
-from pipeline.recipe.layer_choice import probed_layers, read_layer
+from pipeline.objectives.sharing import check_shares, fillers
 from pipeline.recipe.recipe import Cell, Experiment, Recipe
 from pipeline.recipe.sections import TrainSection
 from pipeline.running import devices
@@ -106,28 +106,17 @@ def _trainings(experiment: Experiment, here: Cell | Literal["align"] | None) -> 
 
 def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) -> list[str]:
     """ValueError where a method does not go with the model or the data; sentences about what it does on these ranks."""
-    sap, saft = cell.recipe.sap, cell.recipe.saft
-    if facts is not None and sap.enabled:
-        probed_layers(sap.layers, len(facts.layers))
-    if saft.enabled:
+    resolved, notes = cell.recipe, []
+    for name in resolved.parts:
+        defence, section = DEFENCES[name], getattr(resolved, name)
         if facts is not None:
-            read_layer(saft.layer, len(facts.layers))
-        if saft.contamination is None and not (base.data.harmful_fraction > 0 or "harmful" in base.data.task.columns):
-            from pipeline.defences.saft.filter import NO_LABELS
-
-            raise ValueError(NO_LABELS)
-    notes = []
-    train = cell.recipe.train
+            defence.fits(section, len(facts.layers))
+        notes += defence.notes(section, resolved, ranks)
+    train, pairs = resolved.train, resolved.safety_pairs
     if train.steps is not None and train.warmup_steps >= train.steps:
-        notes.append(f"method {cell.method}: train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached")
-    note = fillers("sap.safety_batch_size", sap.safety_batch_size, sap.safety_micro_batch_size, ranks) if cell.recipe.draws_pairs else None
-    samples = share_of(train.batch_size, sap.probe_share)
-    if sap.enabled and samples < ranks:
-        idle = f"{ranks - samples} of {ranks} ranks would have no sample of their own"
-        notes.append(
-            f"method {cell.method}: sap.probe_share {sap.probe_share:g} of train.batch_size {train.batch_size} is {samples}: {idle}, and compute copies; "
-            f"a share of {ranks / train.batch_size:g} takes the same time"
-        )
+        notes.append(f"train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached")
+    notes = [f"method {cell.method}: {note}" for note in notes]
+    note = fillers("safety_pairs.batch_size", pairs.batch_size, pairs.micro_batch_size, ranks) if resolved.draws_pairs else None
     return [*notes, note] if note else notes
 
 
@@ -152,18 +141,12 @@ def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "di
     if experiment.base.align.enabled and stage != "align":
         artifacts.require(layout.align())
     if stage == "train" and cell is not None:
-        if direction_given(cell):
-            artifacts.require(layout.direction(cell))
-        if layout.needs_filter(cell):
-            from pipeline.defences.saft.filter import check_not_refused
+        for name, folder in layout.read_by(cell).items():
+            artifacts.require(folder)
+            if name == "filter":
+                from pipeline.defences.saft.filter import check_not_refused
 
-            artifacts.require(layout.filter(cell))
-            check_not_refused(layout.filter(cell))
-
-
-def direction_given(cell: Cell) -> bool:
-    """Whether training starts from the direction stage's product."""
-    return cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"
+                check_not_refused(folder)
 
 
 def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None, ranks: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from pipeline.recipe import strict_yaml
 from pipeline.recipe.recipe import Experiment
-from pipeline.running import entry
+from pipeline.stages import command_line
 from pipeline.stages.status import STAGES
 
 _RUNNING = (*STAGES, "run")
@@ -65,7 +65,7 @@ def opened(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.N
     if options.seed is not None:
         overrides["seeds"] = [options.seed]
     _check_belongs(parser, options)
-    experiment = entry.open_recipe(options.recipe, overrides)
+    experiment = command_line.open_recipe(options.recipe, overrides)
     if options.methods:
         experiment = experiment.only(options.methods.split(","))
     if options.resume_from and (len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):

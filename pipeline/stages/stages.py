@@ -26,13 +26,14 @@ from torch import nn
 from pipeline import artifacts
 from pipeline.data.chat import Chat
 from pipeline.data.sets import read_rows
-from pipeline.defences.ema import Ema
-from pipeline.defences.methods import make_step
+from pipeline.defences.callback import Callback
+from pipeline.defences.making import make_callbacks, make_step
 from pipeline.defences.plain import PlainStep
 from pipeline.defences.saft.embeddings import embed
 from pipeline.defences.saft.filter import check_labels, decide, highest_scored, kept
 from pipeline.defences.saft.filter import write as write_decision
 from pipeline.defences.sap.diagnostics import safety_direction
+from pipeline.defences.step import Step
 from pipeline.engines import engine as engines
 from pipeline.engines.engine import Engine
 from pipeline.engines.exchange import from_first
@@ -53,10 +54,10 @@ from pipeline.recipe.recipe import Cell, Experiment, Recipe
 from pipeline.recipe.sections import TrainSection
 from pipeline.running.devices import device, environment
 from pipeline.stages.capacity import recomputed_layers
-from pipeline.stages.checks import direction_given
 from pipeline.stages.layout import Layout, Subject
 from pipeline.system.system_errors import naming
-from pipeline.tracking.run import open_run
+from pipeline.tracking.run import Run, open_run
+from pipeline.training.callbacks import Console, Tracked, Watched
 from pipeline.training.checkpoint import ORIGIN
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.product import load_adapter, save_gathered, save_product
@@ -138,7 +139,9 @@ def align(experiment: Experiment) -> bool:
     with open_run(layout, "align", target.name, rank) as run:
         identity = artifacts.digest([target.name, inputs])
         work, basis = layout.work(target), layout.basis(None)
-        loop = Loop(engine, PlainStep(engine), data, base.align.train, 0, work, identity, run.log_metrics, "align", run.event, basis=basis)
+        step = PlainStep(engine)
+        callbacks = [*_told_to("align", step, run), _watched(base.align.train, engine)]
+        loop = Loop(engine, step, data, base.align.train, 0, work, identity, callbacks, basis)
         if not loop.run():
             run.stopped()
             return False
@@ -234,33 +237,31 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     if _done(target):
         return True
     _verify_upstream(layout)
-    if direction_given(cell):
-        artifacts.verify(layout.direction(cell))
-    if layout.needs_filter(cell):
-        artifacts.verify(layout.filter(cell))
+    read = layout.read_by(cell)
+    for folder in read.values():
+        artifacts.verify(folder)
     resolved, prepared = cell.recipe, layout.prepare()
-    read = [layout.direction(cell)] if direction_given(cell) else []
-    inputs = _inputs(layout, *read, *([layout.filter(cell)] if layout.needs_filter(cell) else []))
-    rows = read_rows(prepared, "task_train", kept(layout.filter(cell)) if layout.needs_filter(cell) else None)
+    inputs = _inputs(layout, *read.values())
+    rows = read_rows(prepared, "task_train", kept(read["filter"]) if "filter" in read else None)
     if not _claimed(target, resolved.train):
         return True
     engine, tokenizer = _open_start(layout, cell, target)
-    step = make_step(resolved, engine, _given_direction(layout, cell, engine))
-    ema = Ema(engine, resolved.ema) if resolved.ema.enabled else None
+    step = make_step(resolved, engine, _given_direction(read["direction"], engine) if "direction" in read else None)
     data = TrainingData(
         rows, read_rows(prepared, "safety_pairs"), tokenizer.pad_token_id,
-        resolved.sap.safety_batch_size, resolved.sap.safety_micro_batch_size, _validation_rows(prepared),
+        resolved.safety_pairs.batch_size, resolved.safety_pairs.micro_batch_size, _validation_rows(prepared),
     )  # fmt: skip
     label = f"{cell.method} s{cell.seed}"
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
         # Its checkpoints are another run's where what it was made from has become another: the start model, aligned again on a GPU.
         identity = artifacts.digest([target.name, inputs])
         work, basis = layout.work(target), layout.basis(cell) | {"the start model's content": inputs.get("align", inputs["model"])}
-        loop = Loop(engine, step, data, resolved.train, cell.seed, work, identity, run.log_metrics, label, run.event, ema, basis)
+        callbacks = [*make_callbacks(resolved, engine), *_told_to(label, step, run), _watched(resolved.train, engine)]
+        loop = Loop(engine, step, data, resolved.train, cell.seed, work, identity, callbacks, basis)
         if not loop.run():
             run.stopped()
             return False
-        with loop.averaged(), _publishing(engine, layout, target, inputs) as folder:
+        with loop.counted_weights(), _publishing(engine, layout, target, inputs) as folder:
             save_product(engine, resolved.train, layout.start_model(), resolved.model, folder, tokenizer)
             if engine.rank == 0:
                 artifacts.write_json(folder / "recipe.json", recipe.dump(resolved))
@@ -434,14 +435,19 @@ def start_engine(base: Recipe, location: str, train_section: TrainSection, seed:
     return open_engine(make_trainable(model, train_section, seed, again), train_section, sources)
 
 
-def _given_direction(layout: Layout, cell: Cell, engine: Engine) -> engines.Shard | None:
-    """The direction stage's product as the engine's shard, where training starts from it."""
-    if not direction_given(cell):
-        return None
-    folder = layout.direction(cell)
+def _given_direction(folder: Path, engine: Engine) -> engines.Shard:
+    """The direction stage's product as the engine's shard."""
     if json.loads((folder / "summary.json").read_text())["weights_checksum"] != engine.checksum(engine.weights()):
         raise ValueError(f"the direction in {folder} belongs to other initial weights: delete the folder and run its stage again")
     return engine.shard(WeightFiles(folder, "direction"))
+
+
+def _told_to(label: str, step: Step, run: Run) -> list[Callback]:
+    return [Console(label, step.summary_keys), Tracked(run)]
+
+
+def _watched(train_section: TrainSection, engine: Engine) -> Callback:
+    return Watched(train_section.watchdog_seconds, engine.rank)
 
 
 @contextlib.contextmanager

@@ -43,8 +43,8 @@ def test_the_passes_of_a_rank_are_counted_before_they_are_made(samples, size, ra
     made = shares(pair_batches, tiny_pairs(samples), samples, size, ranks)
     assert {len(share) for share in made} == {accumulation(samples, size, ranks)}
     idle = sum(not batch.weights.any() for share in made for batch in share)
-    note = fillers("sap.safety_batch_size", samples, size, ranks)
-    assert note is None if idle == 0 else note.startswith(f"sap.safety_batch_size {samples} leaves {idle} of {ranks} ranks without a pair")
+    note = fillers("safety_pairs.batch_size", samples, size, ranks)
+    assert note is None if idle == 0 else note.startswith(f"safety_pairs.batch_size {samples} leaves {idle} of {ranks} ranks without a pair")
 
 
 # samples, micro-batch, ranks

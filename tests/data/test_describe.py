@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.cli import main
 from pipeline.data import builtin
-from pipeline.recipe.recipe import load
+from pipeline.defences.recipes import load
 from tests.project import make_project, write_recipe
 
 

@@ -11,8 +11,8 @@ import pytest
 from pipeline import artifacts
 from pipeline.data import check, files
 from pipeline.data.rows import ordered_rows
+from pipeline.defences.recipes import recipe_class
 from pipeline.recipe import paths
-from pipeline.recipe.recipe import Recipe
 from pipeline.stages import layout
 from tests.data.reading import ARRAY, CSV, LINES, ROWS, TEXTS, pairs, read, refusal, source, written
 
@@ -241,7 +241,7 @@ def test_a_folder_beside_the_recipe_is_a_path_and_counts_by_what_is_in_it(tmp_pa
     raw = {
         "data": {"task": {"source": "mine/ds"}, "harmful": {"source": "owner/name"}, "safety": {"source": "d.csv.gz"}}
     }
-    found = paths.resolve(raw, Recipe, tmp_path / "recipe.yaml")["data"]
+    found = paths.resolve(raw, recipe_class(), tmp_path / "recipe.yaml")["data"]
     assert found["task"]["source"] == str(tmp_path / "mine" / "ds") and found["harmful"]["source"] == "owner/name"
     assert found["safety"]["source"] == str(tmp_path / "d.csv.gz")
     identities = [layout._source_identity(source(tmp_path / "mine" / "ds"), artifacts.file_digest)]

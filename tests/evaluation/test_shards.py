@@ -15,9 +15,9 @@ import pytest
 
 from pipeline import artifacts
 from pipeline.data import prompts
+from pipeline.defences import recipes
 from pipeline.evaluation.evaluate import Measured, conclude
 from pipeline.evaluation.shards import Shard, interleaved
-from pipeline.recipe import recipe
 from pipeline.stages import stages
 from pipeline.stages.layout import Layout
 from tests.project import ROOT, make_project, quiet, run, write_recipe
@@ -34,7 +34,7 @@ def project(tmp_path_factory) -> Layout:
     content = make_project(folder)
     content["evaluate"]["task_prompts"] = COUNTS["task"]
     content |= {"align": {"enabled": False}, "tracking": {"enabled": False}}
-    experiment = recipe.load(write_recipe(folder, content))
+    experiment = recipes.load(write_recipe(folder, content))
     stages.prepare(experiment)
     return Layout(experiment)
 
@@ -60,7 +60,7 @@ def project_in(project: Layout, output: Path, **changes) -> Layout:
     """The project with the same prepared data and nothing evaluated."""
     for folder in (project.prepare(), project.prompts()):
         shutil.copytree(folder, output / "tiny" / folder.name)
-    return Layout(recipe.load(project.experiment.path, {"output_dir": str(output), **changes}))
+    return Layout(recipes.load(project.experiment.path, {"output_dir": str(output), **changes}))
 
 
 def with_thirds(project: Layout, thirds: Path, output: Path, **changes) -> Layout:

@@ -14,7 +14,7 @@ from pipeline.data import contrastive
 from pipeline.defences.saft import keywords
 from pipeline.defences.saft.filter import check_labels, decide, highest_scored, kept, write
 from pipeline.defences.saft.saft import auroc, choose, f1, saft_scores, with_interval
-from pipeline.recipe.sections import SaftSection
+from pipeline.defences.saft.section import SaftSection
 from pipeline.report.collect import _filter_facts
 from pipeline.stages import stages
 from pipeline.tracking import run as tracking

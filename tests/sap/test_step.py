@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines.single import SingleEngine
 from pipeline.model.models import decoder_layers
 from pipeline.objectives.batches import BatchOrder
 from pipeline.objectives.losses import safety_loss, useful_loss
 from pipeline.recipe.layer_choice import probed_layers
-from pipeline.recipe.sections import SapSection
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 
 PROBED = [1, 2]
@@ -114,7 +114,6 @@ def section(**changes) -> SapSection:
         "beta": 0.02,
         "noise_every": 2,
         "correction_every": 2,
-        "safety_micro_batch_size": 1,
         **changes,
     }
     return SapSection(**values)
@@ -262,7 +261,8 @@ def test_hooks_are_gone_after_a_step_and_after_a_failure():
 
 
 def test_direction_is_refreshed_at_its_age():
-    engine, step = build(section(refresh_every=3))
+    engine, step = build(section())
+    step.refresh_every = 3
     batches, calls = StepBatches(), []
     ages = []
     for number in range(7):

@@ -14,31 +14,36 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
+from pipeline.defences.step import Metrics, Pairs, Step
 from pipeline.engines.engine import Engine, Shard
-from pipeline.objectives.batches import MicroBatch, PairBatch
+from pipeline.objectives.batches import MicroBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
-from pipeline.recipe.sections import SapSection
-
-Pairs = Callable[[], Sequence[PairBatch]]
-Metrics = dict[str, float]
 
 _CALIBRATION_PASSES = 4
 _CALIBRATION_TOLERANCE = 0.1
 _ADAM = (0.9, 0.999, 1e-8)
 
 
-class SapStep:
+class SapStep(Step):
     """Algorithm 1 with the state it carries from step to step: the direction and its age, V (lagged), and V's scale."""
 
-    def __init__(self, engine: Engine, probe: Probe, section: SapSection, direction: Shard | None = None):
-        """direction: the direction stage's g_s as this engine's shard; required for direction 'precomputed'."""
+    summary_keys = ("sap/correction", "sap/probe_signal")
+
+    def __init__(
+        self, engine: Engine, probe: Probe, section: SapSection, direction: Shard | None = None, refresh_every: int = 1
+    ):
+        """direction: the direction stage's g_s as this engine's shard; required for direction 'precomputed'.
+
+        refresh_every: steps after which pairs are drawn and the direction is computed again; 0: never.
+        """
         assert (direction is not None) == (section.direction == "precomputed"), "a direction is given exactly when it is precomputed"
-        self.engine, self.probe, self.section = engine, probe, section
+        self.engine, self.probe, self.section, self.refresh_every = engine, probe, section, refresh_every
         self.share = section.probe_share
         self.safety_loss = safety_loss(section.contrastive)
         self.direction, self.direction_step = direction, 0
@@ -93,7 +98,7 @@ class SapStep:
         return {"train/loss": loss, **metrics}
 
     def _safety_direction(self, pairs: Pairs, number: int, metrics: Metrics) -> Shard:
-        age, every = number - self.direction_step, self.section.refresh_every
+        age, every = number - self.direction_step, self.refresh_every
         if self.direction is None or (every and age >= every):
             metrics["sap/safety_loss"], self.direction = self.engine.gradient(self.safety_loss, pairs())
             self.direction_step = number

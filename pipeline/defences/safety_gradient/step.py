@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.defences.sap.step import Metrics, Pairs
+from pipeline.defences.safety_gradient.section import SafetyGradientSection
+from pipeline.defences.step import Metrics, Pairs, Step
 from pipeline.engines.engine import Engine, Shard
 from pipeline.objectives.batches import MicroBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
-from pipeline.recipe.sections import SafetyGradientSection
 
 
-class SafetyGradientStep:
+class SafetyGradientStep(Step):
     """g = grad L_useful + lambda * g_s, lambda = correction * |grad L_useful| / |g_s|; g_s serves `refresh_every` steps."""
 
     def __init__(self, engine: Engine, section: SafetyGradientSection, refresh_every: int):
@@ -28,7 +28,9 @@ class SafetyGradientStep:
         self.safety_loss = safety_loss(section.contrastive)
         self.direction: Shard | None = None
 
-    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
+    def __call__(
+        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+    ) -> Metrics:
         metrics: Metrics = {}
         if self.direction is None or number % self.refresh_every == 0:
             metrics["safety_gradient/loss"], self.direction = self.engine.gradient(self.safety_loss, pairs())
@@ -41,9 +43,6 @@ class SafetyGradientStep:
         weight = self.section.correction * self.engine.gradient_norm().item() / norm
         self.engine.add_gradient(self.direction, weight)
         return {"train/loss": loss, "safety_gradient/lambda": weight, "safety_gradient/norm": norm, **metrics}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {}
 
     def vectors(self) -> dict[str, Shard]:
         return {} if self.direction is None else {"direction": self.direction}
