@@ -115,7 +115,7 @@ def test_the_script_of_a_recipe_asks_for_its_ranks(name, size):
 
 
 def test_the_recipes_probe_the_same_part_of_every_depth():
-    found = {size: probed_layers(shipped(f"llama_{size}_sap", size, 8).sap.layers, LLAMA_2[size][2]) for size in LLAMA_2}
+    found = {size: probed_layers(shipped(f"llama_{size}_sap", size, 8).defences[0][1].layers, LLAMA_2[size][2]) for size in LLAMA_2}
     assert found == {"7b": list(range(11, 21)), "13b": list(range(14, 26)), "70b": list(range(28, 52))}
 
 
@@ -230,7 +230,7 @@ def watched_passes(engine, plan: Plan, rank: int) -> dict[str, tuple[int, int]]:
 
     Coordinator.fetch_sub_module = fetching
     setattr(Coordinator, gather, gathering)
-    batches, probe = StepBatches(rank, 2), Probe(decoder_layers(engine.module), plan.sap.layers, plan.model.hidden)
+    batches, probe = StepBatches(rank, 2), Probe(decoder_layers(engine.module), plan.defences[0][1].layers, plan.model.hidden)
 
     def main() -> int:
         engine.forward_backward(useful_loss, batches.useful(0))

@@ -151,14 +151,14 @@ def test_epochs_are_rounded_up_to_whole_steps(tmp_path):
 class BrokenLoss(PlainStep):
     """A step whose third loss is not finite; its gradient is there, waiting to be applied."""
 
-    def __call__(self, useful, pairs, number):
+    def __call__(self, useful, pairs, number, part=None):
         return super().__call__(useful, pairs, number) | ({"train/loss": float("inf")} if number == 2 else {})
 
 
 class BrokenGradient(PlainStep):
     """A step whose third loss is fine and whose gradient is not."""
 
-    def __call__(self, useful, pairs, number):
+    def __call__(self, useful, pairs, number, part=None):
         metrics = super().__call__(useful, pairs, number)
         if number == 2:
             self.engine.parameters[-1].grad.view(-1)[0] = float("nan")

@@ -117,7 +117,7 @@ def test_what_names_no_step_is_refused_with_the_recipe(tmp_path, text):
 class Leaps(PlainStep):
     """The gradient of steps 12 and 13 (from 1) is a thousand times what it is."""
 
-    def __call__(self, useful, pairs, number):
+    def __call__(self, useful, pairs, number, part=None):
         metrics = super().__call__(useful, pairs, number)
         if number in (11, 12):
             self.engine.add_gradient(self.engine.accumulated_gradient(), 999.0)
@@ -162,8 +162,7 @@ def test_a_spike_ends_the_training_where_the_recipe_says_so(tmp_path):
 
 def test_a_run_that_has_left_the_range_for_good_ends(tmp_path):
     run = build(tmp_path, steps=40, on_spike="skip")
-    original = run.step
-    run.step = lambda useful, pairs, number: original(useful, pairs, number) | {"train/loss": torch.tensor(9e9 if number > 14 else 1.0)}
+    run.step = Leaping(run.step.engine, 14, 99)
     with pytest.raises(ValueError, match="the last 10 steps were spikes, whose updates are left out"):
         run.run()
     assert log(tmp_path)[-1]["step"] == 24 and saved(tmp_path)[-1] == "step-000024"
@@ -260,6 +259,18 @@ def test_weights_of_an_alignment_made_again_are_another_start(work, tmp_path_fac
         build(tmp_path_factory.mktemp("new"), basis=BASIS | {"the start model's content": {"folder": "align-1", "content": "b"}}, **given).run()
 
 
+class Leaping(PlainStep):
+    """Its loss is enormous between two steps, by its log."""
+
+    def __init__(self, engine, after, before):
+        super().__init__(engine)
+        self.after, self.before = after, before
+
+    def __call__(self, useful, pairs, number, part=None):
+        metrics = super().__call__(useful, pairs, number)
+        return metrics | {"train/loss": torch.tensor(9e9 if self.after < number < self.before else 1.0)}
+
+
 class Averaged(Callback):
     """Counts its updates."""
 
@@ -280,13 +291,12 @@ def test_a_step_that_is_left_out_moves_no_average(tmp_path):
 def test_spikes_of_the_run_before_are_not_the_last_ten(tmp_path, steps):
     """A run that only noted its spikes, begun anew with skip: it ends after ten of its own, or goes on where the spikes end."""
     source = tmp_path / ".train-sft-s0-0123456789.work"
-    leaping = lambda run, last: lambda useful, pairs, number: run(useful, pairs, number) | {"train/loss": torch.tensor(9e9 if 14 < number < last else 1.0)}  # noqa: E731
     old = build(source, steps=100, save_every=1, basis=BASIS)
-    old.step = leaping(old.step, 99)
+    old.step = Leaping(old.engine, 14, 99)
     old.told.on_metrics = lambda _, number: number == 27 and (source / "STOP").touch()
     assert not old.run() and old.spikes.in_a_row > 10
     new = build(tmp_path / "new", steps=28 + steps, on_spike="skip", resume_from=f"{source}@28", basis=BASIS)
-    new.step = leaping(new.step, 99 if steps == 60 else 36)
+    new.step = Leaping(new.engine, 14, 99 if steps == 60 else 36)
     if steps == 60:
         with pytest.raises(ValueError, match="the last 10 steps were spikes"):
             new.run()
