@@ -1,16 +1,20 @@
-"""What the training loop asks of a step. `Step` has plain fine-tuning's answers; a step overrides those that differ."""
+"""What the training loop asks of a step. `Step` has plain fine-tuning's answers; a step overrides those that differ.
+
+Imports no torch, so that a small defence may have its section and its step in one module.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from pipeline.engines.engine import Shard
-from pipeline.objectives.batches import MicroBatch, PairBatch
+    from pipeline.engines.engine import Shard
+    from pipeline.objectives.batches import MicroBatch, PairBatch
 
-Pairs = Callable[[], Sequence[PairBatch]]  # draws this step's; a step that asks for none draws none
+Pairs = Callable[[], "Sequence[PairBatch]"]  # draws this step's; a step that asks for none draws none
 Metrics = dict[str, Any]  # name -> float, or a scalar that is still on the device (Engine.read)
 
 

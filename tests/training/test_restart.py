@@ -33,7 +33,7 @@ def work(interrupted) -> Path:  # noqa: F811
     """A stopped run's work folder, as stages name it, whose steps 2 and 4 can be started from."""
     folder = interrupted / ".train-sft-s0-0123456789.work"
     again = build(folder, basis=BASIS)
-    again.told.told.on_metrics = lambda _, number: number == 3 and (folder / "STOP").touch()
+    again.told.on_metrics = lambda _, number: number == 3 and (folder / "STOP").touch()
     assert not again.run() and saved(folder) == ["step-000002", "step-000004"]
     return folder
 
@@ -148,7 +148,7 @@ def test_a_spike_s_update_is_left_out_wherever_the_run_was_stopped(tmp_path, wit
     for number in (8, 12, 13):
         folder = tmp_path / f"stopped-{number}"
         stopped = build(folder, Leaps, steps=16, on_spike="skip", save_every=1)
-        stopped.told.told.on_metrics = lambda _, at, number=number, folder=folder: at == number - 1 and (folder / "STOP").touch()
+        stopped.told.on_metrics = lambda _, at, number=number, folder=folder: at == number - 1 and (folder / "STOP").touch()
         assert not stopped.run() and saved(folder)[-1] == f"step-{number:06d}"
         again = build(folder, Leaps, steps=16, on_spike="skip", save_every=1)
         assert again.run() and torch.equal(weights(again), without_leaps)
