@@ -22,7 +22,7 @@ def main() -> None:
     shard = WHOLE if own.shard is None else Shard.parse(own.shard)
     options, experiment = command_line.arguments(__doc__, rest)
 
-    from pipeline.stages import stages
+    from pipeline.stages import evaluate
     from pipeline.stages.layout import Layout
     from pipeline.system.system_errors import reading_input
 
@@ -30,7 +30,7 @@ def main() -> None:
         layout = Layout(experiment)
     baselines = {subject.name: subject for subject in layout.subjects() if subject.seed is None}
     subject = baselines.get(options.method) or layout.subject(command_line.choose_cell(experiment, options.method, options.seed))
-    stages.evaluate(experiment, subject, shard)
+    evaluate.evaluate(experiment, subject, shard)
 
 
 if __name__ == "__main__":

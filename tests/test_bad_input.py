@@ -17,7 +17,7 @@ from pipeline.model import packable
 from pipeline.model.models import load_tokenizer
 from pipeline.recipe import strict_yaml
 from pipeline.recipe.sections import ModelSection
-from pipeline.stages import checks, stages
+from pipeline.stages import checks, evaluate
 from pipeline.stages.layout import Layout
 from tests.model_folder import change
 from tests.project import make_project, run, write_jsonl, write_recipe
@@ -205,12 +205,12 @@ def test_a_prompt_that_leaves_no_room_for_its_answer(project, monkeypatch):
     """Seen before weights are read; which prompts there are, the recipe alone does not tell."""
     folder, content = project
     layout = Layout(recipes.load(write_recipe(folder, content)))
-    monkeypatch.setattr(stages, "_verify_upstream", lambda _: None)
-    monkeypatch.setattr(stages, "_prompts", lambda _: None)
-    monkeypatch.setattr(stages.artifacts, "verify", lambda _: None)
-    monkeypatch.setattr(stages, "evaluation_sets", lambda *_: {"harmful": [{"prompt": "\u20ac" * 100}]})
+    monkeypatch.setattr(evaluate, "verify_upstream", lambda _: None)
+    monkeypatch.setattr(evaluate, "make_prompts", lambda _: None)
+    monkeypatch.setattr(evaluate.artifacts, "verify", lambda _: None)
+    monkeypatch.setattr(evaluate, "evaluation_sets", lambda *_: {"harmful": [{"prompt": "\u20ac" * 100}]})
     with pytest.raises(ValueError, match=r"evaluate.max_new_tokens 6 .* 256 positions"):
-        stages._check_evaluation(layout, next(iter(layout.subjects())), WHOLE)
+        evaluate._check_evaluation(layout, next(iter(layout.subjects())), WHOLE)
 
 
 @pytest.mark.parametrize(

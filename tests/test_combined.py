@@ -7,11 +7,11 @@ import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.data.sets import read_rows
 from pipeline.defences import recipes
 from pipeline.evaluation.evaluate import token_loss
 from pipeline.model.loading import load_whole
 from pipeline.stages.layout import Layout
-from pipeline.stages.stages import read_rows
 from pipeline.training.product import load_adapter
 from tests.project import make_project, sap, write_recipe
 

@@ -12,10 +12,10 @@ import yaml
 from pipeline import artifacts
 from pipeline.cli import main
 from pipeline.defences import recipes
+from pipeline.report.stage import ALL_STAGES
 from pipeline.running import devices
 from pipeline.stages import capacity
 from pipeline.stages.layout import Layout
-from pipeline.stages.status import STAGES
 from tests.project import ROOT, make_project, quiet, write_jsonl, write_recipe
 
 
@@ -38,7 +38,7 @@ def test_eight_lines_say_what_would_run_and_what_is_there(project, capsys):
     folder, content = project
     path = write_recipe(folder, content | {"name": "lines"})
     code, lines, _ = dry_run(capsys, path)
-    assert code == 0 and [line.split()[0] for line in lines] == ["machine", *STAGES] and len(lines) == 8
+    assert code == 0 and [line.split()[0] for line in lines] == ["machine", *ALL_STAGES] and len(lines) == 8
     assert "2 processes on the CPU" in lines[0] and "GB memory" in lines[0] and "GB disk" in lines[0]
     assert lines[3].split(maxsplit=1)[1] == "not in this recipe" and all("would run" in line for line in (*lines[1:3], *lines[4:]))
     layout = Layout(recipes.load(path))

@@ -12,7 +12,9 @@ import pytest
 
 from pipeline import artifacts, cli
 from pipeline.running import entry, runner
-from pipeline.stages import checks, command_line, stages
+from pipeline.stages import checks, command_line
+from pipeline.stages import evaluate as evaluating
+from pipeline.stages import train as training
 from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
 
@@ -69,7 +71,7 @@ def train(path: Path, lr: float = 1e-3) -> int:
         experiment = command_line.open_recipe(str(path), {"train": {"lr": lr}})
         cell = command_line.choose_cell(experiment, None, None)
         checks.check(experiment, cell)
-        stages.train(experiment, cell)
+        training.train(experiment, cell)
 
     return entry.guarded(work)
 
@@ -79,7 +81,7 @@ def evaluate(path: Path) -> int:
 
     def work() -> None:
         experiment = command_line.open_recipe(str(path), {})
-        stages.evaluate(experiment, Layout(experiment).subject(command_line.choose_cell(experiment, None, None)))
+        evaluating.evaluate(experiment, Layout(experiment).subject(command_line.choose_cell(experiment, None, None)))
 
     return entry.guarded(work)
 

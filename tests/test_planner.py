@@ -33,7 +33,7 @@ from pipeline.recipe import recipe
 from pipeline.recipe.layer_choice import probed_layers
 from pipeline.recipe.sections import LoraSection, TrainSection
 from pipeline.running import devices
-from pipeline.stages import capacity, stages
+from pipeline.stages import capacity, on_ranks
 from pipeline.stages.layout import Layout
 from tests.distributed.ranks import spawn
 from tests.project import ROOT, make_project, write_recipe
@@ -425,14 +425,14 @@ def test_a_training_recomputes_the_layers_that_are_planned_and_others_all(tmp_pa
     plan = estimate_training(experiment.base, outlined(experiment.base.model), cell.recipe.train, cell.recipe, 1, "float32")
     memory = (replace(plan, recomputed=2).total() + replace(plan, recomputed=1).total()) / 2
     monkeypatch.setattr(capacity, "_fillable", lambda ranks: memory)
-    engine = stages.start_engine(experiment.base, location, cell.recipe.train, 0, cell.recipe)
+    engine = on_ranks.start_engine(experiment.base, location, cell.recipe.train, 0, cell.recipe)
     assert [bool(layer.gradient_checkpointing) for layer in decoder_layers(engine.module)] == [True, True, False, False]
     assert "2 decoder layers recompute their activations (gradient_checkpointing auto)" in capsys.readouterr().err
     layout = Layout(experiment)
     monkeypatch.setattr(Layout, "start_model", lambda self: location)
     for target, recomputing in ((layout.train(cell), 2), (layout.direction(cell), 4)):  # direction's passes are not what is planned
         target.parent.mkdir(parents=True, exist_ok=True)
-        opened, _ = stages._open_start(layout, cell, target)
+        opened, _ = on_ranks.open_start(layout, cell, target)
         assert sum(bool(layer.gradient_checkpointing) for layer in decoder_layers(opened.module)) == recomputing
 
 

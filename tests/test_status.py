@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import artifacts
-from pipeline.cli import Chain, main
+from pipeline.cli import main
 from pipeline.defences import recipes
+from pipeline.report.stage import ALL_STAGES
+from pipeline.stages.chain import Chain
 from pipeline.stages.layout import Layout
 from pipeline.stages.status import units
 from tests.project import make_project, write_recipe
@@ -52,13 +54,13 @@ def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, cap
     """slurm/submit.sh reads one line of prepare, the training sets': an evaluation makes the prompts itself."""
     experiment = recipes.load(project, {"output_dir": str(tmp_path)})
     layout = Layout(experiment)
-    chain = Chain(experiment, [], None)
+    chain = Chain(experiment, ALL_STAGES, None)
     assert chain.pending("prepare") == [layout.prepare(), layout.prompts()]
     with pytest.raises(ValueError, match="prepare-.* is not complete: run `sap prepare"):
-        chain._need("prepare")
+        chain._need(ALL_STAGES["align"])
     layout.prepare().mkdir(parents=True)
     (layout.prepare() / artifacts.MARKER).touch()
-    chain._need("prepare")
+    chain._need(ALL_STAGES["align"])
     assert chain.pending("prepare") == [layout.prompts()]
     found = lines(capsys, project, "--stage", "prepare", f"--output_dir={tmp_path}")
     assert [(row[0], row[3], row[4]) for row in found] == [("prepare", "complete", str(layout.prepare()))]
@@ -72,7 +74,7 @@ def test_one_cell_one_stage_and_some_methods(project, capsys):
 
 def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(project):
     experiment = recipes.load(project)
-    whole, part = ({(u.stage, u.method): u.folder for u in units(e)} for e in (experiment, experiment.only(["sap"])))
+    whole, part = ({(u.stage, u.method): u.folder for u in units(e, ALL_STAGES)} for e in (experiment, experiment.only(["sap"])))
     assert whole["report", "-"] != part["report", "-"] and ("train", "sft") not in part
     assert all(whole[key] == part[key] for key in part if key[0] != "report")
 

@@ -10,11 +10,11 @@ from types import ModuleType
 
 import pytest
 
-import pipeline
 from pipeline import artifacts, cli, shipped
 from pipeline.defences import recipes
 from pipeline.recipe import recipe
 from pipeline.running import runner, warm
+from pipeline.stages.chain import Chain
 from pipeline.stages.layout import Layout
 from tests.project import write_recipe
 
@@ -59,7 +59,7 @@ def project(tmp_path, monkeypatch):
     for name, text in (("train", TRAIN), ("evaluate", EVALUATE)):
         (tmp_path / "launch" / f"{name}.py").write_text(text.format(root=str(tmp_path)))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
-    monkeypatch.setattr(cli, "_needed", lambda chain: [])
+    monkeypatch.setattr(Chain, "needed", lambda chain: [])
     monkeypatch.setattr(cli, "_check", lambda *_, **__: None)
     monkeypatch.setattr(runner, "_one_gpu", lambda slot: {})
 
@@ -72,10 +72,9 @@ def project(tmp_path, monkeypatch):
         })  # fmt: skip
         layout = Layout(recipes.load(path))
         artifacts.write_json(tmp_path / "folders.json", {cell.method: str(layout.train(cell)) for cell in layout.experiment.cells()})
-        stand_in = ModuleType("pipeline.stages.stages")
+        stand_in = ModuleType("pipeline.stages.prepare")
         stand_in.prepare = prepare
-        monkeypatch.setitem(sys.modules, "pipeline.stages.stages", stand_in)
-        monkeypatch.setattr(pipeline, "stages", stand_in, raising=False)
+        monkeypatch.setitem(sys.modules, "pipeline.stages.prepare", stand_in)
         if prepare is None:
             publish(layout.prepare())
             publish(layout.prompts())

@@ -37,9 +37,9 @@ from pipeline.recipe import strict_yaml
 from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.running import entry
 from pipeline.running.devices import environment
-from pipeline.stages import checks, command_line
+from pipeline.stages import STAGES, checks, command_line
 from pipeline.stages.layout import Layout
-from pipeline.stages.stages import start_engine
+from pipeline.stages.on_ranks import start_engine
 from pipeline.system.tables import as_text
 from pipeline.training.loop import learning_rate
 
@@ -77,7 +77,7 @@ class Levers:
             raise ValueError(f"method {cell.method} of {experiment.path} has {more[0]} beside SAP, whose part is not measured: name one without it with --method")
         if environment()[1] != 1:
             raise ValueError("pipeline.bench.levers runs in one process: start it without a launcher")
-        checks.check_upstream(experiment, "train", cell)
+        checks.check_upstream(experiment, STAGES["train"], cell)
         artifacts.verify(layout.prepare())
         init_distributed(self.recipe.train)
         self.pad = load_tokenizer(base.model).pad_token_id

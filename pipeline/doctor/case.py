@@ -30,8 +30,9 @@ from pipeline.recipe.layer_choice import probed_layers
 from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.running import devices
 from pipeline.running.devices import environment
-from pipeline.stages import checks, stages
+from pipeline.stages import checks
 from pipeline.stages.layout import Layout
+from pipeline.stages.on_ranks import start_engine
 
 WARM_UP = 3  # ordinary steps first: a fresh LoRA's B is 0, and stale gathered copies only appear on a warm engine
 Rows = list[dict[str, Any]]
@@ -72,7 +73,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     aligned = base.align.enabled and artifacts.complete(layout.align())
     source = layout.start_model() if aligned else resolve_model_path(base.model)
     dtype = resolve_dtype(base.model.dtype)
-    engine = stages.start_engine(base, source, train, cell.seed, cell.recipe)
+    engine = start_engine(base, source, train, cell.seed, cell.recipe)
     silenced = _silence_dropout(engine.module)
     layers = decoder_layers(engine.module)
     config = engine.module.config.get_text_config()

@@ -1,7 +1,7 @@
 """Everything that can be known to be wrong before any weight is read: what `sap` and the launch scripts look at first.
 
     facts, notes = checks.check(experiment, cell)      # of a recipe, its data sources, its model's files
-    checks.check_upstream(experiment, "train", cell)   # of the stages before
+    checks.check_upstream(experiment, STAGES["train"], cell)   # of the stages before
 
 Needs no torch where the model's files are on this machine.
 """
@@ -26,6 +26,7 @@ from pipeline.recipe.recipe import Cell, Experiment, Recipe
 from pipeline.recipe.sections import TrainSection
 from pipeline.running import devices
 from pipeline.stages.layout import Layout
+from pipeline.stages.stage import Stage
 from pipeline.system.system_errors import reading_input
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
@@ -134,14 +135,15 @@ def check_start(field: str, train: TrainSection, experiment: Experiment, cell: C
         raise ValueError(f"{field}.{error}") from None
 
 
-def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "direction", "train"], cell: Cell | None = None) -> None:
+def check_upstream(experiment: Experiment, stage: Stage, cell: Cell | None = None) -> None:
     """ValueError where a folder that the stage reads is not complete (its files are verified when they are read)."""
     layout = Layout(experiment)
-    artifacts.require(layout.prepare())
-    if experiment.base.align.enabled and stage != "align":
+    if "prepare" in stage.needs:
+        artifacts.require(layout.prepare())
+    if "align" in stage.needs and experiment.base.align.enabled:
         artifacts.require(layout.align())
-    if stage == "train" and cell is not None:
-        for name, folder in layout.read_by(cell).items():
+    for name, folder in layout.read_by(cell).items() if cell is not None else ():
+        if name in stage.needs:
             artifacts.require(folder)
             if name == "filter":
                 from pipeline.defences.saft.filter import check_not_refused

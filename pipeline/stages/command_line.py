@@ -15,6 +15,7 @@ from pipeline import artifacts
 from pipeline.defences.recipes import load
 from pipeline.recipe import strict_yaml
 from pipeline.recipe.recipe import Cell, Experiment
+from pipeline.stages import STAGES
 
 
 def arguments(description: str, argv: list[str] | None = None, checkable: bool = False) -> tuple[argparse.Namespace, Experiment]:
@@ -59,3 +60,20 @@ def choose_cell(experiment: Experiment, method: str | None, seed: int | None) ->
     if seed is None and len(seeds) > 1:
         raise ValueError(f"{experiment.path} has the seeds {', '.join(map(str, seeds))}: choose one with --seed")
     return experiment.cell(method or methods[0], seeds[0] if seed is None else seed)
+
+
+def run_stage(name: str, description: str) -> None:
+    """What launch/NAME.py does for a stage on ranks: this process is one of them. With --check it looks at the input only."""
+    options, experiment = arguments(description, checkable=True)
+    stage = STAGES[name]
+    cell = choose_cell(experiment, options.method, options.seed) if stage.of_cells else None
+
+    from pipeline.stages import checks
+
+    checks.check(experiment, cell or "align", light=options.check)
+    if options.check:
+        return checks.check_upstream(experiment, stage, cell)
+    from pipeline.engines.open import leave
+
+    stage.run(experiment, *([cell] if cell else []))
+    leave()

@@ -126,6 +126,10 @@ class Layout:
     def needs_filter(self, cell: Cell) -> bool:
         return _made(cell, "filter")
 
+    def of_defences(self, stage: str) -> bool:
+        """Whether a stage is there for defences only."""
+        return any(stage in defence.stages for defence in DEFENCES.values())
+
     def read_by(self, cell: Cell) -> dict[str, Path]:
         """Folders of the stages whose product a cell's training reads for its defences, by the stage's name."""
         names = {name for part in cell.recipe.parts for name in DEFENCES[part].reads(getattr(cell.recipe, part))}

@@ -18,7 +18,8 @@ from pipeline.data import prompts
 from pipeline.defences import recipes
 from pipeline.evaluation.evaluate import Measured, conclude
 from pipeline.evaluation.shards import Shard, interleaved
-from pipeline.stages import stages
+from pipeline.stages import evaluate as stage
+from pipeline.stages import prepare
 from pipeline.stages.layout import Layout
 from tests.project import ROOT, make_project, quiet, run, write_recipe
 
@@ -35,7 +36,7 @@ def project(tmp_path_factory) -> Layout:
     content["evaluate"]["task_prompts"] = COUNTS["task"]
     content |= {"align": {"enabled": False}, "tracking": {"enabled": False}}
     experiment = recipes.load(write_recipe(folder, content))
-    stages.prepare(experiment)
+    prepare.prepare(experiment)
     return Layout(experiment)
 
 
@@ -50,7 +51,7 @@ def thirds(project, tmp_path_factory) -> Path:
     """Three complete shards in their work folder, not merged: tests take copies."""
     layout = project_in(project, tmp_path_factory.mktemp("thirds"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_merge", lambda *_: None)
+        patch.setattr(stage, "_merge", lambda *_: None)
         for index in range(3):
             assert evaluate(layout, Shard(index, 3))
     return layout.work(target(layout))
@@ -78,7 +79,7 @@ def target(layout: Layout) -> Path:
 
 
 def evaluate(layout: Layout, *shard: Shard) -> bool:
-    return stages.evaluate(layout.experiment, shipped(layout), *shard)
+    return stage.evaluate(layout.experiment, shipped(layout), *shard)
 
 
 def evaluated(layout: Layout, *shards: Shard) -> Path:
@@ -129,7 +130,7 @@ def test_prompts_that_are_missing_are_made_once_by_one_of_many(project, tmp_path
 
     def begin(_: int) -> Path:
         together.wait()
-        return stages._prompts(layout)
+        return prepare.make_prompts(layout)
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(begin, range(8))) == {layout.prompts()}
@@ -167,7 +168,7 @@ def test_one_shard_is_the_whole(project, whole, tmp_path):
 def test_complete_shards_and_evaluations_load_no_model(project, thirds, tmp_path, monkeypatch):
     layout = with_thirds(project, thirds, tmp_path)
     shutil.rmtree(layout.shard(target(layout), 1, 3))
-    monkeypatch.setattr(stages, "load_whole", no_model)
+    monkeypatch.setattr(stage, "load_whole", no_model)
     assert evaluate(layout, Shard(0, 3)) and not target(layout).exists()
     shutil.copytree(thirds / "shard-1-of-3", layout.shard(target(layout), 1, 3))
     assert evaluate(layout, Shard(0, 3)) and artifacts.complete(target(layout)), "its shard was complete, and it merged"
@@ -187,7 +188,7 @@ def test_all_at_once_merge_once(project, thirds, whole, tmp_path, monkeypatch):
     """Eight that find all shards complete at the same moment, among them the same shard twice."""
     layout = with_thirds(project, thirds, tmp_path)
     concluded, together = [], threading.Barrier(8)
-    monkeypatch.setattr(stages, "conclude", lambda parts, folder: concluded.append(len(parts)) or conclude(parts, folder))
+    monkeypatch.setattr(stage, "conclude", lambda parts, folder: concluded.append(len(parts)) or conclude(parts, folder))
 
     def finish(index: int) -> bool:
         together.wait()
@@ -234,8 +235,8 @@ def test_a_repeated_shard_that_comes_too_late_leaves_nothing(project, whole, tmp
         shutil.copytree(whole, target(layout))
         return measure(*arguments)
 
-    measure = stages.measure
-    monkeypatch.setattr(stages, "measure", late)
+    measure = stage.measure
+    monkeypatch.setattr(stage, "measure", late)
     assert_same(evaluated(layout, Shard(0, 3)), whole)
 
 
@@ -299,7 +300,7 @@ def test_a_shard_that_is_none_is_one_sentence(project, tmp_path, given):
 
 def test_too_many_shards_are_refused_before_a_model_is_loaded(project, tmp_path, monkeypatch):
     layout = project_in(project, tmp_path)
-    monkeypatch.setattr(stages, "load_whole", no_model)
+    monkeypatch.setattr(stage, "load_whole", no_model)
     with pytest.raises(ValueError, match="at most 6"):
         evaluate(layout, Shard(6, 7))
 

@@ -14,7 +14,7 @@ from pipeline.defences.callback import Callback
 from pipeline.defences.plain import PlainStep
 from pipeline.engines.open import open_engine
 from pipeline.recipe.strict_yaml import parse_overrides
-from pipeline.stages import stages
+from pipeline.stages import direction, prepare, train
 from pipeline.stages.checks import check_start
 from pipeline.stages.layout import Layout
 from pipeline.training.loop import Loop, TrainingData
@@ -234,18 +234,18 @@ def test_a_stage_starts_from_another_one_s_checkpoint_and_records_it(tmp_path):
     path = write_recipe(tmp_path, raw)
     old = recipes.load(path)
     cell, layout = old.cell("sap", 0), Layout(old)
-    stages.prepare(old)
-    stages.direction(old, cell)
+    prepare.prepare(old)
+    direction.direction(old, cell)
     work = layout.work(layout.train(cell))
     work.mkdir()
     (work / "STOP").touch()
-    assert stages.train(old, cell) is False and saved(work) == ["step-000001"]
+    assert train.train(old, cell) is False and saved(work) == ["step-000001"]
     changes = ["--train.lr", "1e-4", "--train.resume_from", f"{work}@1"]
     new = recipes.load(path, parse_overrides(changes))
     with pytest.raises(ValueError, match=r"train.resume_from names .*: sap.target_correction was .* there, and is 0.3 here"):
         check_start("train", new.base.train, other := recipes.load(path, parse_overrides([*changes, "--sap.target_correction", "0.3"])), other.cell("sap", 0))
     check_start("train", new.base.train, new, new.cell("sap", 0))
-    assert stages.train(new, new.cell("sap", 0))
+    assert train.train(new, new.cell("sap", 0))
     made = Layout(new).train(new.cell("sap", 0))
     origin = artifacts.read_manifest(made)["inputs"]["resume_from"]
     assert origin == {"checkpoint": f"{work.name}@1", "digest": artifacts.source(work / "checkpoints" / "step-000001")["content"]}
