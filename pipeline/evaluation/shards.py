@@ -1,4 +1,4 @@
-"""Shards of an evaluation: shard K of N answers the rows K, K+N, K+2N, ... of every set, and whoever finds all N done merges them (stages.py).
+"""Shards of an evaluation: shard K of N answers the rows K, K+N, K+2N, ... of every set, and whoever finds all N done merges them (stages/evaluate.py).
 
     shard = Shard.parse("2/8")
     shard.check(len(sets["harmful"]))
