@@ -38,7 +38,7 @@ def refused(capsys, folder: Path, content: dict, *arguments: str) -> str:
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and "Traceback" not in captured.err
     assert not (folder / "runs").exists()
     looked = main(["run", str(folder / "recipe.yaml"), *arguments, "--dry-run"])
-    assert (looked, capsys.readouterr().err) == (2, captured.err) or "cannot be had" in captured.err, "a dry run fetches nothing, and sees all else"
+    assert (looked, capsys.readouterr().err) == (2, captured.err) or "could not be loaded" in captured.err, "a dry run fetches nothing, and sees all else"
     return captured.err
 
 
@@ -50,10 +50,10 @@ CASES = {
     "fraction out of range": (["--data.harmful_fraction", "1.5"], ["data.harmful_fraction"]),
     "not a choice": (["--train.engine", "zero9"], ["train.engine", "zero3"]),
     "probe layers outside the model": (["--sap.layers", "[40]", "--sap.enabled", "true"], ["sap.layers", "0 to 3"]),
-    "batch that does not divide": (["--train.batch_size", "7"], ["train.batch_size 7 does not divide by 2 ranks", "multiple of 2"]),
-    "batch of align that does not divide": (["--align.train.batch_size", "5"], ["align.train.batch_size 5 does not divide by 2 ranks"]),
+    "batch that does not divide": (["--train.batch_size", "7"], ["train.batch_size 7 is not divisible by 2 ranks", "multiple of 2"]),
+    "batch of align that does not divide": (["--align.train.batch_size", "5"], ["align.train.batch_size 5 is not divisible by 2 ranks"]),
     "single with two ranks": (["--train.engine", "single"], ["single", "2 ranks", "zero3"]),
-    "tracking in no store": (["--tracking.uri", "htp://mlflow:5000"], ["tracking.uri", "begins with htp://, which is no store of MLflow's", "sqlite"]),
+    "tracking in no store": (["--tracking.uri", "htp://mlflow:5000"], ["tracking.uri", "begins with htp://, which is not a store that MLflow knows", "sqlite"]),
     "start that is not there": (["--train.resume_from", ".train-sft-s0-1a.work@8"], ["train.resume_from is", "there is no folder", "a training has it until it is finished"]),
     "start of another name": (["--train.resume_from", "copy@8"], ["train: resume_from is 'copy@8'", "the work folder of a training that is not finished"]),
     "alignment's start": (["--align.train.resume_from", ".align-1a.work@8"], ["align.train.resume_from is", "there is no folder"]),
@@ -63,9 +63,9 @@ CASES = {
     "unknown built-in": (["--data.task.source", "builtin:strongrejct"], ["nearest is 'builtin:strongreject'"]),
     "mapping that names no column": (["--data.task.columns.prompt", "frage"], ["data.task.columns maps prompt to 'frage'", "question, answer"]),
     "mapping to no field": (["--data.task.columns.promt", "question"], ["'promt'", "prompt"]),
-    "missing model folder": (["--model.path", "/nowhere/model"], ["model.path '/nowhere/model' is no folder"]),
+    "missing model folder": (["--model.path", "/nowhere/model"], ["model.path '/nowhere/model' is not a folder"]),
     "unknown built-in model": (["--model.path", "builtin:llama"], ["builtin:smollm2-135m-instruct"]),
-    "hub model offline": (["--model.path", "owner/name"], ["model.path 'owner/name' cannot be had"]),
+    "hub model offline": (["--model.path", "owner/name"], ["model.path 'owner/name' could not be loaded"]),
     "missing ds_config": (["--train.ds_config", "nowhere.json"], [f"ds_config {Path.cwd()}/nowhere.json does not exist"]),
     "adapter targets": (["--train.lora.target_modules", "[q_proj, w_proj]"], ["train.lora.target_modules names 'w_proj'", "q_proj"]),
     "adapter targets of align": (["--align.train.lora.target_modules", "[c_attn]"], ["align.train.lora.target_modules names 'c_attn'"]),
@@ -112,13 +112,13 @@ CASES = {
     "a decay of one": (["--ema.decay", "1.0"], ["'ema.decay' is 1.0", "less than 1"]),
     "a filter's layer outside the model": (["--saft.enabled", "true", "--saft.layer", "4"], ["saft.layer 4 is outside the model", "0 to 3"]),
     "a filter without labels": (["--saft.labelled", "0"], ["labelled 0 needs contamination"]),
-    "an output_dir below a file": (["--output_dir", "/dev/null/runs"], ["output_dir /dev/null/runs/tiny cannot be written", "/dev/null is no folder"]),
+    "an output_dir below a file": (["--output_dir", "/dev/null/runs"], ["output_dir /dev/null/runs/tiny cannot be written", "/dev/null is not a folder"]),
     "a data file whose name no system takes": (["--data.task.source", "x" * 300 + ".jsonl"], ["File name too long", "see whether the recipe names the right file"]),
     "an address for a file": (["--data.task.source", "https://ann:hunter2@host/task.jsonl"], ["--data.task.source", "is an address: download"]),
     "an address for a model": (["--model.path", "https://host/m"], ["--model.path", "is an address: download"]),
     "a folder without data": (["--data.task.source", str(TESTS)], [f"{TESTS} is a folder without a data file"]),
-    "a device for a file": (["--data.task.source", "/dev/null"], ["data.task.source /dev/null is no regular file"]),
-    "a number of ranks that nobody has": (["--train.ranks", "1000000000"], ["train.batch_size 8 does not divide by 1000000000 ranks", "or 8 ranks"]),
+    "a device for a file": (["--data.task.source", "/dev/null"], ["data.task.source /dev/null is not a regular file"]),
+    "a number of ranks that nobody has": (["--train.ranks", "1000000000"], ["train.batch_size 8 is not divisible by 1000000000 ranks", "or 8 ranks"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }
 

@@ -84,7 +84,7 @@ def test_rows_after_the_first_fifty_and_long_fields_are_read(project, capsys):
     assert dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'long.csv'}", "--data.test_samples=4")[0] == 0
     (folder / "latin.csv").write_bytes("question,answer\ncaf\xe9,oui\n".encode("latin-1"))
     code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'latin.csv'}")
-    assert code == 2 and "the byte 0xe9 is no UTF-8: save the file as UTF-8" in error and "latin.csv, line 2)" in error
+    assert code == 2 and "the byte 0xe9 is not valid UTF-8: save the file as UTF-8" in error and "latin.csv, line 2)" in error
 
 
 BAD_CSV = {

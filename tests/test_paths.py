@@ -181,7 +181,7 @@ def test_a_folder_beside_the_recipe_is_the_model_and_else_it_is_a_hub_id(tmp_pat
     (tmp_path / "models" / "llama").mkdir(parents=True)
     assert recipes.load(path).base.model.path == str(tmp_path / "models" / "llama")
     loaded = recipes.load(write(path, **{"model.path": "deep/models/llama"})).base
-    with pytest.raises(ValueError, match=f"model.path '{tmp_path}/deep/models/llama' is no folder"):
+    with pytest.raises(ValueError, match=f"model.path '{tmp_path}/deep/models/llama' is not a folder"):
         model_files.model_location(loaded.model)
 
 

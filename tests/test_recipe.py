@@ -277,7 +277,7 @@ def test_targets_of_an_adapter(tmp_path, targets):
         (["--methods={5: {}}"], "'methods.5' is 5, but: input should be a valid string"),
         (["--train.lora.target_modules=5"], "'train.lora.target_modules' is 5, but: it takes list of str | str"),
         (["--train.lora.target_modules=[]"], "train.lora.target_modules: must name at least one module"),
-        (["--train.lora.target_modules='('"], "train.lora.target_modules: '(' is no regular expression (missing )"),
+        (["--train.lora.target_modules='('"], "train.lora.target_modules: '(' is not a regular expression (missing )"),
         (["--train.lora.modules_to_save=[lm_head]"], "train.lora: modules_to_save is not supported: no whole module"),
         (["--align.train.lora.modules_to_save=[lm_head]"], "align.train.lora: modules_to_save is not supported"),
         (["--train.lora.rank=3"], "unknown key 'train.lora.rank'; the nearest known one is 'train.lora."),
@@ -311,7 +311,7 @@ def test_broken_yaml_is_located_but_not_quoted(tmp_path):
     """The line may hold a secret."""
     path = tmp_path / "recipe.yaml"
     path.write_text("name: x\ntracking: {uri: http://ann:s3cret@host\nmodel: y")
-    with pytest.raises(ValueError, match=r"is no valid YAML: while parsing a flow mapping, .*, line \d") as caught:
+    with pytest.raises(ValueError, match=r"is not valid YAML: while parsing a flow mapping, .*, line \d") as caught:
         recipes.load(path)
     assert "s3cret" not in str(caught.value)
 

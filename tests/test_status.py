@@ -83,8 +83,8 @@ def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(pr
     ("arguments", "sentence"),
     [
         (["status", "RECIPE", "--methods", "sft,nothing"], "no method 'nothing'"),
-        (["status", "RECIPE", "--portable", "--model.dtype=auto"], "model.dtype auto is another one on another machine: set it to bfloat16"),
-        (["status", "RECIPE", "--portable", "--model.attention=auto"], "model.attention auto is another one on another machine: set it to sdpa"),
+        (["status", "RECIPE", "--portable", "--model.dtype=auto"], "model.dtype auto means something else on another machine: set it to bfloat16"),
+        (["status", "RECIPE", "--portable", "--model.attention=auto"], "model.attention auto means something else on another machine: set it to sdpa"),
         (["train", "RECIPE", "--stage", "train"], "--stage would do nothing in `sap train`, and belongs to `sap status`"),
     ],
 )

@@ -194,7 +194,7 @@ def test_a_checkpoints_file_that_is_not_whole_is_named(tmp_path, content):
     path.write_bytes(path.read_bytes()[:500] if content is None else content)
     with pytest.raises(BrokenFile) as broken, RankFiles(tmp_path):
         pass
-    assert sentence(broken.value).startswith(f"{path} is no whole file of weights (") and sentence(broken.value).endswith(AGAIN)
+    assert sentence(broken.value).startswith(f"{path} is not a complete weight file (") and sentence(broken.value).endswith(AGAIN)
 
 
 def test_before_anything_runs_a_name_or_a_right_is_the_inputs_fault_and_a_disk_is_not(tmp_path, monkeypatch):

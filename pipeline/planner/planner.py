@@ -186,7 +186,7 @@ def estimate_training(
 def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> str:
     """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text; auto counts as bfloat16 and, where no GPU is here, as sdpa.
 
-    Raises ValueError where the model's config cannot be had, and as `estimate`.
+    Raises ValueError where the model's config could not be loaded, and as `estimate`.
     """
     base = experiment.base
     dtype = "bfloat16" if base.model.dtype == "auto" else base.model.dtype

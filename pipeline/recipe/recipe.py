@@ -103,7 +103,7 @@ class Recipe(Section):
     def _method_names(cls, value: dict[str, Any]) -> dict[str, Any]:
         for method, overrides in value.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", method):
-                raise ValueError(f"'{method}' is no name for a method: letters, digits, _ and .")
+                raise ValueError(f"'{method}' is not a valid method name: use letters, digits, _ and .")
             fixed = sorted(_SHARED & set(overrides))
             if fixed:
                 own = [name for name in cls.model_fields if name not in _SHARED]

@@ -184,7 +184,7 @@ class LoraSection(Section):
             try:
                 re.compile(value)
             except re.error as error:
-                problem = f"'{value}' is no regular expression ({error})"
+                problem = f"'{value}' is not a regular expression ({error})"
                 raise ValueError(f"{problem}: give one, a list of names, or all-linear") from None
         return value
 
@@ -352,5 +352,5 @@ class TrackingSection(Section):
     def _known_scheme(cls, uri: str | None) -> str | None:
         scheme, colon, _ = (uri or "").partition("://")
         if colon and scheme.lower().partition("+")[0] not in _STORES:
-            raise ValueError(f"begins with {scheme}://, which is no store of MLflow's: it takes {', '.join(_STORES)} or a folder")
+            raise ValueError(f"begins with {scheme}://, which is not a store that MLflow knows: it takes {', '.join(_STORES)} or a folder")
         return uri

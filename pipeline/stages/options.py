@@ -71,7 +71,7 @@ def opened(parser: argparse.ArgumentParser, stages: Mapping[str, Stage], argv: l
     if options.methods:
         experiment = experiment.only(options.methods.split(","))
     if options.resume_from and (len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
-        raise ValueError("--resume-from is of one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages")
+        raise ValueError("--resume-from applies to one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages")
     if options.method and experiment.base.train.resume_from is not None:
         experiment = experiment.only([options.method])  # the others do not start from it
     return options, experiment

@@ -28,7 +28,7 @@ def check_portable(experiment: Experiment) -> None:
     """ValueError where folder names depend on the machine: a login node would name others than the compute nodes."""
     for field, choices in (("dtype", "bfloat16 or float32"), ("attention", "sdpa or eager")):
         if getattr(experiment.base.model, field) == "auto":
-            raise ValueError(f"{experiment.path}: model.{field} auto is another one on another machine: set it to {choices}")
+            raise ValueError(f"{experiment.path}: model.{field} auto means something else on another machine: set it to {choices}")
 
 
 def status(

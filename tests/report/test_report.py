@@ -105,7 +105,7 @@ def test_the_page_says_that_it_measures_openings_and_not_harm(tmp_path):
 
 def test_a_validation_report_says_that_it_is_no_result(tmp_path):
     page = page_of(hand_made(split="validation"), tmp_path)
-    assert "These are validation prompts, used to choose settings; they are no result." in page
+    assert "These are validation prompts, used to choose settings; they are not a result." in page
 
 
 def test_the_page_holds_versions_revision_data_and_answers(tmp_path):

@@ -189,7 +189,7 @@ def test_the_option_and_the_field_cannot_both_be_given(capsys):
 @pytest.mark.parametrize("given", [["run", "demo.yaml"], ["train", "demo.yaml"], ["train", "demo.yaml", "--method", "sap", "--seeds", "[0, 1]"]])
 def test_the_option_is_of_one_training(capsys, given):
     assert main([*given, "--resume-from", ".train-sap-s0-1a.work@1"]) == 2
-    assert "--resume-from is of one training" in capsys.readouterr().err
+    assert "--resume-from applies to one training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["track"], ["plan"], ["doctor", "--method", "sap"]])

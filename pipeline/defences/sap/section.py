@@ -71,7 +71,7 @@ class SapSection(DefenceSection):
     @classmethod
     def _layers(cls, value: Any) -> Any:
         if isinstance(value, str) and not re.fullmatch(r"\s*[\d.]+\s*:\s*[\d.]+\s*", value):
-            raise ValueError(f"'{value}' is no range: write start:stop, e.g. 10:19 or 0.33:0.66")
+            raise ValueError(f"'{value}' is not a range: write start:stop, e.g. 10:19 or 0.33:0.66")
         if isinstance(value, list) and not value:
             raise ValueError("must name at least one decoder layer")
         return value
