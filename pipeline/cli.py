@@ -6,7 +6,8 @@
 `run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
 training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
 `sap data FILE` says what a data file holds and how a recipe would read it, `sap template MODEL` what of a conversation is trained,
-`sap bench` what a step costs, by engine and method, beside Trainer and TRL, on a GPU or a CPU.
+`sap bench` what a step costs, by engine and method, beside Trainer and TRL, on a GPU or a CPU. `sap recipes` lists the recipes that ship
+with the package, `sap stages` the stages, for scripts.
 Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone, a broken file), 75 stopped on request (SIGTERM, SIGUSR1,
 Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
 """
@@ -19,7 +20,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
-from pipeline import artifacts
+from pipeline import artifacts, shipped
 from pipeline.bench import command as bench
 from pipeline.defences import recipes
 from pipeline.doctor import describe, show_template
@@ -43,6 +44,7 @@ _WITHOUT_RECIPE: dict[str, Callable[[list[str]], int]] = {
     "template": lambda argv: show_template.main(argv[1:]),
     "bench": lambda argv: bench.command(argv[1:]),
     "stages": lambda argv: _stages(argv[1:]),
+    "recipes": lambda argv: _recipes(argv[1:]),
 }
 
 
@@ -184,10 +186,25 @@ def _cells(experiment: Experiment, method: str | None) -> list[Cell]:
     return [cell for cell in experiment.cells() if method in (None, cell.method)]
 
 
-def _stages(_argv: list[str]) -> int:
+def _stages(argv: list[str]) -> int:
     """For scripts (slurm/submit.sh): a line for every stage, in their order."""
+    _refuse_arguments("stages", argv)
     print("\n".join(stage.line() for stage in ALL_STAGES.values()))
     return 0
+
+
+def _recipes(argv: list[str]) -> int:
+    """The recipes that ship with the package: `sap run NAME` finds them by name."""
+    _refuse_arguments("recipes", argv)
+    names = shipped.recipes()
+    for name in names:
+        print(f"{name:<{max(map(len, names))}}  {shipped.summary(name)}")
+    return 0
+
+
+def _refuse_arguments(command: str, argv: list[str]) -> None:
+    if argv and argv[0] not in ("--help", "-h"):
+        raise ValueError(f"`sap {command}` takes no arguments, and was given {argv[0]}: leave it out")
 
 
 def _doctor(experiment: Experiment, options: argparse.Namespace) -> int:

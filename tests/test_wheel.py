@@ -137,6 +137,13 @@ def test_a_shipped_recipe_is_found_by_name_and_its_runs_go_to_the_working_direct
         assert "pipeline/shipped/launch/recipes/llama_7b_sap.yaml" in found.stderr
 
 
+def test_the_recipes_that_it_holds_are_listed(installed, empty):
+    found = subprocess.run([installed.environment / "bin" / "sap", "recipes"], cwd=empty, capture_output=True, text=True, timeout=60)
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0 and [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "launch" / "recipes").glob("*.yaml"))
+    assert all(line.endswith((".", "?")) and len(line) > 40 for line in lines)
+
+
 def test_its_job_scripts_submit_themselves(installed, empty):
     scripts = next(installed.environment.rglob("shipped/slurm"))
     foreign = ("SAP_", "SLURM_", "SBATCH_", "PYTHONPATH")
