@@ -45,7 +45,8 @@ REFERENCE_ACCUMULATION = 2
 # 1e-8 two runs of the *single process* that cut the batch otherwise differ by up to 9e-5 (LoRA) and 3e-3 (full), nearly all of it in one
 # element (tests/distributed/rounding.py). 1e-3 is far above that rounding. |dW| is a tenth of |W|: p(1) - p(0) too is far above its rounding.
 ADAM_EPS = 1e-3
-SAP = {"enabled": True, "probe_step": "rms", "beta": 0.2, "eps": 0.1, "noise_every": 3, "correction_every": 2}
+# The default probe_step: V's scale is found at the first V, and moved at every other step.
+SAP = {"enabled": True, "target_correction": 0.5, "beta": 0.2, "eps": 0.1, "noise_every": 3, "correction_every": 2}
 SCHEDULES = {
     "exact": {"schedule": "exact"},
     "lagged": {"schedule": "lagged"},
