@@ -131,7 +131,7 @@ def _track(experiment: Experiment) -> int:
 def _needed(chain: Chain) -> list[str]:
     """What the processes of an experiment import, in an order in which lean_imports.py can keep it small."""
     trains = [cell.recipe.train for cell in chain.cells] + [chain.base.align.train] * chain.base.align.enabled
-    deepspeed = ["pipeline.running.lean_imports:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
+    deepspeed = ["pipeline.engines.deepspeed_private:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
     mlflow = ["mlflow", "mlflow.store.tracking.sqlalchemy_store"] * chain.base.tracking.enabled
     return ["pipeline.stages.stages", "pipeline.running.lean_imports:import_peft", *deepspeed, *mlflow]
 

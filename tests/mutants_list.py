@@ -182,21 +182,21 @@ OF_THE_ENGINES = (
     mutant(
         "zero3: gathered copies not dropped",
         ZERO3,
-        "self.optimizer.parameter_offload.partition_all_parameters()",
+        "self._partitions.drop_gathered()",
         "pass",
         parity(engine="zero3", persistence=True, adapter="lora", ranks=2),
     ),
     mutant(
         "zero3: padding not masked",
         ZERO3,
-        "valid = min(max(parameter.ds_numel - self.rank * size, 0), size)",
-        "valid = size",
+        "valid = min(max(cut.numel - self.rank * cut.padded, 0), cut.padded)",
+        "valid = cut.padded",
         VECTORS + ON_ZERO3,
     ),
     mutant(
         "zero3: auxiliary gradients not cleared",
         ZERO3,
-        "        self.optimizer.grad_partitions_flat_buffer.zero_()\n",
+        "        self._partitions.gradient.zero_()\n",
         "",
         TRACES + ON_ZERO3,
     ),
@@ -224,8 +224,8 @@ OF_THE_ENGINES = (
     mutant(
         "zero3: restored by subtracting",
         ZERO3,
-        "for lp, saved in zip(self._compute_shards(), stash, strict=True):\n                lp.copy_(saved)",
-        "for lp, d in zip(self._compute_shards(), direction, strict=True):\n                lp.sub_(scale * d.to(lp.device))",
+        "for lp, saved in zip(self._partitions.compute, stash, strict=True):\n                lp.copy_(saved)",
+        "for lp, d in zip(self._partitions.compute, direction, strict=True):\n                lp.sub_(scale * d.to(lp.device))",
         RESTORE + ON_ZERO3,
     ),
     mutant(
@@ -321,7 +321,7 @@ COMPANIONS = "tests/training/test_companions.py::"
 ON_TWO_RANKS = "tests/distributed/test_sharded.py::test_companion_methods_on_two_ranks_equal_the_dense_reference"
 REPLACED = "tests/distributed/test_sharded.py::test_replaced_weights_are_seen_and_gone_bit_for_bit"
 SAFE_MIX, SAFETY_GRADIENT, LISA, EMA = (
-    f"pipeline/training/{name}.py" for name in ("safe_mix", "safety_gradient", "lisa", "ema")
+    f"pipeline/defences/{name}.py" for name in ("safe_mix", "safety_gradient", "lisa", "ema")
 )
 SAFT = "pipeline/defences/saft/saft.py"
 
@@ -337,8 +337,8 @@ OF_THE_COMPANIONS = (
     mutant(
         "zero3: added gradient not offloaded again",
         ZERO3,
-        "            self.optimizer._finalize_offload_gradient_accumulation()\n",
-        "",
+        "            self._partitions.offload_gradient([parameter for parameter in self._names if parameter.requires_grad])\n",
+        "            pass\n",
         ON_TWO_RANKS + "[lisa-zero3-offload]",
     ),
     mutant(

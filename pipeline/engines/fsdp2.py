@@ -201,13 +201,13 @@ class Fsdp2Engine(Engine):
     def _read(self, places: Places, source: Source, dtype: torch.dtype) -> None:
         """Put this rank's rows of a parameter of `dtype`, read from its source, where the sharded one without memory is."""
         owner, name = places[0]
-        p = owner._parameters[name]
+        p = owner.get_parameter(name)
         local = torch.empty(p.to_local().shape, dtype=p.dtype, device=self.device)
         read(source, self._first_row(p) * (p.numel() // p.shape[0]), local.view(-1), dtype)
         whole = DTensor.from_local(local, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride())
         new = nn.Parameter(whole, requires_grad=p.requires_grad)
         for owner, name in places:
-            owner._parameters[name] = new
+            setattr(owner, name, new)
 
     def _first_row(self, p: DTensor) -> int:
         """Where this rank's rows begin, as fully_shard cuts them."""
@@ -231,11 +231,11 @@ def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, 
     """Replace placeholders by meta parameters, which fully_shard cuts without moving anything; returns where they are, sources and dtypes."""
     found: dict[nn.Parameter, Places] = {parameter: [] for parameter in sources}
     for owner in module.modules():
-        for name, parameter in owner._parameters.items():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             if parameter in found:
                 found[parameter].append((owner, name))
     for parameter, places in found.items():
         empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=parameter.requires_grad)
         for owner, name in places:
-            owner._parameters[name] = empty
+            setattr(owner, name, empty)
     return [(found[parameter], source, parameter.dtype) for parameter, source in sources.items()]

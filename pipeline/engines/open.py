@@ -13,19 +13,21 @@ from datetime import timedelta
 import torch
 from torch import nn
 
+from pipeline.engines import deepspeed_private
 from pipeline.engines.ds_config import fetched_by_layer, read_ds_config
 from pipeline.engines.engine import Engine
 from pipeline.engines.exchange import of_every_rank
 from pipeline.engines.single import SingleEngine
+from pipeline.libraries import torch_private
 from pipeline.model.models import decoder_layers
 from pipeline.model.weights import Sources, fill
 from pipeline.recipe.sections import TrainSection
-from pipeline.running import lean_imports
 from pipeline.running.devices import device, environment
 
 
 def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group that the environment describes; engines zero3 and fsdp2 need one of a single process too."""
+    torch_private.check()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())  # before any collective: NCCL takes the current one
     if train.engine == "single" or torch.distributed.is_initialized():
@@ -40,15 +42,14 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
         return
     # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
     warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use `torch\.distributed", category=FutureWarning)
-    lean_imports.import_deepspeed()
+    deepspeed_private.import_deepspeed()
+    deepspeed_private.check()
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR" if environment()[0] else "WARNING")
     if not torch.cuda.is_available():
-        # The shared-memory collectives would be compiled for minutes at first use; gloo does.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.ops.__compatible_ops__["shm_comm"] = False
+        deepspeed_private.without_shared_memory()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
 
 

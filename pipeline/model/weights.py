@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -218,7 +219,9 @@ def write_sharded(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, ste
         shapes |= {name: tensor.shape for name, tensor in part.items()}
         total += sum(map(_bytes, part.values()))
         # Contiguous copies of views: safetensors refuses tensors that share memory.
-        owned = {name: tensor.contiguous() if tensor._base is None else tensor.clone() for name, tensor in part.items()}
+        held = Counter(tensor.untyped_storage().data_ptr() for tensor in part.values())
+        alone = {name for name, tensor in part.items() if held[tensor.untyped_storage().data_ptr()] == 1}
+        owned = {name: tensor.contiguous() if name in alone else tensor.clone() for name, tensor in part.items()}
         save_file(owned, folder / f"{stem}-{len(parts) + 1:05d}.part", metadata={"format": "pt"})
         parts.append(list(part))
         del part, owned  # before the next part is collected

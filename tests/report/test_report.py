@@ -15,8 +15,8 @@ from pipeline.report.build import build_report
 from pipeline.report.collect import Collected, Method, _over_seeds, collect
 from pipeline.report.figures import FIGURES, draw_all
 from pipeline.report.table import HEADER, table_rows
-from pipeline.system.tables import as_markdown
 from pipeline.stages.layout import Layout
+from pipeline.system.tables import as_markdown
 from tests.project import make_project, write_recipe
 
 SHARES = ("non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate", "exact_match", "empty_rate", "incoherent_rate", "unparseable_rate")
