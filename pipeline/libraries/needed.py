@@ -7,8 +7,9 @@ Such names may be gone with any release. Said at the start, that is one sentence
 
 from __future__ import annotations
 
+import dis
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 def need(library: str, requirement: str, names: Sequence[str]) -> None:
     """ValueError, one sentence, for the first of `names` that the library lacks: what, which version, what to install.
 
-    names: MODULE:NAME or MODULE:CLASS.NAME. A name that only instances of a class have is looked for in what the class's own
-    functions name. requirement: as pip takes it, and as pyproject.toml has it.
+    names: MODULE:NAME or MODULE:CLASS.NAME. A name that only instances have, or what instances are about, is looked for
+    among the attributes that the class's functions set. requirement: as pip takes it, and as pyproject.toml has it.
     """
     for name in names:
         if not _is_there(name):
@@ -34,13 +35,13 @@ def _is_there(name: str) -> bool:
         return False
     for part in path.split("."):
         if not hasattr(found, part):
-            return isinstance(found, type) and part in set(_named_inside(found))
+            return isinstance(found, type) and _is_set_inside(found, part)
         found = getattr(found, part)
     return True
 
 
-def _named_inside(owner: type) -> Iterator[str]:
-    """What the functions of a class name, those in decorators' wrappers and those inside functions too."""
+def _is_set_inside(owner: type, name: str) -> bool:
+    """Whether a class's functions set an attribute of this name, on whatever: also those behind decorators, or in functions."""
     waiting = [value for base in owner.__mro__ if base is not object for value in vars(base).values()]
     seen = set()
     while waiting:
@@ -51,8 +52,11 @@ def _named_inside(owner: type) -> Iterator[str]:
         waiting += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if callable(cell.cell_contents)]
         code = value if isinstance(value, CodeType) else getattr(value, "__code__", None)
         if isinstance(code, CodeType):
-            yield from code.co_names
+            steps = dis.get_instructions(code) if name in code.co_names else ()
+            if any(step.opname == "STORE_ATTR" and step.argval == name for step in steps):
+                return True
             waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return False
 
 
 def _version(library: str) -> str:
