@@ -13,6 +13,7 @@ STEP, ENGINE, ZERO3, FSDP2 = (
     "pipeline/engines/zero3.py",
     "pipeline/engines/fsdp2.py",
 )
+AUTOGRAD = "pipeline/engines/autograd.py"
 FORK_SERVER, WARM = "pipeline/running/fork_server.py", "pipeline/running/warm.py"
 INHERITED = "tests/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
 RESTARTED = "tests/training/test_restart.py"
@@ -261,15 +262,15 @@ OF_THE_ENGINES = (
     ),
     mutant(
         "fsdp2: auxiliary gradients not cleared",
-        FSDP2,
-        "        shard = self.accumulated_gradient()\n        self._clear_gradient()\n",
+        AUTOGRAD,
+        "        shard = self.accumulated_gradient()\n        self.discard()\n",
         "        shard = self.accumulated_gradient()\n",
         FSDP2_EXACT,
     ),
     mutant(
         "fsdp2: gradients of an adapter never reduced",
         FSDP2,
-        "number == len(batches) or not self._reduces_once",
+        "last or not self._reduces_once",
         "not self._reduces_once",
         "tests/distributed/test_fetching.py::test_fsdp2_reduces_an_adapter_s_gradients_once_a_step[lora]",
     ),
@@ -282,7 +283,7 @@ OF_THE_ENGINES = (
     ),
     mutant(
         "fsdp2: probe gradients not reduced",
-        FSDP2,
+        AUTOGRAD,
         "return self.sum_over_ranks(total), self.sum_over_ranks(gradient)",
         "return self.sum_over_ranks(total), gradient",
         FSDP2_EXACT,
@@ -296,7 +297,7 @@ OF_THE_ENGINES = (
     ),
     mutant(
         "fsdp2: restored by subtracting",
-        FSDP2,
+        AUTOGRAD,
         "for local, saved in zip(self.storage(), stash, strict=True):\n                local.copy_(saved)",
         "for local, d in zip(self.storage(), direction, strict=True):\n                local.sub_(d.view_as(local), alpha=scale)",
         RESTORE + ON_FSDP2,
