@@ -43,6 +43,7 @@ def _is_there(name: str) -> bool:
 def _is_set_inside(owner: type, name: str) -> bool:
     """Whether a class's functions set an attribute of this name, on whatever: also those behind decorators, or in functions."""
     waiting = [value for base in owner.__mro__ if base is not object for value in vars(base).values()]
+    waiting.reverse()  # most are set in __init__, which comes first
     seen = set()
     while waiting:
         value = waiting.pop()

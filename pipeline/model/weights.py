@@ -106,10 +106,6 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             rows = self._file(name).get_slice(name)[first : -(-stop // row)]
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
-    def largest_file(self) -> int:
-        """Bytes of the largest file."""
-        return max((self.folder / name).stat().st_size for name in set(self._file_of.values()))
-
     def _naming(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Inside the block the system's errors, and those of a file that is not whole, name the tensor's file."""
         return naming(self.folder / self._file_of[name])
