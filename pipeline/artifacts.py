@@ -12,7 +12,6 @@ of the manifest too, and a folder without the right one is damaged. Python:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import json
@@ -28,6 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.system.locks import locked
 from pipeline.system.system_errors import BY_THE_INPUT, naming
 
 MANIFEST = "manifest.json"
@@ -235,13 +235,11 @@ def claim(target: Path) -> Callable[[], None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = path.stat().st_ino != os.fstat(lock.fileno()).st_ino  # given up and deleted between our open and our lock
-    except (BlockingIOError, FileNotFoundError):
-        taken = True
-    except OSError:
-        taken = False  # a file system without locks
-    if taken:
+        # Not ours either where it was given up and deleted between our open and our lock.
+        ours = locked(lock, wait=False) and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+    except FileNotFoundError:
+        ours = False
+    if not ours:
         lock.close()
         raise Busy(f"another process is writing {target}: wait for it to end, or stop it")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    ("shipped", "system"),
+    ("shipped", "system", "libraries"),
     ("artifacts", "recipe", "objectives"),
     ("running", "tracking", "data", "attacks"),
     ("model", "judges"),

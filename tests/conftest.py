@@ -17,9 +17,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker:  # tests that run beside each other do not meet at the port of a process group of one
-        os.environ.setdefault("MASTER_PORT", str(29511 + int(worker.removeprefix("gw"))))
 
 
 def pytest_collection_modifyitems(items) -> None:

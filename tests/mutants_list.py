@@ -13,6 +13,7 @@ STEP, ENGINE, ZERO3, FSDP2 = (
     "pipeline/engines/zero3.py",
     "pipeline/engines/fsdp2.py",
 )
+AUTOGRAD = "pipeline/engines/autograd.py"
 FORK_SERVER, WARM = "pipeline/running/fork_server.py", "pipeline/running/warm.py"
 INHERITED = "tests/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
 RESTARTED = "tests/training/test_restart.py"
@@ -182,21 +183,21 @@ OF_THE_ENGINES = (
     mutant(
         "zero3: gathered copies not dropped",
         ZERO3,
-        "self.optimizer.parameter_offload.partition_all_parameters()",
+        "self._partitions.drop_gathered()",
         "pass",
         parity(engine="zero3", persistence=True, adapter="lora", ranks=2),
     ),
     mutant(
         "zero3: padding not masked",
         ZERO3,
-        "valid = min(max(parameter.ds_numel - self.rank * size, 0), size)",
-        "valid = size",
+        "valid = min(max(cut.numel - self.rank * cut.padded, 0), cut.padded)",
+        "valid = cut.padded",
         VECTORS + ON_ZERO3,
     ),
     mutant(
         "zero3: auxiliary gradients not cleared",
         ZERO3,
-        "        self.optimizer.grad_partitions_flat_buffer.zero_()\n",
+        "        self._partitions.gradient.zero_()\n",
         "",
         TRACES + ON_ZERO3,
     ),
@@ -224,8 +225,8 @@ OF_THE_ENGINES = (
     mutant(
         "zero3: restored by subtracting",
         ZERO3,
-        "for lp, saved in zip(self._compute_shards(), stash, strict=True):\n                lp.copy_(saved)",
-        "for lp, d in zip(self._compute_shards(), direction, strict=True):\n                lp.sub_(scale * d.to(lp.device))",
+        "for lp, saved in zip(self._partitions.compute, stash, strict=True):\n                lp.copy_(saved)",
+        "for lp, d in zip(self._partitions.compute, direction, strict=True):\n                lp.sub_(scale * d.to(lp.device))",
         RESTORE + ON_ZERO3,
     ),
     mutant(
@@ -261,15 +262,15 @@ OF_THE_ENGINES = (
     ),
     mutant(
         "fsdp2: auxiliary gradients not cleared",
-        FSDP2,
-        "        shard = self.accumulated_gradient()\n        self._clear_gradient()\n",
+        AUTOGRAD,
+        "        shard = self.accumulated_gradient()\n        self.discard()\n",
         "        shard = self.accumulated_gradient()\n",
         FSDP2_EXACT,
     ),
     mutant(
         "fsdp2: gradients of an adapter never reduced",
         FSDP2,
-        "number == len(batches) or not self._reduces_once",
+        "last or not self._reduces_once",
         "not self._reduces_once",
         "tests/distributed/test_fetching.py::test_fsdp2_reduces_an_adapter_s_gradients_once_a_step[lora]",
     ),
@@ -282,7 +283,7 @@ OF_THE_ENGINES = (
     ),
     mutant(
         "fsdp2: probe gradients not reduced",
-        FSDP2,
+        AUTOGRAD,
         "return self.sum_over_ranks(total), self.sum_over_ranks(gradient)",
         "return self.sum_over_ranks(total), gradient",
         FSDP2_EXACT,
@@ -296,7 +297,7 @@ OF_THE_ENGINES = (
     ),
     mutant(
         "fsdp2: restored by subtracting",
-        FSDP2,
+        AUTOGRAD,
         "for local, saved in zip(self.storage(), stash, strict=True):\n                local.copy_(saved)",
         "for local, d in zip(self.storage(), direction, strict=True):\n                local.sub_(d.view_as(local), alpha=scale)",
         RESTORE + ON_FSDP2,
@@ -338,8 +339,8 @@ OF_THE_COMPANIONS = (
     mutant(
         "zero3: added gradient not offloaded again",
         ZERO3,
-        "            self.optimizer._finalize_offload_gradient_accumulation()\n",
-        "",
+        "            self._partitions.offload_gradient([parameter for parameter in self._names if parameter.requires_grad])\n",
+        "            pass\n",
         ON_TWO_RANKS + "[lisa-zero3-offload]",
     ),
     mutant(

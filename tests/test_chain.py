@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import artifacts
+from pipeline.running.runner import free_port
 from tests.project import ROOT, make_project, quiet, run, sap, write_jsonl, write_recipe
 
 pytestmark = pytest.mark.processes
@@ -217,7 +218,7 @@ def test_damaged_artefact_is_refused(project, finished, tmp_path):
     "launcher",
     [
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29717"],
+        ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port()],
         [],
     ],
     ids=["torchrun", "deepspeed", "python"],

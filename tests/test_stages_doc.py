@@ -25,7 +25,6 @@ SOURCES = (
     *(f"data.{name}" for name in ("task", "harmful", "safety", "refusals", "harmless", "validation_prompts")),
     *(f"evaluate.{name}" for name in ("harmful", "harmless", "ordinary")),
 )
-ONE_VALUE = {"train.use_reentrant", "align.train.use_reentrant"}
 
 Settings = dict[str, Any]  # dotted field -> value; a file by its name below the project's folder
 
@@ -284,12 +283,12 @@ def test_the_table_has_every_field_of_the_recipe_and_no_other():
 
 def test_the_table_says_where_a_field_does_nothing():
     said = {field for field, row in ROWS.items() if row.only}
-    tried = {field for field, _ in IDLE} | ONE_VALUE
+    tried = {field for field, _ in IDLE}
     assert tried <= said
     assert all(field.startswith("align.") for field in said - tried), "of align's fields two are tried for all"
 
 
-@pytest.mark.parametrize("field", [field for field in FIELDS if field not in ONE_VALUE])
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_change_runs_what_the_table_says(project, field):
     before, after, again = project.change(field, STARTS.get(field, {}))
     row = ROWS[field]
@@ -315,11 +314,3 @@ def test_a_change_runs_what_the_table_says(project, field):
 @pytest.mark.parametrize(("field", "settings"), IDLE)
 def test_a_field_that_does_not_act_changes_nothing(project, field, settings):
     assert project.change(field, settings)[2] == {}
-
-
-def test_what_has_one_value_only_cannot_be_changed(project):
-    for field in ONE_VALUE:
-        start, _ = project.start({})
-        with pytest.raises(AssertionError, match="no other valid value"):
-            project.after(field, start)
-        assert ROWS[field].stages == set()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import fcntl
 import functools
 import io
 import json
@@ -30,6 +29,7 @@ import yaml
 from pipeline import artifacts
 from pipeline.data.everyday import everyday_rows
 from pipeline.data.text_to_sql import text_to_sql_rows
+from pipeline.system.locks import locked
 from pipeline.system.system_errors import OF_THE_MACHINE
 
 Row = dict[str, Any]
@@ -150,7 +150,7 @@ def builtin_model() -> Path:
     if not artifacts.complete(target):
         _make_cache()
         with (target.parent / ".model.lock").open("w") as lock:  # ranks and parallel jobs wait for the first
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locked(lock, wait=True)
             if not artifacts.complete(target):
                 _convert(target)
     _verify(target)

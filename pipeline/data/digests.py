@@ -9,7 +9,6 @@ changes that. A file that changed within the last seconds is not remembered, or 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.data.builtin import cache_folder
+from pipeline.system.locks import locked
 
 _SMALL = 2**20  # bytes up to which a file is read rather than looked up
 _TOLD = 2**31  # bytes from which reading takes long enough to say so
@@ -102,11 +102,7 @@ def _alone(path: Path) -> Iterator[None]:
     deadline = time.monotonic() + _PATIENCE + path.stat().st_size / _SLOWEST
     with stream:
         while time.monotonic() < deadline:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if locked(stream, wait=False):
                 break
-            except BlockingIOError:
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                break
+            time.sleep(0.2)
         yield

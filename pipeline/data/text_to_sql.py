@@ -37,16 +37,6 @@ def text_to_sql_rows() -> list[dict[str, Any]]:
     return result[:1500]
 
 
-def schema(table: str) -> str:
-    """CREATE TABLE statement of one of the tables, for running the queries."""
-    name, text, _, numbers, label = next(entry for entry in _TABLES if entry[0] == table)
-    return f"CREATE TABLE {name} ({label} TEXT, {text} TEXT, {', '.join(f'{number} INTEGER' for number in numbers)})"
-
-
-def tables() -> list[str]:
-    return [entry[0] for entry in _TABLES]
-
-
 def _questions(rng: random.Random) -> Iterator[tuple[str, str]]:
     for table, text, values, numbers, label in _TABLES:
         columns = f"{table}({label}, {text}, {', '.join(numbers)})"

@@ -34,6 +34,8 @@ from pipeline.stages import checks
 from pipeline.stages.layout import Layout
 from pipeline.stages.on_ranks import start_engine
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 WARM_UP = 3  # ordinary steps first: a fresh LoRA's B is 0, and stale gathered copies only appear on a warm engine
 Rows = list[dict[str, Any]]
 
@@ -121,7 +123,7 @@ def _silence_dropout(module: nn.Module) -> bool:
     """Set every dropout to 0, as engine.loss has none: a difference of two losses is held against a gradient. True where there was one."""
     found = False
     for part in module.modules():
-        name = "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "attention_dropout"
+        name = "p" if isinstance(part, _DROPOUTS) else "attention_dropout"
         if isinstance(getattr(part, name, None), float) and getattr(part, name) > 0:
             setattr(part, name, 0.0)
             found = True

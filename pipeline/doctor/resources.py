@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from pipeline.engines.deepspeed_private import partition_of
+
 _UNRESET = 64 * 2**20  # bytes that a peak may lie above the present right after its reset, for it to count as reset
 
 
@@ -86,13 +88,14 @@ class Held:
 
 
 def held_weights(module: nn.Module, world_size: int) -> Held:
-    """Weights of any module: partitioned by ZeRO-3 (`ds_tensor`), DTensors of FSDP2, or plain tensors, which count whole."""
+    """Weights of any module: partitioned by ZeRO-3, DTensors of FSDP2, or plain tensors, which count whole."""
     shard = fair = whole = gathered = 0
     for p in module.parameters():
         size = p.element_size()
-        if hasattr(p, "ds_tensor"):
-            numel, local = p.ds_numel, p.ds_tensor.numel() * p.ds_tensor.element_size()
-            gathered += numel * size if p.ds_status.name == "AVAILABLE" else 0
+        cut = partition_of(p)
+        if cut is not None:
+            numel, local = cut.numel, cut.held.numel() * cut.held.element_size()
+            gathered += numel * size if cut.gathered else 0
         elif isinstance(p, DTensor):
             numel, local = p.numel(), p.to_local().numel() * size
         else:

@@ -1,28 +1,96 @@
-"""What this project needs of DeepSpeed's insides, in one place.
+"""What this project needs of DeepSpeed's insides, in one place: every name that its documentation does not have.
 
-fetched_whole(decoder_layers(model))
-with gradients_by_parameter():
-    deepspeed.initialize(...)
+    import_deepspeed()
+    check()
+    fetched_whole(decoder_layers(model))
+    with gradients_by_parameter():
+        engine, optimizer, _, _ = deepspeed.initialize(...)
+    partitions = Partitions(optimizer)
+
+Its documentation has what `deepspeed.initialize` returns with `backward`, `step` and the accumulation boundary, `zero.Init`
+and leaf modules. A parameter's `ds_*`, the optimizer's flat buffers and all of `deepspeed.runtime` have no underscore, and
+are as free to change: to edit a shard there is no other way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-_NAMED = "_named_parameters_of_leaf"  # what a leaf keeps of its own named_parameters()
+from pipeline.libraries.needed import need
+from pipeline.model.weights import Sources, fill, read
+from pipeline.running.lean_imports import uncompiled, without
+
+REQUIREMENT = "deepspeed>=0.19.4,<0.20"  # as pyproject.toml has it
+_NAMED = "_named_parameters_of_leaf"  # what a leaf keeps of its own named_parameters(): ours
+_ZERO = "deepspeed.runtime.zero"
+_STAGE3, _INIT = f"{_ZERO}.stage3:DeepSpeedZeroOptimizer_Stage3", f"{_ZERO}.partition_parameters:Init"
+_NAMES = (
+    f"{_ZERO}.partitioned_param_coordinator:get_all_parameters",
+    f"{_ZERO}.partitioned_param_coordinator:print_rank_0",
+    f"{_ZERO}.partition_parameters:print_rank_0",
+    f"{_ZERO}.partition_parameters:PartitionedParamStatus.AVAILABLE",
+    f"{_ZERO}.partition_parameters:ZeroParamStatus.AVAILABLE",
+    f"{_ZERO}.parameter_offload:DeepSpeedZeRoOffload.partition_all_parameters",
+    f"{_ZERO}.parameter_offload:DeepSpeedZeRoOffload.release_backward_leftovers",
+    f"{_ZERO}.stage3:z3_leaf_parameter",
+    "deepspeed.utils.nvtx:enable_nvtx",
+    "deepspeed.ops:__compatible_ops__",
+    *(
+        f"{_STAGE3}.{name}"
+        for name in (
+            "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer",
+            "parameter_offload", "offload_optimizer", "optimizer", "_offload_boundary_param_ids",
+            "_finalize_offload_gradient_accumulation",
+        )
+    ),
+    *(
+        f"{_INIT}.{name}"
+        for name in (
+            "_convert_to_deepspeed_param", "_aligned_size", "_partition_world_size", "_partition_rank", "local_device",
+            "remote_device", "pin_memory", "zero_param_process_group", "quantized_weights",
+            "quantized_nontrainable_weights", "param_swapper", "ds_tensor", "ds_numel", "ds_numel_aligned", "ds_shape",
+            "ds_status", "ds_id", "ds_persist", "final_location", "partition", "partition_numel",
+        )
+    ),
+)  # fmt: skip
+
+
+def import_deepspeed() -> None:
+    """Import deepspeed, whose autotuner then knows no mlflow, and whose Muon would run uncompiled."""
+    with without("mlflow"), uncompiled():
+        import deepspeed  # noqa: F401
+
+        with contextlib.suppress(ModuleNotFoundError):  # a version without it compiles nothing there
+            from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
+
+
+def check() -> None:
+    """ValueError, one sentence, where the DeepSpeed that is installed lacks a name that is used below."""
+    need("deepspeed", REQUIREMENT, _NAMES)
+
+
+def without_shared_memory() -> None:
+    """The shared-memory collectives would be compiled for minutes at first use, on a CPU; gloo does."""
+    import deepspeed
+
+    for name in ("deepspeed_shm_comm", "shm_comm"):
+        deepspeed.ops.__compatible_ops__[name] = False
 
 
 def fetched_whole(blocks: Sequence[nn.Module]) -> None:
     """Have DeepSpeed fetch and release each block as a whole, with hooks on the block alone, in as little time as it can.
 
     It walks through a leaf's modules for their parameters at every fetch and release, opens a range for NVIDIA's profiler
-    at every call, and asks for its rank for messages that it does not print. Raises ValueError where this version of it
-    has other names.
+    at every call, and asks for its rank for messages that it does not print.
     """
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters
@@ -32,7 +100,7 @@ def fetched_whole(blocks: Sequence[nn.Module]) -> None:
     for block in blocks:
         deepspeed.utils.set_z3_leaf_module(block, True)
         block.__dict__[_NAMED] = list(block.named_parameters())
-    found, said = _private(coordinator, "get_all_parameters"), _private(partition_parameters, "print_rank_0")
+    found, said = coordinator.get_all_parameters, partition_parameters.print_rank_0
     if not hasattr(found, "of_leaves"):
 
         def parameters(module: nn.Module, recurse: bool = False) -> Any:
@@ -46,10 +114,7 @@ def fetched_whole(blocks: Sequence[nn.Module]) -> None:
             if debug or force:
                 said(message, debug, force)
 
-        for module in (partition_parameters, coordinator):
-            _private(module, "print_rank_0")
-            module.print_rank_0 = print_rank_0
-    _private(nvtx, "enable_nvtx")
+        partition_parameters.print_rank_0 = coordinator.print_rank_0 = print_rank_0
     nvtx.enable_nvtx = False
 
 
@@ -59,11 +124,10 @@ def gradients_by_parameter() -> Iterator[None]:
 
     DeepSpeed takes a leaf's gradients in a full backward hook on the module. It fires before they are there where the
     module's input needs no gradient (the first layer under LoRA), and leaves `grad` behind after passes that end no step.
-    Raises ValueError where this version of DeepSpeed has no such distinction.
     """
     from deepspeed.runtime.zero import stage3
 
-    leaf = _private(stage3, "z3_leaf_parameter")
+    leaf = stage3.z3_leaf_parameter
     stage3.z3_leaf_parameter = lambda parameter: False
     try:
         yield
@@ -71,10 +135,100 @@ def gradients_by_parameter() -> Iterator[None]:
         stage3.z3_leaf_parameter = leaf
 
 
-def _private(module: Any, name: str) -> Any:
-    """A private name of DeepSpeed; ValueError with the version where it is not there."""
-    import deepspeed
+class Partitions:
+    """What a rank's ZeRO-3 optimizer keeps of the trainable weights, in the order of `groups`; tensors are views, not copies."""
 
-    if not hasattr(module, name):
-        raise ValueError(f"deepspeed {deepspeed.__version__} has no {module.__name__}.{name}: install deepspeed 0.19.4 to 0.19.8")
-    return getattr(module, name)
+    def __init__(self, optimizer: Any):
+        self._optimizer = optimizer
+
+    @property
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters by sub-group, as the flat tensors below hold them end to end."""
+        return self._optimizer.fp16_groups
+
+    @property
+    def compute(self) -> list[torch.Tensor]:
+        """The weights that passes use: a flat tensor per sub-group."""
+        return self._optimizer.fp16_partitioned_groups_flat
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """The float32 weights that the optimizer steps: a flat leaf tensor per sub-group."""
+        return self._optimizer.fp32_partitioned_groups_flat
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The averaged gradient, flat, of all sub-groups end to end."""
+        return self._optimizer.grad_partitions_flat_buffer
+
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        """The optimizer whose state is of `masters`."""
+        return self._optimizer.optimizer
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the optimizer is in host memory."""
+        return self._optimizer.offload_optimizer
+
+    def offload_gradient(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Have an offloaded optimizer take the gradients of these, and the norms it clips by, once more."""
+        self._optimizer._offload_boundary_param_ids.update(parameter.ds_id for parameter in parameters)
+        self._optimizer._finalize_offload_gradient_accumulation()
+
+    def drop_gathered(self) -> None:
+        """Forget all gathered copies of weights."""
+        self._optimizer.parameter_offload.partition_all_parameters()
+
+    def release_leftovers(self) -> None:
+        """Forget those gathered for a backward pass that did not come to them."""
+        self._optimizer.parameter_offload.release_backward_leftovers()
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A parameter as ZeRO-3 has cut it. numel, shape: of the whole. padded: elements of a rank's part, padding included."""
+
+    numel: int
+    shape: torch.Size
+    padded: int
+    held: torch.Tensor  # this rank's part, where it is kept
+    gathered: bool  # whether the whole is here, too
+
+
+def partition_of(parameter: nn.Parameter) -> Partition | None:
+    """None for a parameter that ZeRO-3 has not cut."""
+    if not hasattr(parameter, "ds_tensor"):
+        return None
+    gathered = parameter.ds_status.name == "AVAILABLE"
+    return Partition(parameter.ds_numel, parameter.ds_shape, parameter.partition_numel(), parameter.ds_tensor, gathered)
+
+
+def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) -> None:
+    """Make placeholders ZeRO-3 parameters whose shards are read from their sources: nothing is ever whole, sent, or moved as a whole.
+
+    `zero.Init(module=...)` would do with whole parameters on every rank and broadcast each. The other parameters are left to DeepSpeed.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    # An empty module: for all that Init sets up beside converting parameters.
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(ds_config))
+    if init.zero_param_process_group is not None or init.quantized_weights or init.quantized_nontrainable_weights or init.param_swapper:
+        warnings.warn("weights are loaded whole on every rank, because train.ds_config has hpZ, quantised or NVMe weights", stacklevel=3)
+        fill(sources)
+        return
+    for parameter, source in sources.items():
+        init._convert_to_deepspeed_param(parameter)
+        size = init._aligned_size(parameter) // init._partition_world_size(parameter)
+        start = init._partition_rank(parameter) * size
+        valid = max(min(start + size, parameter.ds_numel) - start, 0)
+        shard = torch.zeros(size, dtype=parameter.dtype, device=init.local_device if parameter.ds_persist else init.remote_device)
+        read(source, start, shard[:valid], parameter.dtype)
+        shard = shard.pin_memory() if init.pin_memory and shard.device.type == "cpu" else shard
+        shard.ds_numel, shard.status, shard.final_location = size, PartitionedParamStatus.AVAILABLE, None
+        parameter.ds_tensor, parameter.ds_numel_aligned = shard, init._aligned_size(parameter)
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
+        parameter.partition()  # only marks it: the shard is there
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(init.local_device)  # DeepSpeed moves them only where it also moves the parameters

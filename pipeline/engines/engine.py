@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.libraries import torch_private
+
 Shard = list[torch.Tensor]
 _JOINED = 2**22  # elements: tensors are put end to end up to these
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -224,7 +226,7 @@ def clip(gradients: Sequence[torch.Tensor], norm: float, max_norm: float) -> Non
     """Scale the gradient of norm `norm` to `max_norm` where it is larger: DeepSpeed's formula, so that engines agree to the last digits."""
     factor = 1.0 / max(1.0, (norm + 1e-6) / max_norm)
     if factor < 1.0 and gradients:
-        torch._foreach_mul_(list(gradients), factor)
+        torch_private.multiply(gradients, factor)
 
 
 def step_counter(optimizer: torch.optim.Optimizer, counted: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,8 @@ Shards of a dimension that does not divide are uneven, not padded: nothing has t
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,15 +24,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard as RowShard
 
+from pipeline.engines.autograd import AutogradEngine
 from pipeline.engines.ds_config import reduces_once
-from pipeline.engines.engine import Engine, LossFunction, Shard, clip, stacked_gradients, step_counter
+from pipeline.engines.engine import Shard, clip, step_counter
 from pipeline.engines.rank_files import RankFiles, write
 from pipeline.model.weights import Source, Sources, read
 
 Places = list[tuple[nn.Module, str]]
 
 
-class Fsdp2Engine(Engine):
+class Fsdp2Engine(AutogradEngine):
     """A Shard here is one flat tensor per trainable parameter: this rank's rows of it."""
 
     def __init__(
@@ -64,47 +63,9 @@ class Fsdp2Engine(Engine):
         self.max_grad_norm = max_grad_norm
         self._reduces_once = reduces_once(sum(p.numel() for p in self.parameters), sum(p.numel() for p in module.parameters()))
 
-    def forward_backward(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        loss = self._backward(loss_fn, batches)
-        return loss, self.sum_over_ranks(stacked_gradients(v, [row.grad for row in v])) if v else None
-
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
-        loss = self._backward(loss_fn, batches)
-        shard = self.accumulated_gradient()
-        self._clear_gradient()
-        return loss, shard
-
-    def probe_gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
-        for batch in batches:
-            loss = loss_fn(self.module, batch.to(self.device))
-            gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
-            total += loss.detach().double()
-        return self.sum_over_ranks(total), self.sum_over_ranks(gradient)
-
-    @contextlib.contextmanager
-    def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
-        self.drop_gathered()
-        stash = [local.clone() for local in self.storage()]
-        try:
-            for local, d in zip(self.storage(), direction, strict=True):
-                local.add_(d.view_as(local), alpha=scale)
-            yield
-        finally:
-            self.drop_gathered()
-            for local, saved in zip(self.storage(), stash, strict=True):
-                local.copy_(saved)
-
-    def accumulated_gradient(self) -> Shard:
-        return [part.clone() for part in self._gradients()]
-
-    def gradient_norm(self) -> torch.Tensor:
-        shard = self._gradients()
-        return self._dot(shard, shard).sqrt()
+    def _before(self, last: bool) -> None:
+        # Whole gradients of an adapter are small: they wait for the last micro-batch, and are reduced in one go.
+        self.module.set_requires_gradient_sync(last or not self._reduces_once)
 
     def _gradients(self) -> Shard:
         return [
@@ -122,11 +83,6 @@ class Fsdp2Engine(Engine):
     def weights(self) -> Shard:
         return [local.float().clone().flatten() for local in self.storage()]
 
-    def assign(self, weights: Shard) -> None:
-        self.drop_gathered()
-        for local, part in zip(self.storage(), weights, strict=True):
-            local.copy_(part.view_as(local))
-
     def storage(self) -> list[torch.Tensor]:
         return [p.detach().to_local() for p in self.parameters]
 
@@ -140,20 +96,14 @@ class Fsdp2Engine(Engine):
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._clear_gradient()
+        self.discard()
         self.drop_gathered()
-
-    def discard(self) -> None:
-        self._clear_gradient()
 
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, p), part in zip(self.named.items(), shard, strict=True):
             whole = self._like(p, part).full_tensor()
             if self.rank == 0:
                 yield name, whole.cpu()
-
-    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
-        return zip(self.named, shard, strict=True)
 
     def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         return [self._rows(named[name].float()).flatten().to(self.device) for name in self.named]
@@ -183,31 +133,16 @@ class Fsdp2Engine(Engine):
         start = self._first_row(p) * (p.numel() // p.shape[0])
         return files.read(key, start, start + p.to_local().numel()).to(self.device)
 
-    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> torch.Tensor:
-        assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
-        total = self.zero()
-        for number, batch in enumerate(batches, 1):
-            # Whole gradients of an adapter are small: they wait for the last micro-batch, and are reduced in one go.
-            self.module.set_requires_gradient_sync(number == len(batches) or not self._reduces_once)
-            loss = loss_fn(self.module, batch.to(self.device))
-            loss.backward()
-            total += loss.detach().double()
-        return self.sum_over_ranks(total)
-
-    def _clear_gradient(self) -> None:
-        for p in self.parameters:
-            p.grad = None
-
     def _read(self, places: Places, source: Source, dtype: torch.dtype) -> None:
         """Put this rank's rows of a parameter of `dtype`, read from its source, where the sharded one without memory is."""
         owner, name = places[0]
-        p = owner._parameters[name]
+        p = owner.get_parameter(name)
         local = torch.empty(p.to_local().shape, dtype=p.dtype, device=self.device)
         read(source, self._first_row(p) * (p.numel() // p.shape[0]), local.view(-1), dtype)
         whole = DTensor.from_local(local, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride())
         new = nn.Parameter(whole, requires_grad=p.requires_grad)
         for owner, name in places:
-            owner._parameters[name] = new
+            setattr(owner, name, new)
 
     def _first_row(self, p: DTensor) -> int:
         """Where this rank's rows begin, as fully_shard cuts them."""
@@ -231,11 +166,11 @@ def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, 
     """Replace placeholders by meta parameters, which fully_shard cuts without moving anything; returns where they are, sources and dtypes."""
     found: dict[nn.Parameter, Places] = {parameter: [] for parameter in sources}
     for owner in module.modules():
-        for name, parameter in owner._parameters.items():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             if parameter in found:
                 found[parameter].append((owner, name))
     for parameter, places in found.items():
         empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=parameter.requires_grad)
         for owner, name in places:
-            owner._parameters[name] = empty
+            setattr(owner, name, empty)
     return [(found[parameter], source, parameter.dtype) for parameter, source in sources.items()]

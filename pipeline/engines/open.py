@@ -13,43 +13,57 @@ from datetime import timedelta
 import torch
 from torch import nn
 
+from pipeline.engines import deepspeed_private
 from pipeline.engines.ds_config import fetched_by_layer, read_ds_config
 from pipeline.engines.engine import Engine
 from pipeline.engines.exchange import of_every_rank
 from pipeline.engines.single import SingleEngine
+from pipeline.libraries import torch_private
 from pipeline.model.models import decoder_layers
 from pipeline.model.weights import Sources, fill
 from pipeline.recipe.sections import TrainSection
-from pipeline.running import lean_imports
 from pipeline.running.devices import device, environment
 
 
 def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group that the environment describes; engines zero3 and fsdp2 need one of a single process too."""
+    torch_private.check()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())  # before any collective: NCCL takes the current one
     if train.engine == "single" or torch.distributed.is_initialized():
         return
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29511")
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(key, value)
+    _complete_environment()
     if train.engine == "fsdp2":
         # gloo beside NCCL: for tensors that stay on the CPU.
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
         return
     # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
     warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use `torch\.distributed", category=FutureWarning)
-    lean_imports.import_deepspeed()
+    deepspeed_private.import_deepspeed()
+    deepspeed_private.check()
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR" if environment()[0] else "WARNING")
     if not torch.cuda.is_available():
-        # The shared-memory collectives would be compiled for minutes at first use; gloo does.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.ops.__compatible_ops__["shm_comm"] = False
+        deepspeed_private.without_shared_memory()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
+
+
+def _complete_environment() -> None:
+    """What a process alone needs of what a launcher sets. ValueError where there are others and it does not say where.
+
+    Port 0 is any that is free, and whoever listens is the only one who has to know: two runs on one node do not meet.
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    missing = [name for name in alone if name not in os.environ]
+    if missing and environment()[1] > 1:
+        raise ValueError(
+            f"the environment has WORLD_SIZE {environment()[1]}, but no {' and no '.join(missing)}: start the ranks with torchrun, "
+            "deepspeed or sap, which set it, or unset WORLD_SIZE for a process alone"
+        )
+    for name in missing:
+        os.environ[name] = alone[name]
 
 
 def largest_of_ranks(number: int) -> int:

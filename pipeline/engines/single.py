@@ -5,19 +5,18 @@ engine = SingleEngine(model, torch.optim.AdamW(parameters), max_grad_norm=1.0)
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.engines.engine import Engine, LossFunction, Shard, clip, stacked_gradients, step_counter
+from pipeline.engines.autograd import AutogradEngine
+from pipeline.engines.engine import Shard, clip, step_counter
 
 
-class SingleEngine(Engine):
+class SingleEngine(AutogradEngine):
     """A Shard here is one flat tensor per trainable parameter, in the module's order."""
 
     def __init__(
@@ -30,48 +29,6 @@ class SingleEngine(Engine):
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
 
-    def forward_backward(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        loss = self._backward(loss_fn, batches)
-        return loss, stacked_gradients(v, [row.grad for row in v]) if v else None
-
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
-        loss = self._backward(loss_fn, batches)
-        shard = self.accumulated_gradient()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, shard
-
-    def probe_gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
-        for batch in batches:
-            loss = loss_fn(self.module, batch.to(self.device))
-            gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))
-            total += loss.detach().double()
-        return total, gradient
-
-    @contextlib.contextmanager
-    def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
-        stash = [p.detach().clone() for p in self.parameters]
-        try:
-            with torch.no_grad():
-                for p, d in zip(self.parameters, direction, strict=True):
-                    p.add_(d.view_as(p), alpha=scale)
-            yield
-        finally:
-            with torch.no_grad():
-                for p, saved in zip(self.parameters, stash, strict=True):
-                    p.copy_(saved)
-
-    def accumulated_gradient(self) -> Shard:
-        return [part.clone() for part in self._gradients()]
-
-    def gradient_norm(self) -> torch.Tensor:
-        shard = self._gradients()
-        return self._dot(shard, shard).sqrt()
-
     def _gradients(self) -> Shard:
         return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in self.parameters]
 
@@ -82,10 +39,6 @@ class SingleEngine(Engine):
 
     def weights(self) -> Shard:
         return [p.detach().clone().flatten() for p in self.parameters]
-
-    def assign(self, weights: Shard) -> None:
-        for p, part in zip(self.storage(), weights, strict=True):
-            p.copy_(part.view_as(p))
 
     def drop_gathered(self) -> None:
         """Nothing is ever gathered."""
@@ -101,15 +54,9 @@ class SingleEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, p), part in zip(self.named.items(), shard, strict=True):
             yield name, part.view_as(p).cpu().clone()
-
-    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
-        return zip(self.named, shard, strict=True)
 
     def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
         return [named[name].to(p.device, p.dtype).flatten() for name, p in self.named.items()]
@@ -133,12 +80,3 @@ class SingleEngine(Engine):
                 counted = {"step": step_counter(self.optimizer, found["step"], p)} if "step" in found else {}
                 self.optimizer.state[p] = found | counted
         return {key: [state[f"vector.{key}.{name}"] for name in self.named] for key in vectors}
-
-    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> torch.Tensor:
-        assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
-        total = self.zero()
-        for batch in batches:
-            loss = loss_fn(self.module, batch.to(self.device))
-            loss.backward()
-            total += loss.detach().double()
-        return total

@@ -12,8 +12,6 @@ from pipeline.attacks.attacks import attacked
 from pipeline.data.sets import Row, read_rows
 from pipeline.recipe.sections import EvaluateSection
 
-REFUSING = ("harmful", "harmless", "ordinary")  # sets whose answers are judged
-
 
 def evaluation_sets(section: EvaluateSection, prepared: Path, prompts: Path) -> dict[str, list[Row]]:
     """Rows by set: harmful, harmless (look-alikes), ordinary, task, and for every attack ATTACK/harmful and

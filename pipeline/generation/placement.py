@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.libraries.transformers_private import not_moved, not_split
 from pipeline.model.models import decoder_layers
 from pipeline.running.devices import device
 
@@ -36,7 +37,7 @@ def device_map(model: nn.Module, max_memory: Memory | None = None) -> dict[str, 
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    whole = sorted({type(layer).__name__ for layer in decoder_layers(model)} | set(getattr(model, "_no_split_modules", None) or ()))
+    whole = sorted({type(layer).__name__ for layer in decoder_layers(model)} | not_split(model))
     balanced = get_balanced_memory(model, max_memory=max_memory, no_split_module_classes=whole)
     placed = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
     if not all(isinstance(where, int) for where in placed.values()):
@@ -50,4 +51,4 @@ def dispatch(model: nn.Module, placed: dict[str, Any], force_hooks: bool = False
     from accelerate import dispatch_model
 
     # The keys and values of a layer stay where the layer is: carried along, they would travel at every token.
-    return dispatch_model(model, placed, skip_keys=getattr(model, "_skip_keys_device_placement", None), force_hooks=force_hooks)
+    return dispatch_model(model, placed, skip_keys=not_moved(model), force_hooks=force_hooks)

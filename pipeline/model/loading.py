@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from pipeline.libraries.transformers_private import conversions, keeps_float32
 from pipeline.model.model_checks import check_files
 from pipeline.model.models import damaged_weight, load_model, refused, resolve_dtype
 from pipeline.model.quantization import quantise
@@ -103,14 +104,13 @@ def _placeholders(model: PreTrainedModel, files: WeightFiles, location: str) -> 
     """Put a placeholder in every parameter's places (two where weights are tied); sources in the files' order."""
     places: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
     for prefix, owner in model.named_modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                places.setdefault(parameter, []).append((f"{prefix}.{name}" if prefix else name, owner, name))
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((f"{prefix}.{name}" if prefix else name, owner, name))
     by_name = {}
     for parameter, held in places.items():
         new = placeholder(parameter.shape, parameter.dtype, parameter.requires_grad)
         for _, owner, name in held:
-            owner._parameters[name] = new
+            setattr(owner, name, new)
         by_name[next(full for full, _, _ in held if full in files)] = new
     sources = Sources()
     for name in files:
@@ -144,16 +144,11 @@ def _noting(sources: Sources, source: Source, location: str, name: str) -> Sourc
 
 def _differs(model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype) -> str | None:
     """Why the files do not hold the model's parameters one to one, in half a sentence; None where they do."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
     if getattr(model.config, "quantization_config", None) is not None:
         return "its weights are quantised"
-    if dtype != torch.float32 and model._keep_in_fp32_modules_strict:
+    if dtype != torch.float32 and keeps_float32(model):
         return f"transformers keeps some of its weights in float32 beside {dtype}"
-    transforms = get_model_conversion_mapping(model)
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    converts = conversions(model)
     held: dict[int, list[str]] = {}
     tensors = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
@@ -163,7 +158,7 @@ def _differs(model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype) -> 
         if len(present) != 1:
             return f"its files hold {'both of the tied' if present else 'no'} {' and '.join(names)}"
         name, tensor = present[0], tensors[present[0]]
-        if rename_source_key(name, renamings, converters) != (name, None):
+        if converts(name):
             return f"transformers converts {name} while it loads"
         if files.shape(name) != tuple(tensor.shape) or not files.is_float(name):
             return f"{name} has another shape or type in its files"

@@ -2,7 +2,7 @@
 
     facts = read_facts(recipe.model, Path("models/llama"))
     facts.tensors["model.norm.weight"].shape        # from the safetensors headers
-    facts.embedding, facts.layers, facts.tokenizer.largest_id
+    facts.embedding, facts.layers, facts.tokenizer.chat_template
 
 Whatever is wrong with the files themselves is a ValueError of one sentence; whether they go with a recipe is for
 model_checks.py to say.

@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from pipeline.data.chat import Chat  # noqa: E402
+from pipeline.libraries.transformers_private import supports_attention  # noqa: E402
 from pipeline.model.file_headers import Tensor  # noqa: E402
 from pipeline.model.lora_targets import ALL_LINEAR, adapted_modules  # noqa: E402
 from pipeline.model.model_files import model_location, resolve_model_path  # noqa: E402
@@ -191,10 +192,9 @@ def check_attention(model: PreTrainedModel, section: ModelSection) -> None:
     model: an `outline`.
     """
     name = devices.attention(section)
-    flag = {"sdpa": "_supports_sdpa", devices.FLASH: "_supports_flash_attn"}.get(name)
-    if flag and not getattr(model, flag, False):
+    if not supports_attention(model, name):
         meant = name if section.attention == name else f"{section.attention} ({name} on this machine)"
-        others = "sdpa or eager" if name == devices.FLASH and model._supports_sdpa else "eager"
+        others = "sdpa or eager" if name == devices.FLASH and supports_attention(model, "sdpa") else "eager"
         raise ValueError(
             f"model.attention {meant} is not there for model.path {section.path}: transformers has no such form of "
             f"{type(model).__name__}; set model.attention to {others}"

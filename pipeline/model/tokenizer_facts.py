@@ -1,7 +1,7 @@
 """What a model folder says of its tokenizer, without loading it: tokens and their ids, special ones, the chat template.
 
     facts = read_tokenizer("model.path models/llama", Path("models/llama"), chat_template=None)
-    facts.largest_id, facts.id_of("pad_token"), facts.chat_template
+    facts.id_of("pad_token"), facts.chat_template
 """
 
 from __future__ import annotations
@@ -38,11 +38,6 @@ class TokenizerFacts:
         """Id of a named token such as `eos_token`."""
         token = self.named.get(name)
         return None if token is None else self.added.get(token, self.vocabulary.get(token))
-
-    @cached_property
-    def largest_id(self) -> int | None:
-        """The largest id there is; None where the vocabulary is not known."""
-        return max([*self.vocabulary.values(), *self.added.values()]) if self.vocabulary else None
 
     @cached_property
     def other_modalities(self) -> frozenset[str]:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,10 +105,6 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         with self._naming(name):
             rows = self._file(name).get_slice(name)[first : -(-stop // row)]
         return rows.reshape(-1)[start - first * row : stop - first * row]
-
-    def largest_file(self) -> int:
-        """Bytes of the largest file."""
-        return max((self.folder / name).stat().st_size for name in set(self._file_of.values()))
 
     def _naming(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Inside the block the system's errors, and those of a file that is not whole, name the tensor's file."""
@@ -218,7 +215,9 @@ def write_sharded(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, ste
         shapes |= {name: tensor.shape for name, tensor in part.items()}
         total += sum(map(_bytes, part.values()))
         # Contiguous copies of views: safetensors refuses tensors that share memory.
-        owned = {name: tensor.contiguous() if tensor._base is None else tensor.clone() for name, tensor in part.items()}
+        held = Counter(tensor.untyped_storage().data_ptr() for tensor in part.values())
+        alone = {name for name, tensor in part.items() if held[tensor.untyped_storage().data_ptr()] == 1}
+        owned = {name: tensor.contiguous() if name in alone else tensor.clone() for name, tensor in part.items()}
         save_file(owned, folder / f"{stem}-{len(parts) + 1:05d}.part", metadata={"format": "pt"})
         parts.append(list(part))
         del part, owned  # before the next part is collected

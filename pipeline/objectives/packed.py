@@ -9,43 +9,25 @@ windows and chunks counts from there. For which models that is the same as a row
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from importlib.metadata import version
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 
+from pipeline.libraries.transformers_private import attention_of, samples_in_rows
 from pipeline.objectives.batches import Packed
 
-# What masking_utils asks: position ids (B, T) -> number of each token's sample in its row (B, T), or None for one each.
-_QUESTION = "find_packed_sequence_indices"
 
-
-@contextlib.contextmanager
-def rows_hold(packed: Packed | None) -> Iterator[None]:
+def rows_hold(packed: Packed | None) -> AbstractContextManager[None]:
     """Inside the block transformers builds its masks for a row that holds these samples; None: one in every row.
 
     It would look at the position ids, and the host would wait for a GPU at every pass. ValueError for packed rows where
     this version of transformers has no such question; without them it is left alone.
     """
-    asked = getattr(masking_utils, _QUESTION, None)
-    if asked is None:
-        if packed is not None:
-            raise ValueError(
-                f"transformers {version('transformers')} has no masking_utils.{_QUESTION}, so that packed samples "
-                "might see each other: install transformers 5.23, or set train.packing to false"
-            )
-        yield
-        return
     samples = packed and packed.samples
-    setattr(masking_utils, _QUESTION, lambda position_ids: samples)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, _QUESTION, asked)
+    return samples_in_rows(samples, packed is not None)
 
 
 def row_arguments(model: nn.Module, input_ids: torch.Tensor, packed: Packed | None) -> dict[str, Any]:
@@ -66,4 +48,4 @@ def row_arguments(model: nn.Module, input_ids: torch.Tensor, packed: Packed | No
 def _flash(model: nn.Module) -> bool:
     modules = model.modules() if isinstance(model, nn.Module) else ()  # it may be a function around a model
     inner = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
-    return inner is not None and "flash" in str(inner.config.get_text_config()._attn_implementation)
+    return inner is not None and "flash" in attention_of(inner.config)

@@ -88,21 +88,6 @@ class Plan:
         total = self.total() / 1e9
         return "\n".join([*lines, f"{'most at one time':<24}{total:>6.2f}  {'':<9}  {total / gpu_gb:.0%} of a GPU of {gpu_gb:g} GB"])
 
-    def smallest_ranks(self, gpu_gb: float, headroom: float = 0.7, per_node: int = 8, most: int = 512) -> int | None:
-        """Fewest ranks (powers of two in a node, then whole nodes) whose total stays below headroom x gpu_gb; None above `most`.
-
-        Numbers of ranks by which the batch sizes do not divide are passed over.
-        """
-        for ranks in [*(n for n in (1, 2, 4, 8, 16) if n < per_node), *range(per_node, most + 1, per_node)]:
-            plan = replace(self, ranks=ranks, recomputed=None)
-            try:
-                plan.check()
-            except ValueError:
-                continue
-            if plan.total() <= headroom * gpu_gb * 1e9:
-                return ranks
-        return None
-
     def check(self) -> None:
         """ValueError where the batch sizes do not divide by the ranks, the engine takes one only, or a defence does not fit the model."""
         if self.train.engine == "single" and self.ranks > 1:

@@ -232,7 +232,6 @@ class TrainSection(Section):
         description="Recompute activations in the backward pass (non-reentrant): of every layer, of none, or (auto) of as many as do not fit into "
         "the GPUs' memory, by the planner's arithmetic",
     )
-    use_reentrant: bool = Field(False, description="Refused when true: reentrant checkpointing has no gradient with respect to the probe")
     lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
     export_merged: bool = Field(False, description="Whether a LoRA run also writes merged/: the model with its adapter added, for vLLM")
     save_every: Positive = Field(50, description="Steps between checkpoints")
@@ -252,6 +251,16 @@ class TrainSection(Section):
         1800, description="Seconds without a finished step, validation or checkpoint after which a rank says where it is and ends; 0: never"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _never_reentrant(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "use_reentrant" in given:
+            raise ValueError(
+                "use_reentrant is no field any more: checkpointing is never reentrant, which would give the probe no "
+                "gradient; delete the line"
+            )
+        return given
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
@@ -262,10 +271,6 @@ class TrainSection(Section):
             )
         if self.resume_from is not None and not re.fullmatch(r"\.(train|align)-.+\.work@[1-9]\d*", self.resume_from.name):
             raise ValueError(f"resume_from is '{self.resume_from.name}': it takes the work folder of a training that is not finished, and a step, such as runs/demo/.train-sap-s0-1a2b3c4d5e.work@40")
-        if self.use_reentrant:
-            raise ValueError(
-                "use_reentrant must be false: reentrant checkpointing raises in torch.autograd.grad and gives the probe no gradient"
-            )
         return self
 
 

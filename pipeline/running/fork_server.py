@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.libraries import torch_private
+
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 # They may be sent to the whole process group: this process ends with its client. Ctrl-C is ignored since its start.
 _REQUESTS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
@@ -126,12 +128,15 @@ def _unforkable() -> str | None:
     others = [name for name in ((task / "comm").read_text().strip() for task in tasks) if name not in _FORKABLE]
     if others:
         return f"an import has started a thread ({', '.join(others)})"
-    torch = sys.modules.get("torch")
+    try:
+        broken_by_fork = torch_private.broken_by_fork()
+    except ValueError as error:
+        return str(error)
     pid = os.fork()
     if not pid:
         broken = True
         try:
-            broken = torch is not None and torch.cuda._is_in_bad_fork()
+            broken = broken_by_fork()
         finally:
             os._exit(int(broken))
     return "an import has asked CUDA, which does not survive a fork" if os.waitpid(pid, 0)[1] else None

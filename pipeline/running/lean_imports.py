@@ -1,4 +1,6 @@
-"""peft and deepspeed without what they import in case it is wanted: a rank starts a quarter sooner.
+"""Libraries without what they import in case it is wanted: a rank starts a quarter sooner.
+
+    import_peft()      # and engines/deepspeed_private.py's import_deepspeed
 
 peft imports bitsandbytes, and that torch's compiler, as does deepspeed's Muon optimizer; deepspeed's autotuner
 imports mlflow. None is used by way of them: pipeline/model/quantization.py and pipeline/tracking/mlflow_store.py import their own, and
@@ -12,20 +14,15 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from pipeline.libraries import transformers_private
+
 
 def import_peft() -> None:
     """Import peft, which then knows no bitsandbytes: it would serve what bitsandbytes has quantised, not ours."""
     with without("bitsandbytes"):
-        from peft.import_utils import is_bnb_available
+        import peft  # noqa: F401
 
-        is_bnb_available()  # peft keeps the answer; asked for the first time later, it would import bitsandbytes
-
-
-def import_deepspeed() -> None:
-    """Import deepspeed, whose autotuner then knows no mlflow, and whose Muon would run uncompiled."""
-    with without("mlflow"), uncompiled():
-        import deepspeed  # noqa: F401
-        from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
+        transformers_private.settle_bitsandbytes()
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class Chain:
     def needed(self) -> list[str]:
         """What its processes import, in an order in which lean_imports.py can keep it small."""
         trains = [cell.recipe.train for cell in self.cells] + [self.base.align.train] * self.base.align.enabled
-        deepspeed = ["pipeline.running.lean_imports:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
+        deepspeed = ["pipeline.engines.deepspeed_private:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
         mlflow = ["mlflow", "mlflow.store.tracking.sqlalchemy_store"] * self.base.tracking.enabled
         stages = ["pipeline.stages.train", "pipeline.stages.evaluate"]
         return [*stages, "pipeline.running.lean_imports:import_peft", *deepspeed, *mlflow]

@@ -10,7 +10,6 @@ nothing: a metric's step and an event's number, and the time of both, stand in t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.recipe.redaction import redact
+from pipeline.system.locks import locked
 
 METRICS_PER_REQUEST = 900  # MLflow takes 1,000
 
@@ -253,11 +253,4 @@ def _batches(lines: list[bytes]) -> Iterator[tuple[list[dict[str, Any]], int]]:
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Whether this process holds the lock; where it does not wait, False means that another one does."""
     with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass  # a file system without locks
-        yield True
+        yield locked(lock, wait)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.engines.engine import Engine
+from pipeline.libraries.transformers_private import as_in_files
 from pipeline.model.loading import weight_files
 from pipeline.model.models import load_model, resolve_dtype
 from pipeline.model.weights import merged as merge
@@ -164,10 +165,8 @@ def save_model(engine: Engine, source: str, section: ModelSection, folder: Path,
     if {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad} <= set(files):
         write_sharded(_chained(tensors, buffers), folder)
     else:
-        from transformers.core_model_loading import revert_weight_conversion
-
         warnings.warn(f"the trained model is gathered whole on rank 0, because the files of {source} name its weights otherwise", stacklevel=2)
-        write_sharded(revert_weight_conversion(engine.module, {**dict(tensors), **buffers}).items(), folder)
+        write_sharded(as_in_files(engine.module, {**dict(tensors), **buffers}).items(), folder)
     _describe(engine.module, files.folder, dtype, folder, tokenizer)
 
 
@@ -178,12 +177,8 @@ def _chained(tensors: Iterator[tuple[str, torch.Tensor]], buffers: dict[str, tor
 
 def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that belong to a checkpoint. No engine shards them."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
-        for prefix, owner in module.named_modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-        if name not in owner._non_persistent_buffers_set
-    }
+    kept = module.state_dict(keep_vars=True).keys()
+    return {name: buffer.detach().cpu() for name, buffer in module.named_buffers(remove_duplicate=False) if name in kept}
 
 
 def _set_untied(config: PretrainedConfig) -> None:

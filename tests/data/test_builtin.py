@@ -12,8 +12,9 @@ from pipeline.data.overlap import normalise
 
 def test_every_query_runs():
     database = sqlite3.connect(":memory:")
-    for table in text_to_sql.tables():
-        database.execute(text_to_sql.schema(table))
+    for name, text, _, numbers, label in text_to_sql._TABLES:
+        columns = [f"{label} TEXT", f"{text} TEXT", *(f"{number} INTEGER" for number in numbers)]
+        database.execute(f"CREATE TABLE {name} ({', '.join(columns)})")
     for row in text_to_sql.text_to_sql_rows():
         database.execute(row["response"])
 

@@ -7,10 +7,10 @@ import gc
 
 import torch._dynamo  # noqa: F401  which the first optimizer step imports
 
-from pipeline.engines import fsdp2, zero3  # noqa: F401
+from pipeline.engines import deepspeed_private, fsdp2, zero3  # noqa: F401
 from pipeline.running import lean_imports  # noqa: F401
 from pipeline.stages import evaluate, train  # noqa: F401
 
-lean_imports.import_deepspeed()
+deepspeed_private.import_deepspeed()
 lean_imports.import_peft()
 gc.freeze()  # DeepSpeed collects garbage at every start of an engine: not among these

@@ -161,7 +161,7 @@ def counters(engine: Engine) -> tuple[int, int]:
 
 def clean(engine: Engine) -> bool:
     """No gradient is left anywhere."""
-    buffered = not isinstance(engine, Fsdp2Engine) and engine.optimizer.grad_partitions_flat_buffer.any()
+    buffered = not isinstance(engine, Fsdp2Engine) and engine._partitions.gradient.any()
     return not buffered and all(p.grad is None for p in engine.module.parameters())
 
 
@@ -198,7 +198,7 @@ def vectors(folder: Path, name: str) -> dict:
     if isinstance(engine, Fsdp2Engine):
         missing = sum(-(-p.shape[0] // engine.world_size) - p.to_local().shape[0] for p in engine.parameters)
     else:
-        for shards in (engine._compute_shards(), engine._masters()):
+        for shards in (engine._partitions.compute, engine._masters()):
             for shard, mask in zip(shards, engine._padding, strict=True):
                 shard.masked_fill_(mask, float("nan"))
         missing = sum(int(mask.sum()) for mask in engine._padding)

@@ -219,7 +219,7 @@ def test_a_refusal_late_in_an_answer_is_none():
 )  # fmt: skip
 def test_a_language_whose_refusals_are_not_known_is_unparseable(answer):
     judgement = refusal_judge(ASKED, answer)
-    assert (judgement.label, judgement.unparseable, judgement.score) == ("unparseable", True, 0.0)
+    assert (judgement.label, judgement.score) == ("unparseable", 0.0)
 
 
 @pytest.mark.parametrize(("language", "texts"), FOREIGN_REFUSALS.items())

@@ -30,19 +30,31 @@ def test_a_hanging_rank_says_where_and_ends():
     assert "rank 3 on " in found.stderr and "after step 12" in found.stderr and "stuck_in_the_collective" in found.stderr
 
 
-@pytest.mark.parametrize("seconds", [0.4, 0])
-def test_progress_or_zero_keeps_it_quiet(seconds):
-    with Watchdog(seconds, rank=0) as watchdog:
-        for number in range(8):
-            time.sleep(0.1)
-            if seconds:
-                watchdog.progress(f"step {number}")
+QUIET = {
+    "progress": """
+with Watchdog(0.8, rank=0) as watchdog:
+    for number in range(16):
+        time.sleep(0.1)
+        watchdog.progress(f"step {number}")
+""",
+    "zero": """
+with Watchdog(0, rank=0) as watchdog:
+    time.sleep(1)
+""",
+    "left": """
+with Watchdog(0.3, rank=0) as watchdog:
+    sentinel = watchdog._sentinel
+assert sentinel.poll() is not None
+time.sleep(1.5)
+""",
+}
 
 
-def test_after_the_block_nothing_is_watched():
-    with Watchdog(0.2, rank=0):
-        pass
-    time.sleep(0.6)
+@pytest.mark.parametrize("case", QUIET)
+def test_it_is_quiet_with_progress_without_a_limit_and_after_the_block(case):
+    code = f"import time\nfrom pipeline.running.watchdog import Watchdog\n{QUIET[case]}print('done')"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "done\n", "")
 
 
 HANGS_IN_C = """

@@ -1,0 +1,43 @@
+"""What this project needs of torch's insides, in one place: there is nothing public that does the same.
+
+    torch_private.check()      # before any weight is read
+    torch_private.multiply(gradients, 0.5)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.libraries.needed import need
+
+if TYPE_CHECKING:
+    import torch
+
+REQUIREMENT = "torch>=2.6,<3"  # as pyproject.toml has it
+
+
+def check() -> None:
+    """ValueError, one sentence, where the torch that is installed lacks a name that a training uses."""
+    need("torch", REQUIREMENT, ["torch:_foreach_mul_"])
+
+
+def multiply(tensors: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply all of them in place: a few kernels on a GPU, where a loop starts one for each of an adapter's hundreds."""
+    import torch
+
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def broken_by_fork() -> Callable[[], bool]:
+    """What tells a fork of this process whether CUDA had been asked anything before it. ValueError where torch cannot tell.
+
+    `torch.cuda.is_initialized` knows of contexts alone: a count of devices breaks a fork, too. Where torch was not
+    imported it is not imported here.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return lambda: False
+    need("torch", REQUIREMENT, ["torch:cuda._is_in_bad_fork"])
+    return torch.cuda._is_in_bad_fork
