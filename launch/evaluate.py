@@ -10,7 +10,7 @@ visible the model is spread over all of them.
 
 import argparse
 
-from pipeline.evaluation.shards import WHOLE, Shard
+from pipeline.evaluation.shards import WHOLE, PromptSlice
 from pipeline.running import entry
 from pipeline.stages import command_line
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--shard")
     own, rest = parser.parse_known_args()
-    shard = WHOLE if own.shard is None else Shard.parse(own.shard)
+    shard = WHOLE if own.shard is None else PromptSlice.parse(own.shard)
     options, experiment = command_line.arguments(__doc__, rest)
 
     from pipeline.stages import evaluate

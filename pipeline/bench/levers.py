@@ -27,7 +27,7 @@ from pipeline.data.sets import read_rows
 from pipeline.defences.making import make_step
 from pipeline.defences.saft.filter import kept
 from pipeline.defences.sap.step import SapStep
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.engines.open import init_distributed
 from pipeline.model.models import load_tokenizer
 from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
@@ -122,7 +122,7 @@ class Levers:
             rows.append(Row(number + 1, way, *cosines, size, 1 + cost / plain))
         return rows
 
-    def _ways(self, number: int, fresh: Shard) -> Iterator[tuple[str, torch.Tensor, float]]:
+    def _ways(self, number: int, fresh: ShardedVector) -> Iterator[tuple[str, torch.Tensor, float]]:
         """(name, ascent or V, seconds) of every cheaper way there is at this step."""
         for share in SHARES:
             samples = share_of(self.recipe.train.batch_size, share)
@@ -135,7 +135,7 @@ class Levers:
             if len(self.kept) >= age:
                 yield f"of {age} step{'s' * (age > 1)} before", self.kept[-age], 0.0
 
-    def _ascent(self, number: int, direction: Shard, share: float) -> torch.Tensor:
+    def _ascent(self, number: int, direction: ShardedVector, share: float) -> torch.Tensor:
         """grad_V L_su (line 5 of Algorithm 1) from a share of the step's samples."""
         engine, zero, batches = self.engine, self.step.probe.zeros(self.engine.device), self._useful(number, share)
         scale = self.step.section.eps * engine.norm(engine.weights()) / engine.norm(direction)
@@ -145,7 +145,7 @@ class Levers:
             _, after = engine.probe_gradient(useful_loss, batches, rows)
         return after - before
 
-    def _gradient(self, number: int, v: torch.Tensor) -> Shard:
+    def _gradient(self, number: int, v: torch.Tensor) -> ShardedVector:
         """g(V) of the step's samples, V at the RMS of the training's own."""
         with self.step.probe.active(self.step.scale * v / v.square().mean().sqrt(), requires_grad=False):
             return self.engine.gradient(useful_loss, self._useful(number))[1]
@@ -160,11 +160,11 @@ class Levers:
         size = self.recipe.safety_pairs.micro_batch_size
         return pair_batches(self.pair_rows, self.pair_order.step(number), size, 0, 1, self.pad, self.seed, number)
 
-    def _cosine(self, a: Shard, b: Shard) -> float:
+    def _cosine(self, a: ShardedVector, b: ShardedVector) -> float:
         return self.engine.dot(a, b) / (self.engine.norm(a) * self.engine.norm(b))
 
 
-def _minus(a: Shard, b: Shard) -> Shard:
+def _minus(a: ShardedVector, b: ShardedVector) -> ShardedVector:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from pipeline.engines.engine import Shard
+from pipeline.engines.engine import ShardedVector
 
 
 class Callback:
@@ -33,11 +33,11 @@ class Callback:
         """What it carries, the same on every rank."""
         return {}
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         """What it carries of the trained weights' size, this rank's shard of it."""
         return {}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         """Take back what `state_dict` and `vectors` gave."""
 
     def logged(self, metrics: dict[str, float], number: int) -> None:

@@ -16,7 +16,7 @@ from pipeline.recipe.sections import DefenceSection
 if TYPE_CHECKING:
     from pipeline.defences.callback import Callback
     from pipeline.defences.step import Step
-    from pipeline.engines.engine import Engine, Shard
+    from pipeline.engines.engine import Engine, ShardedVector
 
 Moment = Literal["always", "in a pass", "between"]
 Cost = tuple[float, float]  # of a pass on one rank: FLOPs, bytes of weights received
@@ -83,7 +83,7 @@ class Defence:
     conflicts: Mapping[str, str] = field(default_factory=dict)
     control: bool = False
     # The step that it trains with, around the one that the defences before it make: (engine, recipe, that step, direction).
-    build: Callable[[Engine, Recipe, Step, Shard | None], Step] | None = None
+    build: Callable[[Engine, Recipe, Step, ShardedVector | None], Step] | None = None
     # What goes along with the training: (engine, section).
     callback: Callable[[Engine, Any], Callback] | None = None
     # Stages that make something of it, and those of them whose product its training reads: (section).

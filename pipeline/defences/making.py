@@ -9,11 +9,11 @@ from pipeline.defences import DEFENCES
 from pipeline.defences.callback import Callback
 from pipeline.defences.plain import PlainStep
 from pipeline.defences.step import Step
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.recipe.recipe import Recipe
 
 
-def make_step(recipe: Recipe, engine: Engine, direction: Shard | None = None) -> Step:
+def make_step(recipe: Recipe, engine: Engine, direction: ShardedVector | None = None) -> Step:
     """The step that the recipe's enabled sections make up. direction: for sap.direction precomputed, as SapStep takes it."""
     step: Step = PlainStep(engine)
     for name in recipe.parts:

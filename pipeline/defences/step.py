@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.engines.engine import Shard
+    from pipeline.engines.engine import ShardedVector
     from pipeline.objectives.batches import MicroBatch, PairBatch
 
 Pairs = Callable[[], "Sequence[PairBatch]"]  # draws this step's; a step that asks for none draws none
@@ -41,10 +41,10 @@ class Step(Protocol):
         """What it carries, the same on every rank."""
         return {}
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         """What it carries of the trained weights' size, this rank's shard of it."""
         return {}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         """Take back what `state_dict` and `vectors` gave."""
         assert not state and not vectors, "this step has no state"

@@ -21,7 +21,7 @@ from pipeline.defences.defence import Cost, Costs, Defence, Moment, Passes, Row,
 from pipeline.engines.ds_config import fetched_by_layer, read_ds_config, reduces_once
 from pipeline.model.model_facts import ModelFacts
 from pipeline.model.model_outline import outlined
-from pipeline.model.model_size import NF4_BLOCK, Counted, Weight, count_model
+from pipeline.model.model_size import NF4_BLOCK, ModelCounts, Weight, count_model
 from pipeline.objectives.logits import MOST_LOGITS
 from pipeline.objectives.sharing import accumulation, check_shares, share_of
 from pipeline.recipe.recipe import Cell, Experiment, Recipe
@@ -41,7 +41,7 @@ ZERO_DEFAULTS = {
 class Plan:
     """The arithmetic of one training cell on `ranks` GPUs; see `estimate`."""
 
-    model: Counted
+    model: ModelCounts
     train: TrainSection
     zero: dict[str, Any]
     dtype_bytes: int

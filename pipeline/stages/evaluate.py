@@ -12,7 +12,7 @@ from pipeline import artifacts
 from pipeline.data.chat import Chat
 from pipeline.evaluation.evaluate import Measured, conclude, measure
 from pipeline.evaluation.sets import evaluation_sets
-from pipeline.evaluation.shards import WHOLE, Shard
+from pipeline.evaluation.shards import WHOLE, PromptSlice
 from pipeline.generation.placement import place
 from pipeline.model.loading import load_whole
 from pipeline.model.model_checks import check_model
@@ -25,7 +25,7 @@ from pipeline.tracking.run import open_run
 from pipeline.training.product import load_adapter
 
 
-def evaluate(experiment: Experiment, subject: Subject, shard: Shard = WHOLE) -> bool:
+def evaluate(experiment: Experiment, subject: Subject, shard: PromptSlice = WHOLE) -> bool:
     """Answers to harmful, harmless, ordinary and task prompts, also under attacks; refusals, exact match, test loss. One process.
 
     shard: do this share of the prompts only. Whoever then finds all shares done merges them, so True says that the share is done, not that the
@@ -51,7 +51,7 @@ def evaluate(experiment: Experiment, subject: Subject, shard: Shard = WHOLE) -> 
     return True
 
 
-def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
+def _check_evaluation(layout: Layout, subject: Subject, shard: PromptSlice) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
     """Chat and sets of the evaluation. ValueError for all that can be known to be wrong before a weight is read."""
     check_model(layout.base)
     verify_upstream(layout)
@@ -65,7 +65,7 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: Shard) -> tuple[A
     return chat, sets
 
 
-def _measure(layout: Layout, subject: Subject, shard: Shard, chat: Chat, sets: dict[str, list[dict[str, Any]]]) -> Measured:
+def _measure(layout: Layout, subject: Subject, shard: PromptSlice, chat: Chat, sets: dict[str, list[dict[str, Any]]]) -> Measured:
     """Load the subject and let it answer the shard's rows of the sets."""
     base = layout.base
     model: nn.Module = load_whole(base.model, subject.model)  # quantised as in training

@@ -65,7 +65,7 @@ def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: read_rows(prepared, file) for name, file in sets.items() if (prepared / f"{file}.parquet").is_file()}
 
 
-def _given_direction(folder: Path, engine: Engine) -> engines.Shard:
+def _given_direction(folder: Path, engine: Engine) -> engines.ShardedVector:
     """The direction stage's product as the engine's shard."""
     if json.loads((folder / "summary.json").read_text())["weights_checksum"] != engine.checksum(engine.weights()):
         raise ValueError(f"the direction in {folder} belongs to other initial weights: delete the folder and run its stage again")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifacts
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.engines.exchange import from_first, leaving_together
 from pipeline.system.system_errors import naming
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
@@ -33,9 +33,9 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
-    def vectors(self) -> dict[str, Shard]: ...
+    def vectors(self) -> dict[str, ShardedVector]: ...
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None: ...
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None: ...
 
 
 class Carried:
@@ -48,10 +48,10 @@ class Carried:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {prefix + key: value for prefix, part in self.parts.items() for key, value in part.state_dict().items()}
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         return {prefix + key: value for prefix, part in self.parts.items() for key, value in part.vectors().items()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         for prefix, part in self.parts.items():
             part.load_state_dict(self._of(prefix, state), self._of(prefix, vectors))
 

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.defences.callback import Callback
 from pipeline.defences.ema.section import EmaSection
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 
 
 class Ema(Callback):
@@ -26,7 +26,7 @@ class Ema(Callback):
 
     def __init__(self, engine: Engine, section: EmaSection):
         self.engine, self.section = engine, section
-        self.average: Shard | None = None if section.warmup_steps else engine.weights()
+        self.average: ShardedVector | None = None if section.warmup_steps else engine.weights()
 
     def begin(self, steps: int) -> None:
         """ValueError where so many steps end before the first update."""
@@ -54,9 +54,9 @@ class Ema(Callback):
         with self.engine.replaced(self.average):
             yield
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         """What a resumed run needs: the average, once there is one."""
         return {} if self.average is None else {"average": self.average}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         self.average = vectors.get("average")

@@ -14,7 +14,7 @@ import torch
 from pipeline.defences.lisa.section import LisaSection
 from pipeline.defences.safe_mix.step import pooled, safe_batches
 from pipeline.defences.step import Metrics, Pairs, Step
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch
 from pipeline.objectives.losses import useful_loss
 
@@ -47,8 +47,8 @@ class LisaStep(Step):
         engine.add_gradient(drift, section.rho)
         return {"train/loss": loss, "lisa/aligning": float(aligning), "lisa/proximal": section.rho / 2 * engine.dot(drift, drift)}
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         return {"anchor": self.anchor}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         self.anchor = vectors["anchor"]

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from pipeline.defences.step import Metrics, Pairs, Step
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 
 
@@ -38,10 +38,10 @@ class SafeMix(Step):
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.step.state_dict()
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         return self.step.vectors()
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         self.step.load_state_dict(state, vectors)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.defences.safety_gradient.section import SafetyGradientSection
 from pipeline.defences.step import Metrics, Pairs, Step
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
 
@@ -26,7 +26,7 @@ class SafetyGradientStep(Step):
     def __init__(self, engine: Engine, section: SafetyGradientSection, refresh_every: int):
         self.engine, self.section, self.refresh_every = engine, section, refresh_every
         self.safety_loss = safety_loss(section.contrastive)
-        self.direction: Shard | None = None
+        self.direction: ShardedVector | None = None
 
     def __call__(
         self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
@@ -44,8 +44,8 @@ class SafetyGradientStep(Step):
         self.engine.add_gradient(self.direction, weight)
         return {"train/loss": loss, "safety_gradient/lambda": weight, "safety_gradient/norm": norm, **metrics}
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         return {} if self.direction is None else {"direction": self.direction}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         self.direction = vectors.get("direction")
