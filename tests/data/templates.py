@@ -22,7 +22,7 @@ class Family:
 
 
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-PAST = "past turns are rendered otherwise"
+PAST = "past turns are rendered differently"
 _ALTERNATE = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% endfor %}"

@@ -90,7 +90,7 @@ def test_prompts_alone_may_be_lists(tmp_path):
 
 
 REFUSED = {
-    "another system prompt": ({"system": "S", "messages": chat("q", "a", system="T")}, "system says something else"),
+    "another system prompt": ({"system": "S", "messages": chat("q", "a", system="T")}, "system says something other"),
     "a system prompt that is none": ({"system": ["S"], "messages": chat("q", "a")}, "system holds a list"),
     "history beside messages": ({"messages": chat("q", "a"), "history": [["b", "c"]]}, "history stands beside"),
     "history of halves": ({"prompt": "q", "response": "a", "history": [["b", None]]}, "history holds other than"),

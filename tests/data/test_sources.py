@@ -90,7 +90,7 @@ def test_unknown_columns_are_named(tmp_path):
 
 def test_truncated_json_names_the_place(tmp_path):
     (tmp_path / "data.json").write_text('[{"a": 1},\n{"a": ')
-    refused(SourceSection(source=str(tmp_path / "data.json")), "no valid JSON at line 2.*cut short")
+    refused(SourceSection(source=str(tmp_path / "data.json")), "not valid JSON at line 2.*cut short")
 
 
 def test_empty_file_and_scalars(tmp_path):
