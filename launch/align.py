@@ -4,22 +4,7 @@ torchrun --nproc-per-node 2 launch/align.py --config launch/recipes/demo.yaml
 """
 
 from pipeline.running import entry
-
-
-def main() -> None:
-    options, experiment = entry.arguments(__doc__, checkable=True)
-
-    from pipeline.stages import checks
-
-    checks.check(experiment, "align", light=options.check)
-    if options.check:
-        return checks.check_upstream(experiment, "align")
-    from pipeline.engines.open import leave
-    from pipeline.stages import stages
-
-    stages.align(experiment)
-    leave()
-
+from pipeline.stages.command_line import run_stage
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(lambda: run_stage("align", __doc__))

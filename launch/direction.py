@@ -4,23 +4,7 @@ torchrun --nproc-per-node 8 launch/direction.py --config launch/recipes/llama_7b
 """
 
 from pipeline.running import entry
-
-
-def main() -> None:
-    options, experiment = entry.arguments(__doc__, checkable=True)
-    cell = entry.choose_cell(experiment, options.method, options.seed)
-
-    from pipeline.stages import checks
-
-    checks.check(experiment, cell, light=options.check)
-    if options.check:
-        return checks.check_upstream(experiment, "direction", cell)
-    from pipeline.engines.open import leave
-    from pipeline.stages import stages
-
-    stages.direction(experiment, cell)
-    leave()
-
+from pipeline.stages.command_line import run_stage
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(lambda: run_stage("direction", __doc__))

@@ -9,13 +9,14 @@ import argparse
 from pathlib import Path
 
 from pipeline.running import entry
+from pipeline.stages import command_line
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path, help="also write the findings to this file")
     own, rest = parser.parse_known_args()
-    options, experiment = entry.arguments(__doc__, rest)
+    options, experiment = command_line.arguments(__doc__, rest)
     if own.json is not None and not own.json.absolute().parent.is_dir():
         raise ValueError(f"--json {own.json}: its folder does not exist")
 

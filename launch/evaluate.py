@@ -10,26 +10,27 @@ visible the model is spread over all of them.
 
 import argparse
 
-from pipeline.evaluation.shards import WHOLE, Shard
+from pipeline.evaluation.shards import WHOLE, PromptSlice
 from pipeline.running import entry
+from pipeline.stages import command_line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--shard")
     own, rest = parser.parse_known_args()
-    shard = WHOLE if own.shard is None else Shard.parse(own.shard)
-    options, experiment = entry.arguments(__doc__, rest)
+    shard = WHOLE if own.shard is None else PromptSlice.parse(own.shard)
+    options, experiment = command_line.arguments(__doc__, rest)
 
-    from pipeline.stages import stages
+    from pipeline.stages import evaluate
     from pipeline.stages.layout import Layout
     from pipeline.system.system_errors import reading_input
 
     with reading_input():
         layout = Layout(experiment)
     baselines = {subject.name: subject for subject in layout.subjects() if subject.seed is None}
-    subject = baselines.get(options.method) or layout.subject(entry.choose_cell(experiment, options.method, options.seed))
-    stages.evaluate(experiment, subject, shard)
+    subject = baselines.get(options.method) or layout.subject(command_line.choose_cell(experiment, options.method, options.seed))
+    evaluate.evaluate(experiment, subject, shard)
 
 
 if __name__ == "__main__":

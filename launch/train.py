@@ -6,23 +6,7 @@ python launch/train.py --config launch/recipes/demo.yaml --method sft --train.ra
 """
 
 from pipeline.running import entry
-
-
-def main() -> None:
-    options, experiment = entry.arguments(__doc__, checkable=True)
-    cell = entry.choose_cell(experiment, options.method, options.seed)
-
-    from pipeline.stages import checks
-
-    checks.check(experiment, cell, light=options.check)
-    if options.check:
-        return checks.check_upstream(experiment, "train", cell)
-    from pipeline.engines.open import leave
-    from pipeline.stages import stages
-
-    stages.train(experiment, cell)
-    leave()
-
+from pipeline.stages.command_line import run_stage
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(lambda: run_stage("train", __doc__))

@@ -86,7 +86,7 @@ def check_writable(folder: Path, field: str) -> None:
     """
     there = _nearest(folder, field)
     if not there.is_dir():
-        raise ValueError(f"{field} {folder} cannot be written, because {there} is no folder: set {field} to another one")
+        raise ValueError(f"{field} {folder} cannot be written, because {there} is not a folder: set {field} to another one")
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
@@ -202,7 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError, RecursionError) as error:  # other OSErrors pass: they say nothing of the file
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
     if not (isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and all(map(_is_entry, manifest["files"].values()))):
-        raise ValueError(f"{path} is no manifest")
+        raise ValueError(f"{path} is not a manifest")
     if (folder / MARKER).is_file():
         _check_marker(folder, raw)
     return manifest

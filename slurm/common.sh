@@ -173,13 +173,15 @@ look() {
   [[ $STATE != step* ]] || STEPS=${STATE#step }
 }
 
-# run_on_ranks STAGE: align, filter, direction or train one cell on all ranks of the job.
+# run_on_ranks STAGE: a stage on all ranks of the job, of one cell where it is of cells.
 run_on_ranks() {
-  local arguments=(--config "$RECIPE") choice=()
-  [ "$1" = align ] || choice=(--method "${SAP_METHOD:-sap}" --seed "${SAP_SEED:-0}")
+  local arguments=(--config "$RECIPE") choice=() stages of_cells=""
+  stages=$(sap stages) || fail "sap stages failed: see above"
+  IFS=$'\t' read -r _ _ of_cells SAVES _ < <(awk -F'\t' -v name="$1" '$1 == name && $2 == "ranks"' <<<"$stages") || true
+  [ -n "$of_cells" ] || fail "'$1' is no stage that runs on ranks: SAP_STAGE takes $(awk -F'\t' '$2 == "ranks" { print $1 }' <<<"$stages" | paste -sd' ')"
+  [ "$of_cells" = no ] || choice=(--method "${SAP_METHOD:-sap}" --seed "${SAP_SEED:-0}")
   look_at "$1" ${choice[@]+"${choice[@]}"}
   leave_if_complete
-  [[ $1 == @(filter|direction) ]] || SAVES=yes
   arguments+=(${choice[@]+"${choice[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})
   step_command "$SAP_HOME/launch/$1.py" "${arguments[@]}"
   BY_FOLDER=yes

@@ -17,6 +17,7 @@ SAP_HOME=${SAP_HOME:-${SLURM_SUBMIT_DIR:?submit this script: sbatch slurm/prepar
 source "$SAP_HOME/slurm/common.sh"
 
 job_arguments launch/recipes/llama_7b_sap.yaml "$@"
-look_at prepare
+STAGE=${SAP_STAGE:-prepare} # any stage that runs in the process of `sap`
+look_at "$STAGE"
 leave_if_complete
-run_single -m pipeline.cli prepare "$RECIPE" ${SAP_METHODS:+--methods "$SAP_METHODS"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+run_single -m pipeline.cli "$STAGE" "$RECIPE" ${SAP_METHODS:+--methods "$SAP_METHODS"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}

@@ -38,9 +38,6 @@ done
 [ -n "$RECIPE" ] || { usage >&2; exit 2; }
 [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || fail "--shards is '$SHARDS': it takes a number from 1"
 [[ $NODES =~ ^([1-9][0-9]*)?$ ]] || fail "--nodes is '$NODES': it takes a number from 1"
-STAGES=(prepare align filter direction train evaluate report)
-[[ " ${STAGES[*]} " == *" $FROM "* ]] || fail "--from is '$FROM': it takes ${STAGES[*]}"
-
 SAP_HOME=${SAP_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
 [ ! -r "${SAP_SITE_ENV:-$SAP_HOME/slurm/site.env}" ] || {
   set +eu -a # modules and conda know neither -e nor -u
@@ -64,6 +61,9 @@ PYTHON+=("${SAP_PYTHON:-$SAP_HOME/.venv/bin/python}")
 if [ -d "$SAP_HOME/pipeline" ]; then
   export PYTHONPATH=$SAP_HOME${PYTHONPATH:+:$PYTHONPATH} # a checkout need not be what the environment has installed
 fi
+CHAIN=$("${PYTHON[@]}" -m pipeline.cli stages) || exit 2 # name, where it runs, whether of cells, whether it saves, needs
+mapfile -t STAGES < <(cut -f 1 <<<"$CHAIN")
+[[ " ${STAGES[*]} " == *" $FROM "* ]] || fail "--from is '$FROM': it takes ${STAGES[*]}"
 export SAP_METHODS=$METHODS SAP_EVALUATE_SHARDS=$SHARDS
 STATUS=$("${PYTHON[@]}" -m pipeline.cli status "$RECIPE" --portable ${METHODS:+--methods "$METHODS"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}) || exit 2
 mapfile -t OVERRIDES < <(sed -n 's/^# override\t//p' <<<"$STATUS") # with absolute paths: jobs start elsewhere
@@ -138,7 +138,7 @@ stage_of_one() { # STAGE SCRIPT OPTIONS...
   if [ -n "$rows" ]; then
     # What GPU jobs ask of nodes and of the queue is not what the CPU partition has.
     CLEAN=()
-    [ ${#CPU[@]} = 0 ] || [ "$1" = align ] || CLEAN=(env -u SBATCH_CONSTRAINT -u SBATCH_QOS)
+    [ ${#CPU[@]} = 0 ] || [ "$3" != "${CPU[0]}" ] || CLEAN=(env -u SBATCH_CONSTRAINT -u SBATCH_QOS)
     SAP_STAGE=$1 submit "$1" "$(basename "$(cut -f 5 <<<"$rows")")" "$BEFORE" "$2" "${@:3}"
     CLEAN=()
     BEFORE=$JOB
@@ -170,13 +170,26 @@ evaluate() {
 EVALUATE=()
 [ "$SIZE" != 70b ] || EVALUATE=(--gpus-per-node="${SAP_GPUS_PER_NODE:-8}" --mem=0) # 138 GB of weights: a node's GPUs together
 
-stage_of_one prepare slurm/prepare.sh ${CPU[@]+"${CPU[@]}"}
-stage_of_one align "$TRAIN" "${GPU[@]}"
-stage_of_cells filter slurm/filter.sh "${GPU[@]}"
-stage_of_cells direction slurm/direction.sh "${GPU[@]}"
-stage_of_cells train "$TRAIN" "${GPU[@]}"
-evaluate
-stage_of_one report slurm/report.sh ${CPU[@]+"${CPU[@]}"}
+mapfile -t LINES <<<"$CHAIN"
+for line in "${LINES[@]}"; do
+  IFS=$'\t' read -r stage where of_cells _ <<<"$line"
+  script=slurm/$stage.sh
+  case $where:$of_cells in
+    here:*)
+      [ -r "$script" ] || script=slurm/prepare.sh
+      stage_of_one "$stage" "$script" ${CPU[@]+"${CPU[@]}"}
+      ;;
+    ranks:*)
+      [ -r "$script" ] || script=$TRAIN # which does the stage that SAP_STAGE names
+      if [ "$of_cells" = yes ]; then
+        stage_of_cells "$stage" "$script" "${GPU[@]}"
+      else
+        stage_of_one "$stage" "$script" "${GPU[@]}"
+      fi
+      ;;
+    alone:*) evaluate ;;
+  esac
+done
 
 if [ ${#HELD[@]} -gt 0 ]; then
   ids=$(IFS=,; echo "${HELD[*]}")

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from pipeline.defences.recipes import recipe_class
 from pipeline.recipe.recipe import Recipe
 
 WORDS, HIDDEN, LAYERS, POSITIONS = 20, 8, 2, 64
@@ -77,6 +78,6 @@ def recipe_of(folder: Path | str, **sections: dict[str, Any]) -> Recipe:
         "train": {"steps": 1},
         "evaluate": {"harmful": SOURCE, "max_new_tokens": 8},
     }
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {"name": "t", **{name: fields | sections.get(name, {}) for name, fields in smallest.items()}}
     )

@@ -321,9 +321,10 @@ OF_THE_ENGINES = (
 COMPANIONS = "tests/training/test_companions.py::"
 ON_TWO_RANKS = "tests/distributed/test_sharded.py::test_companion_methods_on_two_ranks_equal_the_dense_reference"
 REPLACED = "tests/distributed/test_sharded.py::test_replaced_weights_are_seen_and_gone_bit_for_bit"
-SAFE_MIX, SAFETY_GRADIENT, LISA, EMA = (
-    f"pipeline/defences/{name}.py" for name in ("safe_mix", "safety_gradient", "lisa", "ema")
+SAFE_MIX, SAFETY_GRADIENT, LISA = (
+    f"pipeline/defences/{name}/step.py" for name in ("safe_mix", "safety_gradient", "lisa")
 )
+EMA = "pipeline/defences/ema/average.py"
 SAFT = "pipeline/defences/saft/saft.py"
 
 OF_THE_COMPANIONS = (

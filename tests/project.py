@@ -106,6 +106,7 @@ def make_project(folder: Path) -> dict[str, Any]:
         },
         "align": {"enabled": True, "distill_tokens": 6, "train": {**train, "steps": 2}},
         "train": train,
+        "safety_pairs": {"batch_size": 4, "refresh_every": 4},
         "evaluate": {
             "harmful": source("harmful_eval"), "harmful_prompts": 6, "harmless": source("lookalike"), "harmless_prompts": 4,
             "ordinary": source("ordinary"), "ordinary_prompts": 4, "attacks": ["prefill", "role_play"], "attack_prompts": 3,
@@ -113,8 +114,8 @@ def make_project(folder: Path) -> dict[str, Any]:
         },
         "methods": {
             "sft": {},
-            "sap": {"sap": {"enabled": True, "schedule": "lagged", "direction": "precomputed", "refresh_every": 4, "layers": [1, 2],
-                            "safety_batch_size": 4, "noise_every": 3, "correction_every": 2, "beta": 0.01, "target_correction": 0.2}},
+            "sap": {"sap": {"enabled": True, "schedule": "lagged", "direction": "precomputed", "layers": [1, 2],
+                            "noise_every": 3, "correction_every": 2, "beta": 0.01, "target_correction": 0.2}},
         },
     }  # fmt: skip
 

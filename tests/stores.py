@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
 
@@ -26,7 +26,7 @@ def layout_in(project: tuple[Path, dict], output: Path, fresh: bool = False, **c
     if not fresh:
         output.mkdir(parents=True, exist_ok=True)
         shutil.copy(project[0] / "empty.db", output / "mlflow.db")
-    return Layout(recipe.load(write_recipe(project[0], project[1] | {"output_dir": str(output)} | changes, f"{output.name}.yaml")))
+    return Layout(recipes.load(write_recipe(project[0], project[1] | {"output_dir": str(output)} | changes, f"{output.name}.yaml")))
 
 
 def closed_port() -> int:

@@ -12,6 +12,7 @@ from pipeline import artifacts
 from pipeline.defences.plain import PlainStep
 from pipeline.defences.sap.diagnostics import safety_direction
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines.engine import Engine
 from pipeline.engines.open import init_distributed, open_engine
@@ -19,7 +20,7 @@ from pipeline.model.loading import open_model
 from pipeline.model.models import decoder_layers, load_model, make_trainable
 from pipeline.model.weights import WeightFiles
 from pipeline.objectives.losses import useful_loss
-from pipeline.recipe.sections import LoraSection, ModelSection, SapSection, TrainSection
+from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
 from pipeline.training.product import save_gathered, save_merged, save_model
 from tests.project import make_tokenizer
 from tests.tiny import FAMILY_HIDDEN, FAMILY_RANK, StepBatches
@@ -28,7 +29,7 @@ LR, STEPS, WORLD = 1e-2, 3, 2
 # Adam divides a gradient that is almost zero by itself: at 1e-8 one such coordinate of 4840 moved by 4e-4 of its size with the order of a sum.
 ADAM_EPS = 1e-3
 LORA = LoraSection(r=FAMILY_RANK, alpha=10, target_modules=["q_proj", "v_proj", "down_proj"])
-SAP = SapSection(enabled=True, probe_step="rms", beta=0.02, noise_every=0, correction_every=0, safety_micro_batch_size=1)
+SAP = SapSection(enabled=True, probe_step="rms", beta=0.02, noise_every=0, correction_every=0)
 LOADS = [(adapter, dtype, tied) for adapter in ("lora", "full") for dtype in ("float32", "bfloat16") for tied in (True, False)]
 
 

@@ -132,10 +132,10 @@ def test_a_folder_that_can_be_written_is_tried_and_left_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "reason"),
     [
-        ("file/runs", r"because \S+/file is no folder"),
+        ("file/runs", r"because \S+/file is not a folder"),
         ("/proc/runs", r"\(/proc: "),
         ("x" * 300, "File name too long"),
-        ("link/runs", r"because \S+/link is no folder"),
+        ("link/runs", r"because \S+/link is not a folder"),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_refused_by_the_fields_name(tmp_path, folder, reason):

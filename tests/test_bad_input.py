@@ -11,12 +11,13 @@ from transformers import AutoTokenizer
 from pipeline import artifacts
 from pipeline.cli import main
 from pipeline.data import builtin
+from pipeline.defences import recipes
 from pipeline.evaluation.shards import WHOLE
 from pipeline.model import packable
 from pipeline.model.models import load_tokenizer
-from pipeline.recipe import recipe, strict_yaml
+from pipeline.recipe import strict_yaml
 from pipeline.recipe.sections import ModelSection
-from pipeline.stages import checks, stages
+from pipeline.stages import checks, evaluate
 from pipeline.stages.layout import Layout
 from tests.model_folder import change
 from tests.project import make_project, run, write_jsonl, write_recipe
@@ -37,7 +38,7 @@ def refused(capsys, folder: Path, content: dict, *arguments: str) -> str:
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and "Traceback" not in captured.err
     assert not (folder / "runs").exists()
     looked = main(["run", str(folder / "recipe.yaml"), *arguments, "--dry-run"])
-    assert (looked, capsys.readouterr().err) == (2, captured.err) or "cannot be had" in captured.err, "a dry run fetches nothing, and sees all else"
+    assert (looked, capsys.readouterr().err) == (2, captured.err) or "could not be loaded" in captured.err, "a dry run fetches nothing, and sees all else"
     return captured.err
 
 
@@ -49,10 +50,10 @@ CASES = {
     "fraction out of range": (["--data.harmful_fraction", "1.5"], ["data.harmful_fraction"]),
     "not a choice": (["--train.engine", "zero9"], ["train.engine", "zero3"]),
     "probe layers outside the model": (["--sap.layers", "[40]", "--sap.enabled", "true"], ["sap.layers", "0 to 3"]),
-    "batch that does not divide": (["--train.batch_size", "7"], ["train.batch_size 7 does not divide by 2 ranks", "multiple of 2"]),
-    "batch of align that does not divide": (["--align.train.batch_size", "5"], ["align.train.batch_size 5 does not divide by 2 ranks"]),
+    "batch that does not divide": (["--train.batch_size", "7"], ["train.batch_size 7 is not divisible by 2 ranks", "multiple of 2"]),
+    "batch of align that does not divide": (["--align.train.batch_size", "5"], ["align.train.batch_size 5 is not divisible by 2 ranks"]),
     "single with two ranks": (["--train.engine", "single"], ["single", "2 ranks", "zero3"]),
-    "tracking in no store": (["--tracking.uri", "htp://mlflow:5000"], ["tracking.uri", "begins with htp://, which is no store of MLflow's", "sqlite"]),
+    "tracking in no store": (["--tracking.uri", "htp://mlflow:5000"], ["tracking.uri", "begins with htp://, which is not a store that MLflow knows", "sqlite"]),
     "start that is not there": (["--train.resume_from", ".train-sft-s0-1a.work@8"], ["train.resume_from is", "there is no folder", "a training has it until it is finished"]),
     "start of another name": (["--train.resume_from", "copy@8"], ["train: resume_from is 'copy@8'", "the work folder of a training that is not finished"]),
     "alignment's start": (["--align.train.resume_from", ".align-1a.work@8"], ["align.train.resume_from is", "there is no folder"]),
@@ -63,9 +64,9 @@ CASES = {
     "unknown built-in": (["--data.task.source", "builtin:strongrejct"], ["nearest is 'builtin:strongreject'"]),
     "mapping that names no column": (["--data.task.columns.prompt", "frage"], ["data.task.columns maps prompt to 'frage'", "question, answer"]),
     "mapping to no field": (["--data.task.columns.promt", "question"], ["'promt'", "prompt"]),
-    "missing model folder": (["--model.path", "/nowhere/model"], ["model.path '/nowhere/model' is no folder"]),
+    "missing model folder": (["--model.path", "/nowhere/model"], ["model.path '/nowhere/model' is not a folder"]),
     "unknown built-in model": (["--model.path", "builtin:llama"], ["builtin:smollm2-135m-instruct"]),
-    "hub model offline": (["--model.path", "owner/name"], ["model.path 'owner/name' cannot be had"]),
+    "hub model offline": (["--model.path", "owner/name"], ["model.path 'owner/name' could not be loaded"]),
     "missing ds_config": (["--train.ds_config", "nowhere.json"], [f"ds_config {Path.cwd()}/nowhere.json does not exist"]),
     "adapter targets": (["--train.lora.target_modules", "[q_proj, w_proj]"], ["train.lora.target_modules names 'w_proj'", "q_proj"]),
     "adapter targets of align": (["--align.train.lora.target_modules", "[c_attn]"], ["align.train.lora.target_modules names 'c_attn'"]),
@@ -101,7 +102,7 @@ CASES = {
     "Lisa and the safety gradient": (["--methods.sft.lisa.enabled=true", "--methods.sft.safety_gradient.enabled=true"], ["both descend"]),
     "Lisa and the mix": (["--methods.sft.lisa.enabled=true", "--methods.sft.safe_mix.enabled=true"], ["Lisa trains on the same safe responses"]),
     "a mix that never draws": (
-        ["--methods.sap.safe_mix.enabled", "true", "--methods.sap.sap.refresh_every", "0"], ["sap.refresh_every is 0", "never draw a safety pair"]
+        ["--methods.sap.safe_mix.enabled", "true", "--methods.sap.safety_pairs.refresh_every", "0"], ["safety_pairs.refresh_every is 0", "never draw a safety pair"]
     ),
     "a warm-up without end": (["--ema.enabled", "true", "--ema.warmup_steps", "6"], ["ema.warmup_steps 6 and ema.every 1 leave no step of 6 to average"]),
     "an average that is never updated": (["--ema.enabled", "true", "--ema.every", "7"], ["ema.warmup_steps 0 and ema.every 7 leave no step of 6"]),
@@ -112,13 +113,13 @@ CASES = {
     "a decay of one": (["--ema.decay", "1.0"], ["'ema.decay' is 1.0", "less than 1"]),
     "a filter's layer outside the model": (["--saft.enabled", "true", "--saft.layer", "4"], ["saft.layer 4 is outside the model", "0 to 3"]),
     "a filter without labels": (["--saft.labelled", "0"], ["labelled 0 needs contamination"]),
-    "an output_dir below a file": (["--output_dir", "/dev/null/runs"], ["output_dir /dev/null/runs/tiny cannot be written", "/dev/null is no folder"]),
+    "an output_dir below a file": (["--output_dir", "/dev/null/runs"], ["output_dir /dev/null/runs/tiny cannot be written", "/dev/null is not a folder"]),
     "a data file whose name no system takes": (["--data.task.source", "x" * 300 + ".jsonl"], ["File name too long", "see whether the recipe names the right file"]),
     "an address for a file": (["--data.task.source", "https://ann:hunter2@host/task.jsonl"], ["--data.task.source", "is an address: download"]),
     "an address for a model": (["--model.path", "https://host/m"], ["--model.path", "is an address: download"]),
     "a folder without data": (["--data.task.source", str(TESTS)], [f"{TESTS} is a folder without a data file"]),
-    "a device for a file": (["--data.task.source", "/dev/null"], ["data.task.source /dev/null is no regular file"]),
-    "a number of ranks that nobody has": (["--train.ranks", "1000000000"], ["train.batch_size 8 does not divide by 1000000000 ranks", "or 8 ranks"]),
+    "a device for a file": (["--data.task.source", "/dev/null"], ["data.task.source /dev/null is not a regular file"]),
+    "a number of ranks that nobody has": (["--train.ranks", "1000000000"], ["train.batch_size 8 is not divisible by 1000000000 ranks", "or 8 ranks"]),
     "steps and epochs": (["--train.epochs", "1", "--train.steps", "3"], ["exactly one of steps and epochs"]),
 }
 
@@ -204,13 +205,13 @@ def test_eos_of_the_config_serves_a_tokenizer_without(project, tmp_path):
 def test_a_prompt_that_leaves_no_room_for_its_answer(project, monkeypatch):
     """Seen before weights are read; which prompts there are, the recipe alone does not tell."""
     folder, content = project
-    layout = Layout(recipe.load(write_recipe(folder, content)))
-    monkeypatch.setattr(stages, "_verify_upstream", lambda _: None)
-    monkeypatch.setattr(stages, "_prompts", lambda _: None)
-    monkeypatch.setattr(stages.artifacts, "verify", lambda _: None)
-    monkeypatch.setattr(stages, "evaluation_sets", lambda *_: {"harmful": [{"prompt": "\u20ac" * 100}]})
+    layout = Layout(recipes.load(write_recipe(folder, content)))
+    monkeypatch.setattr(evaluate, "verify_upstream", lambda _: None)
+    monkeypatch.setattr(evaluate, "make_prompts", lambda _: None)
+    monkeypatch.setattr(evaluate.artifacts, "verify", lambda _: None)
+    monkeypatch.setattr(evaluate, "evaluation_sets", lambda *_: {"harmful": [{"prompt": "\u20ac" * 100}]})
     with pytest.raises(ValueError, match=r"evaluate.max_new_tokens 6 .* 256 positions"):
-        stages._check_evaluation(layout, next(iter(layout.subjects())), WHOLE)
+        evaluate._check_evaluation(layout, next(iter(layout.subjects())), WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_ds_config_that_agrees_is_taken(project, tmp_path):
     from pipeline.engines.ds_config import read_ds_config
 
     folder, content = project
-    train = recipe.load(write_recipe(folder, content)).base.train
+    train = recipes.load(write_recipe(folder, content)).base.train
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
     config = read_ds_config(train.model_copy(update={"ds_config": path}), 2)
@@ -253,7 +254,7 @@ def test_a_token_budget_leaves_no_number_of_passes_to_the_ds_config(project, tmp
 
     folder, content = project
     path = tmp_path / "ds.json"
-    train = recipe.load(write_recipe(folder, content)).base.train
+    train = recipes.load(write_recipe(folder, content)).base.train
     train = train.model_copy(update={"ds_config": path, "tokens_per_micro_batch": 400})
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
     config = read_ds_config(train, 2)
@@ -268,7 +269,7 @@ def test_a_token_budget_leaves_no_number_of_passes_to_the_ds_config(project, tmp
 def test_packing_under_an_attention_that_gains_nothing_is_noted(project, attention):
     folder, content = project
     given = ["--model.attention", attention, "--train.packing", "true", "--train.tokens_per_micro_batch", "400"]
-    experiment = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
+    experiment = recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
     notes = [note for note in checks.check(experiment, light=True).notes if "packing" in note]
     assert notes == [f"train.packing: attention {attention} works through a packed row whole; FlashAttention (docs/performance.md) does not"]
 
@@ -325,7 +326,7 @@ def test_a_launcher_decides_for_its_own_stage_only(project):
     """The sap cell runs on this launcher's two ranks; the sft cell will run alone, as its recipe says, and is fine."""
     folder, content = project
     content = content | {"methods": content["methods"] | {"sft": {"train": {"engine": "single", "ranks": 1}}}}
-    experiment = recipe.load(write_recipe(folder, content, "mixed.yaml"))
+    experiment = recipes.load(write_recipe(folder, content, "mixed.yaml"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         checks.check(experiment, experiment.cell("sap", 0))
@@ -337,7 +338,7 @@ def test_a_launcher_decides_for_its_own_stage_only(project):
 def test_a_start_that_is_gone_stops_no_run_that_has_a_checkpoint_of_its_own(project, tmp_path, field):
     folder, content = project
     given = [f"--{field}.resume_from", ".train-sft-s0-0123456789.work@8", "--output_dir", str(tmp_path)]
-    experiment = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
+    experiment = recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
     here = "align" if field == "align.train" else experiment.cell("sft", 0)
     with pytest.raises(ValueError, match=rf"^{field}\.resume_from is .* there is no folder .*1a?[0-9]*.work: a training has it until it is finished$"):
         checks.check(experiment, here)
@@ -352,7 +353,7 @@ def test_methods_left_out_stop_no_launcher(project):
     """What --methods leaves out is in the recipe that a launch script reads: here saft, which has no labels at fraction 0."""
     folder, content = project
     content = content | {"methods": content["methods"] | {"saft": {"saft": {"enabled": True}}}}
-    experiment = recipe.load(write_recipe(folder, content, "labels.yaml"), strict_yaml.parse_overrides(["--data.harmful_fraction", "0"]))
+    experiment = recipes.load(write_recipe(folder, content, "labels.yaml"), strict_yaml.parse_overrides(["--data.harmful_fraction", "0"]))
     checks.check(experiment, "align")
     checks.check(experiment, experiment.cell("sft", 0))
     checks.check(experiment.only(["sft", "sap"]))
@@ -370,7 +371,7 @@ def test_a_report_of_one_method_is_refused(project, capsys):
 def test_a_folder_that_another_process_writes_is_refused(project, capsys):
     folder, content = project
     arguments = ["prepare", str(write_recipe(folder, content)), f"--output_dir={folder / 'held'}", "--tracking.enabled=false"]
-    target = Layout(recipe.load(folder / "recipe.yaml", {"output_dir": str(folder / "held")})).prepare()
+    target = Layout(recipes.load(folder / "recipe.yaml", {"output_dir": str(folder / "held")})).prepare()
     release = artifacts.claim(target)
     assert main(arguments) == 2 and "another process is writing" in capsys.readouterr().err
     release()

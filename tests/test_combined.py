@@ -7,11 +7,11 @@ import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.data.sets import read_rows
+from pipeline.defences import recipes
 from pipeline.evaluation.evaluate import token_loss
 from pipeline.model.loading import load_whole
-from pipeline.recipe import recipe
 from pipeline.stages.layout import Layout
-from pipeline.stages.stages import read_rows
 from pipeline.training.product import load_adapter
 from tests.project import make_project, sap, write_recipe
 
@@ -30,7 +30,7 @@ def project(tmp_path_factory) -> Path:
     content["methods"] = {
         "sft": {"train": {"engine": "single", "ranks": 1}},
         "combined": {"sap": with_sap, "saft": SAFT, "ema": EMA},
-        "mixed": {"train": {"engine": "fsdp2"}, "sap": {"refresh_every": 2}, "safe_mix": {"enabled": True}, "ema": {**EMA, "mode": "momentum"}},
+        "mixed": {"train": {"engine": "fsdp2"}, "safety_pairs": {"refresh_every": 2}, "safe_mix": {"enabled": True}, "ema": {**EMA, "mode": "momentum"}},
     }
     path = write_recipe(folder, content)
     found = sap("run", path)
@@ -40,7 +40,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def layout(project) -> Layout:
-    return Layout(recipe.load(project))
+    return Layout(recipes.load(project))
 
 
 def log(layout: Layout, method: str) -> list[dict]:
@@ -105,5 +105,5 @@ def test_a_comparison_in_mlflow_shows_the_settings_that_act(layout):
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     params = {run.data.params["method"]: run.data.params for run in runs if "method" in run.data.params}
     assert params["combined"]["ema.decay"] == "0.6" and params["combined"]["saft.layer"] == "0.5" and params["combined"]["sap.schedule"] == "lagged"
-    assert params["sft"]["ema.enabled"] == "False" and "ema.decay" not in params["sft"] and "sap.refresh_every" not in params["sft"]
-    assert params["mixed"]["sap.refresh_every"] == "2" and "sap.eps" not in params["mixed"]
+    assert params["sft"]["ema.enabled"] == "False" and "ema.decay" not in params["sft"] and "safety_pairs.refresh_every" not in params["sft"]
+    assert params["mixed"]["safety_pairs.refresh_every"] == "2" and "sap.eps" not in params["mixed"]

@@ -62,13 +62,13 @@ TWO_PROCESSES = """
 import sys, time
 from pathlib import Path
 import mlflow, mlflow.store.tracking.sqlalchemy_store
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.stages.layout import Layout
 from pipeline.tracking import run as tracking
 from pipeline.tracking.run import open_run
 
 tracking._CLOSE_SECONDS = 300.0  # two that make a store at once may need longer than a stage would wait for
-layout, key, ready = Layout(recipe.load(sys.argv[1])), sys.argv[2], Path(sys.argv[3])
+layout, key, ready = Layout(recipes.load(sys.argv[1])), sys.argv[2], Path(sys.argv[3])
 (ready / key).touch()
 while len(list(ready.iterdir())) < 2:
     time.sleep(0.01)

@@ -201,7 +201,7 @@ def test_an_attention_that_the_model_has_not_is_refused(machine, monkeypatch, ki
 def test_a_batch_that_does_not_divide_takes_fewer_gpus_and_says_so(machine):
     machine(*[gpu()] * 4)
     assert devices.ranks(train(batch_size=6)) == 3
-    assert "3 processes on 4 GPUs: NVIDIA H100, because train.batch_size 6 divides by no more" in devices.describe(
+    assert "3 processes on 4 GPUs: NVIDIA H100, because train.batch_size 6 is not divisible by more" in devices.describe(
         ModelSection(path="owner/name"), train(batch_size=6)
     )
 

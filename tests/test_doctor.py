@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from pipeline.cli import main
+from pipeline.defences import recipes
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.doctor.case import choose_cell
 from pipeline.doctor.checks import diagnose
 from pipeline.doctor.measure import central_slope
@@ -19,8 +21,6 @@ from pipeline.engines.single import SingleEngine
 from pipeline.model.models import decoder_layers
 from pipeline.objectives.batches import PairBatch
 from pipeline.objectives.losses import useful_loss
-from pipeline.recipe import recipe
-from pipeline.recipe.sections import SapSection
 from tests.project import make_project, run, sap, write_recipe
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 
@@ -265,7 +265,7 @@ def project(tmp_path_factory):
 
 def test_the_method_examined_is_the_first_with_sap(project):
     folder, content = project
-    experiment = recipe.load(write_recipe(folder, content))
+    experiment = recipes.load(write_recipe(folder, content))
     assert choose_cell(experiment, None, None).method == "sap"
     assert choose_cell(experiment, "sft", 3).seed == 3
 

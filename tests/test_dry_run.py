@@ -11,11 +11,11 @@ import yaml
 
 from pipeline import artifacts
 from pipeline.cli import main
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
+from pipeline.report.stage import ALL_STAGES
 from pipeline.running import devices
 from pipeline.stages import capacity
 from pipeline.stages.layout import Layout
-from pipeline.stages.status import STAGES
 from tests.project import ROOT, make_project, quiet, write_jsonl, write_recipe
 
 
@@ -38,11 +38,11 @@ def test_eight_lines_say_what_would_run_and_what_is_there(project, capsys):
     folder, content = project
     path = write_recipe(folder, content | {"name": "lines"})
     code, lines, _ = dry_run(capsys, path)
-    assert code == 0 and [line.split()[0] for line in lines] == ["machine", *STAGES] and len(lines) == 8
+    assert code == 0 and [line.split()[0] for line in lines] == ["machine", *ALL_STAGES] and len(lines) == 8
     assert "2 processes on the CPU" in lines[0] and "GB memory" in lines[0] and "GB disk" in lines[0]
     assert lines[3].split(maxsplit=1)[1] == "not in this recipe" and all("would run" in line for line in (*lines[1:3], *lines[4:]))
-    layout = Layout(recipe.load(path))
-    done = layout.train(recipe.load(path).cell("sft", 0))
+    layout = Layout(recipes.load(path))
+    done = layout.train(recipes.load(path).cell("sft", 0))
     done.mkdir(parents=True)
     (done / artifacts.MARKER).touch()
     _, lines, _ = dry_run(capsys, path)
@@ -84,7 +84,7 @@ def test_rows_after_the_first_fifty_and_long_fields_are_read(project, capsys):
     assert dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'long.csv'}", "--data.test_samples=4")[0] == 0
     (folder / "latin.csv").write_bytes("question,answer\ncaf\xe9,oui\n".encode("latin-1"))
     code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'latin.csv'}")
-    assert code == 2 and "the byte 0xe9 is no UTF-8: save the file as UTF-8" in error and "latin.csv, line 2)" in error
+    assert code == 2 and "the byte 0xe9 is not valid UTF-8: save the file as UTF-8" in error and "latin.csv, line 2)" in error
 
 
 BAD_CSV = {
@@ -188,7 +188,7 @@ def test_a_small_gpu_is_refused_by_the_planner(project, capsys, monkeypatch):
 def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
     folder, content = project
     content = content | {"align": content["align"] | {"enabled": False}}
-    experiment = recipe.load(write_recipe(folder, content))
+    experiment = recipes.load(write_recipe(folder, content))
     from pipeline.model.model_checks import check_model
 
     facts, cells = check_model(experiment.base), list(experiment.cells())
@@ -199,8 +199,8 @@ def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
 
 def test_pairs_that_leave_ranks_idle_are_said(project, capsys):
     folder, content = project
-    code, _, error = dry_run(capsys, write_recipe(folder, content), "--methods.sap.sap.safety_batch_size=1")
-    assert code == 0 and "note: sap.safety_batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 would take the same time" in error
+    code, _, error = dry_run(capsys, write_recipe(folder, content), "--methods.sap.safety_pairs.batch_size=1")
+    assert code == 0 and "note: safety_pairs.batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 would take the same time" in error
 
 
 def test_a_model_that_is_not_here_is_a_note(project, capsys, monkeypatch, tmp_path):

@@ -12,7 +12,9 @@ import pytest
 
 from pipeline import artifacts, cli
 from pipeline.running import entry, runner
-from pipeline.stages import checks, stages
+from pipeline.stages import checks, command_line
+from pipeline.stages import evaluate as evaluating
+from pipeline.stages import train as training
 from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
 
@@ -66,10 +68,10 @@ def train(path: Path, lr: float = 1e-3) -> int:
     """launch/train.py, in this process."""
 
     def work() -> None:
-        experiment = entry.open_recipe(str(path), {"train": {"lr": lr}})
-        cell = entry.choose_cell(experiment, None, None)
+        experiment = command_line.open_recipe(str(path), {"train": {"lr": lr}})
+        cell = command_line.choose_cell(experiment, None, None)
         checks.check(experiment, cell)
-        stages.train(experiment, cell)
+        training.train(experiment, cell)
 
     return entry.guarded(work)
 
@@ -78,8 +80,8 @@ def evaluate(path: Path) -> int:
     """launch/evaluate.py, in this process."""
 
     def work() -> None:
-        experiment = entry.open_recipe(str(path), {})
-        stages.evaluate(experiment, Layout(experiment).subject(entry.choose_cell(experiment, None, None)))
+        experiment = command_line.open_recipe(str(path), {})
+        evaluating.evaluate(experiment, Layout(experiment).subject(command_line.choose_cell(experiment, None, None)))
 
     return entry.guarded(work)
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data import builtin, contrastive
 from pipeline.data.fingerprint import fingerprint
-from pipeline.recipe import recipe, strict_yaml
+from pipeline.defences import recipes
+from pipeline.recipe import strict_yaml
 from pipeline.recipe.sections import TrainSection
 from pipeline.running import devices
 from pipeline.stages.layout import Layout, _training
@@ -24,7 +25,7 @@ def project(tmp_path_factory) -> Path:
 
 def names(path: Path, *arguments: str) -> dict[str, str]:
     """Folder names by stage, of seed 0."""
-    experiment = recipe.load(path, strict_yaml.parse_overrides(list(arguments)))
+    experiment = recipes.load(path, strict_yaml.parse_overrides(list(arguments)))
     layout = Layout(experiment)
     found = {stage: getattr(layout, stage)().name for stage in ("prepare", "prompts", "align", "report")}
     for cell in experiment.cells():
@@ -86,7 +87,7 @@ def test_folders_without_a_token_budget_are_named_as_before_there_was_one():
 
 def test_another_threshold_reads_the_embeddings_again_and_another_layer_does_not(project):
     def folders(*arguments: str) -> tuple[str, str]:
-        layout = Layout(recipe.load(project, strict_yaml.parse_overrides(["--saft.enabled=true", *arguments])))
+        layout = Layout(recipes.load(project, strict_yaml.parse_overrides(["--saft.enabled=true", *arguments])))
         cell = next(layout.experiment.cells())
         return layout.embeddings(cell).name, layout.filter(cell).name
 
@@ -101,11 +102,11 @@ def test_another_threshold_reads_the_embeddings_again_and_another_layer_does_not
 @pytest.mark.parametrize(
     ("enabled", "argument", "matters"),
     [
-        ("safe_mix", "--sap.refresh_every=3", True),
+        ("safe_mix", "--safety_pairs.refresh_every=3", True),
         ("safe_mix", "--sap.eps=0.4", False),
         ("lisa", "--lisa.rho=9", True),
         ("saft", "--saft.layer=1", True),
-        ("ema", "--sap.refresh_every=3", False),
+        ("ema", "--safety_pairs.refresh_every=3", False),
     ],
 )
 def test_settings_count_where_they_act(project, enabled, argument, matters):
@@ -116,7 +117,7 @@ def test_settings_count_where_they_act(project, enabled, argument, matters):
 def test_what_is_evaluated_is_what_was_trained(project):
     """An adapter on the start model, or a model of its own; both belong to the train stage's folder."""
     for adapter in ("lora", "full"):
-        layout = Layout(recipe.load(project, strict_yaml.parse_overrides([f"--train.adapter={adapter}"])))
+        layout = Layout(recipes.load(project, strict_yaml.parse_overrides([f"--train.adapter={adapter}"])))
         cell = next(layout.experiment.cells())
         subject, folder = layout.subject(cell), layout.train(cell)
         assert subject.trained == folder
@@ -158,7 +159,7 @@ def test_built_in_texts_and_archives_count(project, monkeypatch):
 def test_a_layout_is_settled_when_it_is_made(project, tmp_path):
     """A file that changes while a stage runs must not change where the stage writes."""
     write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "b"}])
-    layout = Layout(recipe.load(project, {"data": {"task": {"source": str(tmp_path / "task.jsonl")}}}))
+    layout = Layout(recipes.load(project, {"data": {"task": {"source": str(tmp_path / "task.jsonl")}}}))
     before = layout.prepare()
     write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "other"}])
     assert layout.prepare() == before

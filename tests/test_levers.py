@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.bench import levers
 from pipeline.bench.levers import HEADER, Levers, Row, table
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from tests.project import make_project, run, sap, write_recipe
 
 pytestmark = pytest.mark.processes
@@ -17,14 +17,15 @@ def prepared(tmp_path_factory):
     raw = make_project(folder)
     raw["align"] = {"enabled": False}
     raw["train"] |= {"engine": "single", "ranks": 1}
-    raw["methods"]["sap"]["sap"] |= {"schedule": "exact", "direction": "live", "refresh_every": 2}
+    raw["methods"]["sap"]["sap"] |= {"schedule": "exact", "direction": "live"}
+    raw["safety_pairs"]["refresh_every"] = 2
     path = write_recipe(folder, raw)
     assert sap("prepare", path).returncode == 0
     return path
 
 
 def rows(path, at, **changes) -> list[Row]:
-    experiment = recipe.load(path, changes)
+    experiment = recipes.load(path, changes)
     return list(Levers(experiment, experiment.cell("sap", 0)).measured(at))
 
 

@@ -252,7 +252,7 @@ def test_training_and_evaluation_quantise_on_the_same_device(tmp_path, monkeypat
 def test_what_cannot_be_had_is_one_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="model.path 'no/such-model' cannot be had") as caught:
+    with pytest.raises(ValueError, match="model.path 'no/such-model' could not be loaded") as caught:
         open_model(section("no/such-model"), "no/such-model", sharded=True)
     assert "\n" not in str(caught.value)
 

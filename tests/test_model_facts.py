@@ -113,11 +113,11 @@ def quantised(folder: Path) -> None:
 
 
 BROKEN = {
-    "config is no JSON": (text("config.json", '{"a": 1,\n "b"'), ["config.json is no valid JSON", "line 2"]),
-    "config is a list": (text("config.json", "[1]"), ["config.json holds no JSON object"]),
-    "config is no text": (text("config.json", b"\xff\xfe\x00"), ["config.json is no valid JSON"]),
+    "config is no JSON": (text("config.json", '{"a": 1,\n "b"'), ["config.json is not valid JSON", "line 2"]),
+    "config is a list": (text("config.json", "[1]"), ["config.json does not hold a JSON object"]),
+    "config is no text": (text("config.json", b"\xff\xfe\x00"), ["config.json is not valid JSON"]),
     "empty config": (text("config.json", ""), ["config.json is empty"]),
-    "generation config": (text("generation_config.json", "{"), ["generation_config.json is no valid JSON"]),
+    "generation config": (text("generation_config.json", "{"), ["generation_config.json is not valid JSON"]),
     "pointer for weights": (text("model.safetensors", LFS), ["model.safetensors is a Git LFS pointer", "git lfs pull"]),
     "pointer for the tokenizer": (text("tokenizer.json", LFS), ["tokenizer.json is a Git LFS pointer"]),
     "pointer for a shard": (sharded(text(SECOND, LFS)), [f"{SECOND} is a Git LFS pointer"]),
@@ -125,12 +125,12 @@ BROKEN = {
     "weights cut in the header": (cut_header, ["model.safetensors is cut short, within its header"]),
     "weights too long": (resized("model.safetensors", 7), ["model.safetensors is too long"]),
     "weights are something else": (
-        text("model.safetensors", b"<html>" + bytes(900)), ["model.safetensors is no safetensors file"]
+        text("model.safetensors", b"<html>" + bytes(900)), ["model.safetensors is not a safetensors file"]
     ),
     "no weights at all": (text("model.safetensors", ""), ["model.safetensors is empty"]),
     "a shard is missing": (sharded(without(FIRST)), [f"lacks {FIRST}"]),
     "no index": (sharded(without(INDEX)), [f"neither model.safetensors nor {INDEX}"]),
-    "index is no JSON": (sharded(text(INDEX, "{")), [f"{INDEX} is no valid JSON"]),
+    "index is no JSON": (sharded(text(INDEX, "{")), [f"{INDEX} is not valid JSON"]),
     "index of nothing": (sharded(text(INDEX, "{}")), ["has no weight_map"]),
     "index is wrong": (sharded(moved_in_index), [f"lists model.norm.weight in {SECOND}, which does not hold it"]),
     "a tensor twice": (sharded(twice), ["holds model.norm.weight twice"]),
@@ -138,7 +138,7 @@ BROKEN = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["pickled weights only", "save_pretrained"]
     ),
     "an adapter": (text("adapter_config.json", "{}"), ["holds an adapter", "merge it"]),
-    "tokenizer is no JSON": (text("tokenizer.json", "{"), ["tokenizer.json is no valid JSON"]),
+    "tokenizer is no JSON": (text("tokenizer.json", "{"), ["tokenizer.json is not valid JSON"]),
     "tokenizer without vocabulary": (text("tokenizer.json", '{"model": {}}'), ["tokenizer.json has no vocabulary"]),
     "no tokenizer": (without("tokenizer.json"), ["holds no tokenizer"]),
     "no chat template": (without("chat_template.jinja"), ["has no chat template", "model.chat_template"]),
@@ -400,7 +400,7 @@ def test_targets_are_pefts(targets, count):
             "q_proj",
             "'q_proj' matches no linear module: as a string it is all-linear, for all but the head, or a regular",
         ),
-        (".*", "takes in model.norm, which is no linear module"),
+        (".*", "takes in model.norm, which is not a linear module"),
     ],
 )
 def test_targets_that_are_none(targets, expected):

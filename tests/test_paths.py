@@ -12,13 +12,14 @@ import yaml
 
 from pipeline import artifacts, shipped
 from pipeline.data import sources
+from pipeline.defences import recipes
+from pipeline.defences.recipes import recipe_class
 from pipeline.model import model_files
-from pipeline.recipe import recipe
 from pipeline.recipe.paths import section_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import PathField, SourceSection
 from pipeline.recipe.strict_yaml import parse_overrides
-from pipeline.running import entry
+from pipeline.stages import command_line
 
 SHIPPED = shipped.FOLDER
 
@@ -86,10 +87,10 @@ def test_a_file_s_paths_are_relative_to_it_and_overrides_to_the_working_director
     def places(folder: Path) -> str:
         return expected.format(folder).replace(f"{folder}/..", str(folder.parent))
 
-    assert value(recipe.load(path).base, field) == places(tmp_path / "recipes")
-    assert value(recipe.load(os.path.relpath(path)).base, field) == places(tmp_path / "recipes")
+    assert value(recipes.load(path).base, field) == places(tmp_path / "recipes")
+    assert value(recipes.load(os.path.relpath(path)).base, field) == places(tmp_path / "recipes")
     given = parse_overrides([f"--{field}", text])
-    assert value(recipe.load(write(path, **steps), given).base, field) == places(elsewhere)
+    assert value(recipes.load(write(path, **steps), given).base, field) == places(elsewhere)
 
 
 @pytest.mark.parametrize("field", RELATIVE)
@@ -105,7 +106,7 @@ def test_home_and_variables_expand_in_every_path(tmp_path, elsewhere, monkeypatc
     }  # fmt: skip
     for text, expected in written.items():
         path = write(tmp_path / "mine.yaml", **steps, **{field: f"{prefix}{text}{ending}"})
-        assert value(recipe.load(path).base, field) == f"{prefix}{expected}{ending}"
+        assert value(recipes.load(path).base, field) == f"{prefix}{expected}{ending}"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_home_and_variables_expand_in_every_path(tmp_path, elsewhere, monkeypatc
     ],
 )
 def test_what_is_no_path_stays(tmp_path, field, text):
-    assert value(recipe.load(write(tmp_path / "mine.yaml", **{field: text})).base, field) == text
+    assert value(recipes.load(write(tmp_path / "mine.yaml", **{field: text})).base, field) == text
 
 
 def test_every_field_that_holds_a_path_is_marked():
@@ -138,7 +139,7 @@ def test_every_field_that_holds_a_path_is_marked():
                 if not any(isinstance(marker, PathField) for marker in field.metadata):
                     yield f"{prefix}{name}"
 
-    assert list(unmarked(Recipe)) == []
+    assert list(unmarked(recipe_class())) == []
 
 
 def test_a_parents_paths_are_relative_to_the_parent(tmp_path, elsewhere):
@@ -147,7 +148,7 @@ def test_a_parents_paths_are_relative_to_the_parent(tmp_path, elsewhere):
     methods = {"sft": {"train": {"ds_config": "sft.json"}}}
     own = {"extends": "../shared/base.yaml", "model": {"path": "./llama"}, "methods": methods}
     child = write_raw(tmp_path / "own" / "mine.yaml", own)
-    loaded = recipe.load(child)
+    loaded = recipes.load(child)
     assert value(loaded.base, "data.task.source") == str(tmp_path / "shared" / "rows.jsonl")
     assert loaded.base.output_dir == tmp_path / "shared" / "runs"
     assert loaded.base.model.path == str(tmp_path / "own" / "llama")
@@ -157,9 +158,9 @@ def test_a_parents_paths_are_relative_to_the_parent(tmp_path, elsewhere):
 def test_extends_expands_and_may_name_a_shipped_recipe(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES", str(tmp_path / "shared"))
     write(tmp_path / "shared" / "base.yaml", name="base")
-    assert recipe.load(write_raw(tmp_path / "own" / "mine.yaml", {"extends": "$RECIPES/base.yaml"})).base.name == "base"
+    assert recipes.load(write_raw(tmp_path / "own" / "mine.yaml", {"extends": "$RECIPES/base.yaml"})).base.name == "base"
     for name in ("launch/recipes/demo.yaml", "demo.yaml"):
-        loaded = recipe.load(write_raw(tmp_path / "own" / "mine.yaml", {"extends": name, "name": "mine"})).base
+        loaded = recipes.load(write_raw(tmp_path / "own" / "mine.yaml", {"extends": name, "name": "mine"})).base
         assert loaded.extends == SHIPPED / "launch" / "recipes" / "demo.yaml"
         assert loaded.data.task.source == "builtin:text_to_sql"
         assert loaded.output_dir == tmp_path / "own" / "runs", "beside the recipe that was given"
@@ -167,7 +168,7 @@ def test_extends_expands_and_may_name_a_shipped_recipe(tmp_path, monkeypatch):
 
 def test_a_grids_paths_are_resolved_and_its_cells_have_the_same_names_everywhere(tmp_path):
     grid = {"train.ds_config": ["one.json", "sub/two.json"]}
-    loaded = recipe.load(write(tmp_path / "mine.yaml", methods={"sft": {"grid": grid}}))
+    loaded = recipes.load(write(tmp_path / "mine.yaml", methods={"sft": {"grid": grid}}))
     assert {cell.method: cell.recipe.train.ds_config for cell in loaded.cells()} == {
         "sft.ds_config_one.json": tmp_path / "one.json",
         "sft.ds_config_two.json": tmp_path / "sub" / "two.json",
@@ -176,18 +177,18 @@ def test_a_grids_paths_are_resolved_and_its_cells_have_the_same_names_everywhere
 
 def test_a_folder_beside_the_recipe_is_the_model_and_else_it_is_a_hub_id(tmp_path, elsewhere):
     path = write(tmp_path / "mine.yaml", **{"model.path": "models/llama"})
-    assert recipe.load(path).base.model.path == "models/llama"
+    assert recipes.load(path).base.model.path == "models/llama"
     (tmp_path / "models" / "llama").mkdir(parents=True)
-    assert recipe.load(path).base.model.path == str(tmp_path / "models" / "llama")
-    loaded = recipe.load(write(path, **{"model.path": "deep/models/llama"})).base
-    with pytest.raises(ValueError, match=f"model.path '{tmp_path}/deep/models/llama' is no folder"):
+    assert recipes.load(path).base.model.path == str(tmp_path / "models" / "llama")
+    loaded = recipes.load(write(path, **{"model.path": "deep/models/llama"})).base
+    with pytest.raises(ValueError, match=f"model.path '{tmp_path}/deep/models/llama' is not a folder"):
         model_files.model_location(loaded.model)
 
 
 def test_a_hub_id_that_the_working_directory_shadows_is_refused(tmp_path, elsewhere):
     """transformers and datasets would read the folder: what is trained would depend on where the command runs."""
     (elsewhere / "owner" / "model").mkdir(parents=True)
-    loaded = recipe.load(write(tmp_path / "mine.yaml")).base
+    loaded = recipes.load(write(tmp_path / "mine.yaml")).base
     assert loaded.model.path == "owner/model"
     with pytest.raises(ValueError, match=f"model.path 'owner/model' is a hub id, but {elsewhere}/owner/model exists"):
         model_files.model_location(loaded.model)
@@ -198,18 +199,18 @@ def test_a_hub_id_that_the_working_directory_shadows_is_refused(tmp_path, elsewh
 def test_ds_config_is_the_recipes_own_file_before_a_shipped_one(tmp_path):
     for name in ("ds_configs/zero3_70b.json", "zero3_70b.json"):
         path = write(tmp_path / "mine.yaml", **{"train.ds_config": name})
-        assert recipe.load(path).base.train.ds_config == SHIPPED / "ds_configs" / "zero3_70b.json"
+        assert recipes.load(path).base.train.ds_config == SHIPPED / "ds_configs" / "zero3_70b.json"
     (tmp_path / "zero3_70b.json").write_text("{}")
-    assert recipe.load(path).base.train.ds_config == tmp_path / "zero3_70b.json"
+    assert recipes.load(path).base.train.ds_config == tmp_path / "zero3_70b.json"
 
 
 def test_runs_go_beside_a_recipe_and_of_a_shipped_one_to_the_working_directory(tmp_path, elsewhere):
-    assert recipe.load(write(tmp_path / "mine.yaml")).base.output_dir == tmp_path / "runs"
+    assert recipes.load(write(tmp_path / "mine.yaml")).base.output_dir == tmp_path / "runs"
     for name in ("demo", "demo.yaml", "launch/recipes/demo.yaml", str(SHIPPED / "launch" / "recipes" / "demo.yaml")):
-        loaded = recipe.load(name)
+        loaded = recipes.load(name)
         assert loaded.base.output_dir == elsewhere / "runs"
         assert loaded.path == SHIPPED / "launch" / "recipes" / "demo.yaml"
-    assert recipe.load("demo", {"output_dir": "other"}).base.output_dir == elsewhere / "other"
+    assert recipes.load("demo", {"output_dir": "other"}).base.output_dir == elsewhere / "other"
 
 
 @pytest.mark.parametrize("recipe_of", ["mine.yaml", "demo"])
@@ -221,12 +222,12 @@ def test_a_process_in_another_folder_is_told_the_same(tmp_path, elsewhere, monke
     monkeypatch.chdir(here)
     monkeypatch.setenv("ONLY_HERE", "rows")
     given = ["--data.task.source", "$ONLY_HERE.jsonl", "--train.ds_config=zero3_70b.json", "--tracking.uri=sqlite:///m.db"]
-    loaded = recipe.load(recipe_of, parse_overrides(given))
+    loaded = recipes.load(recipe_of, parse_overrides(given))
     assert value(loaded.base, "data.task.source") == str(here / "rows.jsonl")
     monkeypatch.delenv("ONLY_HERE")
     path, *arguments = loaded.arguments()
     monkeypatch.chdir(elsewhere)
-    assert recipe.load(path, parse_overrides(arguments)).base == loaded.base
+    assert recipes.load(path, parse_overrides(arguments)).base == loaded.base
 
 
 BAD = {
@@ -249,7 +250,7 @@ def test_what_cannot_be_expanded_is_one_sentence_with_field_and_place(tmp_path, 
         ({"methods": methods}, [], f"{path}: methods.sft.train.ds_config"),
     ):
         with pytest.raises(ValueError) as caught:
-            recipe.load(write(path, **file), parse_overrides(overrides))
+            recipes.load(write(path, **file), parse_overrides(overrides))
         assert str(caught.value).startswith(f"{where} is '{text}', {BAD[text]}")
 
 
@@ -257,27 +258,27 @@ def test_a_variable_is_asked_for_only_where_its_value_is_used(tmp_path, monkeypa
     monkeypatch.delenv("NOT_SET", raising=False)
     write(tmp_path / "base.yaml", output_dir="$NOT_SET/runs")
     child = write_raw(tmp_path / "mine.yaml", {"extends": "base.yaml"})
-    assert recipe.load(child, {"output_dir": "/given"}).base.output_dir == Path("/given")
+    assert recipes.load(child, {"output_dir": "/given"}).base.output_dir == Path("/given")
     write_raw(child, {"extends": "base.yaml", "output_dir": "own"})
-    assert recipe.load(child).base.output_dir == tmp_path / "own"
+    assert recipes.load(child).base.output_dir == tmp_path / "own"
     with pytest.raises(ValueError, match="base.yaml: output_dir is '[$]NOT_SET/runs', but the variable NOT_SET is not"):
-        recipe.load(write_raw(child, {"extends": "base.yaml"}))
+        recipes.load(write_raw(child, {"extends": "base.yaml"}))
 
 
 def test_a_shipped_recipe_that_stands_in_is_said_once(elsewhere, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    entry.open_recipe("launch/recipes/demo.yaml", {})
+    command_line.open_recipe("launch/recipes/demo.yaml", {})
     name = "launch/recipes/demo.yaml"
     assert capsys.readouterr().err == f"no file {elsewhere}/{name}: the recipe is the shipped {SHIPPED}/{name}\n"
     monkeypatch.setenv("RANK", "1")
-    entry.open_recipe("launch/recipes/demo.yaml", {})
+    command_line.open_recipe("launch/recipes/demo.yaml", {})
     assert capsys.readouterr().err == ""
 
 
 def test_a_recipe_that_is_nowhere_is_told_with_the_path_and_the_names_there_are(elsewhere):
     for name in ("none.yaml", "other/recipes/demo.yaml", "launch/recipes/../demo.yaml"):
         with pytest.raises(ValueError, match=f"no recipe at {elsewhere}/{name}: .*ships with the package .*demo, "):
-            recipe.load(name)
+            recipes.load(name)
 
 
 def test_the_revision_is_that_of_the_repository_that_holds_the_package(tmp_path):

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from pipeline import artifacts
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from tests.project import make_project, run, write_recipe
 
 pytestmark = pytest.mark.processes
@@ -64,4 +64,4 @@ def test_a_file_system_whose_modes_are_fixed_is_said_and_does_not_end_the_stage(
 
 def test_a_method_has_no_permissions_of_its_own(project):
     with pytest.raises(ValueError, match="method 'sft' overrides permissions"):
-        recipe.load(project, {"methods": {"sft": {"permissions": "all"}}})
+        recipes.load(project, {"methods": {"sft": {"permissions": "all"}}})

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from pipeline.defences import recipes
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.doctor.resources import held_weights
 from pipeline.engines.ds_config import read_ds_config
 from pipeline.engines.open import init_distributed, largest_of_ranks
@@ -29,13 +31,14 @@ from pipeline.planner import planner
 from pipeline.planner.planner import Plan, estimate, estimate_training, plan_cell
 from pipeline.recipe import recipe
 from pipeline.recipe.layer_choice import probed_layers
-from pipeline.recipe.sections import LoraSection, SapSection, TrainSection
+from pipeline.recipe.sections import LoraSection, TrainSection
 from pipeline.running import devices
-from pipeline.stages import capacity, stages
+from pipeline.stages import capacity, on_ranks
 from pipeline.stages.layout import Layout
 from tests.distributed.ranks import spawn
 from tests.project import ROOT, make_project, write_recipe
 from tests.tiny import FAMILIES, FAMILY_RANK, StepBatches, family_model
+from tests.training.companions import recipe_of
 
 # Llama 2 as published: hidden size, intermediate size, layers, heads, key heads (arXiv 2307.09288); then its number of weights.
 LLAMA_2 = {
@@ -52,10 +55,12 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, keys: int, vo
     )  # fmt: skip
 
 
-def planned(config, train: TrainSection, sap: SapSection | None = None, ranks: int = 1, zero: dict | None = None, width: int = 4,
+def planned(config, train: TrainSection, sections: dict | SapSection | None = None, ranks: int = 1, zero: dict | None = None, width: int = 4,
             quantization: str = "none", lengths: tuple[int, int] = (64, 32)) -> Plan:  # fmt: skip
+    """sections: of a recipe; SAP's may stand for all of them."""
     eager = config._attn_implementation == "eager"
-    return estimate(of_config(config), train, sap or SapSection(), {"zero_optimization": zero or {}}, width, quantization, ranks, *lengths, eager)
+    of_cell = recipe_of(**({"sap": sections} if isinstance(sections, SapSection) else sections or {}))
+    return estimate(of_config(config), train, of_cell, {"zero_optimization": zero or {}}, width, quantization, ranks, *lengths, eager)
 
 
 def of_config(config):
@@ -69,12 +74,12 @@ def bytes_of(plan: Plan, part: str) -> float:
 
 def shipped(name: str, size: str, ranks: int, method: str = "sap") -> Plan:
     """A shipped recipe's plan, with the config as it is known here: the hub's is gated."""
-    found = recipe.load(ROOT / "launch" / "recipes" / f"{name}.yaml").cell(method, 0).recipe
+    found = recipes.load(ROOT / "launch" / "recipes" / f"{name}.yaml").cell(method, 0).recipe
     train, lengths = found.train, (found.data.max_length, found.data.safety_max_length)
     if train.ds_config == "auto":  # as on GPUs
         train = train.model_copy(update={"ds_config": ROOT / "ds_configs" / "zero3.json"})
     facts = of_config(llama(*LLAMA_2[size][:5]))
-    return estimate(facts, train, found.sap, read_ds_config(train, ranks), 2, found.model.quantization, ranks, *lengths)
+    return estimate(facts, train, found, read_ds_config(train, ranks), 2, found.model.quantization, ranks, *lengths)
 
 
 # ---- the recipes -----------------------------------------------------------------------------------------------------------------------------
@@ -105,11 +110,11 @@ def test_every_recipe_fits_the_gpus_that_it_names_with_headroom(name, size, rank
 def test_the_script_of_a_recipe_asks_for_its_ranks(name, size):
     header = (ROOT / "slurm" / f"sap_{size}.sh").read_text()
     nodes, tasks = (int(re.search(rf"^#SBATCH --{option}=(\d+)$", header, re.MULTILINE)[1]) for option in ("nodes", "ntasks-per-node"))
-    assert recipe.load(ROOT / "launch" / "recipes" / f"{name}.yaml").base.train.ranks == nodes * tasks
+    assert recipes.load(ROOT / "launch" / "recipes" / f"{name}.yaml").base.train.ranks == nodes * tasks
 
 
 def test_the_recipes_probe_the_same_part_of_every_depth():
-    found = {size: probed_layers(shipped(f"llama_{size}_sap", size, 8).sap.layers, LLAMA_2[size][2]) for size in LLAMA_2}
+    found = {size: probed_layers(shipped(f"llama_{size}_sap", size, 8).defences[0][1].layers, LLAMA_2[size][2]) for size in LLAMA_2}
     assert found == {"7b": list(range(11, 21)), "13b": list(range(14, 26)), "70b": list(range(28, 52))}
 
 
@@ -145,7 +150,7 @@ def test_the_counted_adapter_is_that_of_the_targets(targets):
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_twice_the_ranks_hold_half_the_weights_and_do_half_the_work(engine):
     train = TrainSection(steps=1, engine=engine, batch_size=32, micro_batch_size=2, gradient_checkpointing=True, lora=LoraSection(r=16))
-    sap = SapSection(enabled=True, safety_batch_size=16, safety_micro_batch_size=1)
+    sap = {"sap": {"enabled": True}, "safety_pairs": {"batch_size": 16, "micro_batch_size": 1}}
     four, eight = (planned(llama(256, 512, 4, 8, 8), train, sap, ranks, width=2) for ranks in (4, 8))
     assert bytes_of(eight, "frozen weights") == bytes_of(four, "frozen weights") / 2
     for part in ("trained weights", "gradients", "AdamW's moments"):
@@ -224,7 +229,7 @@ def watched_passes(engine, plan: Plan, rank: int) -> dict[str, tuple[int, int]]:
 
     Coordinator.fetch_sub_module = fetching
     setattr(Coordinator, gather, gathering)
-    batches, probe = StepBatches(rank, 2), Probe(decoder_layers(engine.module), plan.sap.layers, plan.model.hidden)
+    batches, probe = StepBatches(rank, 2), Probe(decoder_layers(engine.module), plan.defences[0][1].layers, plan.model.hidden)
 
     def main() -> int:
         engine.forward_backward(useful_loss, batches.useful(0))
@@ -414,19 +419,19 @@ def test_auto_recomputes_the_fewest_layers_that_fit():
 def test_a_training_recomputes_the_layers_that_are_planned_and_others_all(tmp_path, monkeypatch, capsys):
     content = make_project(tmp_path)
     content["train"] |= {"engine": "single", "ranks": 1, "gradient_checkpointing": "auto"}
-    experiment = recipe.load(write_recipe(tmp_path, content))
+    experiment = recipes.load(write_recipe(tmp_path, content))
     cell, location = experiment.cell("sft", 0), str(tmp_path / "model")
     plan = estimate_training(experiment.base, outlined(experiment.base.model), cell.recipe.train, cell.recipe, 1, "float32")
     memory = (replace(plan, recomputed=2).total() + replace(plan, recomputed=1).total()) / 2
     monkeypatch.setattr(capacity, "_fillable", lambda ranks: memory)
-    engine = stages.start_engine(experiment.base, location, cell.recipe.train, 0, cell.recipe)
+    engine = on_ranks.start_engine(experiment.base, location, cell.recipe.train, 0, cell.recipe)
     assert [bool(layer.gradient_checkpointing) for layer in decoder_layers(engine.module)] == [True, True, False, False]
     assert "2 decoder layers recompute their activations (gradient_checkpointing auto)" in capsys.readouterr().err
     layout = Layout(experiment)
     monkeypatch.setattr(Layout, "start_model", lambda self: location)
     for target, recomputing in ((layout.train(cell), 2), (layout.direction(cell), 4)):  # direction's passes are not what is planned
         target.parent.mkdir(parents=True, exist_ok=True)
-        opened, _ = stages._open_start(layout, cell, target)
+        opened, _ = on_ranks.open_start(layout, cell, target)
         assert sum(bool(layer.gradient_checkpointing) for layer in decoder_layers(opened.module)) == recomputing
 
 
@@ -472,7 +477,7 @@ def test_passes_take_the_flops_that_torch_counts(adapter, checkpointing, keys):
         steps=1, engine="single", batch_size=4, micro_batch_size=2, adapter=adapter, gradient_checkpointing=checkpointing,
         lora=LoraSection(r=4),
     )  # fmt: skip
-    plan = planned(config, train, SapSection(enabled=True, layers=[2, 3], safety_micro_batch_size=1))
+    plan = planned(config, train, {"sap": {"enabled": True, "layers": [2, 3]}, "safety_pairs": {"micro_batch_size": 1}})
     torch.manual_seed(0)
     module = make_trainable(LlamaForCausalLM(config), train, seed=0).train()
     engine = SingleEngine(module, torch.optim.AdamW([p for p in module.parameters() if p.requires_grad]), 1.0)
@@ -516,11 +521,11 @@ def local_recipe(folder, **sections) -> recipe.Experiment:
         "name": "small", "model": {"path": str(folder / "model"), "dtype": "float32"}, "evaluate": {"harmful": {"source": "owner/h"}},
         "data": {"task": {"source": "owner/t"}, "safety": {"source": "owner/s"}},
         "train": {"steps": 5, "batch_size": 16, "micro_batch_size": 2, "ds_config": str(ROOT / "ds_configs" / "zero3.json")},
-        "sap": {"enabled": True, "safety_batch_size": 8}, "methods": {"sap": {}},
+        "sap": {"enabled": True}, "safety_pairs": {"batch_size": 8}, "methods": {"sap": {}},
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw | sections))
-    return recipe.load(path)
+    return recipes.load(path)
 
 
 def test_attention_that_is_left_to_the_machine_is_planned_as_on_a_gpu(tmp_path, monkeypatch):
@@ -546,32 +551,33 @@ def test_the_table_of_a_cell_adds_up_and_reads_no_weights(tmp_path):
 def test_a_config_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     experiment = local_recipe(tmp_path)
     cell = experiment.cell("sap", 0)
-    with pytest.raises(ValueError, match="train.batch_size 16 does not divide by 3 ranks: use a multiple of 3, or 2 ranks"):
+    with pytest.raises(ValueError, match="train.batch_size 16 is not divisible by 3 ranks: use a multiple of 3, or 2 ranks"):
         plan_cell(experiment, cell, ranks=3, gpu_gb=80)
     hub = local_recipe(tmp_path, model={"path": "owner/gated"})
     monkeypatch.setattr(AutoConfig, "from_pretrained", Mock(side_effect=OSError("401 Client Error")))
-    with pytest.raises(ValueError, match="model.path 'owner/gated' cannot be had: .*401 Client Error"):
+    with pytest.raises(ValueError, match="model.path 'owner/gated' could not be loaded: .*401 Client Error"):
         plan_cell(hub, hub.cell("sap", 0), ranks=4, gpu_gb=80)
 
 
 # ---- companion methods -----------------------------------------------------------------------------------------------------------------------
 
 
-def with_parts(*parts: str, **sap) -> Plan:
-    plan = planned(llama(64, 128, 2, 4, 4, 97), TrainSection(steps=1, batch_size=8, micro_batch_size=2), SapSection(safety_batch_size=4, **sap))
-    return replace(plan, parts=parts)
+def with_parts(*parts: str, **pairs) -> Plan:
+    sections = {part: {"enabled": True} for part in parts} | {"safety_pairs": {"batch_size": 4, **pairs}}
+    return planned(llama(64, 128, 2, 4, 4, 97), TrainSection(steps=1, batch_size=8, micro_batch_size=2), sections)
 
 
 def test_a_method_that_keeps_a_vector_takes_four_bytes_a_trained_weight():
     trained = bytes_of(with_parts(), "AdamW's moments") / 8
-    assert bytes_of(with_parts("ema"), "vectors of methods") == 4 * trained
-    assert bytes_of(with_parts("ema", "lisa"), "vectors of methods") == 8 * trained
-    assert not [row for row in with_parts("safe_mix").rows() if row.part == "vectors of methods"]
+    both = with_parts("ema", "lisa")
+    assert bytes_of(with_parts("ema"), "EMA's average") == bytes_of(both, "EMA's average") == bytes_of(both, "Lisa's w_last") == 4 * trained
+    assert [row.part for row in both.rows()].count("updates of what is kept") == 1, "one at a time"
+    assert with_parts("safe_mix").total() == with_parts().total()
     assert with_parts("ema").total() > with_parts().total()
 
 
 def test_a_control_costs_the_passes_that_it_makes():
-    ratio = lambda *parts, **sap: (lambda step, plain: step / plain)(*with_parts(*parts, **sap).flops())  # noqa: E731
+    ratio = lambda *parts, **pairs: (lambda step, plain: step / plain)(*with_parts(*parts, **pairs).flops())  # noqa: E731
     assert ratio() == ratio("ema") == 1.0
     every, fourth = ratio("safety_gradient", refresh_every=1), ratio("safety_gradient", refresh_every=4)
     assert every - 1 == pytest.approx(4 * (fourth - 1)) and fourth > 1

@@ -3,8 +3,8 @@
 import pytest
 
 from pipeline import artifacts
-from pipeline.recipe import recipe
-from pipeline.stages import stages
+from pipeline.defences import recipes
+from pipeline.stages import direction, evaluate, on_ranks, prepare, train
 from pipeline.stages.layout import Layout
 from tests.project import make_project, sap, write_recipe
 
@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     raw["evaluate"] |= {"baselines": False}
     path = write_recipe(folder, raw)
     assert sap("run", path, "--methods", "sap").returncode == 0
-    return recipe.load(path)
+    return recipes.load(path)
 
 
 @pytest.mark.processes
@@ -40,12 +40,12 @@ def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(train
     subject = layout.subject(cell)
     from pipeline.report import stage as report_stage
 
-    one = recipe.load(trained.path, {"methods": {"sft": None}}) if stage == "report" else trained
+    one = recipes.load(trained.path, {"methods": {"sft": None}}) if stage == "report" else trained
     target, run = {
-        "train": (layout.train(cell), lambda: stages.train(trained, cell)),
-        "direction": (layout.direction(cell), lambda: stages.direction(trained, cell)),
-        "prepare": (layout.prepare(), lambda: stages.prepare(trained)),
-        "evaluate": (layout.evaluate(subject), lambda: stages.evaluate(trained, subject)),
+        "train": (layout.train(cell), lambda: train.train(trained, cell)),
+        "direction": (layout.direction(cell), lambda: direction.direction(trained, cell)),
+        "prepare": (layout.prepare(), lambda: prepare.prepare(trained)),
+        "evaluate": (layout.evaluate(subject), lambda: evaluate.evaluate(trained, subject)),
         "report": (Layout(one).report(), lambda: report_stage.report(one)),
     }[stage]
     before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
@@ -59,8 +59,8 @@ def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(train
         return original(folder)
 
     monkeypatch.setattr(artifacts, "complete", late)
-    monkeypatch.setattr(stages, "start_engine", lambda *args: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(stages, "load_whole", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(on_ranks, "start_engine", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "load_whole", lambda *args: pytest.fail("a model was loaded"))
     assert run()
     assert looks and {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
 
@@ -74,9 +74,9 @@ def test_ranks_meet_before_one_finds_the_stage_complete(trained, monkeypatch, st
     target = {"train": layout.train(cell), "direction": layout.direction(cell)}[stage]
     original = artifacts.complete
     monkeypatch.setattr(artifacts, "complete", lambda folder: seen if folder == target else original(folder))
-    monkeypatch.setattr(stages, "environment", lambda: (1, 2))
-    monkeypatch.setattr(stages, "init_distributed", lambda section: met.append(section))
-    monkeypatch.setattr(stages, "from_first", lambda value: False)
-    monkeypatch.setattr(stages, "start_engine", lambda *args: pytest.fail("a model was loaded"))
-    assert {"train": stages.train, "direction": stages.direction}[stage](trained, cell) is True
+    monkeypatch.setattr(on_ranks, "environment", lambda: (1, 2))
+    monkeypatch.setattr(on_ranks, "init_distributed", lambda section: met.append(section))
+    monkeypatch.setattr(on_ranks, "from_first", lambda value: False)
+    monkeypatch.setattr(on_ranks, "start_engine", lambda *args: pytest.fail("a model was loaded"))
+    assert {"train": train.train, "direction": direction.direction}[stage](trained, cell) is True
     assert met == [cell.recipe.train]

@@ -1,17 +1,17 @@
-"""README's own recipe runs as it stands, and what errors tell the user to change exists."""
+"""The recipes of README.md and docs/recipes.md run as they stand, and what errors tell the user to change exists."""
 
 import ast
 import csv
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from tests.project import ROOT, sap
 
 pytestmark = pytest.mark.processes
-README = (ROOT / "README.md").read_text()
 # Sizes only: two steps, a few prompts and tokens. Model, data, ranks and methods are the block's own.
 SMALL = [
     "--train.steps=2", "--evaluate.harmful_prompts=4", "--evaluate.harmless_prompts=2", "--evaluate.task_prompts=2",
@@ -20,23 +20,32 @@ SMALL = [
 ]  # fmt: skip
 
 
-def block() -> str:
-    (found,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    return found
-
-
-def test_the_recipe_of_the_readme_runs_literally(tmp_path):
-    """On sixty rows, from another folder than the recipe's, on as many ranks as there are devices."""
-    (tmp_path / "support_bot.yaml").write_text(block())
-    with (tmp_path / "tickets.csv").open("w", newline="") as stream:
+def written(document: str, rows: int, folder: Path) -> Path:
+    """The one recipe of a document in a file of its own, beside a tickets.csv of so many rows."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    with (folder / "tickets.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["question", "reply"])
-        writer.writerows([f"Where is order number {i}?", f"It leaves our house on day {i % 5}, by post."] for i in range(60))
-    looked = sap("run", tmp_path / "support_bot.yaml", "--dry-run")
+        writer.writerows([f"Where is order number {i}?", f"It leaves our house on day {i % 5}, by post."] for i in range(rows))
+    path = folder / "support_bot.yaml"
+    path.write_text(block)
+    return path
+
+
+# The rows are those that the text beside the recipe asks for.
+@pytest.mark.parametrize(("document", "rows"), [("README.md", 300), ("docs/recipes.md", 60)])
+def test_the_recipe_of_a_document_passes_every_check(tmp_path, document, rows):
+    assert f"{rows} rows or more" in (ROOT / document).read_text()
+    looked = sap("run", written(document, rows, tmp_path), "--dry-run")
     assert looked.returncode == 0 and len(looked.stdout.splitlines()) == 8, looked.stderr
-    done = sap("run", tmp_path / "support_bot.yaml", *SMALL)
+
+
+def test_the_recipe_of_the_documentation_runs_literally(tmp_path):
+    """On sixty rows, from another folder than the recipe's, on as many ranks as there are devices."""
+    path = written("docs/recipes.md", 60, tmp_path)
+    done = sap("run", path, *SMALL)
     assert done.returncode == 0, done.stderr
-    methods = yaml.safe_load(block())["methods"]
+    methods = yaml.safe_load(path.read_text())["methods"]
     assert "sft" in methods and len(methods) >= 3, "two defences beside plain fine-tuning"
     assert all(method in done.stdout for method in methods)
     runs = tmp_path / "runs" / "support_bot"
@@ -44,7 +53,7 @@ def test_the_recipe_of_the_readme_runs_literally(tmp_path):
     assert len(list(runs.glob("report-*/report.html"))) == 1
 
 
-FIELDS = {name for name, *_ in recipe.field_rows()}
+FIELDS = {name for name, *_ in recipes.field_rows()}
 SECTIONS = {part for name in FIELDS for part in [name.partition(".")[0]] if "." in name}
 NO_FIELDS = {"model.resize_token_embeddings", "model.safetensors", "model.safetensors.index.json", "model.vocab"}  # Python, a file, a key of tokenizer.json
 KNOWN = FIELDS | {name.rsplit(".", depth)[0] for name in FIELDS for depth in range(1, name.count(".") + 1)}

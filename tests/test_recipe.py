@@ -9,8 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from pipeline.defences import recipes
+from pipeline.defences.recipes import recipe_class
 from pipeline.recipe import recipe
-from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.redaction import REDACTED, redact
 from pipeline.recipe.sections import Section
 from pipeline.recipe.strict_yaml import as_arguments, parse_overrides
@@ -34,7 +35,7 @@ def content(**changes) -> dict:
 def load(folder: Path, raw: dict, *arguments: str) -> recipe.Experiment:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
-    return recipe.load(path, parse_overrides(list(arguments)))
+    return recipes.load(path, parse_overrides(list(arguments)))
 
 
 def holds_numbers(annotation: object) -> bool:
@@ -130,7 +131,7 @@ def test_scientific_notation_is_a_number(tmp_path, text, number):
     """YAML 1.1 wants a dot and a sign, and reads 2e-4 as text."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(content()).replace("steps: 5", f"steps: 5\n  lr: {text}"))
-    assert recipe.load(path).base.train.lr == number
+    assert recipes.load(path).base.train.lr == number
     assert parse_overrides(["--train.lr", text]) == parse_overrides([f"--train.lr={text}"]) == {"train": {"lr": number}}
 
 
@@ -155,7 +156,7 @@ def test_duplicate_keys_are_refused_with_the_key_and_its_line(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"key '(name|lr)' appears twice, line \d"):
-        recipe.load(path)
+        recipes.load(path)
 
 
 def test_arguments_that_are_no_overrides_are_refused():
@@ -184,7 +185,7 @@ def test_a_recipe_extends_another_beside_it(tmp_path):
         "methods": {"wide": {"train": {"lr": 0.5}}},
         "seeds": [7],
     }
-    experiment = recipe.load(extending(tmp_path, child=child), parse_overrides(["--train.batch_size", "16"]))
+    experiment = recipes.load(extending(tmp_path, child=child), parse_overrides(["--train.batch_size", "16"]))
     base = experiment.base
     assert (base.name, base.seeds, base.model.path, list(base.methods)) == ("child", [7], "owner/model", ["sft", "wide"])
     assert (base.train.lr, base.train.steps, base.train.epochs, base.train.batch_size) == (0.25, None, 2, 16)
@@ -194,13 +195,13 @@ def test_a_recipe_extends_another_beside_it(tmp_path):
 def test_recipes_that_extend_each_other_are_refused(tmp_path):
     path = extending(tmp_path, a={"extends": "b.yaml"}, b={"extends": "c.yaml"}, c={"extends": "a.yaml"})
     with pytest.raises(ValueError, match="extends of .*yaml leads back to itself: take one of them out"):
-        recipe.load(path)
+        recipes.load(path)
 
 
 def test_a_missing_base_is_one_sentence_that_names_both_files(tmp_path):
     path = extending(tmp_path, child={"extends": "gone.yaml"})
     with pytest.raises(ValueError) as caught:
-        recipe.load(path)
+        recipes.load(path)
     assert str(caught.value) == f"extends of {path} names {tmp_path / 'gone.yaml'}, which does not exist: give a path relative to that file"
 
 
@@ -220,7 +221,7 @@ def test_a_range_is_no_number_to_base_60(tmp_path, text):
     path.write_text(yaml.safe_dump(content()) + f"sap:\n  layers: {text}\n")
     assert parse_overrides(["--sap.layers", text]) == parse_overrides([f"--sap.layers={text}"]) == {"sap": {"layers": text}}
     if not text.startswith("-"):
-        assert recipe.load(path).base.sap.layers == text
+        assert recipes.load(path).base.sap.layers == text
 
 
 def test_other_values_are_read_as_ever():
@@ -237,12 +238,12 @@ def test_merge_keys_and_what_is_written_beside_them(tmp_path):
     path.write_text(
         text + "train: &t {steps: 5, lr: 0.5, lora: &l {r: 4}}\nalign:\n  train: {<<: *t, lr: 0.25, lora: {<<: *l, alpha: 3}}\n"
     )
-    base = recipe.load(path).base
+    base = recipes.load(path).base
     assert (base.align.train.steps, base.align.train.lr, base.train.lr) == (5, 0.25, 0.5)
     assert (base.align.train.lora.r, base.align.train.lora.alpha, base.train.lora.alpha) == (4, 3, 16)
     path.write_text("train: &t {steps: 5}\nalign:\n  train: {<<: *t, lr: 1, lr: 2}\n")
     with pytest.raises(ValueError, match="key 'lr' appears twice, line 3"):
-        recipe.load(path)
+        recipes.load(path)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_targets_of_an_adapter(tmp_path, targets):
         (["--methods={5: {}}"], "'methods.5' is 5, but: input should be a valid string"),
         (["--train.lora.target_modules=5"], "'train.lora.target_modules' is 5, but: it takes list of str | str"),
         (["--train.lora.target_modules=[]"], "train.lora.target_modules: must name at least one module"),
-        (["--train.lora.target_modules='('"], "train.lora.target_modules: '(' is no regular expression (missing )"),
+        (["--train.lora.target_modules='('"], "train.lora.target_modules: '(' is not a regular expression (missing )"),
         (["--train.lora.modules_to_save=[lm_head]"], "train.lora: modules_to_save is not supported: no whole module"),
         (["--align.train.lora.modules_to_save=[lm_head]"], "align.train.lora: modules_to_save is not supported"),
         (["--train.lora.rank=3"], "unknown key 'train.lora.rank'; the nearest known one is 'train.lora."),
@@ -310,8 +311,8 @@ def test_broken_yaml_is_located_but_not_quoted(tmp_path):
     """The line may hold a secret."""
     path = tmp_path / "recipe.yaml"
     path.write_text("name: x\ntracking: {uri: http://ann:s3cret@host\nmodel: y")
-    with pytest.raises(ValueError, match=r"is no valid YAML: while parsing a flow mapping, .*, line \d") as caught:
-        recipe.load(path)
+    with pytest.raises(ValueError, match=r"is not valid YAML: while parsing a flow mapping, .*, line \d") as caught:
+        recipes.load(path)
     assert "s3cret" not in str(caught.value)
 
 
@@ -396,11 +397,11 @@ def test_dump_is_redacted_yaml_that_loads_again(tmp_path):
     ).base
     text = yaml.safe_dump(recipe.dump(base))
     assert "s3cret" not in text and "hf_0123456789ab" not in text
-    assert Recipe.model_validate(yaml.safe_load(text)).train == base.train
+    assert recipe_class().model_validate(yaml.safe_load(text)).train == base.train
 
 
 def test_every_field_says_what_it_is_for():
-    rows = list(recipe.field_rows())
+    rows = list(recipes.field_rows())
     names = [name for name, *_ in rows]
     assert {"train.lr", "align.train.lora.r", "data.harmful.source", "sap.layers", "methods"} <= set(names)
     assert len(names) == len(set(names))
@@ -409,7 +410,7 @@ def test_every_field_says_what_it_is_for():
 
 
 def test_the_help_names_types_as_a_user_would():
-    kinds = {name: kind for name, kind, *_ in recipe.field_rows()}
+    kinds = {name: kind for name, kind, *_ in recipes.field_rows()}
     assert {name: kinds[name] for name in ("train.steps", "train.epochs", "sap.layers", "seeds", "methods", "data.task.columns")} == {
         "train.steps": "int | None",
         "train.epochs": "float | None",
@@ -424,7 +425,7 @@ def test_the_help_names_types_as_a_user_would():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_every_cell_resolves(path):
-    experiment = recipe.load(path)
+    experiment = recipes.load(path)
     cells = list(experiment.cells())
     assert len(cells) == len(experiment.base.methods) * len(experiment.base.seeds) >= 1
     assert all(devices.ds_config(cell.recipe.train).is_file() for cell in cells)
@@ -491,15 +492,15 @@ def test_null_takes_an_inherited_method_away(tmp_path):
 
 def test_the_parts_of_a_method():
     def parts(**sections) -> list[str]:
-        return Recipe.model_validate(content() | {name: {"enabled": True} for name in sections}).parts
+        return recipe_class().model_validate(content() | {name: {"enabled": True} for name in sections}).parts
 
     assert parts() == [] and parts(saft=1, sap=1, ema=1) == ["saft", "sap", "ema"] and parts(safe_mix=1, sap=1) == ["sap", "safe_mix"]
-    assert not Recipe.model_validate(content()).draws_pairs
-    drawing = {name for name in ("saft", "sap", "safe_mix", "safety_gradient", "lisa", "ema") if Recipe.model_validate(content() | {name: {"enabled": True}}).draws_pairs}
+    assert not recipe_class().model_validate(content()).draws_pairs
+    drawing = {name for name in ("saft", "sap", "safe_mix", "safety_gradient", "lisa", "ema") if recipe_class().model_validate(content() | {name: {"enabled": True}}).draws_pairs}
     assert drawing == {"sap", "safe_mix", "safety_gradient", "lisa"}
 
 
-COMPARED = recipe.load(ROOT / "launch" / "recipes" / "compare.yaml")
+COMPARED = recipes.load(ROOT / "launch" / "recipes" / "compare.yaml")
 
 
 def test_the_comparison_gives_every_method_the_same_safety_pairs_and_task_steps():
@@ -512,14 +513,14 @@ def test_the_comparison_gives_every_method_the_same_safety_pairs_and_task_steps(
             draws = sum(number % cycle < found.lisa.alignment_steps for number in range(steps))
             task_steps -= draws
         elif found.draws_pairs:
-            draws = -(-steps // found.sap.refresh_every)
-        assert found.sap.safety_batch_size == 4 and found.sap.direction == "live"
+            draws = -(-steps // found.safety_pairs.refresh_every)
+        assert found.safety_pairs.batch_size == 4 and found.sap.direction == "live"
         assert draws == (10 if found.draws_pairs else 0), cell.method
         assert (task_steps, found.train.batch_size) == (40, 8), cell.method
 
 
 def test_every_tuned_method_has_equally_many_tuning_runs():
-    tuned = recipe.load(ROOT / "launch" / "recipes" / "tune.yaml")
+    tuned = recipes.load(ROOT / "launch" / "recipes" / "tune.yaml")
     runs: dict[str, int] = {}
     for cell in tuned.cells():
         method = cell.method.partition(".")[0]

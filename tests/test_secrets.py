@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 
 from pipeline.cli import main
+from pipeline.defences.recipes import recipe_class
 from pipeline.recipe import redaction
 from pipeline.recipe.paths import section_of
-from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.redaction import redact
 from pipeline.running import entry
 from tests.project import make_project, write_recipe
@@ -42,9 +42,9 @@ def takes_text(annotation: Any) -> str | None:
     return "text" if annotation in (str, Path, int, float, bool) else None
 
 
-def fields(model: Any = Recipe, prefix: str = "") -> list[tuple[str, str]]:
+def fields(model: Any = None, prefix: str = "") -> list[tuple[str, str]]:
     found = []
-    for name, field in model.model_fields.items():
+    for name, field in (model or recipe_class()).model_fields.items():
         section = section_of(field.annotation)
         if section is not None:
             found += fields(section, f"{prefix}{name}.")

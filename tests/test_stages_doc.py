@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.recipe.recipe import Experiment, Recipe
 from pipeline.stages.layout import Layout
 
@@ -45,7 +45,7 @@ STARTS: dict[str, Settings] = {
     "align.enabled": {"align.enabled": False},
 }
 UNALIGNED: Settings = {"align.enabled": False}
-NEVER_DRAWN: Settings = {"sap.refresh_every": 0, "methods": {"sap": {"sap": {"enabled": True}}}}
+NEVER_DRAWN: Settings = {"safety_pairs.refresh_every": 0, "methods": {"sap": {"sap": {"enabled": True}}}}
 # Settings under which a field must change nothing: what the table's last column says.
 IDLE: list[tuple[str, Settings]] = [
     *((f"{source}.{field}", {}) for source in SOURCES for field in ("subset", "split", "revision", "header")),
@@ -69,7 +69,7 @@ IDLE: list[tuple[str, Settings]] = [
     ),
     ("sap.target_correction", {"sap.probe_step": "rms"}),
     *((f"{section}.spike_factor", {}) for section in ("train", "align.train")),
-    *((f"sap.{field}", NEVER_DRAWN) for field in ("safety_batch_size", "safety_micro_batch_size")),
+    *((f"safety_pairs.{field}", NEVER_DRAWN) for field in ("batch_size", "micro_batch_size")),
     ("evaluate.harmless_prompts", {"evaluate.harmless": None}),
     ("evaluate.ordinary_prompts", {"evaluate.ordinary": None, "evaluate.attacks": []}),
     ("evaluate.attack_prompts", {"evaluate.attacks": []}),
@@ -122,7 +122,8 @@ def make_files(folder: Path) -> dict[str, Any]:
         "data": sections["data"] | {"harmful_fraction": 0.1},
         "align": {"enabled": True, "train": {"steps": 100}},
         "train": {"steps": 100},
-        "sap": {"direction": "precomputed", "refresh_every": 2},
+        "sap": {"direction": "precomputed"},
+        "safety_pairs": {"refresh_every": 2},
         "evaluate": sections["evaluate"] | {"attacks": ["prefill"]},
         "methods": {"sft": {}} | {part: {part: {"enabled": True}} for part in PARTS},
     }
@@ -173,7 +174,7 @@ class Project:
     def loaded(self, content: Settings) -> Experiment:
         path = self.folder / "recipe.yaml"
         path.write_text(json.dumps(content))  # which is YAML too
-        return recipe.load(path)
+        return recipes.load(path)
 
     def start(self, settings: Settings) -> tuple[Experiment, Folders]:
         key = json.dumps(settings)
@@ -267,7 +268,7 @@ def table() -> dict[str, Row]:
     return rows
 
 
-FIELDS = [name for name, *_ in recipe.field_rows()]
+FIELDS = [name for name, *_ in recipes.field_rows()]
 ROWS = table()
 
 

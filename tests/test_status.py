@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import artifacts
-from pipeline.cli import Chain, main
-from pipeline.recipe import recipe
+from pipeline.cli import main
+from pipeline.defences import recipes
+from pipeline.report.stage import ALL_STAGES
+from pipeline.stages.chain import Chain
 from pipeline.stages.layout import Layout
 from pipeline.stages.status import units
 from tests.project import make_project, write_recipe
@@ -29,12 +31,12 @@ def test_every_folder_stands_in_the_order_of_the_stages(project, capsys):
         ("prepare", "-", "-"), ("align", "-", "-"), ("direction", "sap", "0"), ("train", "sft", "0"), ("train", "sap", "0"),
         ("evaluate", "shipped", "-"), ("evaluate", "aligned", "-"), ("evaluate", "sft", "0"), ("evaluate", "sap", "0"), ("report", "-", "-"),
     ]  # fmt: skip
-    layout = Layout(recipe.load(project))
+    layout = Layout(recipes.load(project))
     assert found[0][3:] == ["missing", str(layout.prepare()), str(layout.work(layout.prepare()))]
 
 
 def test_states(project, capsys, tmp_path):
-    experiment = recipe.load(project, {"output_dir": str(tmp_path)})
+    experiment = recipes.load(project, {"output_dir": str(tmp_path)})
     layout = Layout(experiment)
     layout.prepare().mkdir(parents=True)
     (layout.prepare() / artifacts.MARKER).touch()
@@ -50,15 +52,15 @@ def test_states(project, capsys, tmp_path):
 
 def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, capsys, tmp_path):
     """slurm/submit.sh reads one line of prepare, the training sets': an evaluation makes the prompts itself."""
-    experiment = recipe.load(project, {"output_dir": str(tmp_path)})
+    experiment = recipes.load(project, {"output_dir": str(tmp_path)})
     layout = Layout(experiment)
-    chain = Chain(experiment, [], None)
+    chain = Chain(experiment, ALL_STAGES, None)
     assert chain.pending("prepare") == [layout.prepare(), layout.prompts()]
     with pytest.raises(ValueError, match="prepare-.* is not complete: run `sap prepare"):
-        chain._need("prepare")
+        chain._need(ALL_STAGES["align"])
     layout.prepare().mkdir(parents=True)
     (layout.prepare() / artifacts.MARKER).touch()
-    chain._need("prepare")
+    chain._need(ALL_STAGES["align"])
     assert chain.pending("prepare") == [layout.prompts()]
     found = lines(capsys, project, "--stage", "prepare", f"--output_dir={tmp_path}")
     assert [(row[0], row[3], row[4]) for row in found] == [("prepare", "complete", str(layout.prepare()))]
@@ -71,8 +73,8 @@ def test_one_cell_one_stage_and_some_methods(project, capsys):
 
 
 def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(project):
-    experiment = recipe.load(project)
-    whole, part = ({(u.stage, u.method): u.folder for u in units(e)} for e in (experiment, experiment.only(["sap"])))
+    experiment = recipes.load(project)
+    whole, part = ({(u.stage, u.method): u.folder for u in units(e, ALL_STAGES)} for e in (experiment, experiment.only(["sap"])))
     assert whole["report", "-"] != part["report", "-"] and ("train", "sft") not in part
     assert all(whole[key] == part[key] for key in part if key[0] != "report")
 
@@ -81,8 +83,8 @@ def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(pr
     ("arguments", "sentence"),
     [
         (["status", "RECIPE", "--methods", "sft,nothing"], "no method 'nothing'"),
-        (["status", "RECIPE", "--portable", "--model.dtype=auto"], "model.dtype auto is another one on another machine: set it to bfloat16"),
-        (["status", "RECIPE", "--portable", "--model.attention=auto"], "model.attention auto is another one on another machine: set it to sdpa"),
+        (["status", "RECIPE", "--portable", "--model.dtype=auto"], "model.dtype auto means something else on another machine: set it to bfloat16"),
+        (["status", "RECIPE", "--portable", "--model.attention=auto"], "model.attention auto means something else on another machine: set it to sdpa"),
         (["train", "RECIPE", "--stage", "train"], "--stage would do nothing in `sap train`, and belongs to `sap status`"),
     ],
 )

@@ -10,10 +10,11 @@ from types import ModuleType
 
 import pytest
 
-import pipeline
 from pipeline import artifacts, cli, shipped
+from pipeline.defences import recipes
 from pipeline.recipe import recipe
 from pipeline.running import runner, warm
+from pipeline.stages.chain import Chain
 from pipeline.stages.layout import Layout
 from tests.project import write_recipe
 
@@ -58,7 +59,7 @@ def project(tmp_path, monkeypatch):
     for name, text in (("train", TRAIN), ("evaluate", EVALUATE)):
         (tmp_path / "launch" / f"{name}.py").write_text(text.format(root=str(tmp_path)))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
-    monkeypatch.setattr(cli, "_needed", lambda chain: [])
+    monkeypatch.setattr(Chain, "needed", lambda chain: [])
     monkeypatch.setattr(cli, "_check", lambda *_, **__: None)
     monkeypatch.setattr(runner, "_one_gpu", lambda slot: {})
 
@@ -69,12 +70,11 @@ def project(tmp_path, monkeypatch):
             "data": {"task": source, "safety": source}, "train": {"steps": 2, "ranks": ranks},
             "evaluate": {"harmful": source, "baselines": False}, "methods": {name: {} for name in methods}, "tracking": {"enabled": False},
         })  # fmt: skip
-        layout = Layout(recipe.load(path))
+        layout = Layout(recipes.load(path))
         artifacts.write_json(tmp_path / "folders.json", {cell.method: str(layout.train(cell)) for cell in layout.experiment.cells()})
-        stand_in = ModuleType("pipeline.stages.stages")
+        stand_in = ModuleType("pipeline.stages.prepare")
         stand_in.prepare = prepare
-        monkeypatch.setitem(sys.modules, "pipeline.stages.stages", stand_in)
-        monkeypatch.setattr(pipeline, "stages", stand_in, raising=False)
+        monkeypatch.setitem(sys.modules, "pipeline.stages.prepare", stand_in)
         if prepare is None:
             publish(layout.prepare())
             publish(layout.prompts())
@@ -120,7 +120,7 @@ def test_a_stop_one_cell_at_a_time_does_the_same(project, tmp_path):
 
 def test_a_stop_during_the_evaluation_of_what_trained_is_75_too(project, tmp_path, capfd):
     path = project("bad", "slow")
-    publish(Path(Layout(recipe.load(path)).train(recipe.load(path).cell("slow", 0))))
+    publish(Path(Layout(recipes.load(path)).train(recipes.load(path).cell("slow", 0))))
     thread = signal_when(tmp_path / "evaluated-slow")
     assert cli.main(["run", str(path), "--jobs", "2"]) == runner.STOPPED
     thread.join()
@@ -189,4 +189,4 @@ def test_a_disk_that_fills_up_while_the_command_prepares_is_one_sentence_with_th
     path = project("good", prepare=prepare)
     assert cli.main(["run", str(path)]) == runner.SYSTEM_ERROR
     said = after_the_devices(capfd)
-    assert said.startswith(f"error: {Layout(recipe.load(path)).prepare()}: No space left on device: free space there") and said.count("\n") == 1
+    assert said.startswith(f"error: {Layout(recipes.load(path)).prepare()}: No space left on device: free space there") and said.count("\n") == 1

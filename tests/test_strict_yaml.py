@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.recipe.strict_yaml import MOST_BYTES, MOST_DEPTH, MOST_FILES, expanded, parse_overrides, read
 
 
@@ -80,4 +80,4 @@ def test_grids_have_an_end_together(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"extends": "demo.yaml", "methods": {"a": grid, "b": {}}}))
     with pytest.raises(ValueError, match="methods: these are 10,00[0-9] methods, and a recipe has at most 10,000"):
-        recipe.load(path)
+        recipes.load(path)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from pipeline import artifacts
 from pipeline.data import files
+from pipeline.defences import recipes
 from pipeline.engines.rank_files import RankFiles
 from pipeline.engines.rank_files import write as write_rank
 from pipeline.model import file_headers
@@ -193,12 +194,12 @@ def test_a_checkpoints_file_that_is_not_whole_is_named(tmp_path, content):
     path.write_bytes(path.read_bytes()[:500] if content is None else content)
     with pytest.raises(BrokenFile) as broken, RankFiles(tmp_path):
         pass
-    assert sentence(broken.value).startswith(f"{path} is no whole file of weights (") and sentence(broken.value).endswith(AGAIN)
+    assert sentence(broken.value).startswith(f"{path} is not a complete weight file (") and sentence(broken.value).endswith(AGAIN)
 
 
 def test_before_anything_runs_a_name_or_a_right_is_the_inputs_fault_and_a_disk_is_not(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="File name too long: see whether the recipe names the right file"):
-        recipe.load(tmp_path / ("x" * 300))
+        recipes.load(tmp_path / ("x" * 300))
     for number, kind in ((errno.EACCES, ValueError), (errno.EIO, OSError)):
         with pytest.raises(kind, match=os.strerror(number)), reading_input():
             raise OSError(number, os.strerror(number), "/data/task.jsonl")

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline import artifacts
 from pipeline.cli import main
+from pipeline.defences import recipes
 from pipeline.recipe import recipe
 from pipeline.stages.layout import Layout
 from pipeline.tracking import mlflow_store
@@ -215,7 +216,7 @@ def planted(project, tmp_path_factory) -> tuple[Path, Path, str]:
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed), pytest.MonkeyPatch.context() as patch:
         assert main(["prepare", str(path)]) == 0, printed.getvalue()
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
-        layout = Layout(recipe.load(path))
+        layout = Layout(recipes.load(path))
         with open_run(layout, "sft-s0", "train-1", cell=layout.experiment.cell("sft", 0)) as run:
             run.event(f"requeued by http://ann:{PASSWORD}@queue:80 with {TOKEN}")
     return path, folder / "runs", printed.getvalue()
@@ -233,7 +234,7 @@ def test_no_secret_is_in_outbox_manifest_or_store(planted):
 
 def test_no_secret_is_in_params_or_tags_but_what_surrounds_it_is(planted):
     path, _, _ = planted
-    store = Store(Layout(recipe.load(path)))
+    store = Store(Layout(recipes.load(path)))
     texts = [text for run in store.runs for part in (run.data.params, run.data.tags) for text in (*part.keys(), *part.values())]
     assert len(texts) > 100 and not [text for text in texts if TOKEN in text or PASSWORD in text]
     params = store.run("train-1").data.params
@@ -243,7 +244,7 @@ def test_no_secret_is_in_params_or_tags_but_what_surrounds_it_is(planted):
 
 def test_no_secret_is_in_the_dump_the_dry_run_or_the_stores_description(planted, capsys):
     path, _, _ = planted
-    experiment = recipe.load(path)
+    experiment = recipes.load(path)
     assert TOKEN in experiment.base.data.task.source, "the run itself needs it"
     dumped = json.dumps(
         [recipe.dump(experiment.base), *(recipe.dump(cell.recipe) for cell in experiment.cells()), describe_store(experiment.base)]
@@ -259,7 +260,7 @@ def test_no_secret_is_in_the_dump_the_dry_run_or_the_stores_description(planted,
 def test_a_secret_looking_key_in_a_method_is_hidden_and_refused(planted, capsys):
     """No section has such a field, so it is an error; the error names the key and keeps its value to itself."""
     path, _, _ = planted
-    base = recipe.load(path).base
+    base = recipes.load(path).base
     overridden = base.model_copy(update={"methods": {"sft": {"train": {"api_key": KEY}}}})
     assert recipe.dump(overridden)["methods"] == {"sft": {"train": {"api_key": "[redacted]"}}}
     assert main(["run", str(path), "--dry-run", "--methods.sft.train.api_key", KEY]) == 2

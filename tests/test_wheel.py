@@ -116,7 +116,7 @@ def test_it_runs_what_it_holds_and_not_the_checkout(installed, empty):
     program = (
         "import pipeline; from pipeline import shipped; from pipeline.recipe import recipe; from pipeline.running import runner\n"
         "print(pipeline.__file__, shipped.FOLDER, shipped.environment())\n"
-        "print(*(recipe.load(name).base.name for name in shipped.recipes()), flush=True)\n"
+        "print(*(recipes.load(name).base.name for name in shipped.recipes()), flush=True)\n"
         "runner.run_ranks('train.py', ['--help'], 1)"
     )
     found = installed.run("python", "-c", program, cwd=empty)
@@ -135,6 +135,13 @@ def test_a_shipped_recipe_is_found_by_name_and_its_runs_go_to_the_working_direct
         found = installed.run("sap", "status", name, "--stage", "prepare", cwd=empty)
         assert found.returncode == 0 and f"{empty}/runs/llama_7b_sap/prepare-" in found.stdout, found.stderr
         assert "pipeline/shipped/launch/recipes/llama_7b_sap.yaml" in found.stderr
+
+
+def test_the_recipes_that_it_holds_are_listed(installed, empty):
+    found = subprocess.run([installed.environment / "bin" / "sap", "recipes"], cwd=empty, capture_output=True, text=True, timeout=60)
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0 and [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "launch" / "recipes").glob("*.yaml"))
+    assert all(line.endswith((".", "?")) and len(line) > 40 for line in lines)
 
 
 def test_its_job_scripts_submit_themselves(installed, empty):

@@ -24,10 +24,10 @@ from torch.nn.functional import cosine_similarity
 
 from pipeline import artifacts
 from pipeline.data.sets import read_rows
-from pipeline.defences.methods import make_step
+from pipeline.defences.making import make_step
 from pipeline.defences.saft.filter import kept
 from pipeline.defences.sap.step import SapStep
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.engines.open import init_distributed
 from pipeline.model.models import load_tokenizer
 from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
@@ -37,9 +37,9 @@ from pipeline.recipe import strict_yaml
 from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.running import entry
 from pipeline.running.devices import environment
-from pipeline.stages import checks
+from pipeline.stages import STAGES, checks, command_line
 from pipeline.stages.layout import Layout
-from pipeline.stages.stages import start_engine
+from pipeline.stages.on_ranks import start_engine
 from pipeline.system.tables import as_text
 from pipeline.training.loop import learning_rate
 
@@ -77,7 +77,7 @@ class Levers:
             raise ValueError(f"method {cell.method} of {experiment.path} has {more[0]} beside SAP, whose part is not measured: name one without it with --method")
         if environment()[1] != 1:
             raise ValueError("pipeline.bench.levers runs in one process: start it without a launcher")
-        checks.check_upstream(experiment, "train", cell)
+        checks.check_upstream(experiment, STAGES["train"], cell)
         artifacts.verify(layout.prepare())
         init_distributed(self.recipe.train)
         self.pad = load_tokenizer(base.model).pad_token_id
@@ -88,7 +88,7 @@ class Levers:
         rows = kept(layout.filter(cell)) if layout.needs_filter(cell) else None
         self.rows, self.pair_rows = read_rows(layout.prepare(), "task_train", rows), read_rows(layout.prepare(), "safety_pairs")
         self.order = BatchOrder(len(self.rows), self.recipe.train.batch_size, cell.seed)
-        self.pair_order = BatchOrder(len(self.pair_rows), self.recipe.sap.safety_batch_size, cell.seed)
+        self.pair_order = BatchOrder(len(self.pair_rows), self.recipe.safety_pairs.batch_size, cell.seed)
         self.kept: list[torch.Tensor] = []  # V of the training's steps so far
 
     def measured(self, at: Sequence[int]) -> Iterator[Row]:
@@ -122,7 +122,7 @@ class Levers:
             rows.append(Row(number + 1, way, *cosines, size, 1 + cost / plain))
         return rows
 
-    def _ways(self, number: int, fresh: Shard) -> Iterator[tuple[str, torch.Tensor, float]]:
+    def _ways(self, number: int, fresh: ShardedVector) -> Iterator[tuple[str, torch.Tensor, float]]:
         """(name, ascent or V, seconds) of every cheaper way there is at this step."""
         for share in SHARES:
             samples = share_of(self.recipe.train.batch_size, share)
@@ -135,7 +135,7 @@ class Levers:
             if len(self.kept) >= age:
                 yield f"of {age} step{'s' * (age > 1)} before", self.kept[-age], 0.0
 
-    def _ascent(self, number: int, direction: Shard, share: float) -> torch.Tensor:
+    def _ascent(self, number: int, direction: ShardedVector, share: float) -> torch.Tensor:
         """grad_V L_su (line 5 of Algorithm 1) from a share of the step's samples."""
         engine, zero, batches = self.engine, self.step.probe.zeros(self.engine.device), self._useful(number, share)
         scale = self.step.section.eps * engine.norm(engine.weights()) / engine.norm(direction)
@@ -145,7 +145,7 @@ class Levers:
             _, after = engine.probe_gradient(useful_loss, batches, rows)
         return after - before
 
-    def _gradient(self, number: int, v: torch.Tensor) -> Shard:
+    def _gradient(self, number: int, v: torch.Tensor) -> ShardedVector:
         """g(V) of the step's samples, V at the RMS of the training's own."""
         with self.step.probe.active(self.step.scale * v / v.square().mean().sqrt(), requires_grad=False):
             return self.engine.gradient(useful_loss, self._useful(number))[1]
@@ -157,14 +157,14 @@ class Levers:
         return micro_batches(self.rows, chosen, *sharing, packing=train.packing)
 
     def _pairs(self, number: int) -> list[PairBatch]:
-        size = self.recipe.sap.safety_micro_batch_size
+        size = self.recipe.safety_pairs.micro_batch_size
         return pair_batches(self.pair_rows, self.pair_order.step(number), size, 0, 1, self.pad, self.seed, number)
 
-    def _cosine(self, a: Shard, b: Shard) -> float:
+    def _cosine(self, a: ShardedVector, b: ShardedVector) -> float:
         return self.engine.dot(a, b) / (self.engine.norm(a) * self.engine.norm(b))
 
 
-def _minus(a: Shard, b: Shard) -> Shard:
+def _minus(a: ShardedVector, b: ShardedVector) -> ShardedVector:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
@@ -194,8 +194,8 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     if not all(part.isdigit() and int(part) for part in options.at.split(",")):
         raise ValueError(f"--at is '{options.at}': it takes steps by commas, from 1, such as 2,10,20")
-    experiment = entry.open_recipe(options.recipe, strict_yaml.parse_overrides(rest))
-    levers = Levers(experiment, entry.choose_cell(experiment, options.method, options.seed))
+    experiment = command_line.open_recipe(options.recipe, strict_yaml.parse_overrides(rest))
+    levers = Levers(experiment, command_line.choose_cell(experiment, options.method, options.seed))
     print(table(list(levers.measured(sorted(map(int, options.at.split(",")))))), end="")
 
 

@@ -19,17 +19,22 @@ import torch
 from torch import nn
 
 from pipeline.bench.cases import MICRO_BATCHES, OTHERS, Case, plain_step_flops
-from pipeline.defences.ema import Ema
-from pipeline.defences.lisa import LisaStep
+from pipeline.defences.callback import Callback
+from pipeline.defences.ema.average import Ema
+from pipeline.defences.ema.section import EmaSection
+from pipeline.defences.lisa.section import LisaSection
+from pipeline.defences.lisa.step import LisaStep
 from pipeline.defences.plain import PlainStep
-from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.probe import probe_of
+from pipeline.defences.sap.section import SapSection
 from pipeline.defences.sap.step import SapStep
+from pipeline.defences.step import Step
 from pipeline.engines import open as launch
 from pipeline.engines.engine import Engine
-from pipeline.model.models import decoder_layers, make_trainable
+from pipeline.model.models import make_trainable
 from pipeline.objectives.batches import BatchOrder, pad_rows
-from pipeline.recipe.layer_choice import probed_layers
-from pipeline.recipe.sections import EmaSection, LisaSection, LoraSection, SapSection, TrainSection
+from pipeline.recipe.sections import LoraSection, TrainSection
+from pipeline.training.callbacks import Console, Watched
 from pipeline.training.loop import Loop, TrainingData
 
 _LR = 1e-4
@@ -136,20 +141,24 @@ def _loop(case: Case, train: TrainSection, module: nn.Module, folder: Path) -> C
     engine = launch.open_engine(module, train)
     clock = Clock(case)
     data = TrainingData(case.rows(), case.pairs(), pad_id=0, pairs_per_step=4, pairs_micro_batch=2)
-    ema = Ema(engine, EmaSection(enabled=True)) if case.method == "ema" else None
-    loop = Loop(
-        engine, _step(case, engine), data, train, 0, folder / "work", "bench", label=case.system, ema=ema,
-        on_metrics=lambda metrics, number: clock.tick(metrics["train/loss"]),
-    )  # fmt: skip
-    loop.run()
+    average = [Ema(engine, EmaSection(enabled=True))] if case.method == "ema" else []
+    callbacks = [*average, _Ticking(clock), Console(case.system), Watched(train.watchdog_seconds, engine.rank)]
+    Loop(engine, _step(case, engine), data, train, 0, folder / "work", "bench", callbacks).run()
     return clock
 
 
-def _step(case: Case, engine: Engine) -> Any:
+class _Ticking(Callback):
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def logged(self, metrics: dict[str, float], number: int) -> None:
+        self.clock.tick(metrics["train/loss"])
+
+
+def _step(case: Case, engine: Engine) -> Step:
     if case.method in ("sap", "sap_lagged"):
-        layers = decoder_layers(engine.module)
-        section = SapSection(enabled=True, schedule="exact" if case.method == "sap" else "lagged", refresh_every=4, noise_every=0)
-        return SapStep(engine, Probe(layers, probed_layers(section.layers, len(layers)), case.model.hidden_size), section)
+        section = SapSection(enabled=True, schedule="exact" if case.method == "sap" else "lagged", noise_every=0)
+        return SapStep(engine, probe_of(engine.module, section.layers), section, refresh_every=4)
     return LisaStep(engine, LisaSection(enabled=True)) if case.method == "lisa" else PlainStep(engine)
 
 

@@ -94,7 +94,7 @@ class Chat:
             self.template.notes.add("what users, systems or tools say holds special tokens, which are read as such")
         if len(found) > 1:
             self.template.notes.add(
-                "past turns are rendered otherwise than present ones: each is trained in a sequence of its own"
+                "past turns are rendered differently from present ones: each is trained in a sequence of its own"
             )
         if found:
             found[-1] = self._whole(messages, tools, *found[-1])
@@ -120,7 +120,7 @@ class Chat:
             )
         if found[-1] not in self.template.stops:
             raise ValueError(
-                f"{self.template.name} ends an answer with text that is no token of its own: "
+                f"{self.template.name} ends an answer with text that is not a single token: "
                 "set eos_token in tokenizer_config.json"
             )
         return before, found

@@ -90,7 +90,7 @@ def _metadata(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise NotReadable(
-            f"has a {path.name} that is no JSON ({type(error).__name__}): copy the whole folder again"
+            f"has a {path.name} that is not JSON ({type(error).__name__}): copy the whole folder again"
         ) from None
     return found if isinstance(found, dict) else {}
 
@@ -246,7 +246,7 @@ def _parquet(path: Path, head: bytes) -> Table:
     import pyarrow.parquet
 
     if not head.startswith(b"PAR1"):
-        raise NotReadable("is no Parquet file, though its name ends so: give it the ending of what it is")
+        raise NotReadable("is not a Parquet file, though its name ends so: give it the ending of what it is")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of folders named a=b
             table = _whole(file.read())
@@ -306,8 +306,8 @@ def _of_arrow(table: Any, format: str) -> Table:
             try:
                 values += [(number, row) for row in table.slice(number - 1, 1).to_pylist()]
             except UnicodeDecodeError as error:
-                said = f"a text holds the byte 0x{error.object[error.start]:02x}, which is no UTF-8: write it as UTF-8"
-                bad.append(Bad(Place(number), "bytes that are no UTF-8", said))
+                said = f"a text holds the byte 0x{error.object[error.start]:02x}, which is not valid UTF-8: write it as UTF-8"
+                bad.append(Bad(Place(number), "bytes that are not valid UTF-8", said))
     except (ValueError, OverflowError) as error:  # a date that Python does not know
         raise NotReadable(f"holds a value that cannot be read ({_first(error)}): leave its column out") from None
     rows = [(Place(number), without_fillers(row)) for number, row in values]

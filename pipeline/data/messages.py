@@ -50,11 +50,11 @@ def parse_messages(given: Any, where: str) -> list[Message]:
     except (json.JSONDecodeError, RecursionError) as error:
         why = getattr(error, "msg", "nested too deep")
         raise ValueError(
-            f"{where} holds text that is no JSON list of messages ({why}): map prompt and response instead"
+            f"{where} holds text that is not a JSON list of messages ({why}): map prompt and response instead"
         ) from None
     if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
         raise ValueError(
-            f"{where} holds a {type(given).__name__} that is no list of messages with a role and a content"
+            f"{where} holds a {type(given).__name__} that is not a list of messages with a role and a content"
         )
     return [_message(message, f"{where}: message {number}") for number, message in enumerate(given, 1)]
 
@@ -212,4 +212,4 @@ def _check_json(value: Any, what: str) -> None:
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} are no JSON ({str(error)[:80]}): write them as text and numbers") from None
+        raise ValueError(f"{what} are not JSON ({str(error)[:80]}): write them as text and numbers") from None

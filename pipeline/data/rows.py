@@ -257,4 +257,4 @@ def _text(value: Any, where: str) -> str:
         return "" if value is None else str(value)
     hint = "map a list of messages to messages, and texts" if isinstance(value, list) else "map a column of texts"
     columns = f"{where.split(':')[0]}.columns"
-    raise ValueError(f"{where} holds a {type(value).__name__}, which is no text: {hint} with {columns}")
+    raise ValueError(f"{where} holds a {type(value).__name__}, which is not text: {hint} with {columns}")

@@ -71,7 +71,7 @@ def _asked(row: Row) -> Turns:
         return list(prompt)
     for name, value in (("prompt", prompt), ("input", more)):
         if not isinstance(value, str | int | float | None):
-            raise ValueError(f"{name} holds a {type(value).__name__}, which is no text: map a column of texts")
+            raise ValueError(f"{name} holds a {type(value).__name__}, which is not text: map a column of texts")
     texts = [str(text) for text in (prompt, more) if not _blank(text)]
     return [{"role": "user", "content": "\n\n".join(texts)}] if texts else []
 
@@ -89,7 +89,7 @@ def _history(value: Any) -> Turns:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError):
             raise ValueError(
-                "history holds text that is no JSON list: give [question, answer] pairs, or map other columns"
+                "history holds text that is not a JSON list: give [question, answer] pairs, or map other columns"
             ) from None
     if value is None or value == []:
         return []
@@ -112,7 +112,7 @@ def _after_system(value: Any, system: Any) -> Any:
     if not _is_messages(messages) or all(_role(message) == "assistant" for message in messages):
         return value  # answers alone: the prompt, and its system prompt, stand elsewhere
     if not isinstance(system, str):
-        raise ValueError(f"system holds a {type(system).__name__}, which is no text: map a column of texts")
+        raise ValueError(f"system holds a {type(system).__name__}, which is not text: map a column of texts")
     own = [message for message in messages if _role(message) == "system"]
     if not own:
         return [{"role": "system", "content": system}, *messages]
@@ -120,7 +120,7 @@ def _after_system(value: Any, system: Any) -> Any:
     if isinstance(said, str) and said.strip() == system.strip():
         return messages
     raise ValueError(
-        "system says something else than the system message of the conversation beside it: leave one of them"
+        "system says something other than the system message of the conversation beside it: leave one of them"
     )
 
 

@@ -96,7 +96,7 @@ def check_source(source: SourceSection, field: str) -> None:
     unknown = sorted(set(source.columns) - set(FIELDS))
     if unknown:
         raise ValueError(
-            f"{field}.columns maps to '{unknown[0]}', which is no field: map {', '.join(FIELDS)}, "
+            f"{field}.columns maps to '{unknown[0]}', which is not a field: map {', '.join(FIELDS)}, "
             "such as {prompt: instruction, response: output}"
         )
 
@@ -112,7 +112,7 @@ def _check_path(path: Path, source: SourceSection, field: str) -> None:
             raise ValueError(f"{where} holds no rows")
         return
     if not path.is_file():
-        problem = "is no regular file" if path.exists() else "does not exist"
+        problem = "is not a regular file" if path.exists() else "does not exist"
         raise ValueError(f"{where} {problem}: give a {ENDINGS}, a folder of such files, a hub id or builtin:NAME")
     if not suffix(path):
         raise ValueError(f"{where} has the unknown ending '{path.suffix}': it must be one of {ENDINGS}")
@@ -244,12 +244,12 @@ def _value_problem(mapping: dict[str, str], row: Row, place: Place) -> Bad | Non
     for name, column in mapping.items():
         value = row.get(column)
         if isinstance(value, bool) and name in _TEXTS:
-            said = f"'{column}' is {str(value).lower()}, which is no text: write the text that is meant"
+            said = f"'{column}' is {str(value).lower()}, which is not text: write the text that is meant"
             return Bad(place, f"no text as {name}", said)
         try:
             what = _unusable(value)
         except RecursionError:
-            what = "nesting", "is nested too deep: give lists of messages, or texts"
+            what = "nesting", "is nested too deeply: give lists of messages, or texts"
         if what:
             return Bad(place, f"{what[0]} in {name}", f"'{column}' {what[1]}")
     return None
@@ -269,7 +269,7 @@ def _unusable(value: Any) -> tuple[str, str] | None:
         return None
     if isinstance(value, float | Decimal) and not math.isfinite(value):
         what = "NaN" if math.isnan(value) else "Infinity"
-        return what, f"is {what}, which is no text: write what is meant, or leave the row out"
+        return what, f"is {what}, which is not text: write what is meant, or leave the row out"
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return next((found for found in map(_unusable, inner) if found), None)
 
@@ -284,7 +284,7 @@ def _read_hub(source: SourceSection, field: str) -> files.Table:
             raise found from None
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{field}.source '{source.source}' (split {source.split}) cannot be had: check id, subset, split and "
+            f"{field}.source '{source.source}' (split {source.split}) could not be loaded: check id, subset, split and "
             f"network, or give a local file ({first})"
         ) from None
     rows = [(Place(number), files.without_fillers(row)) for number, row in enumerate(loaded.to_list(), 1)]

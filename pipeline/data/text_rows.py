@@ -3,7 +3,7 @@
     names, rows, bad, doubtful = csv_rows(text, ",", header=True)
     rows, bad = json_rows(text, lines=True)
 
-Text may hold bytes that are no UTF-8, as `surrogateescape` leaves them: the rows that hold one are malformed.
+Text may hold bytes that are not valid UTF-8, as `surrogateescape` leaves them: the rows that hold one are malformed.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _check_names(names: list[str], delimiter: str, place: Place) -> None:
     if twice is not None:
         raise NotReadable(f"names the column '{twice}' twice in {place}: give each a name of its own")
     if _ESCAPED.search("".join(names)):
-        raise NotReadable(f"is no UTF-8 in {place}, which names the columns: save it as UTF-8")
+        raise NotReadable(f"is not valid UTF-8 in {place}, which names the columns: save it as UTF-8")
 
 
 def _csv_problem(values: list[str], names: list[str], delimiter: str, place: Place, lines: list[str]) -> Bad | None:
@@ -140,12 +140,12 @@ def _like_rows(lines: list[str], columns: int, delimiter: str) -> float:
 
 
 def undecoded(text: str, place: Place) -> Bad | None:
-    """A malformed row where the text holds a byte that is no UTF-8."""
+    """A malformed row where the text holds a byte that is not valid UTF-8."""
     found = _ESCAPED.search(text)
     if found is None:
         return None
-    said = f"the byte 0x{ord(found[0]) - 0xDC00:02x} is no UTF-8: save the file as UTF-8 (it may be Windows-1252)"
-    return Bad(place, "bytes that are no UTF-8", said)
+    said = f"the byte 0x{ord(found[0]) - 0xDC00:02x} is not valid UTF-8: save the file as UTF-8 (it may be Windows-1252)"
+    return Bad(place, "bytes that are not valid UTF-8", said)
 
 
 class _Twice(dict):  # type: ignore[type-arg]
@@ -192,9 +192,9 @@ class _Decoder:
         if not isinstance(value, dict):
             kind = {"NoneType": "null", "str": "text", "list": "list"}.get(type(value).__name__, "number")
             said = f"rows must hold objects with named values, and this one is a {kind}"
-            return Bad(place, "no object with named values", said)
+            return Bad(place, "not an object with named values", said)
         key = _key_twice(value) if self._any else None
-        return None if key is None else Bad(place, "a key twice", f"the key '{key[:40]}' is there twice")
+        return None if key is None else Bad(place, "a key twice", f"the key '{key[:40]}' appears twice")
 
 
 def _key_twice(value: Any) -> str | None:
@@ -207,7 +207,7 @@ def _key_twice(value: Any) -> str | None:
 def json_rows(text: str, lines: bool) -> tuple[Placed, list[Bad]]:
     """Rows of an array, of an object that holds one, of JSON Lines, or of objects one after another; malformed rows.
 
-    lines: whether the name says JSON Lines. Then a line that is no JSON is a malformed row; a .json file is read so
+    lines: whether the name says JSON Lines. Then a line that is not JSON is a malformed row; a .json file is read so
     where its first line is a row. Raises NotReadable where the text as a whole is no JSON.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # no JSON string holds a line break as it is
@@ -259,7 +259,7 @@ def _by_line(text: str, decoder: _Decoder) -> tuple[Placed, list[Bad]]:
                     raise json.JSONDecodeError("Extra data", line, end)
                 problem = decoder.problem(value, place)
             except (ValueError, RecursionError) as error:
-                problem = Bad(place, "no valid JSON", f"the line is no valid JSON ({_json_error(error)})")
+                problem = Bad(place, "no valid JSON", f"the line is not valid JSON ({_json_error(error)})")
         if problem is None:
             rows.append((place, value))
         else:
@@ -281,7 +281,7 @@ def _whole(text: str, decoder: _Decoder) -> tuple[Placed, list[Bad]]:
     if escaped:
         line = text.count("\n", 0, escaped.start()) + 1
         byte = ord(escaped[0]) - 0xDC00
-        raise NotReadable(f"is no UTF-8 in line {line} (byte 0x{byte:02x}): save it as UTF-8 (it may be Windows-1252)")
+        raise NotReadable(f"is not valid UTF-8 in line {line} (byte 0x{byte:02x}): save it as UTF-8 (it may be Windows-1252)")
     values = _values(text, decoder)
     if len(values) == 1:
         values = [(Place(number), row) for number, row in enumerate(_unwrapped(values[0][1]), 1)]
@@ -300,9 +300,9 @@ def _values(text: str, decoder: _Decoder) -> list[tuple[Place, Any]]:
             cut = error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg
             hint = "the file seems cut short" if cut else "check the file"
             at = f"line {error.lineno}, column {error.colno} ({error.msg})"
-            raise NotReadable(f"is no valid JSON at {at}: {hint}") from None
+            raise NotReadable(f"is not valid JSON at {at}: {hint}") from None
         except (ValueError, RecursionError) as error:
-            raise NotReadable(f"is no valid JSON after line {line} ({_json_error(error)}): check the file") from None
+            raise NotReadable(f"is not valid JSON after line {line} ({_json_error(error)}): check the file") from None
         values.append((Place(line, "line"), value))
     return values
 

@@ -17,6 +17,7 @@ from torch import nn
 from pipeline import artifacts
 from pipeline.data.sets import read_rows
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.engines.engine import Engine
 from pipeline.engines.open import init_distributed
 from pipeline.model.model_checks import check_model
@@ -27,11 +28,11 @@ from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro
 from pipeline.objectives.losses import useful_loss
 from pipeline.recipe.layer_choice import probed_layers
 from pipeline.recipe.recipe import Cell, Experiment
-from pipeline.recipe.sections import SapSection
 from pipeline.running import devices
 from pipeline.running.devices import environment
-from pipeline.stages import checks, stages
+from pipeline.stages import checks
 from pipeline.stages.layout import Layout
+from pipeline.stages.on_ranks import start_engine
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -74,7 +75,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     aligned = base.align.enabled and artifacts.complete(layout.align())
     source = layout.start_model() if aligned else resolve_model_path(base.model)
     dtype = resolve_dtype(base.model.dtype)
-    engine = stages.start_engine(base, source, train, cell.seed, cell.recipe)
+    engine = start_engine(base, source, train, cell.seed, cell.recipe)
     silenced = _silence_dropout(engine.module)
     layers = decoder_layers(engine.module)
     config = engine.module.config.get_text_config()
@@ -91,8 +92,9 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
         )
         for number in range(WARM_UP + 1)
     ]  # fmt: skip
-    chosen = BatchOrder(len(pair_rows), sap.safety_batch_size, cell.seed).step(0)
-    pairs = pair_batches(pair_rows, chosen, sap.safety_micro_batch_size, *sharing, 0)
+    drawn = cell.recipe.safety_pairs
+    chosen = BatchOrder(len(pair_rows), drawn.batch_size, cell.seed).step(0)
+    pairs = pair_batches(pair_rows, chosen, drawn.micro_batch_size, *sharing, 0)
     for useful in steps[:WARM_UP]:
         engine.forward_backward(useful_loss, useful)
         engine.step(train.lr)
@@ -145,7 +147,7 @@ def _rows(layout: Layout, cell: Cell, vocabulary: int) -> tuple[Rows, Rows, str]
         return {f"{side}_{key}": value for side, found in sides.items() for key, value in found.items()}
 
     rows = [row(data.max_length) for _ in range(cell.recipe.train.batch_size)]
-    return rows, [pair() for _ in range(cell.recipe.sap.safety_batch_size)], "random tokens at full length (nothing is prepared)"
+    return rows, [pair() for _ in range(cell.recipe.safety_pairs.batch_size)], "random tokens at full length (nothing is prepared)"
 
 
 def _short(path: Path) -> str:

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from pipeline.defences.sap.probe import Probe
-from pipeline.doctor.measure import Examined, Slope, across_ranks, central_slope, digest, gradients_left, relative
+from pipeline.defences.sap.section import SapSection
+from pipeline.doctor.measure import Slope, StepUnderTest, across_ranks, central_slope, digest, gradients_left, relative
 from pipeline.doctor.report import FAIL, INFO, OK, WARN, Finding, Report, graded, passed
 from pipeline.doctor.resources import Meter, held_weights, mebibytes
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import useful_loss
-from pipeline.recipe.sections import SapSection
 
 _EPS = (1e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
 _MARGIN = 1.5  # signal over noise; nothing but rounding has 1
@@ -49,7 +49,7 @@ def diagnose(
 
     An exception is a FAIL and ends the examination: other ranks may be elsewhere, and no collective call would meet theirs.
     """
-    examined, report = Examined(engine, probe, sap, useful, pairs), Report(dict(facts or {}))
+    examined, report = StepUnderTest(engine, probe, sap, useful, pairs), Report(dict(facts or {}))
     for name, check in CHECKS.items():
         started = time.perf_counter()
         try:
@@ -66,7 +66,7 @@ def diagnose(
     return report
 
 
-def check_traces(examined: Examined) -> Findings:
+def check_traces(examined: StepUnderTest) -> Findings:
     """Auxiliary passes leave neither a gradient nor a changed weight behind, and do not change what a pass computes."""
     engine = examined.engine
     passes: dict[str, Callable[[], object]] = {
@@ -89,7 +89,7 @@ def check_traces(examined: Examined) -> Findings:
     yield Finding("gradient, computed again", _share(again), "equal", graded(again, 1e-6, 1e-2), advice)
 
 
-def check_ranks(examined: Examined) -> Findings:
+def check_ranks(examined: StepUnderTest) -> Findings:
     """Losses, norms and probe gradients are global: bit for bit the same on every rank."""
     engine = examined.engine
     if engine.world_size == 1:
@@ -107,7 +107,7 @@ def check_ranks(examined: Examined) -> Findings:
     yield Finding("ranks agree", found, "equal on every rank", passed(not differing), advice)
 
 
-def check_shards(examined: Examined) -> Findings:
+def check_shards(examined: StepUnderTest) -> Findings:
     """A rank holds its share of the weights, not all of them."""
     engine = examined.engine
     engine.gradient(useful_loss, examined.useful)  # what a whole pass leaves, not a forward pass alone
@@ -123,7 +123,7 @@ def check_shards(examined: Examined) -> Findings:
         yield Finding("full copies kept between passes", mebibytes(gathered), "-", verdict, advice)
 
 
-def check_restore(examined: Examined) -> Findings:
+def check_restore(examined: StepUnderTest) -> Findings:
     """After `perturbed` every bit is back: of the weights, and of the loss, which sees the copies that passes compute with."""
     engine = examined.engine
     scale, before, loss = examined.scale(examined.sap.eps), digest(engine.weights()), examined.useful_loss()
@@ -154,7 +154,7 @@ def check_restore(examined: Examined) -> Findings:
         yield Finding("an exception inside perturbed", "swallowed", "raised", FAIL, "errors in a perturbed pass would go unnoticed")
 
 
-def check_first_order(examined: Examined) -> Findings:
+def check_first_order(examined: StepUnderTest) -> Findings:
     """The loss moves along a gradient by its norm times the distance: the perturbation is seen, and the gradient is the loss's own."""
     engine = examined.engine
     for name, loss_fn, batches, gradient in (
@@ -180,7 +180,7 @@ def check_first_order(examined: Examined) -> Findings:
     )
 
 
-def check_probe(examined: Examined) -> Findings:
+def check_probe(examined: StepUnderTest) -> Findings:
     """The probe gradient against finite differences: along itself, and in the largest coordinate of a few layers."""
     probe, p0 = examined.probe, examined.p0
 
@@ -205,7 +205,7 @@ def check_probe(examined: Examined) -> Findings:
         yield _slope_finding(name, slope, f"v {slope.distance:.2g}", examined.low, WARN if examined.low else FAIL)
 
 
-def check_signal(examined: Examined) -> Findings:
+def check_signal(examined: StepUnderTest) -> Findings:
     """p(1) - p(0) against its noise over a range of eps (methods.md, SAP); the recommended eps has the largest ratio of the two."""
     p0, own = examined.p0, examined.sap.eps
     base = p0.norm().item()
@@ -230,7 +230,7 @@ def check_signal(examined: Examined) -> Findings:
     yield Finding("recommended sap.eps", found, "largest ratio", INFO if best >= _MARGIN else WARN, advice)
 
 
-def check_sign(examined: Examined) -> Findings:
+def check_sign(examined: StepUnderTest) -> Findings:
     """SAP descends the safety loss: <g(V) - g(0), g_s> is positive, and to first order |p(1) - p(0)|^2 * (V's scale) / (dW's)."""
     engine, g0, direction = examined.engine, examined.gradient, examined.direction
     scale = examined.scale(examined.best_eps)
@@ -241,7 +241,7 @@ def check_sign(examined: Examined) -> Findings:
     beta = 0.05 * max(abs(examined.loss), 1.0) / (examined.p0.norm().item() * ascent.norm().item())
     for _ in range(5):
         with examined.probe.active(beta * ascent, requires_grad=False):
-            shift: Shard = [a - b for a, b in zip(engine.gradient(useful_loss, examined.useful)[1], g0, strict=True)]
+            shift: ShardedVector = [a - b for a, b in zip(engine.gradient(useful_loss, examined.useful)[1], g0, strict=True)]
         correction = engine.norm(shift) / engine.norm(g0)
         if _CORRECTION[0] <= correction <= _CORRECTION[1]:
             break
@@ -258,7 +258,7 @@ def check_sign(examined: Examined) -> Findings:
     yield Finding("<correction, g_s> over first order", f"x{ratio:.3f}", f"x1 (eps {examined.best_eps:g})", verdict, advice)
 
 
-def check_main_pass(examined: Examined) -> Findings:
+def check_main_pass(examined: StepUnderTest) -> Findings:
     """The step's own pass, after all others: the same gradient and probe gradient as the auxiliary passes. Ends the step at rate 0."""
     engine = examined.engine
     with examined.probe.active(examined.probe.zeros(engine.device)) as rows, Meter(engine.device) as cost:
@@ -275,7 +275,7 @@ def check_main_pass(examined: Examined) -> Findings:
     yield _cost_finding("main pass", cost, engine)
 
 
-def check_costs(examined: Examined) -> Findings:
+def check_costs(examined: StepUnderTest) -> Findings:
     """Time and peak memory of each auxiliary pass."""
     engine = examined.engine
 
@@ -328,7 +328,7 @@ class _Inside(Exception):
     """Raised inside a perturbation on purpose."""
 
 
-CHECKS: dict[str, Callable[[Examined], Findings]] = {
+CHECKS: dict[str, Callable[[StepUnderTest], Findings]] = {
     "traces": check_traces,
     "ranks": check_ranks,
     "shards": check_shards,

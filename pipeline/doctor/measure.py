@@ -1,6 +1,6 @@
 """What several checks need: slopes by central differences, digests, values of all ranks, and the passes' results, computed once.
 
-examined = Examined(engine, probe, sap, useful, pairs)
+examined = StepUnderTest(engine, probe, sap, useful, pairs)
 slope = central_slope(examined.loss_along_gradient, size=norm, loss=examined.loss)
 """
 
@@ -17,16 +17,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipeline.defences.sap.probe import Probe
-from pipeline.engines.engine import Engine, LossFunction, Shard
+from pipeline.defences.sap.section import SapSection
+from pipeline.engines.engine import Engine, LossFunction, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
-from pipeline.recipe.sections import SapSection
 
 _CHANGES = (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)  # of the loss, to first order: below is rounding, above is curvature
 _LOW_CHANGES = _CHANGES[1:]  # rounding is larger in less than float32
 
 
-class Examined:
+class StepUnderTest:
     """An engine under examination. Results that several checks use are computed at their first use, at the unperturbed weights and V = 0."""
 
     def __init__(self, engine: Engine, probe: Probe, sap: SapSection, useful: Sequence[MicroBatch], pairs: Sequence[PairBatch]):
@@ -39,12 +39,12 @@ class Examined:
         return self.useful_loss()
 
     @cached_property
-    def gradient(self) -> Shard:
+    def gradient(self) -> ShardedVector:
         """grad_W L_useful."""
         return self._usable("the useful loss's gradient", self.engine.gradient(useful_loss, self.useful)[1])
 
     @cached_property
-    def direction(self) -> Shard:
+    def direction(self) -> ShardedVector:
         """g_s = grad_W L_safety."""
         return self._usable("the safety gradient", self.engine.gradient(self.safety_loss, self.pairs)[1])
 
@@ -91,7 +91,7 @@ class Examined:
         with self.engine.perturbed(self.direction, scale):
             return self.probe_gradient()
 
-    def _usable(self, what: str, shard: Shard) -> Shard:
+    def _usable(self, what: str, shard: ShardedVector) -> ShardedVector:
         _check_norm(what, self.engine.norm(shard))
         return shard
 
@@ -130,7 +130,7 @@ def central_slope(loss_at: Callable[[float], float], size: float, loss: float, l
     return Slope((16 * ratios[best] - ratios[best + 1]) / 15, distances[best], changes[best] / 2, spreads[best])
 
 
-def digest(shard: Shard) -> str:
+def digest(shard: ShardedVector) -> str:
     """Digest of this rank's bits: full fine-tuning has no room for one copy more."""
     found = hashlib.blake2b()
     for part in shard:
@@ -145,7 +145,7 @@ def across_ranks(engine: Engine, value: float) -> list[float]:
     return engine.sum_over_ranks(values).tolist()
 
 
-def relative(engine: Engine, a: Shard, b: Shard) -> float:
+def relative(engine: Engine, a: ShardedVector, b: ShardedVector) -> float:
     """|a - b| / |b|."""
     return engine.norm([x - y for x, y in zip(a, b, strict=True)]) / engine.norm(b)
 

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.engines.engine import Engine, LossFunction, Shard, stacked_gradients
+from pipeline.engines.engine import Engine, LossFunction, ShardedVector, stacked_gradients
 
 
 class AutogradEngine(Engine):
-    """A Shard here is one flat tensor per trainable parameter."""
+    """A ShardedVector here is one flat tensor per trainable parameter."""
 
     named: dict[str, nn.Parameter]
     parameters: list[nn.Parameter]  # the same, in the same order
 
     @abstractmethod
-    def _gradients(self) -> Shard:
+    def _gradients(self) -> ShardedVector:
         """What `forward_backward` left, zeros where there is nothing: views where they can be."""
 
     def _before(self, last: bool) -> None:
@@ -35,7 +35,7 @@ class AutogradEngine(Engine):
         loss = self._backward(loss_fn, batches)
         return loss, self.sum_over_ranks(stacked_gradients(v, [row.grad for row in v])) if v else None
 
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, ShardedVector]:
         loss = self._backward(loss_fn, batches)
         shard = self.accumulated_gradient()
         self.discard()
@@ -52,7 +52,7 @@ class AutogradEngine(Engine):
         return self.sum_over_ranks(total), self.sum_over_ranks(gradient)
 
     @contextlib.contextmanager
-    def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
+    def perturbed(self, direction: ShardedVector, scale: float) -> Iterator[None]:
         self.drop_gathered()
         stash = [local.clone() for local in self.storage()]
         try:
@@ -64,14 +64,14 @@ class AutogradEngine(Engine):
             for local, saved in zip(self.storage(), stash, strict=True):
                 local.copy_(saved)
 
-    def accumulated_gradient(self) -> Shard:
+    def accumulated_gradient(self) -> ShardedVector:
         return [part.clone() for part in self._gradients()]
 
     def gradient_norm(self) -> torch.Tensor:
         shard = self._gradients()
         return self._dot(shard, shard).sqrt()
 
-    def assign(self, weights: Shard) -> None:
+    def assign(self, weights: ShardedVector) -> None:
         self.drop_gathered()
         for local, part in zip(self.storage(), weights, strict=True):
             local.copy_(part.view_as(local))
@@ -80,7 +80,7 @@ class AutogradEngine(Engine):
         for p in self.parameters:
             p.grad = None
 
-    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    def parts(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         return zip(self.named, shard, strict=True)
 
     def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> torch.Tensor:

@@ -33,7 +33,7 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{field}.ds_config {path} is no valid JSON: {error}") from None
+        raise ValueError(f"{field}.ds_config {path} is not valid JSON: {error}") from None
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise ValueError(f"{field}.ds_config {path} must set zero_optimization.stage to 3 for engine zero3")
@@ -41,7 +41,7 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
         offloaded = zero.get(key) or {}
         if not isinstance(offloaded, dict) or offloaded.get("device", "none") not in ("none", "cpu"):
             raise ValueError(
-                f"{field}.ds_config {path} sets zero_optimization.{key} to something else than device cpu, which the perturbation was never "
+                f"{field}.ds_config {path} sets zero_optimization.{key} to something other than device cpu, which the perturbation was never "
                 'tested with: take it out, or write {"device": "cpu"}'
             )
     size, passes = train.micro_batch_size, accumulation(train.batch_size, train.micro_batch_size, world_size)

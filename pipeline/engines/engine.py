@@ -6,7 +6,7 @@ over micro-batches and ranks, so no engine weighs anything and 1 or N ranks comp
 Returned losses are global: 0-dimensional float64 tensors on the engine's device, which `read` turns into numbers. A GPU
 works behind the host that feeds it, and has nothing to do while the host waits for a number: so a step reads once.
 
-A `Shard` is what one rank holds of a vector over all trainable parameters: float32 tensors in the engine's own order, padding zeroed.
+A `ShardedVector` is what one rank holds of a vector over all trainable parameters: float32 tensors in the engine's own order, padding zeroed.
 Two shards of one engine may be combined elementwise; only `norm` and `dot` see the whole vector.
 """
 
@@ -26,7 +26,7 @@ from torch import nn
 
 from pipeline.libraries import torch_private
 
-Shard = list[torch.Tensor]
+ShardedVector = list[torch.Tensor]
 _JOINED = 2**22  # elements: tensors are put end to end up to these
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -49,7 +49,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, ShardedVector]:
         """Auxiliary pass: the gradient's shard, a copy. Leaves no trace in weights, gradients, optimizer or counters."""
 
     @abstractmethod
@@ -59,27 +59,27 @@ class Engine(ABC):
         """Auxiliary pass: the gradient (len(v), D) with respect to v alone; backward stops at the lowest probed layer."""
 
     @abstractmethod
-    def perturbed(self, direction: Shard, scale: float) -> AbstractContextManager[None]:
+    def perturbed(self, direction: ShardedVector, scale: float) -> AbstractContextManager[None]:
         """Inside the block the weights are W + scale * direction; afterwards they are W again, bit for bit."""
 
     @abstractmethod
-    def accumulated_gradient(self) -> Shard:
+    def accumulated_gradient(self) -> ShardedVector:
         """A copy of what `forward_backward` left for `step`, before clipping."""
 
     @abstractmethod
-    def add_gradient(self, shard: Shard, scale: float) -> None:
+    def add_gradient(self, shard: ShardedVector, scale: float) -> None:
         """Add scale * shard to what `forward_backward` left for `step`, as if the loss had a term with that gradient."""
 
     @abstractmethod
-    def weights(self) -> Shard:
+    def weights(self) -> ShardedVector:
         """A copy of the trainable weights (the optimizer's float32 ones)."""
 
     @abstractmethod
-    def assign(self, weights: Shard) -> None:
+    def assign(self, weights: ShardedVector) -> None:
         """Go on from these weights; the optimizer's moments stay."""
 
     @contextlib.contextmanager
-    def replaced(self, weights: Shard) -> Iterator[None]:
+    def replaced(self, weights: ShardedVector) -> Iterator[None]:
         """Inside the block the weights are these, for `weights` too; afterwards they are what they were, bit for bit. No `step` inside."""
         stash = [tensor.clone() for tensor in self.storage()]
         try:
@@ -107,30 +107,30 @@ class Engine(ABC):
         """Forget what `forward_backward` left for `step`, as if the step had not been: weights, moments and counters stay."""
 
     @abstractmethod
-    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    def gathered(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         """The whole vector, one full tensor at a time with its parameter's name, on the CPU; nothing on ranks other than 0.
 
         A collective call: every rank must exhaust the iterator. No rank ever holds two gathered tensors.
         """
 
-    def gather(self, shard: Shard) -> dict[str, torch.Tensor]:
+    def gather(self, shard: ShardedVector) -> dict[str, torch.Tensor]:
         """`gathered` as a dictionary: for vectors that rank 0 can hold, such as an adapter's."""
         return dict(self.gathered(shard))
 
     @abstractmethod
-    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    def parts(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank holds of every parameter's vector, flat, by the parameter's name; the same names in one order on all ranks."""
 
     @abstractmethod
-    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
+    def shard(self, named: Mapping[str, torch.Tensor]) -> ShardedVector:
         """This rank's part of a vector given as full tensors by parameter name: the inverse of `gather`, without communication."""
 
     @abstractmethod
-    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
+    def save(self, folder: Path, vectors: dict[str, ShardedVector]) -> None:
         """Write weights, optimizer state and named vectors of every rank below `folder`; no rank waits for another."""
 
     @abstractmethod
-    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, ShardedVector]:
         """Read what `save` wrote, at any world size: bit for bit, each rank its part, and none waits for another.
 
         Returns the vectors named.
@@ -151,15 +151,15 @@ class Engine(ABC):
         shard = self.accumulated_gradient()
         return self._dot(shard, shard).sqrt()
 
-    def norm(self, shard: Shard) -> float:
+    def norm(self, shard: ShardedVector) -> float:
         """Euclidean norm of the whole vector."""
         return math.sqrt(self.dot(shard, shard))
 
-    def dot(self, a: Shard, b: Shard) -> float:
+    def dot(self, a: ShardedVector, b: ShardedVector) -> float:
         """Inner product of two whole vectors, accumulated in float64."""
         return self._dot(a, b).item()
 
-    def _dot(self, a: Shard, b: Shard) -> torch.Tensor:
+    def _dot(self, a: ShardedVector, b: ShardedVector) -> torch.Tensor:
         total = self.zero()
         for x, y in _joined(a, b):
             total += torch.dot(x.double(), y.double())
@@ -171,7 +171,7 @@ class Engine(ABC):
         numbers = torch.stack([values[key].double() for key in waiting]).tolist() if waiting else []
         return {**values, **dict(zip(waiting, numbers, strict=True))}
 
-    def checksum(self, shard: Shard) -> int:
+    def checksum(self, shard: ShardedVector) -> int:
         """Sum of the whole vector's bit patterns (as int32) modulo 2**64: equal for equal vectors on any engine and any number of ranks."""
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for _, part in self.parts(shard):
@@ -200,7 +200,7 @@ class Engine(ABC):
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
 
-def _joined(a: Shard, b: Shard) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _joined(a: ShardedVector, b: ShardedVector) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same pairs of flat tensors, small ones end to end: an adapter has hundreds, and a GPU is asked for each."""
     waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
     held = 0

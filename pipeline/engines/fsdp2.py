@@ -26,7 +26,7 @@ from torch.distributed.tensor.placement_types import Shard as RowShard
 
 from pipeline.engines.autograd import AutogradEngine
 from pipeline.engines.ds_config import reduces_once
-from pipeline.engines.engine import Shard, clip, step_counter
+from pipeline.engines.engine import ShardedVector, clip, step_counter
 from pipeline.engines.rank_files import RankFiles, write
 from pipeline.model.weights import Source, Sources, read
 
@@ -34,7 +34,7 @@ Places = list[tuple[nn.Module, str]]
 
 
 class Fsdp2Engine(AutogradEngine):
-    """A Shard here is one flat tensor per trainable parameter: this rank's rows of it."""
+    """A ShardedVector here is one flat tensor per trainable parameter: this rank's rows of it."""
 
     def __init__(
         self, module: nn.Module, blocks: Sequence[nn.Module], optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
@@ -67,20 +67,20 @@ class Fsdp2Engine(AutogradEngine):
         # Whole gradients of an adapter are small: they wait for the last micro-batch, and are reduced in one go.
         self.module.set_requires_gradient_sync(last or not self._reduces_once)
 
-    def _gradients(self) -> Shard:
+    def _gradients(self) -> ShardedVector:
         return [
             torch.zeros(local.numel(), device=self.device) if p.grad is None else p.grad.detach().to_local().float().flatten()
             for p, local in zip(self.parameters, self.storage(), strict=True)
         ]
 
-    def add_gradient(self, shard: Shard, scale: float) -> None:
+    def add_gradient(self, shard: ShardedVector, scale: float) -> None:
         for p, part in zip(self.parameters, shard, strict=True):
             if p.grad is None:
                 p.grad = self._like(p, torch.zeros_like(part))
             local = p.grad.to_local()
             local.add_(part.view_as(local), alpha=scale)
 
-    def weights(self) -> Shard:
+    def weights(self) -> ShardedVector:
         return [local.float().clone().flatten() for local in self.storage()]
 
     def storage(self) -> list[torch.Tensor]:
@@ -99,16 +99,16 @@ class Fsdp2Engine(AutogradEngine):
         self.discard()
         self.drop_gathered()
 
-    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    def gathered(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, p), part in zip(self.named.items(), shard, strict=True):
             whole = self._like(p, part).full_tensor()
             if self.rank == 0:
                 yield name, whole.cpu()
 
-    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
+    def shard(self, named: Mapping[str, torch.Tensor]) -> ShardedVector:
         return [self._rows(named[name].float()).flatten().to(self.device) for name in self.named]
 
-    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
+    def save(self, folder: Path, vectors: dict[str, ShardedVector]) -> None:
         tensors: dict[str, torch.Tensor] = {}
         for name, rows in zip(self.named, self._rows_of, strict=True):
             tensors[f"weight.{name}"] = rows.flatten()
@@ -117,7 +117,7 @@ class Fsdp2Engine(AutogradEngine):
             tensors |= {f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)}
         write(folder, self.rank, tensors)
 
-    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, ShardedVector]:
         self.drop_gathered()
         with RankFiles(folder) as files, torch.no_grad():
             for (name, p), rows in zip(self.named.items(), self._rows_of, strict=True):

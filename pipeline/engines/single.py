@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.engines.autograd import AutogradEngine
-from pipeline.engines.engine import Shard, clip, step_counter
+from pipeline.engines.engine import ShardedVector, clip, step_counter
 
 
 class SingleEngine(AutogradEngine):
-    """A Shard here is one flat tensor per trainable parameter, in the module's order."""
+    """A ShardedVector here is one flat tensor per trainable parameter, in the module's order."""
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, device: torch.device | str = "cpu"
@@ -29,15 +29,15 @@ class SingleEngine(AutogradEngine):
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
 
-    def _gradients(self) -> Shard:
+    def _gradients(self) -> ShardedVector:
         return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in self.parameters]
 
-    def add_gradient(self, shard: Shard, scale: float) -> None:
+    def add_gradient(self, shard: ShardedVector, scale: float) -> None:
         for p, part in zip(self.parameters, shard, strict=True):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad.add_(part.view_as(p), alpha=scale)
 
-    def weights(self) -> Shard:
+    def weights(self) -> ShardedVector:
         return [p.detach().clone().flatten() for p in self.parameters]
 
     def drop_gathered(self) -> None:
@@ -54,14 +54,14 @@ class SingleEngine(AutogradEngine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    def gathered(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, p), part in zip(self.named.items(), shard, strict=True):
             yield name, part.view_as(p).cpu().clone()
 
-    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
+    def shard(self, named: Mapping[str, torch.Tensor]) -> ShardedVector:
         return [named[name].to(p.device, p.dtype).flatten() for name, p in self.named.items()]
 
-    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
+    def save(self, folder: Path, vectors: dict[str, ShardedVector]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = {f"weight.{name}": p.detach() for name, p in self.named.items()}
         for name, p in self.named.items():
@@ -70,7 +70,7 @@ class SingleEngine(AutogradEngine):
             state |= {f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)}
         save_file({key: value.contiguous() for key, value in state.items()}, folder / "single.safetensors")
 
-    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, ShardedVector]:
         state = load_file(folder / "single.safetensors", device=str(self.device))
         slots = [key.split(".")[1] for key in state if key.startswith("optimizer.")]
         with torch.no_grad():

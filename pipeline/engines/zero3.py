@@ -11,7 +11,7 @@ small layer. What goes wrong silently without care, and is handled here:
 - `optimizer.zero_grad()` resets the accumulation counter but not the buffer: a parameter used only in a discarded pass would move at the
   next step, so the buffer is zeroed too;
 - `torch.autograd.grad` after `engine(...)` fires DeepSpeed's epilogue: probe passes call the bare module and reduce themselves;
-- the padding of the last shard is uninitialised memory: it is masked in every Shard;
+- the padding of the last shard is uninitialised memory: it is masked in every ShardedVector;
 - DeepSpeed averages gradients over ranks while our losses are shares that add up: losses are scaled by the world size.
 """
 
@@ -32,7 +32,7 @@ from pipeline.engines.deepspeed_private import (
     partition,
     partition_of,
 )
-from pipeline.engines.engine import Engine, LossFunction, Shard, stacked_gradients, step_counter
+from pipeline.engines.engine import Engine, LossFunction, ShardedVector, stacked_gradients, step_counter
 from pipeline.engines.rank_files import RankFiles, write
 from pipeline.model.weights import Sources
 
@@ -40,7 +40,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, cut as the weights are
 
 
 class Zero3Engine(Engine):
-    """A Shard here is one flat tensor per ZeRO sub-group."""
+    """A ShardedVector here is one flat tensor per ZeRO sub-group."""
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], blocks: Sequence[nn.Module] = (),
@@ -78,7 +78,7 @@ class Zero3Engine(Engine):
         gradient = stacked_gradients(v, [row.grad for row in v]) / self.world_size
         return loss, self.sum_over_ranks(gradient)
 
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, Shard]:
+    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, ShardedVector]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=False)
         shard = self.accumulated_gradient()
@@ -99,7 +99,7 @@ class Zero3Engine(Engine):
         return self.sum_over_ranks(total), self.sum_over_ranks(gradient)
 
     @contextlib.contextmanager
-    def perturbed(self, direction: Shard, scale: float) -> Iterator[None]:
+    def perturbed(self, direction: ShardedVector, scale: float) -> Iterator[None]:
         self.drop_gathered()
         stash = [lp.clone() for lp in self._partitions.compute]
         try:
@@ -111,14 +111,14 @@ class Zero3Engine(Engine):
             for lp, saved in zip(self._partitions.compute, stash, strict=True):
                 lp.copy_(saved)
 
-    def accumulated_gradient(self) -> Shard:
+    def accumulated_gradient(self) -> ShardedVector:
         flat = self._partitions.gradient
         parts = flat.split([mask.numel() for mask in self._padding])
         return [
             part.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0) for part, mask in zip(parts, self._padding, strict=True)
         ]
 
-    def add_gradient(self, shard: Shard, scale: float) -> None:
+    def add_gradient(self, shard: ShardedVector, scale: float) -> None:
         # In the gradient's dtype: where bf16 weights are all trained, what is below 1/256 of an element's gradient is lost, as in any accumulation there.
         flat = self._partitions.gradient
         for part, added in zip(flat.split([mask.numel() for mask in self._padding]), shard, strict=True):
@@ -127,13 +127,13 @@ class Zero3Engine(Engine):
             # An offloaded optimizer has taken the gradient, and the norms it clips by, at the last backward: let it take them again.
             self._partitions.offload_gradient([parameter for parameter in self._names if parameter.requires_grad])
 
-    def weights(self) -> Shard:
+    def weights(self) -> ShardedVector:
         return [
             m.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0)
             for m, mask in zip(self._masters(), self._padding, strict=True)
         ]
 
-    def assign(self, weights: Shard) -> None:
+    def assign(self, weights: ShardedVector) -> None:
         self.drop_gathered()
         for lp, master, part in zip(self._partitions.compute, self._masters(), weights, strict=True):
             master.copy_(part)
@@ -150,7 +150,7 @@ class Zero3Engine(Engine):
     def discard(self) -> None:
         self._clear_gradient()
 
-    def gathered(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    def gathered(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter, part in self._parts(shard):
             whole = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)
             torch.distributed.all_gather_into_tensor(whole, part.contiguous().to(self.device))
@@ -158,10 +158,10 @@ class Zero3Engine(Engine):
                 cut = partition_of(parameter)
                 yield self._names[parameter], whole[: cut.numel].view(cut.shape).cpu().clone()
 
-    def parts(self, shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    def parts(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         return ((self._names[parameter], part) for parameter, part in self._parts(shard))
 
-    def shard(self, named: Mapping[str, torch.Tensor]) -> Shard:
+    def shard(self, named: Mapping[str, torch.Tensor]) -> ShardedVector:
         def part(parameter: nn.Parameter) -> torch.Tensor:
             size = partition_of(parameter).padded
             whole = named[self._names[parameter]].flatten().float()
@@ -170,7 +170,7 @@ class Zero3Engine(Engine):
 
         return [torch.cat([part(parameter) for parameter in group]) for group in self._partitions.groups]
 
-    def save(self, folder: Path, vectors: dict[str, Shard]) -> None:
+    def save(self, folder: Path, vectors: dict[str, ShardedVector]) -> None:
         """By parameter name: ZeRO's own pickled form knows nothing of vectors, and needs an offline conversion (universal checkpoints)
         before another number of ranks can read it."""
         flats = {"weight": self.weights(), **{f"vector.{key}": parts for key, parts in vectors.items()}}
@@ -180,7 +180,7 @@ class Zero3Engine(Engine):
         tensors |= {f"step.{index}": state["step"] for index, state in enumerate(states) if "step" in state}
         write(folder, self.rank, tensors)
 
-    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, Shard]:
+    def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, ShardedVector]:
         self.drop_gathered()
         with RankFiles(folder) as files:
             # One counter: all sub-groups step together.

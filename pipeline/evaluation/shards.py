@@ -1,6 +1,6 @@
-"""Shards of an evaluation: shard K of N answers the rows K, K+N, K+2N, ... of every set, and whoever finds all N done merges them (stages.py).
+"""Shards of an evaluation: shard K of N answers the rows K, K+N, K+2N, ... of every set, and whoever finds all N done merges them (stages/evaluate.py).
 
-    shard = Shard.parse("2/8")
+    shard = PromptSlice.parse("2/8")
     shard.check(len(sets["harmful"]))
     shard.of(sets)
 """
@@ -13,14 +13,14 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Shard:
+class PromptSlice:
     """index: from 0 to count - 1."""
 
     index: int
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> Shard:
+    def parse(cls, text: str) -> PromptSlice:
         """The shard that a command line names as K/N. ValueError where it is none."""
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
         if not match:
@@ -47,7 +47,7 @@ class Shard:
         return f"{self.index}/{self.count}"
 
 
-WHOLE = Shard(0, 1)
+WHOLE = PromptSlice(0, 1)
 
 
 def interleaved(shares: list[list[Any]]) -> list[Any]:

@@ -39,7 +39,7 @@ def safetensors_header(label: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, after its length was held against what its header says."""
     check_whole(label, path)
     size = path.stat().st_size
-    broken = f"{label}: {path.name} is no safetensors file (its header cannot be read): copy or download it again"
+    broken = f"{label}: {path.name} is not a safetensors file (its header cannot be read): copy or download it again"
     with naming(path), path.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -91,10 +91,10 @@ def json_object(label: str, path: Path) -> dict[str, Any]:
     try:
         with naming(path):
             value = json.loads(path.read_bytes())
-    except ValueError as error:  # also bytes that are no UTF-8
+    except ValueError as error:  # also bytes that are not valid UTF-8
         broken = isinstance(error, json.JSONDecodeError)
-        where = f"line {error.lineno}: {error.msg}" if broken else "it is no UTF-8 text"
-        raise ValueError(f"{label}: {path.name} is no valid JSON ({where}): copy or download it again") from None
+        where = f"line {error.lineno}: {error.msg}" if broken else "it is not UTF-8 text"
+        raise ValueError(f"{label}: {path.name} is not valid JSON ({where}): copy or download it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{label}: {path.name} holds no JSON object: copy or download it again")
+        raise ValueError(f"{label}: {path.name} does not hold a JSON object: copy or download it again")
     return value

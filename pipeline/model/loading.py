@@ -32,7 +32,7 @@ def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[Pre
     """The model as the recipe computes it, in train mode, and the sources of those of its parameters that have no memory yet.
 
     location: local folder or hub id. sharded: leave the weights to the engine's shards; else only quantised ones are left. They are
-    quantised on this process's accelerator wherever they are kept. Raises ValueError where the model cannot be had.
+    quantised on this process's accelerator wherever they are kept. Raises ValueError where the model could not be loaded.
     """
     if not Path(location).is_dir():
         check_files(section, _files_of(location, section.revision).folder)  # they were not here when the recipe was checked

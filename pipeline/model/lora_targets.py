@@ -18,7 +18,7 @@ def adapted_modules(
 
     targets: a list of names or of their last parts, `all-linear` (all but the head), or a regular expression for whole
     names. linears, others: names of the linear modules, and of the rest. head: the linear one that gives logits.
-    field: whose targets these are, e.g. `train`. Raises ValueError, one sentence, where a target is no linear module.
+    field: whose targets these are, e.g. `train`. Raises ValueError, one sentence, where a target is not a linear module.
     """
     where = f"{field}.lora.target_modules"
     last_parts = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
@@ -26,7 +26,7 @@ def adapted_modules(
         for target in targets:
             if not any(_named(target, name) for name in linears):
                 hint = " (all-linear stands alone, not in a list)" if target.lower() == ALL_LINEAR else ""
-                lack = "is no linear module" if any(_named(target, name) for name in others) else "this model lacks"
+                lack = "is not a linear module" if any(_named(target, name) for name in others) else "this model lacks"
                 raise ValueError(f"{where} names '{target}'{hint}, which {lack}: it has {last_parts}")
         found, stray = (
             [name for name in names if any(_named(target, name) for target in targets)] for names in (linears, others)
@@ -44,7 +44,7 @@ def adapted_modules(
         )
     if stray:
         raise ValueError(
-            f"{where} takes in {stray[0]}, which is no linear module: leave it out; linear ones are {last_parts}"
+            f"{where} takes in {stray[0]}, which is not a linear module: leave it out; linear ones are {last_parts}"
         )
     return found
 

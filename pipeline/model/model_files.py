@@ -25,7 +25,7 @@ def model_location(section: ModelSection) -> str:
     if local and path.is_dir():
         return str(path)
     if local or section.path.count("/") != 1:
-        raise ValueError(f"model.path '{section.path}' is no folder: give a local model folder, a hub id (owner/name) or {BUILTIN}")
+        raise ValueError(f"model.path '{section.path}' is not a folder: give a local model folder, a hub id (owner/name) or {BUILTIN}")
     check_hub_id(section.path, "model.path")
     return section.path
 

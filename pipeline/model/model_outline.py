@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 
 def outlined(section: ModelSection) -> ModelFacts:
-    """Config, tensors and tokenizer of a model; the tokenizer is unknown where the files are not here. ValueError where it cannot be had."""
+    """Config, tensors and tokenizer of a model; the tokenizer is unknown where the files are not here. ValueError where it could not be loaded."""
     folder = local_folder(section)
     if folder is not None and any(folder.glob("*.safetensors")):
         facts = read_facts(section, folder)

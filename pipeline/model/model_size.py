@@ -37,7 +37,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Counted:
+class ModelCounts:
     """What a config says: stored tensors, and the sizes that activations and FLOPs depend on."""
 
     weights: tuple[Weight, ...]
@@ -54,7 +54,7 @@ class Counted:
     eager: bool
 
 
-def count_model(facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: bool, eager: bool) -> Counted:
+def count_model(facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: bool, eager: bool) -> ModelCounts:
     """Count a model's tensors as they will be stored. nf4: whether linear weights are in 4 bits. eager: whether attention keeps its scores.
 
     Raises ValueError where the model is none of a decoder with attention and a gated MLP, or adapter and quantization do not go with it.
@@ -70,7 +70,7 @@ def count_model(facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: b
     heads = sizes["num_attention_heads"]
     projection = next((shape[0] for name, shape in first.items() if name.endswith(".q_proj")), sizes["hidden_size"])
     dimension = facts.number("head_dim") or projection // heads
-    return Counted(
+    return ModelCounts(
         weights=tuple(_weights(facts, targets, train, dtype_bytes, nf4)),
         layers=len(facts.layers),
         hidden=sizes["hidden_size"],

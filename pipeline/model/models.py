@@ -119,7 +119,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
     """A causal language model on the CPU, in train mode, with the key-value cache off.
 
-    path: local folder or hub id. Raises ValueError where it cannot be had, or is not complete.
+    path: local folder or hub id. Raises ValueError where it could not be loaded, or is not complete.
     """
     index, single = (Path(path) / f"model.safetensors{ending}" for ending in (".index.json", ""))
     if index.is_file() and not single.is_file():
@@ -155,7 +155,7 @@ def damaged_weight(path: str, name: str, problem: str) -> str:
 
 
 def load_config(section: ModelSection) -> PretrainedConfig:
-    """The model's config, of which nothing else need be there. ValueError where it cannot be had."""
+    """The model's config, of which nothing else need be there. ValueError where it could not be loaded."""
     path = resolve_model_path(section) if section.path.startswith("builtin:") else model_location(section)
     try:
         return AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
@@ -287,7 +287,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def refused(path: str, error: Exception) -> Exception:
-    """What to raise where a model cannot be had: an error of the system that may pass as it is, else a ValueError.
+    """What to raise where a model could not be loaded: an error of the system that may pass as it is, else a ValueError.
 
     A folder that is not there any more is such an error: a library would take its name for one of the hub.
     """
@@ -305,6 +305,6 @@ def unreachable(path: str, error: Exception) -> str:
     hint = (
         "HF_HUB_OFFLINE=1 is set, so only the local cache was looked at"
         if offline
-        else "check the id, the network and your access (huggingface-cli login)"
+        else "check the id, the network and your access (hf auth login)"
     )
-    return f"model.path '{path}' cannot be had: {hint}; a local folder works too ({first})"
+    return f"model.path '{path}' could not be loaded: {hint}; a local folder works too ({first})"

@@ -136,7 +136,7 @@ def _template(label: str, folder: Path, config: dict[str, Any], given: Path | No
         try:
             source = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"{field} is no UTF-8 text: save the chat template as UTF-8") from None
+            raise ValueError(f"{field} is not UTF-8 text: save the chat template as UTF-8") from None
     else:
         field, source = f"{label}: the chat template of tokenizer_config.json", config.get("chat_template")
         if isinstance(source, list):  # several by name

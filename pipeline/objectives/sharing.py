@@ -11,7 +11,7 @@ def check_shares(field: str, batch_size: int, ranks: int) -> None:
     """ValueError where the ranks' shares of a global batch are not equal. field: of the recipe, e.g. train.batch_size."""
     if batch_size % ranks:
         fewer = max(count for count in range(1, min(ranks, batch_size + 1)) if batch_size % count == 0)
-        raise ValueError(f"{field} {batch_size} does not divide by {ranks} ranks: use a multiple of {ranks}, or {fewer} rank{'s' * (fewer > 1)}")
+        raise ValueError(f"{field} {batch_size} is not divisible by {ranks} ranks: use a multiple of {ranks}, or {fewer} rank{'s' * (fewer > 1)}")
 
 
 def accumulation(batch_size: int, micro_batch_size: int, ranks: int) -> int:

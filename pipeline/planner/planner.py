@@ -1,6 +1,6 @@
 """Memory and time of a recipe on N GPUs, by arithmetic on the model's config. Nothing in it was measured on a GPU.
 
-    experiment = recipe.load("launch/recipes/llama_7b_sap.yaml")
+    experiment = load("launch/recipes/llama_7b_sap.yaml")
     print(plan_cell(experiment, experiment.cell("sap", 0), ranks=8, gpu_gb=80))
 
 The model's modules are built without memory and counted (model_size.py). What the engines hold is read off pipeline/sharding and DeepSpeed 0.19's ZeRO-3;
@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from pipeline.defences import DEFENCES
+from pipeline.defences.defence import Cost, Costs, Defence, Moment, Passes, Row, Sizes
 from pipeline.engines.ds_config import fetched_by_layer, read_ds_config, reduces_once
 from pipeline.model.model_facts import ModelFacts
 from pipeline.model.model_outline import outlined
-from pipeline.model.model_size import NF4_BLOCK, Counted, Weight, count_model
+from pipeline.model.model_size import NF4_BLOCK, ModelCounts, Weight, count_model
 from pipeline.objectives.logits import MOST_LOGITS
 from pipeline.objectives.sharing import accumulation, check_shares, share_of
-from pipeline.recipe.layer_choice import probed_layers
 from pipeline.recipe.recipe import Cell, Experiment, Recipe
-from pipeline.recipe.sections import LisaSection, SapSection, TrainSection
+from pipeline.recipe.sections import DefenceSection, SafetyPairsSection, TrainSection
 from pipeline.running import devices
 
 FITTED_SHARE = 0.9  # of a GPU's memory, up to which gradient_checkpointing auto fills it: the rest is for fragments
@@ -35,34 +36,21 @@ ZERO_DEFAULTS = {
     "reduce_bucket_size": 500_000_000, "stage3_param_persistence_threshold": 100_000, "stage3_max_reuse_distance": 1_000_000_000,
     "sub_group_size": 1_000_000_000,
 }  # fmt: skip
-Moment = Literal["always", "in a pass", "between"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A part of a GPU's memory. moment: all the time, while a pass runs, or between passes (norms, differences, the update)."""
-
-    part: str
-    formula: str
-    bytes: float
-    moment: Moment
-
 
 @dataclass(frozen=True)
 class Plan:
     """The arithmetic of one training cell on `ranks` GPUs; see `estimate`."""
 
-    model: Counted
+    model: ModelCounts
     train: TrainSection
-    sap: SapSection
     zero: dict[str, Any]
     dtype_bytes: int
     quantized: bool
     ranks: int
     max_length: int
     safety_max_length: int
-    parts: tuple[str, ...] = ()  # Recipe.parts
-    lisa: LisaSection = LisaSection()
+    defences: tuple[tuple[Defence, DefenceSection], ...] = ()  # those that are enabled, with their sections
+    pairs: SafetyPairsSection = SafetyPairsSection()
     recomputed: int | None = None  # decoder layers, for train.gradient_checkpointing auto
     masked: bool = False  # whether attention works through a packed row whole, and a mask keeps its samples apart
 
@@ -101,12 +89,12 @@ class Plan:
         return "\n".join([*lines, f"{'most at one time':<24}{total:>6.2f}  {'':<9}  {total / gpu_gb:.0%} of a GPU of {gpu_gb:g} GB"])
 
     def check(self) -> None:
-        """ValueError where the batch sizes do not divide by the ranks, the engine takes one only, or probed layers lie outside the model."""
+        """ValueError where the batch sizes do not divide by the ranks, the engine takes one only, or a defence does not fit the model."""
         if self.train.engine == "single" and self.ranks > 1:
             raise ValueError(f"train.engine single runs one process, not {self.ranks}: use engine zero3 or fsdp2")
         check_shares("train.batch_size", self.train.batch_size, self.ranks)
-        if self.sap.enabled:
-            probed_layers(self.sap.layers, self.model.layers)
+        for defence, section in self.defences:
+            defence.fits(section, self.model.layers)
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -124,11 +112,11 @@ class Plan:
 
     @property
     def draws_pairs(self) -> bool:
-        return self.sap.enabled or bool({"safe_mix", "safety_gradient", "lisa"} & set(self.parts))
+        return any(defence.draws_pairs for defence, _ in self.defences)
 
     def flops(self) -> tuple[float, float]:
         """FLOPs of a step on one rank: (as planned, averaged over what is not done at every step; plain fine-tuning)."""
-        return sum(count * flops for count, flops, _ in _passes(self)), _passes(replace(self, parts=(), sap=self.sap.model_copy(update={"enabled": False})))[0][1]
+        return sum(count * flops for count, flops, _ in _passes(self)), _costs(self).main[0]
 
     def received(self) -> float:
         """Bytes of weights that a GPU receives in a step, averaged likewise; the reduction of gradients is not in it."""
@@ -145,17 +133,20 @@ class Plan:
 
 
 def estimate(
-    facts: ModelFacts, train: TrainSection, sap: SapSection, ds_config: dict[str, Any] | None, dtype_bytes: int, quantization: str,
+    facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ds_config: dict[str, Any] | None, dtype_bytes: int, quantization: str,
     ranks: int, max_length: int, safety_max_length: int, eager: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan of a training; reads no weights.
+    """The plan of a training; reads no weights. of_cell: whose defences it has; None: plain fine-tuning.
 
     ds_config: DeepSpeed's, for engine zero3. dtype_bytes: of a weight that is not quantised. quantization: none | nf4. Lengths: tokens.
-    Raises ValueError where adapter, quantization, batch sizes or probed layers do not go with the model or the ranks.
+    Raises ValueError where adapter, quantization, batch sizes or defences do not go with the model or the ranks.
     """
     nf4, zero = quantization == "nf4", (ds_config or {}).get("zero_optimization", {})
     counted = count_model(facts, train, dtype_bytes, nf4, eager)
-    plan = Plan(counted, train, sap, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length)
+    parts = [] if of_cell is None else of_cell.parts
+    defences = tuple((DEFENCES[name], getattr(of_cell, name)) for name in parts)
+    pairs = SafetyPairsSection() if of_cell is None else of_cell.safety_pairs
+    plan = Plan(counted, train, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length, defences, pairs)
     plan.check()
     return plan
 
@@ -168,14 +159,11 @@ def estimate_training(
     attention: flash_attention_2, sdpa or eager; None: what model.attention means on this machine.
     """
     section, data = base.model, base.data
-    sap = SapSection() if of_cell is None else of_cell.sap
     ds_config = read_ds_config(train, ranks) if train.engine == "zero3" else None
     width, attention = 4 if dtype == "float32" else 2, attention or devices.attention(section)
     lengths = (data.max_length, data.safety_max_length)
-    plan = estimate(facts, train, sap, ds_config, width, section.quantization, ranks, *lengths, attention == "eager")
+    plan = estimate(facts, train, of_cell, ds_config, width, section.quantization, ranks, *lengths, attention == "eager")
     plan = replace(plan, masked=train.packing and attention in ("eager", "sdpa"))
-    if of_cell is not None:
-        plan = replace(plan, parts=tuple(of_cell.parts), lisa=of_cell.lisa)
     plan.check()
     return plan
 
@@ -183,7 +171,7 @@ def estimate_training(
 def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> str:
     """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text; auto counts as bfloat16 and, where no GPU is here, as sdpa.
 
-    Raises ValueError where the model's config cannot be had, and as `estimate`.
+    Raises ValueError where the model's config could not be loaded, and as `estimate`.
     """
     base = experiment.base
     dtype = "bfloat16" if base.model.dtype == "auto" else base.model.dtype
@@ -194,11 +182,10 @@ def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> 
 
 
 def _state(plan: Plan) -> list[Row]:
-    """What is held all the time: weights, gradients, AdamW's moments, SAP's vectors, the buffer in which gradients are reduced.
+    """What is held all the time: weights, gradients, AdamW's moments, the defences' own, the buffer in which gradients are reduced.
 
-    ZeRO-3 keeps trained weights and gradients in the model's dtype where all weights are trained, and a float32 master. SAP keeps the
-    direction and, while passes run, the perturbed weights' old values or, after those, g(0) for the correction. Between passes a norm takes
-    a float32 copy, and float64 ones of two flat tensors (Engine.dot); the correction one more gradient. AdamW's update takes less.
+    ZeRO-3 keeps trained weights and gradients in the model's dtype where all weights are trained, and a float32 master. Between passes a
+    norm takes a float32 copy, and float64 ones of two flat tensors (Engine.dot). AdamW's update takes less.
     """
     engine, ranks = plan.train.engine, plan.ranks
     trained, frozen = ([weight for weight in plan.model.weights if weight.trained is which] for which in (True, False))
@@ -208,24 +195,16 @@ def _state(plan: Plan) -> list[Row]:
     how = f"0.5 + 4/{NF4_BLOCK} bytes a weight in nf4, else {plan.dtype_bytes}" if plan.quantized else f"{plan.dtype_bytes} bytes a weight"
     count, held = f"{_short(numel)} / {ranks}", sum(weight.held(engine, ranks) * weight.width for weight in frozen)
     flat = min(local, _zero(plan, "sub_group_size")) if engine == "zero3" else max(weight.held(engine, ranks) for weight in trained)
-    copies = 2 if plan.sap.enabled and plan.sap.correction_every else 1
     rows = [
         Row("frozen weights", f"{sum(_split(frozen)) / 1e9:.2f} GB ({how}) / {ranks}", held, "always"),
         Row("trained weights", f"{count} x ({width}{' + 4 of a float32 master' if master else ''}) bytes", local * (width + master), "always"),
         Row("gradients", f"{count} x {width} bytes", local * width, "always"),
         Row("AdamW's moments", f"{count} x 2 x 4 bytes", local * 8, "always"),
-        Row("norms, update", f"{count} x {copies} x 4 bytes, {_short(flat)} x 2 x 8 bytes", copies * 4 * local + 16 * flat, "between"),
+        Row("norms, update", f"{count} x 4 bytes, {_short(flat)} x 2 x 8 bytes", 4 * local + 16 * flat, "between"),
     ]
-    if plan.sap.enabled:
-        second, probed = max(width, 4 if plan.sap.correction_every else 0), len(probed_layers(plan.sap.layers, plan.model.layers))
-        formula = f"{count} x (direction 4 + old values or g(0) {second}) bytes; V, its gradients and moments"
-        rows.append(Row("SAP's vectors", formula, local * (4 + second) + 6 * 4 * probed * plan.model.hidden, "always"))
-    kept = [what for part, what in (("ema", "average"), ("lisa", "w_last"), ("safety_gradient", "direction")) if part in plan.parts]
-    if kept:
-        rows.append(Row("vectors of methods", f"{count} x {' + '.join(f'{what} 4' for what in kept)} bytes", 4 * len(kept) * local, "always"))
-        rows.append(Row("their updates", f"{count} x 2 copies x 4 bytes", 8 * local, "between"))
-    if "ema" in plan.parts:
-        rows.append(Row("weights put aside", f"{count} x {width + master} bytes, while a validation sees the average", local * (width + master), "in a pass"))
+    sizes = Sizes(count, local, width, master, plan.model.hidden, plan.model.layers)
+    own = (row for defence, section in plan.defences for row in defence.memory(section, sizes))
+    rows += dict.fromkeys(own)  # what two of them say alike is there once
     if engine == "zero3":
         bucket = _zero(plan, "reduce_bucket_size")
         copied = max(min(bucket, numel), max(weight.numel for weight in trained))
@@ -286,7 +265,7 @@ def _activations(plan: Plan) -> list[Row]:
     model, b = plan.model, plan.dtype_bytes
     sizes = [(plan.micro_batch_tokens, plan.span, plan.masked)]
     if plan.draws_pairs:
-        pairs = min(plan.sap.safety_micro_batch_size, -(-plan.sap.safety_batch_size // plan.ranks))
+        pairs = min(plan.pairs.micro_batch_size, -(-plan.pairs.batch_size // plan.ranks))
         sizes.append((2 * pairs * plan.safety_max_length, plan.safety_max_length, False))
     alone = 8 * model.hidden + b * (4 * model.queries + 3 * model.intermediate) + 4 * model.heads
 
@@ -321,32 +300,38 @@ def _activations(plan: Plan) -> list[Row]:
     return [*rows, Row("one layer in backward", f"{tokens} tokens x {moving:,} bytes", tokens * moving, "in a pass")]
 
 
-def _passes(plan: Plan) -> list[tuple[float, float, float]]:
-    """(times a step, FLOPs, bytes received) of a step's passes on one rank: main, probe, safety (pipeline/defences/sap/step.py)."""
-    train, sap, layers = plan.train, plan.sap, plan.model.layers
+def _passes(plan: Plan) -> Passes:
+    """(times a step, FLOPs, bytes received) of a step's passes on one rank."""
+    costs = _costs(plan)
+    passes: Passes = [(1, *costs.main)]
+    for defence, section in plan.defences:
+        passes = defence.passes(section, costs, passes)
+    return passes
+
+
+def _costs(plan: Plan) -> Costs:
+    """What passes of a step cost one rank."""
+    train, drawn, layers = plan.train, plan.pairs, plan.model.layers
     budget = train.tokens_per_micro_batch
     # How many of full length a micro-batch holds.
     rows = train.micro_batch_size if budget is None else max(budget // plan.max_length, 1)
     share, steps = train.batch_size / plan.ranks, accumulation(train.batch_size, rows, plan.ranks)
-    main = _pass(plan, share, plan.max_length, steps, layers, True, plan.span)
-    pairs = sap.safety_batch_size / plan.ranks
-    refresh = 1 / sap.refresh_every if sap.refresh_every else 0.0
-    turns = accumulation(sap.safety_batch_size, sap.safety_micro_batch_size, plan.ranks)
-    safe = _pass(plan, pairs, plan.safety_max_length, turns, layers, True)
-    safety = _pass(plan, 2 * pairs, plan.safety_max_length, turns, layers, True)
-    mixed = [(refresh, *safe)] if "safe_mix" in plan.parts else []
-    if "lisa" in plan.parts:
-        aligning = plan.lisa.alignment_steps / (plan.lisa.alignment_steps + plan.lisa.task_steps)
-        return [(1 - aligning, *main), (aligning, *safe)]
-    if not sap.enabled:
-        return [(1, *main), *mixed, *([(refresh, *safety)] if "safety_gradient" in plan.parts else [])]
-    # A rank whose share of the samples is none computes a copy of one.
-    looked_at = share_of(train.batch_size, sap.probe_share)
-    turns, sequences = accumulation(looked_at, rows, plan.ranks), max(looked_at / plan.ranks, 1)
-    probed = layers - 1 - probed_layers(sap.layers, layers)[0]
-    probe = _pass(plan, sequences, plan.max_length, turns, probed, False, plan.span)
-    noise, correction = (1 / every if every else 0.0 for every in (sap.noise_every, sap.correction_every))
-    return [(1 + correction, *main), ((2 if sap.schedule == "exact" else 1) + noise, *probe), (refresh, *safety), *mixed]
+    pairs, turns = drawn.batch_size / plan.ranks, accumulation(drawn.batch_size, drawn.micro_batch_size, plan.ranks)
+
+    def probe(share: float, through: int) -> Cost:
+        # A rank whose share of the samples is none computes a copy of one.
+        looked_at = share_of(train.batch_size, share)
+        passes, sequences = accumulation(looked_at, rows, plan.ranks), max(looked_at / plan.ranks, 1)
+        return _pass(plan, sequences, plan.max_length, passes, through, False, plan.span)
+
+    return Costs(
+        main=_pass(plan, share, plan.max_length, steps, layers, True, plan.span),
+        safe=_pass(plan, pairs, plan.safety_max_length, turns, layers, True),
+        safety=_pass(plan, 2 * pairs, plan.safety_max_length, turns, layers, True),
+        draws=1 / drawn.refresh_every if drawn.refresh_every else 0.0,
+        layers=layers,
+        probe=probe,
+    )
 
 
 def _pass(

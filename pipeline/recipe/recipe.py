@@ -26,16 +26,12 @@ from pipeline.recipe.redaction import REDACTED, redact, secret_name, token_in
 from pipeline.recipe.sections import (
     AlignSection,
     DataSection,
+    DefenceSection,
     DirectionSection,
-    EmaSection,
     EvaluateSection,
-    LisaSection,
     ModelSection,
     PathField,
-    SafeMixSection,
-    SafetyGradientSection,
-    SaftSection,
-    SapSection,
+    SafetyPairsSection,
     Section,
     SourceSection,
     TrackingSection,
@@ -46,6 +42,8 @@ from pipeline.system.system_errors import reading_input
 
 
 class Recipe(Section):
+    """What every recipe has; defences/recipes.py adds a section for each defence."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
         description="Name of the experiment and of its folder below output_dir"
     )
@@ -69,12 +67,7 @@ class Recipe(Section):
     align: AlignSection = Field(AlignSection(), description="Alignment of the start model")
     direction: DirectionSection = Field(DirectionSection(), description="The safety direction at the initial weights")
     train: TrainSection = Field(description="The fine-tuning")
-    sap: SapSection = Field(SapSection(), description="Safety-aware probing")
-    saft: SaftSection = Field(SaftSection(), description="Filter of the training samples")
-    ema: EmaSection = Field(EmaSection(), description="Averaged weights")
-    safe_mix: SafeMixSection = Field(SafeMixSection(), description="Control: safe responses among the task's samples")
-    safety_gradient: SafetyGradientSection = Field(SafetyGradientSection(), description="Control: the safety gradient added to the task's")
-    lisa: LisaSection = Field(LisaSection(), description="Control: alignment and task steps in turns")
+    safety_pairs: SafetyPairsSection = Field(SafetyPairsSection(), description="How safety pairs are drawn, whatever draws them")
     evaluate: EvaluateSection = Field(description="What is measured")
     tracking: TrackingSection = Field(TrackingSection(), description="MLflow")
     methods: dict[str, dict[str, Any]] = Field(
@@ -110,11 +103,12 @@ class Recipe(Section):
     def _method_names(cls, value: dict[str, Any]) -> dict[str, Any]:
         for method, overrides in value.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", method):
-                raise ValueError(f"'{method}' is no name for a method: letters, digits, _ and .")
-            fixed = {"name", "extends", "output_dir", "permissions", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"} & set(overrides)
+                raise ValueError(f"'{method}' is not a valid method name: use letters, digits, _ and .")
+            fixed = sorted(_SHARED & set(overrides))
             if fixed:
+                own = [name for name in cls.model_fields if name not in _SHARED]
                 raise ValueError(
-                    f"method '{method}' overrides {sorted(fixed)[0]}: methods share it, or they could not be compared; override direction, train, sap, saft, ema, safe_mix, safety_gradient or lisa"
+                    f"method '{method}' overrides {fixed[0]}: methods share it, or they could not be compared; override {', '.join(own[:-1])} or {own[-1]}"
                 )
         return value
 
@@ -124,15 +118,8 @@ class Recipe(Section):
         return {"private": 0o077, "group": 0o027, "all": 0o022}[self.permissions]
 
     @model_validator(mode="after")
-    def _combinations(self) -> Recipe:
-        for (one, other), reason in _MEANINGLESS.items():
-            if getattr(self, one).enabled and getattr(self, other).enabled:
-                raise ValueError(f"{one}.enabled and {other}.enabled do not go together: {reason}; set one of them to false")
-        if self.sap.refresh_every == 0 and (self.safe_mix.enabled or self.safety_gradient.enabled):
-            raise ValueError("sap.refresh_every is 0, so that safe_mix and safety_gradient would never draw a safety pair: set it to 1 or more")
+    def _token_budgets(self) -> Recipe:
         self._check_token_budgets()
-        if self.ema.enabled and self.train.steps is not None:
-            self.ema.check_steps(self.train.steps)
         return self
 
     def _check_token_budgets(self) -> None:
@@ -149,21 +136,18 @@ class Recipe(Section):
 
     @property
     def parts(self) -> list[str]:
-        """The enabled sections that make up a method; none for plain fine-tuning."""
-        return [name for name in ("saft", "sap", "safe_mix", "safety_gradient", "lisa", "ema") if getattr(self, name).enabled]
+        """The enabled sections that make up a method, in DEFENCES' order; none for plain fine-tuning."""
+        sections = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return [name for name, section in sections if isinstance(section, DefenceSection) and section.enabled]
 
     @property
     def draws_pairs(self) -> bool:
         """Whether training draws safety pairs step by step."""
-        return bool({"sap", "safe_mix", "safety_gradient", "lisa"} & set(self.parts))
+        return False  # no defence, no pairs
 
 
-_MEANINGLESS = {
-    ("sap", "safety_gradient"): "one adds the safety gradient and the other a preconditioned one, and neither's correction could be told from the sum",
-    ("sap", "lisa"): "Lisa's alignment steps have no task whose gradient SAP could probe",
-    ("safety_gradient", "lisa"): "both descend the safety pairs' loss, Lisa in steps of its own",
-    ("safe_mix", "lisa"): "Lisa trains on the same safe responses in steps of its own",
-}
+# What all methods of a recipe have in common.
+_SHARED = {"name", "extends", "output_dir", "permissions", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"}
 
 
 @dataclass(frozen=True)
@@ -184,12 +168,17 @@ class Experiment:
     raw: dict[str, Any]
     overrides: dict[str, Any]
 
+    @property
+    def model(self) -> type[Recipe]:
+        """The class of its recipes, which knows the sections that they may have."""
+        return type(self.base)
+
     def cell(self, method: str, seed: int) -> Cell:
         """Resolve one cell; ValueError where the method is unknown or its recipe is not valid."""
         if method not in self.base.methods:
             raise ValueError(f"no method '{method}' in {self.path}: it has {', '.join(self.base.methods)}")
         merged = merge(merge(self.raw, self.base.methods[method]), self.overrides)
-        return Cell(method, seed, _validate(merged, f"{self.path} (method {method})"))
+        return Cell(method, seed, _validate(merged, f"{self.path} (method {method})", self.model))
 
     def only(self, methods: list[str]) -> Experiment:
         """The same experiment with some of its methods; the name before a grid's settings stands for all of them. ValueError for one that it lacks."""
@@ -202,7 +191,7 @@ class Experiment:
 
     def arguments(self) -> list[str]:
         """The recipe and its overrides for a process that runs in another folder: paths are absolute."""
-        return [str(self.path.absolute()), *as_arguments(paths.written(self.overrides, Recipe))]
+        return [str(self.path.absolute()), *as_arguments(paths.written(self.overrides, self.model))]
 
     def cells(self) -> Iterator[Cell]:
         for method in self.base.methods:
@@ -211,9 +200,10 @@ class Experiment:
 
 
 @reading_input()
-def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
+def load(path: str | Path, overrides: dict[str, Any] | None, model: type[Recipe]) -> Experiment:
     """Read and validate a recipe file and every method in it.
 
+    model: the class of its recipes (defences/recipes.py, whose `load` gives it).
     path: of a file, or the name of a recipe that ships with the package. Paths in it are relative to it.
     overrides: nested mapping that wins over file and methods (see `strict_yaml.parse_overrides`). Paths in it are
         relative to the working directory.
@@ -223,14 +213,14 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Experimen
         raise ValueError("extends is read from a recipe's file only: write it there, or give the other file as the recipe")
     given = Path(path)
     path = given if given.is_file() else shipped.recipe(str(given)) or given
-    raw = read(path, lambda mapping, file: paths.resolve(mapping, Recipe, file))
-    overrides = paths.resolve(overrides or {}, Recipe, None)
+    raw = read(path, lambda mapping, file: paths.resolve(mapping, model, file))
+    overrides = paths.resolve(overrides or {}, model, None)
     if "output_dir" not in merge(raw, overrides):
         if shipped.holds(path):  # as if given on the command line, so that `arguments` mean the same in any folder
             overrides["output_dir"] = str(Path.cwd() / "runs")
         else:
             raw["output_dir"] = str(path.absolute().parent / "runs")
-    experiment = Experiment(path, _validate(merge(raw, overrides), str(path)), raw, overrides)
+    experiment = Experiment(path, _validate(merge(raw, overrides), str(path), model), raw, overrides)
     _check_grids(merge(raw, overrides).get("methods"), overrides)
     for method in experiment.base.methods:
         experiment.cell(method, experiment.base.seeds[0])
@@ -253,7 +243,7 @@ def dump(recipe: Recipe) -> dict[str, Any]:
     return redact(recipe.model_dump(mode="json"))
 
 
-def field_rows(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def field_rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """(dotted name, type, default, description) of every field, depth first: the source of `--help` and docs."""
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
@@ -279,21 +269,23 @@ def _type_name(annotation: Any) -> str:
     return "None" if annotation is types.NoneType else annotation.__name__
 
 
-def _validate(raw: dict[str, Any], where: str) -> Recipe:
-    paths.check(raw, Recipe)
+def _validate(raw: dict[str, Any], where: str, model: type[Recipe]) -> Recipe:
+    paths.check(raw, model)
     try:
-        return Recipe.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_sentence(error)}") from None
+        raise ValueError(f"{where}: {_sentence(error, model)}") from None
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, model: type[Recipe]) -> str:
     """The first violation in one sentence, without secrets: a refused value may be one."""
     first = error.errors()[0]
-    names, annotation = _follow(first["loc"])
+    names, annotation = _follow(first["loc"], model)
     field = ".".join(names)
-    if first["type"] == "extra_forbidden":
-        section = section_of(_follow(first["loc"][:-1])[1])
+    section = section_of(_follow(first["loc"][:-1], model)[1]) if first["type"] == "extra_forbidden" else None
+    if section is not None and names[-1] in section.MOVED:
+        sentence = f"'{field}' has another name now: write {section.MOVED[names[-1]]}"
+    elif first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0)
         sentence = f"unknown key '{field}'" + (f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else "")
     elif first["type"] == "missing":
@@ -310,10 +302,10 @@ def _sentence(error: ValidationError) -> str:
     return redact(sentence)
 
 
-def _follow(location: tuple[Any, ...]) -> tuple[list[str], Any]:
+def _follow(location: tuple[Any, ...], model: type[Recipe]) -> tuple[list[str], Any]:
     """The names a user writes for an error's location (pydantic adds those of a union's members), and the annotation found there."""
     names: list[str] = []
-    annotation: Any = Recipe
+    annotation: Any = model
     for part in location:
         section = section_of(annotation)
         if section is not None:

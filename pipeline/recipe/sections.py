@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -34,7 +34,12 @@ def _holds(annotation: Any, kinds: tuple[type, ...]) -> bool:
 
 
 class Section(BaseModel):
-    """A part of the recipe; unknown keys are errors and nothing changes after loading."""
+    """A part of the recipe; unknown keys are errors and nothing changes after loading.
+
+    MOVED: fields that it had once -> what to write instead, as the end of a sentence.
+    """
+
+    MOVED: ClassVar[dict[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -46,6 +51,12 @@ class Section(BaseModel):
             if isinstance(value, bool) and field is not None and _holds(field.annotation, (int, float)) and not _holds(field.annotation, (bool,)):
                 raise ValueError(f"{name} is {str(value).lower()}: it takes a number")
         return given
+
+
+class DefenceSection(Section):
+    """The section of a defence (pipeline/defences), which does nothing unless it is enabled."""
+
+    enabled: bool = Field(False, description="Whether it is used")
 
 
 class ModelSection(Section):
@@ -173,7 +184,7 @@ class LoraSection(Section):
             try:
                 re.compile(value)
             except re.error as error:
-                problem = f"'{value}' is no regular expression ({error})"
+                problem = f"'{value}' is not a regular expression ({error})"
                 raise ValueError(f"{problem}: give one, a list of names, or all-linear") from None
         return value
 
@@ -273,167 +284,16 @@ class DirectionSection(Section):
     micro_batch_size: Positive = Field(4, description="Pairs per rank and pass")
 
 
-# What sap.speed sets where the recipe does not: how much of it is what, docs/performance.md.
-SPEEDS: dict[str, dict[str, float]] = {
-    "exact": {},
-    "balanced": {"probe_share": 0.25, "correction_every": 20},
-    "fast": {"probe_share": 0.125, "correction_every": 20, "noise_every": 0},
-}
+class SafetyPairsSection(Section):
+    """How pairs of data.safety are drawn, by every method that draws them, so that methods of one recipe see the same."""
 
-
-class SapSection(Section):
-    enabled: bool = Field(False, description="Whether the training step is SAP (arXiv 2505.16737, Algorithm 1)")
-    speed: Literal["exact", "balanced", "fast"] = Field(
-        "exact",
-        description="Values of probe_share, correction_every and noise_every where they are not given: balanced, V from a quarter of the samples; fast, from an eighth",
-    )
-    schedule: Literal["exact", "lagged"] = Field(
-        "exact", description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer"
-    )
-    contrastive: Literal["difference", "logsigmoid"] = Field(
-        "difference", description="Contrastive safety loss: Definition 3.1, or -logsigmoid of the margin"
-    )
-    direction: Literal["live", "precomputed"] = Field(
-        "live", description="First safety direction: of this step's pairs, or the direction stage's over all pairs"
-    )
-    probe_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Share of a step's samples that V is computed from, at least one sample; below 1 for schedule exact only"
-    )
+    batch_size: Positive = Field(4, description="Pairs drawn at a time, over all ranks")
+    micro_batch_size: Positive = Field(2, description="Pairs per rank and pass at the most")
     refresh_every: Annotated[int, Field(ge=0)] = Field(
-        1, description="Steps after which pairs are drawn and the direction is computed again; 0: never (precomputed only)"
+        1,
+        description="Steps after which pairs are drawn again, and what is computed from them; Lisa draws at its alignment steps. "
+        "0: never, for sap.direction precomputed only",
     )
-    safety_batch_size: Positive = Field(4, description="Contrastive pairs drawn at a time, over all ranks; by the controls too")
-    safety_micro_batch_size: Positive = Field(2, description="Contrastive pairs per rank and pass at the most")
-    eps: Annotated[float, Field(gt=0)] = Field(0.05, description="|dW| as a share of |W|, both global over the trainable parameters")
-    beta: Annotated[float, Field(gt=0)] = Field(
-        0.05,
-        description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first scale tried (target_correction)",
-    )
-    probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
-    target_correction: Annotated[float, Field(gt=0)] = Field(
-        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how values were chosen: docs/defaults.md"
-    )
-    layers: str | list[int] | list[float] = Field(
-        "0.33:0.66",
-        description="Probed decoder layers: [10, 11] indices, [0.3, 0.5] fractions of the depth, '10:19' or '0.33:0.66' a half-open range",
-    )
-    noise_every: Annotated[int, Field(ge=0)] = Field(
-        20, description="Steps between measurements of the probe's noise (one extra pass); 0: never"
-    )
-    correction_every: Annotated[int, Field(ge=0)] = Field(
-        10, description="Steps between measurements of the correction (one extra pass); 0: never"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _speed(cls, given: Any) -> Any:
-        return {**SPEEDS.get(str(given.get("speed")), {}), **given} if isinstance(given, dict) else given
-
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, value: Any) -> Any:
-        if isinstance(value, str) and not re.fullmatch(r"\s*[\d.]+\s*:\s*[\d.]+\s*", value):
-            raise ValueError(f"'{value}' is no range: write start:stop, e.g. 10:19 or 0.33:0.66")
-        if isinstance(value, list) and not value:
-            raise ValueError("must name at least one decoder layer")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SapSection:
-        if self.refresh_every == 0 and self.direction == "live":
-            raise ValueError("refresh_every 0 needs direction: precomputed")
-        if self.schedule == "lagged" and self.probe_share < 1:
-            set_by = f" (of speed {self.speed})" if self.speed != "exact" else ""
-            raise ValueError(
-                f"probe_share {self.probe_share:g}{set_by} needs schedule: exact; the lagged schedule has V's first gradient from its main pass, over all samples"
-            )
-        if self.probe_step == "target_correction" and self.correction_every == 0:
-            raise ValueError("correction_every must be at least 1 with probe_step: target_correction")
-        return self
-
-
-class EmaSection(Section):
-    """What arXiv 2508.12531 calls EMA momentum in parameter space; its update rule is not published, so both readings are here."""
-
-    enabled: bool = Field(False, description="Whether to average the trained weights over the steps (arXiv 2508.12531)")
-    mode: Literal["shadow", "momentum"] = Field(
-        "shadow",
-        description="shadow: training goes on untouched, validation and product are the average; momentum: training goes on from the average",
-    )
-    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Weight of the average so far in the next: s = decay * s + (1 - decay) * w")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="Steps after which averaging begins, with the weights of that moment; until then the average is the weights"
-    )
-    every: Positive = Field(1, description="Steps between updates of the average")
-
-    def check_steps(self, steps: int) -> None:
-        """ValueError where a training of so many steps would end before the first update: its product would be the start, or no average."""
-        if self.warmup_steps + self.every > steps:
-            raise ValueError(
-                f"ema.warmup_steps {self.warmup_steps} and ema.every {self.every} leave no step of {steps} to average: lower them, or set ema.enabled to false"
-            )
-
-
-class SafeMixSection(Section):
-    """SafeInstr, the control that SAP's reviewers asked for. It draws pairs as SAP does: sap.safety_batch_size every sap.refresh_every steps."""
-
-    enabled: bool = Field(False, description="Whether the safe responses of the safety pairs are mixed into the task's batches")
-
-
-class SafetyGradientSection(Section):
-    """The control without a probe: the safety gradient itself. It draws pairs as SAP does (SafeMixSection)."""
-
-    enabled: bool = Field(False, description="Whether lambda * grad L_safety is added to the task's gradient")
-    contrastive: Literal["difference", "logsigmoid"] = Field(
-        "logsigmoid", description="Contrastive safety loss; difference has no lower bound, and here nothing but the steps' number limits it"
-    )
-    correction: Annotated[float, Field(gt=0)] = Field(
-        0.7, description="|lambda * grad L_safety| / |task gradient|, as sap.target_correction measures SAP's; lambda follows at every step"
-    )
-
-
-class LisaSection(Section):
-    """Lisa (arXiv 2405.18641): steps on the safe responses and on the task in turns, each near where the other left off."""
-
-    enabled: bool = Field(False, description="Whether to alternate alignment steps and task steps (arXiv 2405.18641)")
-    alignment_steps: Positive = Field(1, description="Steps in a row on the safe responses of sap.safety_batch_size pairs each")
-    task_steps: Positive = Field(4, description="Steps in a row on the task, after them; train.steps counts both")
-    rho: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of rho / 2 * |w - w_last|^2, w_last being the weights at the last switch")
-
-
-class SaftSection(Section):
-    """SAFT (arXiv 2410.10014): training samples that the model's hidden states give away as harmful are left out."""
-
-    enabled: bool = Field(False, description="Whether to filter the training samples before training (arXiv 2410.10014)")
-    layer: Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.5, description="Decoder layer whose output is read: an index, or a fraction of the depth such as 0.5"
-    )
-    position: Literal["response_start", "response_mean", "response_end"] = Field(
-        "response_mean",
-        description="Tokens read: the one before the response (as published; it has not seen the response), all of the response, or its last",
-    )
-    components: Annotated[int, Field(ge=1, le=4)] | None = Field(None, description="Singular vectors k; null: the best of 1 to 4 on labelled samples")
-    labelled: Annotated[int, Field(ge=0)] = Field(
-        100, description="Labelled samples on which k and threshold are chosen (best F1); 0: none. 40 others, at most half, are held out where there are fewer"
-    )
-    contamination: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Share of harmful samples expected: the threshold where no sample has a label"
-    )
-    min_auroc: Fraction = Field(0.7, description="AUROC on the labelled samples below which the filter refuses to drop anything")
-    min_precision: Fraction = Field(
-        0.5,
-        description="Of what would be dropped, the share that is harmful: lower end of its Wilson 95% interval on held-out labelled samples, below which the "
-        "filter refuses to drop anything. 0.5: more harmful samples than harmless ones; 4 right of 4 reach it. 0: not asked",
-    )
-    max_dropped: Fraction = Field(0.5, description="Largest share of the samples that may be dropped: those with the highest scores")
-    keep_refusals: bool = Field(True, description="Whether samples whose response begins as a refusal are kept whatever their score")
-    micro_batch_size: Positive = Field(8, description="Samples per rank and forward pass")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SaftSection:
-        if self.labelled == 0 and self.contamination is None:
-            raise ValueError("labelled 0 needs contamination: set saft.contamination to the share of harmful samples you expect")
-        return self
 
 
 class EvaluateSection(Section):
@@ -497,5 +357,5 @@ class TrackingSection(Section):
     def _known_scheme(cls, uri: str | None) -> str | None:
         scheme, colon, _ = (uri or "").partition("://")
         if colon and scheme.lower().partition("+")[0] not in _STORES:
-            raise ValueError(f"begins with {scheme}://, which is no store of MLflow's: it takes {', '.join(_STORES)} or a folder")
+            raise ValueError(f"begins with {scheme}://, which is not a store that MLflow knows: it takes {', '.join(_STORES)} or a folder")
         return uri

@@ -56,7 +56,7 @@ def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any
     except _TooMuch as error:
         raise ValueError(f"{path} {error}: give the path of a recipe") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date like 2024-13-01
-        raise ValueError(f"{path} is no valid YAML: {_reason(error)}") from None
+        raise ValueError(f"{path} is not valid YAML: {_reason(error)}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a mapping of sections, e.g. 'name: demo'")
     raw = resolve(raw, path)

@@ -83,7 +83,7 @@ def what_is_measured(collected: Collected) -> str:
     """The sentence that keeps a reader from taking openings for harm."""
     prompts = collected.methods[0].measures["non_refusal_rate"]["n"] if len(collected.methods[0].seeds) < 2 else "the"
     judge = _JUDGED[collected.resolved.get("evaluate", {}).get("judge", "refusal")]
-    split = "" if collected.split == "test" else " These are validation prompts, used to choose settings; they are no result."
+    split = "" if collected.split == "test" else " These are validation prompts, used to choose settings; they are not a result."
     return (
         f"Harmful answered is the share of answers to {prompts} harmful prompts that {judge}. "
         f"It measures openings, not harm: a small model that does not refuse often has nothing harmful to say either. Look-alikes are harmless prompts that "

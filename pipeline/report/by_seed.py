@@ -13,6 +13,7 @@ import sys
 
 from pipeline import artifacts
 from pipeline.running import entry
+from pipeline.stages import command_line
 from pipeline.stages.layout import Layout
 from pipeline.system.tables import as_text
 
@@ -35,7 +36,7 @@ def rows(layout: Layout) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    experiment = entry.recipe_given("pipeline.report.by_seed")
+    experiment = command_line.recipe_given("pipeline.report.by_seed")
     found = rows(Layout(experiment))
     if not found:
         raise ValueError(f"{experiment.path}: nothing is evaluated yet with these overrides; sap run {experiment.path}")

@@ -14,11 +14,11 @@ from statistics import fmean, median
 from typing import Any
 
 from pipeline import artifacts
+from pipeline.defences import DEFENCES
 from pipeline.judges.metrics import mean_interval, share
 from pipeline.recipe import recipe
 from pipeline.recipe.recipe import Cell
 from pipeline.report.differences import Outcomes
-from pipeline.stages.checks import direction_given
 from pipeline.stages.layout import Layout
 
 _SHARES = ("non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate", "exact_match", "empty_rate", "incoherent_rate", "unparseable_rate")
@@ -77,7 +77,8 @@ def collect(layout: Layout) -> Collected:
         evaluations[subject.name].append((subject.seed, folder, subject.trained))
     cells = {cell.method: cell for cell in layout.experiment.cells()}
     plain = next((name for name, cell in cells.items() if not cell.recipe.parts), None)
-    controls = [next((name for name, cell in cells.items() if cell.recipe.parts == [part]), None) for part in ("safe_mix", "safety_gradient")]
+    compared = [part for part, defence in DEFENCES.items() if defence.control]
+    controls = [next((name for name, cell in cells.items() if cell.recipe.parts == [part]), None) for part in compared]
     filters = {name: layout.filter(cell) for name, cell in cells.items() if layout.needs_filter(cell)}
     for folder in filters.values():
         artifacts.verify(folder, artifacts.FACTS, "scores.png")
@@ -115,7 +116,7 @@ def _filter_facts(folder: Path) -> dict[str, Any]:
 
 
 def _given_pairs(layout: Layout, cell: Cell | None) -> int:
-    if cell is None or not direction_given(cell):
+    if cell is None or "direction" not in layout.read_by(cell):
         return 0
     return json.loads((layout.prepare() / artifacts.FACTS).read_text())["samples"]["safety_pairs"]
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pipeline import artifacts
 from pipeline.recipe.recipe import Experiment
+from pipeline.stages import STAGES
 from pipeline.stages.layout import Layout
+from pipeline.stages.stage import Stage, unit
 from pipeline.tracking.run import open_run
 
 
@@ -29,3 +31,7 @@ def report(experiment: Experiment) -> Path:
             build_report(collected, folder)
         run.log_artifact(target / "report.html")
     return target
+
+
+REPORT = Stage("report", lambda layout: iter([unit(layout, "report", layout.report())]), report, ("prepare", "align", "train", "evaluate"))
+ALL_STAGES = {**STAGES, REPORT.name: REPORT}

@@ -17,6 +17,7 @@ from statistics import fmean
 
 from pipeline import artifacts
 from pipeline.running import entry
+from pipeline.stages import command_line
 from pipeline.stages.layout import Layout
 from pipeline.system.tables import as_text
 
@@ -86,7 +87,7 @@ def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
 
 
 def main() -> None:
-    experiment = entry.recipe_given("pipeline.report.tuning")
+    experiment = command_line.recipe_given("pipeline.report.tuning")
     if experiment.base.evaluate.split != "validation":
         raise ValueError(f"{experiment.path}: settings are chosen on validation prompts: set evaluate.split to validation")
     found, unfinished = runs(Layout(experiment))

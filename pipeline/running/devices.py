@@ -97,7 +97,7 @@ def environment() -> tuple[int, int]:
 
 
 def ranks(train: TrainSection) -> int:
-    """Processes of a training on this machine. auto: the visible GPUs, or two on a CPU; fewer where train.batch_size does not divide by them."""
+    """Processes of a training on this machine. auto: the visible GPUs, or two on a CPU; fewer where train.batch_size is not divisible by them."""
     if train.ranks != "auto":
         return train.ranks
     if train.engine == "single":
@@ -147,7 +147,7 @@ def check_attention(model: ModelSection) -> None:
 
 
 def _without_flash(model: ModelSection) -> str | None:
-    """Why FlashAttention cannot be had here; None where it can."""
+    """Why FlashAttention cannot be used here; None where it can."""
     if not gpus():
         return "needs a GPU, and none is visible"
     oldest = min(gpus(), key=lambda gpu: gpu.capability)
@@ -184,7 +184,7 @@ def describe(model: ModelSection, train: TrainSection) -> str:
     where = _summary(found) if found else "the CPU (no GPU is visible)" if _built_for_gpus() else "the CPU (torch is built without CUDA)"
     processes = f"{count} process{'es' * (count > 1)} on {where}"
     if train.ranks == "auto" and found and count < len(found) and train.engine != "single":
-        processes += f", because train.batch_size {train.batch_size} divides by no more"
+        processes += f", because train.batch_size {train.batch_size} is not divisible by more"
     if found and count == 1 and train.engine != "single" and train.adapter == "lora" and train.ds_config == "auto":
         processes += ", which shards nothing: train.engine single does the same in less time (docs/performance.md)"
     settings = f"model.dtype {dtype(model.dtype)}, model.attention {attention(model)}"

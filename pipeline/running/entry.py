@@ -1,11 +1,11 @@
-"""What the launch scripts share: arguments, the choice of a cell, errors as one sentence and exit code 2.
+"""How every command ends: errors as one sentence and an exit code, ranks that say the same once, a terminal that is gone.
 
-deepspeed launch/train.py --config launch/recipes/demo.yaml --method sap --seed 0 --train.lr 2e-4
+    if __name__ == "__main__":
+        entry.run(main)
 """
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import os
@@ -17,11 +17,9 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 from pipeline import artifacts
-from pipeline.recipe import recipe, strict_yaml
-from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.recipe.redaction import redact, shielded
 from pipeline.running.batch_job import report_error, report_fault
 from pipeline.running.runner import STOPPED, SYSTEM_ERROR, Stopped
@@ -35,50 +33,6 @@ _BROKEN_PIPE = 141  # the same of SIGPIPE
 _BEHIND_THE_FIRST = 25.0  # seconds that a node's other ranks leave its first to say the same: it may deliver to MLflow for 20 before it ends
 _BEHIND_ANOTHER = 2.0  # the same for a rank that notices another one's end
 _ANOTHER_RANK = re.compile(r"Connection (closed|reset) by peer|remote process exited|recv, got 0 bytes|Broken pipe")  # gloo, NCCL, c10d's store
-
-
-def arguments(description: str, argv: list[str] | None = None, checkable: bool = False) -> tuple[argparse.Namespace, Experiment]:
-    """Parse a launch script's command line and load its recipe. checkable: whether the script knows --check."""
-    parser = argparse.ArgumentParser(description=description, epilog="Any field of the recipe can be overridden: --train.lr 2e-4")
-    parser.add_argument("--config", required=True, help="path of the recipe")
-    parser.add_argument("--method", help="method of the recipe; needed where it has several")
-    parser.add_argument("--seed", type=int, help="seed of the recipe; needed where it has several")
-    if checkable:
-        parser.add_argument("--check", action="store_true", help="check what can be checked before weights are read or ranks meet, and stop")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
-    options, rest = parser.parse_known_args(argv)
-    if options.local_rank is not None and options.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    return options, open_recipe(options.config, strict_yaml.parse_overrides(rest))
-
-
-def open_recipe(given: str, overrides: dict[str, Any]) -> Experiment:
-    """`recipe.load`, and a line on stderr where a shipped recipe stands in for a file that is not there.
-
-    What this process writes from now on has the recipe's permissions.
-    """
-    experiment = recipe.load(given, overrides)
-    artifacts.keep_from_others(experiment.base.umask)
-    if experiment.path != Path(given) and os.environ.get("RANK", "0") == "0":
-        print(f"no file {Path(given).absolute()}: the recipe is the shipped {experiment.path}", file=sys.stderr)
-    return experiment
-
-
-def recipe_given(module: str) -> Experiment:
-    """The recipe that `python -m MODULE RECIPE [--dotted.override value]` names. ValueError without one."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise ValueError(f"give a recipe: python -m {module} launch/recipes/compare.yaml [--dotted.override value]")
-    return open_recipe(sys.argv[1], strict_yaml.parse_overrides(sys.argv[2:]))
-
-
-def choose_cell(experiment: Experiment, method: str | None, seed: int | None) -> Cell:
-    """The one cell meant; ValueError listing the choices where there are several, or where there is none such."""
-    methods, seeds = list(experiment.base.methods), list(experiment.base.seeds)
-    if method is None and len(methods) > 1:
-        raise ValueError(f"{experiment.path} has the methods {', '.join(methods)}: choose one with --method")
-    if seed is None and len(seeds) > 1:
-        raise ValueError(f"{experiment.path} has the seeds {', '.join(map(str, seeds))}: choose one with --seed")
-    return experiment.cell(method or methods[0], seeds[0] if seed is None else seed)
 
 
 def guarded(main: Callable[[], int | None]) -> int:

@@ -1,6 +1,6 @@
 """Jobs that start with their imports done: forked from a warm parent, a process that has imported all they need.
 
-    with WarmParents(["pipeline.stages.stages", "pipeline.running.lean_imports:import_peft"]) as warm:
+    with WarmParents(["pipeline.stages.train", "pipeline.running.lean_imports:import_peft"]) as warm:
         job = warm.fork(script, ["--config", "demo.yaml"], environment, {"RANK": "0"})
 
 A job is a process of its own, and a child of this one: it ends alone, gives back its memory, and `poll`, `returncode`

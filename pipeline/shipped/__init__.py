@@ -9,7 +9,9 @@ A checkout has them at its top, an installed package in this folder.
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -30,6 +32,13 @@ def recipe(name: str) -> Path | None:
 def recipes() -> list[str]:
     """Names of the shipped recipes."""
     return sorted(path.stem for path in (FOLDER / "launch" / "recipes").glob("*.yaml"))
+
+
+def summary(name: str) -> str:
+    """The first sentence of a shipped recipe's comment."""
+    lines = (FOLDER / "launch" / "recipes" / f"{name}.yaml").read_text().splitlines()
+    words = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
+    return re.split(r"(?<=[.?]) ", words)[0]
 
 
 def holds(path: Path) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from pipeline import artifacts
+from pipeline.defences import DEFENCES
 from pipeline.model.model_facts import ModelFacts
 from pipeline.model.model_outline import outlined
 from pipeline.planner.planner import CUDA_ALLOWANCE, FITTED_SHARE, Plan, estimate_training
@@ -123,7 +124,7 @@ def _disk(facts: ModelFacts, plans: list[tuple[Plan, Cell | None]]) -> float:
         trained = sum(weight.numel for weight in plan.model.weights if weight.trained)
         whole = cell is None or plan.train.adapter == "full" or plan.train.export_merged
         products += (plan.dtype_bytes * weights if whole else 0) + (4 * trained if plan.train.adapter == "lora" else 0)
-        vectors = 0 if cell is None else cell.recipe.draws_pairs + cell.recipe.ema.enabled
+        vectors = 0 if cell is None else sum(len(DEFENCES[name].vectors_kept) for name in cell.recipe.parts)
         checkpoints = max(checkpoints, _CHECKPOINTS * 4 * (3 + vectors) * trained)  # weights and AdamW's two moments, in float32
     return products + checkpoints
 

@@ -1,7 +1,7 @@
 """Everything that can be known to be wrong before any weight is read: what `sap` and the launch scripts look at first.
 
     facts, notes = checks.check(experiment, cell)      # of a recipe, its data sources, its model's files
-    checks.check_upstream(experiment, "train", cell)   # of the stages before
+    checks.check_upstream(experiment, STAGES["train"], cell)   # of the stages before
 
 Needs no torch where the model's files are on this machine.
 """
@@ -14,18 +14,19 @@ from typing import Literal
 
 from pipeline import artifacts
 from pipeline.data.check import check_sources
+from pipeline.defences import DEFENCES
 from pipeline.engines.ds_config import check_engine
 from pipeline.model.model_checks import check_lora, check_model, check_positions
 from pipeline.model.model_facts import ModelFacts
 from pipeline.model.model_outline import facts_of, of_modules, outlined
 from pipeline.model.packable import check_packing
 from pipeline.model.tokenizer_facts import check_loads
-from pipeline.objectives.sharing import check_shares, fillers, share_of
-from pipeline.recipe.layer_choice import probed_layers, read_layer
+from pipeline.objectives.sharing import check_shares, fillers
 from pipeline.recipe.recipe import Cell, Experiment, Recipe
 from pipeline.recipe.sections import TrainSection
 from pipeline.running import devices
 from pipeline.stages.layout import Layout
+from pipeline.stages.stage import Stage
 from pipeline.system.system_errors import reading_input
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
@@ -106,28 +107,17 @@ def _trainings(experiment: Experiment, here: Cell | Literal["align"] | None) -> 
 
 def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) -> list[str]:
     """ValueError where a method does not go with the model or the data; sentences about what it does on these ranks."""
-    sap, saft = cell.recipe.sap, cell.recipe.saft
-    if facts is not None and sap.enabled:
-        probed_layers(sap.layers, len(facts.layers))
-    if saft.enabled:
+    resolved, notes = cell.recipe, []
+    for name in resolved.parts:
+        defence, section = DEFENCES[name], getattr(resolved, name)
         if facts is not None:
-            read_layer(saft.layer, len(facts.layers))
-        if saft.contamination is None and not (base.data.harmful_fraction > 0 or "harmful" in base.data.task.columns):
-            from pipeline.defences.saft.filter import NO_LABELS
-
-            raise ValueError(NO_LABELS)
-    notes = []
-    train = cell.recipe.train
+            defence.fits(section, len(facts.layers))
+        notes += defence.notes(section, resolved, ranks)
+    train, pairs = resolved.train, resolved.safety_pairs
     if train.steps is not None and train.warmup_steps >= train.steps:
-        notes.append(f"method {cell.method}: train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached")
-    note = fillers("sap.safety_batch_size", sap.safety_batch_size, sap.safety_micro_batch_size, ranks) if cell.recipe.draws_pairs else None
-    samples = share_of(train.batch_size, sap.probe_share)
-    if sap.enabled and samples < ranks:
-        idle = f"{ranks - samples} of {ranks} ranks would have no sample of their own"
-        notes.append(
-            f"method {cell.method}: sap.probe_share {sap.probe_share:g} of train.batch_size {train.batch_size} is {samples}: {idle}, and compute copies; "
-            f"a share of {ranks / train.batch_size:g} takes the same time"
-        )
+        notes.append(f"train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached")
+    notes = [f"method {cell.method}: {note}" for note in notes]
+    note = fillers("safety_pairs.batch_size", pairs.batch_size, pairs.micro_batch_size, ranks) if resolved.draws_pairs else None
     return [*notes, note] if note else notes
 
 
@@ -145,25 +135,20 @@ def check_start(field: str, train: TrainSection, experiment: Experiment, cell: C
         raise ValueError(f"{field}.{error}") from None
 
 
-def check_upstream(experiment: Experiment, stage: Literal["align", "filter", "direction", "train"], cell: Cell | None = None) -> None:
+def check_upstream(experiment: Experiment, stage: Stage, cell: Cell | None = None) -> None:
     """ValueError where a folder that the stage reads is not complete (its files are verified when they are read)."""
     layout = Layout(experiment)
-    artifacts.require(layout.prepare())
-    if experiment.base.align.enabled and stage != "align":
+    if "prepare" in stage.needs:
+        artifacts.require(layout.prepare())
+    if "align" in stage.needs and experiment.base.align.enabled:
         artifacts.require(layout.align())
-    if stage == "train" and cell is not None:
-        if direction_given(cell):
-            artifacts.require(layout.direction(cell))
-        if layout.needs_filter(cell):
-            from pipeline.defences.saft.filter import check_not_refused
+    for name, folder in layout.read_by(cell).items() if cell is not None else ():
+        if name in stage.needs:
+            artifacts.require(folder)
+            if name == "filter":
+                from pipeline.defences.saft.filter import check_not_refused
 
-            artifacts.require(layout.filter(cell))
-            check_not_refused(layout.filter(cell))
-
-
-def direction_given(cell: Cell) -> bool:
-    """Whether training starts from the direction stage's product."""
-    return cell.recipe.sap.enabled and cell.recipe.sap.direction == "precomputed"
+                check_not_refused(folder)
 
 
 def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None, ranks: int) -> None:

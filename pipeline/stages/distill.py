@@ -66,7 +66,7 @@ def _sound(folder: Path) -> bool:
         return False
     found = artifacts.damage(folder)
     if found:
-        print(f"[align] the model's own answers are damaged, and made again: {found}", file=sys.stderr, flush=True)
+        print(f"[align] the model's own answers are damaged and will be made again: {found}", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
     return not found
 

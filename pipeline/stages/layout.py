@@ -23,19 +23,19 @@ from pipeline.data import builtin, contrastive, files, forms
 from pipeline.data.digests import content_digest
 from pipeline.data.fingerprint import fingerprint
 from pipeline.data.sources import local_path
+from pipeline.defences import DEFENCES
 from pipeline.defences.saft import keywords
 from pipeline.judges import judges, refusal
 from pipeline.model.model_files import model_location
 from pipeline.recipe.file_endings import suffix
 from pipeline.recipe.recipe import Cell, Experiment, Recipe, sources
-from pipeline.recipe.sections import ModelSection, SapSection, SourceSection, TrainSection
+from pipeline.recipe.sections import ModelSection, SourceSection, TrainSection
 from pipeline.running import devices
 
 _REPORT = 5  # raise when the page shows something new
-_FORMAT = 6  # raise when prepared data, checkpoints or products change shape
+_FORMAT = 7  # raise when prepared data, checkpoints or products change shape
 # Of a training section, what changes no result: gradient checkpointing computes the same activations again.
 _NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}
-_METHODS = ("ema", "safe_mix", "safety_gradient", "lisa")
 _ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "begun_share"}
 
 
@@ -121,10 +121,19 @@ class Layout:
         return str(self.align() / "model") if self.base.align.enabled else model_location(self.base.model)
 
     def needs_direction(self, cell: Cell) -> bool:
-        return cell.recipe.sap.enabled
+        return _made(cell, "direction")
 
     def needs_filter(self, cell: Cell) -> bool:
-        return cell.recipe.saft.enabled
+        return _made(cell, "filter")
+
+    def of_defences(self, stage: str) -> bool:
+        """Whether a stage is there for defences only."""
+        return any(stage in defence.stages for defence in DEFENCES.values())
+
+    def read_by(self, cell: Cell) -> dict[str, Path]:
+        """Folders of the stages whose product a cell's training reads for its defences, by the stage's name."""
+        names = {name for part in cell.recipe.parts for name in DEFENCES[part].reads(getattr(cell.recipe, part))}
+        return {name: getattr(self, name)(cell) for name in ("filter", "direction") if name in names}
 
     def subjects(self) -> Iterator[Subject]:
         """Everything the report compares, in its order."""
@@ -142,24 +151,12 @@ class Layout:
 
     def train_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
-        parts: list[Any] = [
-            _FORMAT,
-            self._start_hash(),
-            self._prepare_hash(),
-            cell.seed,
-            _training(recipe.train),
-        ]
-        if recipe.sap.enabled:
-            parts.append(_probing(recipe.sap))
-            if recipe.sap.direction == "precomputed":
-                parts.append(self._direction_hash(cell))
-        elif recipe.draws_pairs:
-            parts.append(recipe.sap.model_dump(mode="json", include={"safety_batch_size", "safety_micro_batch_size", "refresh_every"}))
-        if recipe.saft.enabled:
-            parts.append(self._filter_hash(cell))
-        for name in _METHODS:  # named only where enabled: another method's new field changes no folder
-            if getattr(recipe, name).enabled:
-                parts.append({name: getattr(recipe, name).model_dump(mode="json")})
+        parts: list[Any] = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, _training(recipe.train)]
+        if recipe.draws_pairs:
+            parts.append(_drawing(recipe))
+        parts += [_hash_of(folder) for folder in self.read_by(cell).values()]
+        # Named only where enabled: another defence's new field changes no folder.
+        parts += [{name: decided} for name, decided in _decided(recipe).items()]
         return _short(parts)
 
     def basis(self, cell: Cell | None) -> dict[str, Any]:
@@ -168,13 +165,15 @@ class Layout:
         A method's whole section is: what it carries from step to step (V and its scale, a direction, an average) was made with it.
         """
         recipe, train = (self.base, self.base.align.train) if cell is None else (cell.recipe, cell.recipe.train)
-        methods = [] if cell is None else [name for name in ("sap", *_METHODS) if getattr(recipe, name).enabled]
+        methods = {} if cell is None else _decided(recipe)
         lora = {} if train.adapter == "full" else {"train.lora": train.lora.model_dump(mode="json", exclude={"dropout"})}
-        kept = {} if cell is None or not recipe.sap.enabled or recipe.sap.refresh_every else {"the direction stage": self._direction_hash(cell)}
+        drawing = {"safety_pairs": _drawing(recipe)} if cell is not None and recipe.draws_pairs else {}
+        # A direction that is never computed again is carried from checkpoint to checkpoint.
+        never = cell is not None and recipe.draws_pairs and recipe.safety_pairs.refresh_every == 0
+        kept = {"the direction stage": self._direction_hash(cell)} if never else {}
         return {
             "the start model (with model.dtype, model.attention and align)": _short(self._weights()) if cell is None else self._start_hash(),
-            "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods": methods,
-            **{name: _probing(recipe.sap) if name == "sap" else getattr(recipe, name).model_dump(mode="json") for name in methods}, **kept,
+            "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods": list(methods), **methods, **drawing, **kept,
         }  # fmt: skip
 
     def _embeddings_hash(self, cell: Cell) -> str:
@@ -247,12 +246,24 @@ def _training(train: TrainSection) -> dict[str, Any]:
     return train.model_dump(mode="json", exclude=_NEUTRAL | without) | start
 
 
-def _probing(sap: SapSection) -> dict[str, Any]:
-    """What of an enabled SAP section decides the result."""
-    without = {"speed"} | (set() if sap.probe_step == "target_correction" else {"target_correction"})  # what a speed sets is there
-    if sap.refresh_every == 0:  # the direction stage's is kept, and no pair is drawn
-        without |= {"safety_batch_size", "safety_micro_batch_size"}
-    return sap.model_dump(mode="json", exclude=without)
+def _decided(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What of the enabled defences' sections decides the trained weights, by their names."""
+    decided = {name: DEFENCES[name].decides(getattr(recipe, name)) for name in recipe.parts}
+    return {name: value for name, value in decided.items() if value}
+
+
+def _drawing(recipe: Recipe) -> dict[str, Any]:
+    """How safety pairs are drawn; where none ever is, only that."""
+    pairs = recipe.safety_pairs
+    return pairs.model_dump(mode="json", include={"refresh_every"} if pairs.refresh_every == 0 else None)
+
+
+def _made(cell: Cell, stage: str) -> bool:
+    return any(stage in DEFENCES[name].stages for name in cell.recipe.parts)
+
+
+def _hash_of(folder: Path) -> str:
+    return folder.name.rpartition("-")[2]
 
 
 def _texts() -> str:

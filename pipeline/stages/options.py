@@ -1,43 +1,45 @@
 """The options of `sap`: what there are, which command takes which, and the recipe that they open.
 
-    parser = options.parser("what the command does", ["data"])
-    given, experiment = options.opened(parser, ["train", "demo.yaml", "--method", "sap", "--train.lr", "2e-4"])
+    parser = options.parser("what the command does", STAGES, ["data"])
+    given, experiment = options.opened(parser, STAGES, ["train", "demo.yaml", "--method", "sap", "--train.lr", "2e-4"])
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pipeline.recipe import strict_yaml
 from pipeline.recipe.recipe import Experiment
-from pipeline.running import entry
-from pipeline.stages.status import STAGES
-
-_RUNNING = (*STAGES, "run")
-_OF_CELLS = (*_RUNNING, "status", "plan", "doctor")
-# Options that other commands would ignore.
-_ONLY_FOR = {
-    "of_stage": ("status",), "portable": ("status",), "ranks": ("plan",), "gpu_gb": ("plan",),
-    "resume_from": (*_RUNNING, "status"), "method": _OF_CELLS, "methods": _OF_CELLS, "seed": _OF_CELLS,
-    "jobs": _RUNNING, "no_warm": _RUNNING, "dry_run": _RUNNING, "show": _RUNNING,
-}  # fmt: skip
+from pipeline.stages import command_line
+from pipeline.stages.stage import Stage
 
 
-def parser(description: str, without_recipe: Iterable[str]) -> argparse.ArgumentParser:
+def _only_for(stages: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Options that other commands would ignore, and the commands that take them."""
+    running = (*stages, "run")
+    of_cells = (*running, "status", "plan", "doctor")
+    return {
+        "of_stage": ("status",), "portable": ("status",), "ranks": ("plan",), "gpu_gb": ("plan",),
+        "resume_from": (*running, "status"), "method": of_cells, "methods": of_cells, "seed": of_cells,
+        "jobs": running, "no_warm": running, "dry_run": running, "show": running,
+    }  # fmt: skip
+
+
+def parser(description: str, stages: Mapping[str, Stage], without_recipe: Iterable[str]) -> argparse.ArgumentParser:
     """The parser of every command that takes a recipe. without_recipe: names of the others, for the usage line."""
     result = argparse.ArgumentParser(
         prog="sap", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
-    known = (*_RUNNING, "status", "track", "plan", "doctor")
+    known = (*stages, "run", "status", "track", "plan", "doctor")
     named = "{" + ",".join((*known, *without_recipe)) + "}"
     result.add_argument("stage", choices=known, metavar=named, help="what to do; run: everything that is missing; track: deliver to MLflow what waits")
     shipped = "launch/recipes/NAME.yaml of one that ships with the package"
     result.add_argument("recipe", help=f"path of the recipe, or {shipped}; for data: the file")
     result.add_argument("--method", help="only this method of the recipe")
     result.add_argument("--methods", help="the recipe as if it had these methods only, e.g. sft,sap (a grid: the name before its settings): a report of its own")
-    result.add_argument("--stage", dest="of_stage", choices=STAGES, help="for status: only this stage")
+    result.add_argument("--stage", dest="of_stage", choices=list(stages), help="for status: only this stage")
     result.add_argument("--portable", action="store_true", help="for status: refuse a recipe whose folders differ from machine to machine")
     result.add_argument("--seed", type=int, help="only this seed (need not be in the recipe)")
     result.add_argument("--jobs", type=int, default=1, help="cells of one rank that train, and subjects that are evaluated, at a time; default 1")
@@ -51,7 +53,7 @@ def parser(description: str, without_recipe: Iterable[str]) -> argparse.Argument
     return result
 
 
-def opened(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Experiment]:
+def opened(parser: argparse.ArgumentParser, stages: Mapping[str, Stage], argv: list[str]) -> tuple[argparse.Namespace, Experiment]:
     """The options, and the recipe with its overrides and the methods that are asked for. ValueError for what does not go together."""
     options, rest = parser.parse_known_args(argv)
     for name in ("method", "methods", "resume_from"):
@@ -64,21 +66,22 @@ def opened(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.N
     overrides = strict_yaml.parse_overrides(rest)
     if options.seed is not None:
         overrides["seeds"] = [options.seed]
-    _check_belongs(parser, options)
-    experiment = entry.open_recipe(options.recipe, overrides)
+    _check_belongs(parser, stages, options)
+    experiment = command_line.open_recipe(options.recipe, overrides)
     if options.methods:
         experiment = experiment.only(options.methods.split(","))
     if options.resume_from and (len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)):
-        raise ValueError("--resume-from is of one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages")
+        raise ValueError("--resume-from applies to one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages")
     if options.method and experiment.base.train.resume_from is not None:
         experiment = experiment.only([options.method])  # the others do not start from it
     return options, experiment
 
 
-def _check_belongs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """ValueError for an option that the stage would ignore."""
-    for name, stages in _ONLY_FOR.items():
-        if getattr(options, name) != parser.get_default(name) and options.stage not in stages:
+def _check_belongs(parser: argparse.ArgumentParser, stages: Mapping[str, Stage], options: argparse.Namespace) -> None:
+    """ValueError for an option that the command would ignore."""
+    for name, takers in _only_for(stages).items():
+        if getattr(options, name) != parser.get_default(name) and options.stage not in takers:
             option = "--stage" if name == "of_stage" else f"--{name.replace('_', '-')}"
-            where = "stages that run" if stages == _RUNNING else "commands that look at cells" if stages == _OF_CELLS else " and ".join(f"`sap {stage}`" for stage in stages)
+            many = "commands that look at cells" if "doctor" in takers else "stages that run"
+            where = many if "run" in takers and "status" not in takers or "doctor" in takers else " and ".join(f"`sap {taker}`" for taker in takers)
             raise ValueError(f"{option} would do nothing in `sap {options.stage}`, and belongs to {where}: leave it out")

@@ -202,7 +202,7 @@ def _why_not_there(path: str) -> OSError:
 def _of_broken(path: Path | None, error: BaseException) -> str:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     file = path or "a safetensors file that is not named here"
-    return f"{file} is no whole file of weights ({reason}): copy or download it again"
+    return f"{file} is not a complete weight file ({reason}): copy or download it again"
 
 
 def _broken_in(path: Path) -> Path:

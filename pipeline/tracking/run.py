@@ -178,7 +178,7 @@ def _acts(name: str, resolved: Recipe) -> bool:
     section, _, field = name.partition(".")
     if section in ("methods", "seeds"):
         return False
-    if section == "sap" and field in ("safety_batch_size", "refresh_every"):
+    if section == "safety_pairs":
         return resolved.draws_pairs
     return field == "enabled" or getattr(getattr(resolved, section), "enabled", True)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifacts
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.engines.exchange import from_first, leaving_together
 from pipeline.system.system_errors import naming
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
@@ -28,38 +29,35 @@ ORIGIN = "started_from.json"  # in a work folder: the checkpoint of another run 
 
 
 class Stateful(Protocol):
-    """A step that carries tensors from step to step: some the same on every rank, some sharded as the engine shards its weights."""
+    """What carries tensors from step to step: some the same on every rank, some sharded as the engine shards its weights."""
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
-    def vectors(self) -> dict[str, Shard]: ...
+    def vectors(self) -> dict[str, ShardedVector]: ...
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None: ...
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None: ...
 
 
-class Together:
-    """A step and what runs beside it (an average of the weights), as one Stateful; the other's names get a prefix."""
+class Carried:
+    """A step and the callbacks of its training as one Stateful; a callback's names get its class's in front."""
 
-    _PREFIX = "beside."
-
-    def __init__(self, step: Stateful, beside: Stateful):
-        self.step, self.beside = step, beside
+    def __init__(self, step: Stateful, callbacks: Sequence[Stateful]):
+        self.parts = {"": step} | {f"{type(callback).__name__}.": callback for callback in callbacks}
+        assert len(self.parts) == 1 + len(callbacks), "two callbacks of one class"
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.step.state_dict() | self._named(self.beside.state_dict())
+        return {prefix + key: value for prefix, part in self.parts.items() for key, value in part.state_dict().items()}
 
-    def vectors(self) -> dict[str, Shard]:
-        return self.step.vectors() | self._named(self.beside.vectors())
+    def vectors(self) -> dict[str, ShardedVector]:
+        return {prefix + key: value for prefix, part in self.parts.items() for key, value in part.vectors().items()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
-        for part, own in ((self.step, False), (self.beside, True)):
-            part.load_state_dict(self._chosen(state, own), self._chosen(vectors, own))
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+        for prefix, part in self.parts.items():
+            part.load_state_dict(self._of(prefix, state), self._of(prefix, vectors))
 
-    def _named(self, values: dict[str, Any]) -> dict[str, Any]:
-        return {self._PREFIX + key: value for key, value in values.items()}
-
-    def _chosen(self, values: dict[str, Any], beside: bool) -> dict[str, Any]:
-        return {key.removeprefix(self._PREFIX): value for key, value in values.items() if key.startswith(self._PREFIX) == beside}
+    def _of(self, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+        others = tuple(other for other in self.parts if other and not prefix)  # the step's names have nothing in front
+        return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix) and not key.startswith(others)}
 
 
 def save(

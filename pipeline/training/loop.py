@@ -1,6 +1,6 @@
 """The training loop around any step: schedule, validation, logging, checkpoints, leaving in order.
 
-loop = Loop(engine, PlainStep(engine), data, recipe.train, seed=0, folder=Path("work"), identity="...", on_metrics=print)
+loop = Loop(engine, PlainStep(engine), data, recipe.train, seed=0, folder=Path("work"), identity="...", callbacks=[Console("sft")])
 finished = loop.run()
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.defences.ema import Ema
+from pipeline.defences.callback import Callback
+from pipeline.defences.step import Step
 from pipeline.engines.engine import Engine
 from pipeline.engines.exchange import from_first
 from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
@@ -25,7 +25,6 @@ from pipeline.objectives.sharing import share_of
 from pipeline.recipe.sections import TrainSection
 from pipeline.running.batch_job import circumstances, saved_before
 from pipeline.running.stopping import StopRequest
-from pipeline.running.watchdog import Watchdog
 from pipeline.system.system_errors import naming
 from pipeline.training import checkpoint
 from pipeline.training.spikes import Spikes, logged
@@ -51,25 +50,19 @@ class Loop:
     """Runs `step` from where the last checkpoint left off to the end, or to a stop request."""
 
     def __init__(
-        self, engine: Engine, step: Any, data: TrainingData, train: TrainSection, seed: int, folder: Path, identity: str,
-        on_metrics: Callable[[dict[str, float], int], None] = lambda metrics, number: None, label: str = "train",
-        on_event: Callable[[str], None] = lambda text: None, ema: Ema | None = None, basis: dict[str, Any] | None = None,
+        self, engine: Engine, step: Step, data: TrainingData, train: TrainSection, seed: int, folder: Path, identity: str,
+        callbacks: Sequence[Callback] = (), basis: dict[str, Any] | None = None,
     ):  # fmt: skip
+        """identity, basis: of its checkpoints (checkpoint.save). callbacks: called in this order."""
         self.engine, self.step, self.data, self.train, self.seed = engine, step, data, train, seed
-        self.folder, self.identity, self.basis = folder, identity, basis or {}  # of its checkpoints
-        self.on_metrics, self.label, self.on_event = on_metrics, label, on_event
+        self.folder, self.identity, self.basis, self.callbacks = folder, identity, basis or {}, callbacks
         self.steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch_size)
         self.order = BatchOrder(len(data.train), train.batch_size, seed)
         self.pair_order = BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
-        if ema:
-            ema.section.check_steps(self.steps)
-        self.ema, self.state = ema, checkpoint.Together(step, ema) if ema else step
+        self.state = checkpoint.Carried(step, callbacks)
         self.metrics_file, self.checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
-        # Which task batch and which draw of pairs: a step that has two kinds of steps (Lisa) counts each by itself.
-        self.positions: Callable[[int], tuple[int, int]] = getattr(step, "positions", lambda number: (number, number))
-        # Of a step's samples, where a step wants some of them by themselves (SAP's V).
-        self.share: float = getattr(step, "share", 1.0)
-        self._printed = 0.0
+        for callback in callbacks:
+            callback.begin(self.steps)
 
     def run(self) -> bool:
         """True when all steps are done; False when a stop was requested (the state is saved)."""
@@ -78,20 +71,20 @@ class Loop:
         # Rank 0's: the others may look before it has put the file back.
         before = logged(self.metrics_file) if self.engine.rank == 0 else None
         # A step of another kind does not take the next task batch.
-        self.spikes = Spikes(self.train.spike_factor, from_first(before), lambda number: self.positions(number + 1)[0] == self.positions(number)[0])
+        self.spikes = Spikes(self.train.spike_factor, from_first(before), lambda number: self.step.positions(number + 1)[0] == self.step.positions(number)[0])
         if self._started_anew:
             self.spikes.in_a_row = 0  # those of the run before were not left out by this one
-        with StopRequest(self.folder / "STOP") as stop, Watchdog(self.train.watchdog_seconds, self.engine.rank) as self._watchdog:
+        with StopRequest(self.folder / "STOP") as stop, self._each("around"):
             if not done and self.data.validation:
                 self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
             for number in range(done, self.steps):
                 asked = self._one_step(number, stop)
-                self._watchdog.progress(f"step {number + 1}")
+                self._progress(f"step {number + 1}")
                 last = number + 1 == self.steps
                 stopping = asked and not last
                 if stopping or last or (number + 1) % self.train.save_every == 0:
                     self._save(number + 1)
-                    self._watchdog.progress(f"the checkpoint of step {number + 1}")
+                    self._progress(f"the checkpoint of step {number + 1}")
                 if stopping:
                     stop.obeyed(self.engine.rank)
                     self._event(f"stopped after step {number + 1} ({stop.reason or 'another rank'})", f", saved in {self.checkpoints}")
@@ -127,10 +120,10 @@ class Loop:
         started = time.perf_counter()
         lr = learning_rate(self.train, number, self.steps)
         drawn: list[int] = []  # the safety pairs of this step, however often the step asks for them
-        task, draw = self.positions(number)
+        task, draw = self.step.positions(number)
         useful = self._useful(number, task)
-        part = {} if self.share == 1 else {"part": self._useful(number, task, self.share)}
-        metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number, **part)
+        part = None if self.step.share == 1 else self._useful(number, task, self.step.share)
+        metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number, part)
         metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm(), "safety/pairs": float(len(drawn))}
         metrics["train/padding"] = padding(useful)
         # All that ranks agree on, read at once: they refuse together, before the update, and stop together.
@@ -147,8 +140,9 @@ class Loop:
         else:
             self.engine.step(lr, metrics["train/grad_norm"])
         metrics |= {"train/skipped": float(skipped)} if self.train.on_spike == "skip" else {}
-        if self.ema and not skipped:
-            self.ema.update(number + 1)
+        if not skipped:
+            for callback in self.callbacks:
+                callback.updated(number + 1)
         metrics["time/step"] = time.perf_counter() - started
         if (number + 1) % self.train.validate_every == 0 or number + 1 == self.steps:
             metrics |= self._validate()
@@ -189,36 +183,36 @@ class Loop:
 
     def _validate(self) -> dict[str, float]:
         engine, train, size, losses = self.engine, self.train, self.train.micro_batch_size, {}
-        with self.averaged():
+        with self.counted_weights():
             for name, rows in self.data.validation.items():
                 batches = micro_batches(
                     rows, list(range(len(rows))), size, engine.rank, engine.world_size, self.data.pad_id, 0, 0,
                     train.tokens_per_micro_batch, -(-train.batch_size // engine.world_size), train.packing,
                 )  # fmt: skip
                 losses[f"validation/{name}_loss"] = engine.loss(useful_loss, batches)
-                self._watchdog.progress(f"the validation of {name}")
+                self._progress(f"the validation of {name}")
         return losses
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
+    def counted_weights(self) -> contextlib.AbstractContextManager[object]:
         """Inside the block the engine's weights are those that count: averaged ones, where the recipe averages."""
-        return self.ema.applied() if self.ema else contextlib.nullcontext()
+        return self._each("weights")
+
+    @contextlib.contextmanager
+    def _each(self, name: Literal["around", "weights"]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(getattr(callback, name)())
+            yield
+
+    def _progress(self, what: str) -> None:
+        for callback in self.callbacks:
+            callback.progress(what)
 
     def _log(self, metrics: dict[str, float], number: int) -> None:
-        if self.engine.rank != 0:
-            return
         self._write({"step": number, "time": time.time(), **metrics})
-        self.on_metrics(metrics, number)
-        if number in (1, self.steps) or time.monotonic() - self._printed > 5:
-            self._printed = time.monotonic()
-            left = (self.steps - number) * metrics["time/step"]
-            extra = "".join(
-                f"  {key.split('/')[1]} {metrics[key]:.3g}"
-                for key in ("sap/correction", "sap/probe_signal", "validation/task_loss")
-                if key in metrics
-            )
-            self._say(
-                f"step {number}/{self.steps}  loss {metrics['train/loss']:.3f}{extra}  {metrics['time/step']:.1f} s/step, about {left:.0f} s left"
-            )
+        if self.engine.rank == 0:
+            for callback in self.callbacks:
+                callback.logged(metrics, number)
 
     def _write(self, line: dict[str, float]) -> None:
         if self.engine.rank == 0:
@@ -226,13 +220,9 @@ class Loop:
                 stream.write(json.dumps(line) + "\n")
 
     def _event(self, text: str, where: str = "") -> None:
-        self._say(text + where)
-        self.on_event(text)
-
-    def _say(self, text: str) -> None:
         if self.engine.rank == 0:
-            with contextlib.suppress(OSError):  # a terminal that is closed must not end a training before it has saved
-                print(f"[{self.label}] {text}", file=sys.stderr, flush=True)
+            for callback in self.callbacks:
+                callback.event(text, where)
 
 
 def padding(batches: Sequence[MicroBatch]) -> float:

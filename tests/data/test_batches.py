@@ -34,7 +34,7 @@ def test_an_epoch_sees_every_sample_once():
 
 def test_shares_of_a_batch_are_equal():
     check_shares("align.train.batch_size", 8, 4)
-    with pytest.raises(ValueError, match="^align.train.batch_size 8 does not divide by 6 ranks: use a multiple of 6, or 4 ranks$"):
+    with pytest.raises(ValueError, match="^align.train.batch_size 8 is not divisible by 6 ranks: use a multiple of 6, or 4 ranks$"):
         check_shares("align.train.batch_size", 8, 6)
 
 
@@ -43,8 +43,8 @@ def test_the_passes_of_a_rank_are_counted_before_they_are_made(samples, size, ra
     made = shares(pair_batches, tiny_pairs(samples), samples, size, ranks)
     assert {len(share) for share in made} == {accumulation(samples, size, ranks)}
     idle = sum(not batch.weights.any() for share in made for batch in share)
-    note = fillers("sap.safety_batch_size", samples, size, ranks)
-    assert note is None if idle == 0 else note.startswith(f"sap.safety_batch_size {samples} leaves {idle} of {ranks} ranks without a pair")
+    note = fillers("safety_pairs.batch_size", samples, size, ranks)
+    assert note is None if idle == 0 else note.startswith(f"safety_pairs.batch_size {samples} leaves {idle} of {ranks} ranks without a pair")
 
 
 # samples, micro-batch, ranks

@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.cli import main
 from pipeline.data import builtin
-from pipeline.recipe.recipe import load
+from pipeline.defences.recipes import load
 from tests.project import make_project, write_recipe
 
 
@@ -113,7 +113,7 @@ def test_rows_that_are_all_malformed_are_described(tmp_path, capsys):
     path.write_bytes("prompt,response\ncaf\xe9,b\n".encode("cp1252"))
     said = described(capsys, path, code=2)
     assert "malformed   1 of 1 rows: data.task is refused unless they are mended\n" in said
-    assert "bytes that are no UTF-8 1: line 2 (the byte 0xe9 is no UTF-8: save the file as UTF-8" in said
+    assert "bytes that are not valid UTF-8 1: line 2 (the byte 0xe9 is not valid UTF-8: save the file as UTF-8" in said
 
 
 def test_lengths_in_tokens_of_a_model_and_what_its_default_would_cut(tmp_path, capsys):
@@ -129,10 +129,10 @@ REFUSED = {
     "a file that is not there": (["nowhere.csv"], "nowhere.csv does not exist: give a"),
     "an ending that is none": (["d.txt"], "has the unknown ending '.txt'"),
     "columns that are no mapping": (["d.jsonl", "--columns", "[a"], "--columns is '[a': give a mapping"),
-    "a field that is none": (["d.jsonl", "--columns", "{ask: a}"], "columns maps to 'ask', which is no field"),
+    "a field that is none": (["d.jsonl", "--columns", "{ask: a}"], "columns maps to 'ask', which is not a field"),
     "a column that is none": (["d.jsonl", "--columns", "{prompt: b}"], "maps prompt to 'b', which"),
-    "a model that is none": (["d.jsonl", "--model", "/nowhere"], "model.path '/nowhere' is no folder"),
-    "damaged": (["e.json"], "is no valid JSON at line 1, column 9"),
+    "a model that is none": (["d.jsonl", "--model", "/nowhere"], "model.path '/nowhere' is not a folder"),
+    "damaged": (["e.json"], "is not valid JSON at line 1, column 9"),
 }
 
 

@@ -11,8 +11,8 @@ import pytest
 from pipeline import artifacts
 from pipeline.data import check, files
 from pipeline.data.rows import ordered_rows
+from pipeline.defences.recipes import recipe_class
 from pipeline.recipe import paths
-from pipeline.recipe.recipe import Recipe
 from pipeline.stages import layout
 from tests.data.reading import ARRAY, CSV, LINES, ROWS, TEXTS, pairs, read, refusal, source, written
 
@@ -53,7 +53,7 @@ def test_bytes_that_are_no_utf8_are_refused_with_their_line(tmp_path, name):
     path = written(tmp_path, name, TEXTS[name].encode("cp1252"))
     line = 1 if name == "d.jsonl" else 2
     said = refusal(path)
-    assert f"the byte 0xe9 is no UTF-8: save the file as UTF-8 (it may be Windows-1252) ({path}, line {line})" in said
+    assert f"the byte 0xe9 is not valid UTF-8: save the file as UTF-8 (it may be Windows-1252) ({path}, line {line})" in said
     assert "8 of 8 rows are malformed" in said
     one = TEXTS[name].encode().replace("réponse 5".encode(), "réponse 5".encode("latin-1"))
     path = written(tmp_path, name, one)
@@ -63,12 +63,12 @@ def test_bytes_that_are_no_utf8_are_refused_with_their_line(tmp_path, name):
 
 def test_a_json_array_that_is_no_utf8_is_refused_with_the_line(tmp_path):
     path = written(tmp_path, "d.json", ARRAY.encode("cp1252"))
-    assert f"data.task.source {path} is no UTF-8 in line 4 (byte 0xe9): save it as UTF-8" in refusal(path)
+    assert f"data.task.source {path} is not valid UTF-8 in line 4 (byte 0xe9): save it as UTF-8" in refusal(path)
 
 
 def test_column_names_that_are_no_utf8(tmp_path):
     path = written(tmp_path, "d.csv", "question,r\xe9ponse\na,b\n".encode("cp1252"))
-    assert f"{path} is no UTF-8 in line 1, which names the columns: save it as UTF-8" in refusal(path)
+    assert f"{path} is not valid UTF-8 in line 1, which names the columns: save it as UTF-8" in refusal(path)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -134,7 +134,7 @@ def test_parquet_and_what_is_called_so(tmp_path):
     assert pairs(read(path)) == ROWS
     path.write_bytes(path.read_bytes()[:-30])
     assert f"{path} cannot be read as Parquet (" in refusal(path)
-    assert "is no Parquet file, though its name ends so" in refusal(written(tmp_path, "e.parquet", LINES))
+    assert "is not a Parquet file, though its name ends so" in refusal(written(tmp_path, "e.parquet", LINES))
     assert "cannot be read as Arrow (" in refusal(written(tmp_path, "e.arrow", LINES))
     assert pairs(read(write_parquet(tmp_path / "named.csv"))) == ROWS, "its first bytes leave no doubt"
 
@@ -151,7 +151,7 @@ def test_nested_structs_are_messages_and_nulls_are_found(tmp_path):
     path = write_parquet(tmp_path / "d.parquet", [*ROWS, {"prompt": "q", "response": None}])
     assert f"data.task: no response ({path}, row 9); 1 of 9" in refusal(path)
     path = write_parquet(tmp_path / "d.parquet", [{"prompt": "q", "response": float("nan")}])
-    assert f"'response' is NaN, which is no text: write what is meant, or leave the row out ({path}, row 1)" in refusal(
+    assert f"'response' is NaN, which is not text: write what is meant, or leave the row out ({path}, row 1)" in refusal(
         path
     )
 
@@ -162,7 +162,7 @@ def test_arrow_columns_that_are_there_twice_or_hold_no_utf8(tmp_path):
     assert "names the column 'prompt' twice" in refusal(tmp_path / "d.parquet")
     texts = pyarrow.array([b"good", b"caf\xe9"]).view(pyarrow.utf8())
     pyarrow.parquet.write_table(pyarrow.table({"prompt": texts, "response": ["a", "b"]}), tmp_path / "d.parquet")
-    assert f"the byte 0xe9, which is no UTF-8: write it as UTF-8 ({tmp_path / 'd.parquet'}, row 2)" in refusal(
+    assert f"the byte 0xe9, which is not valid UTF-8: write it as UTF-8 ({tmp_path / 'd.parquet'}, row 2)" in refusal(
         tmp_path / "d.parquet"
     )
 
@@ -241,7 +241,7 @@ def test_a_folder_beside_the_recipe_is_a_path_and_counts_by_what_is_in_it(tmp_pa
     raw = {
         "data": {"task": {"source": "mine/ds"}, "harmful": {"source": "owner/name"}, "safety": {"source": "d.csv.gz"}}
     }
-    found = paths.resolve(raw, Recipe, tmp_path / "recipe.yaml")["data"]
+    found = paths.resolve(raw, recipe_class(), tmp_path / "recipe.yaml")["data"]
     assert found["task"]["source"] == str(tmp_path / "mine" / "ds") and found["harmful"]["source"] == "owner/name"
     assert found["safety"]["source"] == str(tmp_path / "d.csv.gz")
     identities = [layout._source_identity(source(tmp_path / "mine" / "ds"), artifacts.file_digest)]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pipeline.data.chat import IGNORE, Chat
 from pipeline.data.check import check_sources
 from pipeline.data.rows import ordered_rows
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.recipe.sections import SourceSection
 from tests.project import make_project, make_tokenizer
 
@@ -406,6 +406,6 @@ def test_a_recipe_with_any_value_changed_is_read_or_refused(project, data):
     file = folder / "fuzzed.yaml"
     file.write_text(yaml.safe_dump(changed))
     try:
-        check_sources(recipe.load(file).base)
+        check_sources(recipes.load(file).base)
     except ValueError as error:
         one_sentence(error)

@@ -9,8 +9,8 @@ from pipeline import artifacts
 from pipeline.data.check import check_sources
 from pipeline.data.malformed import SKIPPED, Place, Skipped
 from pipeline.data.rows import ordered_rows, task_rows
+from pipeline.defences import recipes
 from pipeline.model.models import load_chat
-from pipeline.recipe import recipe
 from pipeline.recipe.sections import DataSection, SourceSection
 from tests.data.reading import LINES, ROWS, read, refusal, source, written
 from tests.project import make_project, write_recipe
@@ -141,7 +141,7 @@ def test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list(project, t
     asked = folder / "asked.jsonl"
     asked.write_text((folder / "data" / "harmful_eval.jsonl").read_text() + '{"goal": null}\n')
     content["evaluate"]["harmful"] |= {"source": str(asked), "max_bad_rows": 0.2}
-    base = recipe.load(write_recipe(folder, content)).base
+    base = recipes.load(write_recipe(folder, content)).base
     said = [
         f"data.task: 1 of 81 rows of {task} are malformed and left out (no response 1: line 81)",
         f"evaluate.harmful: 1 of 9 rows of {asked} are malformed and left out (no prompt 1: line 9)",
@@ -229,7 +229,7 @@ def test_a_row_that_cannot_be_rendered_is_left_out_up_to_the_share(project, tmp_
     content["data"]["task"] |= {"source": str(task), "columns": {"prompt": "question", "response": "reply"}}
     task.write_text(task.read_text().replace('"answer": ', '"reply": ').replace('"response": ', '"reply": '))
     content["data"]["task"] |= {"max_bad_rows": share}
-    base = recipe.load(write_recipe(folder, content)).base
+    base = recipes.load(write_recipe(folder, content)).base
     if share < 1 / 81:
         with pytest.raises(ValueError, match=r"an answer holds text at which generation stops.*line 81\); 1 of 81 rows is malf"):
             prepare(base, load_chat(base.model), tmp_path)

@@ -107,7 +107,7 @@ def test_what_a_tool_returns_is_kept():
             {"role": "assistant", "tool_calls": [{"name": "f", "args": {"a": 1}, "input": {}}]},
             "args and input, which differ",
         ),
-        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1, 2}}}]}, "arguments are no JSON"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1, 2}}}]}, "arguments are not JSON"),
         (
             {"role": "assistant", "content": [{"type": "text", "text": "x", "image": "y"}]},
             "part with the field 'image'",

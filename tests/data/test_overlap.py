@@ -8,7 +8,8 @@ import pytest
 from pipeline.data.check import check_sources
 from pipeline.data.overlap import Claims, conversation, read_held
 from pipeline.data.splits import split
-from pipeline.recipe import recipe, strict_yaml
+from pipeline.defences import recipes
+from pipeline.recipe import strict_yaml
 from tests.data.test_conversations import chat, conversations, one_sentence
 from tests.data.test_prepare import evaluated, prepared
 from tests.project import write_jsonl, write_recipe
@@ -177,7 +178,7 @@ def test_too_few_prompts_for_three_splits_are_refused_before_and_while_preparing
         f"data.task: .*{sentence}.*data.test_samples.*use data of more prompts",
     )
     arguments = [f"--data.task.source={tmp_path / 'task.jsonl'}", given, *small]
-    base = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(arguments)).base
+    base = recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(arguments)).base
     one_sentence(lambda: check_sources(base), f"data.task: .*{sentence}")
 
 
@@ -190,7 +191,7 @@ def test_the_check_compares_no_more_rows_than_it_needs_but_all_before_it_refuses
     def check(rows: list[dict], *overrides: str) -> None:
         write_jsonl(folder / "many.jsonl", rows)
         arguments = [f"--data.task.source={folder / 'many.jsonl'}", *overrides]
-        check_sources(recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(arguments)).base)
+        check_sources(recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(arguments)).base)
 
     check([{"question": f"q {i}", "answer": "a"} for i in range(400)])
     assert compared == [4 * 17]

@@ -15,10 +15,11 @@ from pipeline.data.chat import Chat
 from pipeline.data.overlap import Claims, assert_disjoint, normalise, read_held
 from pipeline.data.prepare import prepare
 from pipeline.data.prompts import form_warnings, write_prompts
+from pipeline.defences import recipes
 from pipeline.evaluation.evaluate import prompts as asked_for
 from pipeline.judges.judges import gcg_keyword_judge
 from pipeline.model.models import load_chat, load_tokenizer
-from pipeline.recipe import recipe, strict_yaml
+from pipeline.recipe import strict_yaml
 from pipeline.stages.distill import _completed
 from tests.project import make_tokenizer, write_jsonl, write_recipe
 
@@ -27,7 +28,7 @@ SETS = ("eval_harmful", "eval_harmless", "eval_ordinary", "validation_harmless",
 
 def prepared(project, tmp_path, *overrides: str):
     folder, content = project
-    base = recipe.load(write_recipe(folder, content), strict_yaml.parse_overrides(list(overrides))).base
+    base = recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(list(overrides))).base
     tmp_path.mkdir(exist_ok=True)
     facts = prepare(base, load_chat(base.model), tmp_path)
     artifacts.write_json(tmp_path / artifacts.FACTS, facts)
@@ -43,7 +44,7 @@ def evaluated(project, tmp_path, *overrides: str):
     """The training sets and the evaluation's prompts together, and the facts of each."""
     sets, facts = prepared(project, tmp_path, *overrides)
     (tmp_path / "prompts").mkdir()
-    base = recipe.load(project[0] / "recipe.yaml", strict_yaml.parse_overrides(list(overrides))).base
+    base = recipes.load(project[0] / "recipe.yaml", strict_yaml.parse_overrides(list(overrides))).base
     found = write_prompts(base, tmp_path, tmp_path / "prompts")
     return sets | read_sets(tmp_path / "prompts"), facts, found
 
@@ -208,7 +209,7 @@ def test_a_set_whose_forms_are_its_counterpart_s_is_not_warned_about():
 def test_a_share_of_the_alignment_s_answers_begins_with_given_words_that_are_not_trained_on(project, tmp_path):
     sets, _ = prepared(project, tmp_path / "out", "--data.begun_share=1.0", "--data.max_length=400")
     refused = [row for row in sets["align"] if row["kind"] == "refusal"]
-    tokenizer = load_tokenizer(recipe.load(project[0] / "recipe.yaml").base.model)
+    tokenizer = load_tokenizer(recipes.load(project[0] / "recipe.yaml").base.model)
     for row in refused:
         assert row["given"] and any(contrastive.opening(row["prompt"], (text,)).startswith(row["given"]) for text in contrastive.ALIGN_OPENINGS)
         answer = tokenizer.decode([token for token in row["labels"] if token != -100])

@@ -69,4 +69,4 @@ def test_the_command_and_a_template_of_ones_own(model, tmp_path, capsys):
     assert main(["template", str(model), "--chat-template", str(mine)]) == 2
     error = capsys.readouterr().err
     assert f"model.chat_template {mine} has a syntax error in line 2" in error and error.count("\n") == 1
-    assert main(["template", str(model / "nothing")]) == 2 and "is no folder" in capsys.readouterr().err
+    assert main(["template", str(model / "nothing")]) == 2 and "is not a folder" in capsys.readouterr().err

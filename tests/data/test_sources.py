@@ -101,7 +101,7 @@ def test_empty_file_and_scalars(tmp_path):
 
 
 def test_hub_id_offline_says_what_to_do():
-    refused(SourceSection(source="owner/data"), "data.task.source 'owner/data' .* cannot be had: check id")
+    refused(SourceSection(source="owner/data"), "data.task.source 'owner/data' .* could not be loaded: check id")
 
 
 @pytest.mark.parametrize(("cause", "kind"), [(OSError(28, "No space left on device", "/cache"), OSError), (KeyError("column"), ValueError)])
@@ -112,5 +112,5 @@ def test_a_full_cache_is_no_wrong_data_set_and_what_the_library_cannot_make_is(m
         raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from cause
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(kind, match="/cache" if kind is OSError else "cannot be had: check id"):
+    with pytest.raises(kind, match="/cache" if kind is OSError else "could not be loaded: check id"):
         read_table(SourceSection(source="owner/data"), "data.task")

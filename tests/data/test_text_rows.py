@@ -87,10 +87,10 @@ def line(text: str) -> str:
 
 
 BAD_LINES = {
-    "NaN": ('{"prompt": "q", "response": NaN}', "'response' is NaN, which is no text", "NaN in response"),
+    "NaN": ('{"prompt": "q", "response": NaN}', "'response' is NaN, which is not text", "NaN in response"),
     "infinity": ('{"prompt": -Infinity, "response": "a"}', "'prompt' is Infinity", "Infinity in prompt"),
     "too large": ('{"prompt": 1e999, "response": "a"}', "'prompt' is Infinity", "Infinity in prompt"),
-    "true": ('{"prompt": "q", "response": true}', "'response' is true, which is no text", "no text as response"),
+    "true": ('{"prompt": "q", "response": true}', "'response' is true, which is not text", "no text as response"),
     "a list": ('{"prompt": "q", "response": ["a"]}', "response holds a list", "unusable response"),
     "an object": ('{"prompt": {"a": 1}, "response": "a"}', "prompt holds a dict", "unusable prompt"),
     "null response": ('{"prompt": "q", "response": null}', "no response", "no response"),
@@ -98,19 +98,19 @@ BAD_LINES = {
     "empty response": ('{"prompt": "q", "response": " \\n"}', "no response", "no response"),
     "null prompt": ('{"prompt": null, "response": "a"}', "no prompt", "no prompt"),
     "no prompt": ('{"response": "a"}', "no prompt", "no prompt"),
-    "key twice": ('{"prompt": "q", "prompt": "b", "response": "a"}', "the key 'prompt' is there twice", "a key twice"),
+    "key twice": ('{"prompt": "q", "prompt": "b", "response": "a"}', "the key 'prompt' appears twice", "a key twice"),
     "nested key twice": (
-        '{"prompt": "q", "response": "a", "meta": [{"id": 1, "id": 2}]}', "the key 'id' is there twice", "a key twice"
+        '{"prompt": "q", "response": "a", "meta": [{"id": 1, "id": 2}]}', "the key 'id' appears twice", "a key twice"
     ),
     "surrogate": ('{"prompt": "\\ud83d", "response": "a"}', "'prompt' holds \\ud83d", "half a character in prompt"),
     "low one": ('{"prompt": "q", "response": "\\udc00"}', "'response' holds \\udc00", "half a character in response"),
-    "null": ("null", "must hold objects with named values, and this one is a null", "no object with named values"),
-    "text": ('"text"', "must hold objects with named values, and this one is a text", "no object with named values"),
-    "array": ('["q", "a"]', "must hold objects with named values, and this one is a", "no object with named values"),
-    "cut short": ('{"prompt": "q", "respon', "the line is no valid JSON (Unterminated string", "no valid JSON"),
-    "quotes": ("{'prompt': 'q', 'response': 'a'}", "the line is no valid JSON (Expecting property", "no valid JSON"),
-    "two on a line": ('{"prompt": "q", "response": "a"} x', "the line is no valid JSON (Extra data", "no valid JSON"),
-    "control": ('{"prompt": "q\x01", "response": "a"}', "the line is no valid JSON (Invalid control", "no valid JSON"),
+    "null": ("null", "must hold objects with named values, and this one is a null", "not an object with named values"),
+    "text": ('"text"', "must hold objects with named values, and this one is a text", "not an object with named values"),
+    "array": ('["q", "a"]', "must hold objects with named values, and this one is a", "not an object with named values"),
+    "cut short": ('{"prompt": "q", "respon', "the line is not valid JSON (Unterminated string", "no valid JSON"),
+    "quotes": ("{'prompt': 'q', 'response': 'a'}", "the line is not valid JSON (Expecting property", "no valid JSON"),
+    "two on a line": ('{"prompt": "q", "response": "a"} x', "the line is not valid JSON (Extra data", "no valid JSON"),
+    "control": ('{"prompt": "q\x01", "response": "a"}', "the line is not valid JSON (Invalid control", "no valid JSON"),
     "huge number": ('{"prompt": ' + "9" * 5000 + ', "response": "a"}', "a number that is too long", "no valid JSON"),
     "deep": ('{"prompt": ' + "[" * 100_000 + "}", "too deeply nested", "no valid JSON"),
 }  # fmt: skip
@@ -188,7 +188,7 @@ def test_several_lists_of_rows_are_refused(tmp_path):
 
 def test_an_array_that_is_cut_short_and_one_of_scalars(tmp_path):
     path = written(tmp_path, "d.json", ARRAY[:-40])
-    assert re.search(r"is no valid JSON at line 3\d, column \d+ \(.*\): the file seems cut short", refusal(path))
+    assert re.search(r"is not valid JSON at line 3\d, column \d+ \(.*\): the file seems cut short", refusal(path))
     assert "must hold objects with named values, and this one is a number" in refusal(
         written(tmp_path, "d.json", "[1, 2]")
     )

@@ -9,7 +9,7 @@ import torch._dynamo  # noqa: F401  which the first optimizer step imports
 
 from pipeline.engines import deepspeed_private, fsdp2, zero3  # noqa: F401
 from pipeline.running import lean_imports  # noqa: F401
-from pipeline.stages import stages  # noqa: F401
+from pipeline.stages import evaluate, train  # noqa: F401
 
 deepspeed_private.import_deepspeed()
 lean_imports.import_peft()

@@ -25,11 +25,12 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from pipeline import artifacts
 from pipeline.defences.plain import PlainStep
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines.engine import Engine
 from pipeline.engines.open import init_distributed, open_engine
 from pipeline.model.models import decoder_layers, make_trainable
-from pipeline.recipe.sections import LoraSection, SapSection, TrainSection
+from pipeline.recipe.sections import LoraSection, TrainSection
 from tests.distributed.cases import Case, Reference
 from tests.distributed.ranks import spawn
 from tests.tiny import FAMILY_HIDDEN, FAMILY_RANK, StepBatches, family_model, tiny_pairs, tiny_rows
@@ -44,12 +45,14 @@ REFERENCE_ACCUMULATION = 2
 # 1e-8 two runs of the *single process* that cut the batch otherwise differ by up to 9e-5 (LoRA) and 3e-3 (full), nearly all of it in one
 # element (tests/distributed/rounding.py). 1e-3 is far above that rounding. |dW| is a tenth of |W|: p(1) - p(0) too is far above its rounding.
 ADAM_EPS = 1e-3
-SAP = {"enabled": True, "probe_step": "rms", "beta": 0.2, "eps": 0.1, "safety_micro_batch_size": 1, "noise_every": 3, "correction_every": 2}
+# The default probe_step: V's scale is found at the first V, and moved at every other step.
+SAP = {"enabled": True, "target_correction": 0.5, "beta": 0.2, "eps": 0.1, "noise_every": 3, "correction_every": 2}
 SCHEDULES = {
     "exact": {"schedule": "exact"},
     "lagged": {"schedule": "lagged"},
-    "reused": {"schedule": "exact", "refresh_every": 3},
+    "reused": {"schedule": "exact"},
 }
+EVERY = {"reused": 3}  # steps that a direction serves, where that is more than one
 AGES = {"exact": [0, 0, 0, 0], "lagged": [0, 0, 0, 0], "reused": [0, 1, 2, 0]}
 _FEW = 6
 COMPARED = ("train/loss", "train/grad_norm", "sap/direction_norm")
@@ -111,7 +114,7 @@ def trajectory(engine: Engine, of: Reference, data: StepData, **sap: Any) -> dic
     """The weights after STEPS steps (on rank 0) and what was logged on the way. sap: settings other than SAP's."""
     step: SapStep | PlainStep = PlainStep(engine)
     if of.schedule != "none":
-        step = SapStep(engine, Probe(decoder_layers(engine.module), PROBED, FAMILY_HIDDEN), SapSection(**SAP | SCHEDULES[of.schedule] | sap))
+        step = SapStep(engine, Probe(decoder_layers(engine.module), PROBED, FAMILY_HIDDEN), SapSection(**SAP | SCHEDULES[of.schedule] | sap), refresh_every=EVERY.get(of.schedule, 1))
     logged = []
     for number in range(STEPS):
         metrics = step(data.useful(number), lambda number=number: data.pairs(number), number)

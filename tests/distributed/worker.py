@@ -12,6 +12,7 @@ from pipeline import artifacts
 from pipeline.defences.plain import PlainStep
 from pipeline.defences.saft.embeddings import embed
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines import open as launch
 from pipeline.engines.engine import Engine
@@ -20,7 +21,7 @@ from pipeline.engines.open import init_distributed, open_engine
 from pipeline.model.models import decoder_layers, enable_checkpointing
 from pipeline.objectives import head
 from pipeline.objectives.losses import safety_loss, useful_loss
-from pipeline.recipe.sections import SapSection, TrainSection
+from pipeline.recipe.sections import TrainSection
 from tests.reads import counted, fused
 from tests.tiny import HIDDEN, VOCABULARY, StepBatches, tiny_lora, tiny_model, tiny_rows
 from tests.training import companions as methods
@@ -33,8 +34,6 @@ SAP = {
     "beta": 0.02,
     "noise_every": 2,
     "correction_every": 2,
-    "refresh_every": 2,
-    "safety_micro_batch_size": 1,
 }
 
 
@@ -55,7 +54,7 @@ def train_section(folder: Path, engine: str, persistence: int, offload: bool = F
 def make_step(engine: Engine, schedule: str | None) -> SapStep | PlainStep:
     if schedule is None:
         return PlainStep(engine)
-    return SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), SapSection(**SAP, schedule=schedule))
+    return SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), SapSection(**SAP, schedule=schedule), refresh_every=2)
 
 
 def one_step(engine: Engine, step: SapStep | PlainStep, batches: StepBatches, number: int) -> None:
@@ -281,7 +280,7 @@ def shares(engine: Engine) -> dict[str, dict]:
     found, batches, start = {}, StepBatches(engine.rank, engine.world_size), engine.weights()
     for samples in (2, 1):
         settings = SapSection(**SAP, schedule="exact", probe_share=samples / batches.batch_size)
-        step = SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), settings)
+        step = SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), settings, refresh_every=2)
         for number in range(STEPS):
             step(batches.useful(number), lambda number=number: batches.pairs(number), number, batches.useful(number, samples))
             engine.step(LR)

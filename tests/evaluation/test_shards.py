@@ -15,10 +15,11 @@ import pytest
 
 from pipeline import artifacts
 from pipeline.data import prompts
+from pipeline.defences import recipes
 from pipeline.evaluation.evaluate import Measured, conclude
-from pipeline.evaluation.shards import Shard, interleaved
-from pipeline.recipe import recipe
-from pipeline.stages import stages
+from pipeline.evaluation.shards import PromptSlice, interleaved
+from pipeline.stages import evaluate as stage
+from pipeline.stages import prepare
 from pipeline.stages.layout import Layout
 from tests.project import ROOT, make_project, quiet, run, write_recipe
 
@@ -34,8 +35,8 @@ def project(tmp_path_factory) -> Layout:
     content = make_project(folder)
     content["evaluate"]["task_prompts"] = COUNTS["task"]
     content |= {"align": {"enabled": False}, "tracking": {"enabled": False}}
-    experiment = recipe.load(write_recipe(folder, content))
-    stages.prepare(experiment)
+    experiment = recipes.load(write_recipe(folder, content))
+    prepare.prepare(experiment)
     return Layout(experiment)
 
 
@@ -50,9 +51,9 @@ def thirds(project, tmp_path_factory) -> Path:
     """Three complete shards in their work folder, not merged: tests take copies."""
     layout = project_in(project, tmp_path_factory.mktemp("thirds"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_merge", lambda *_: None)
+        patch.setattr(stage, "_merge", lambda *_: None)
         for index in range(3):
-            assert evaluate(layout, Shard(index, 3))
+            assert evaluate(layout, PromptSlice(index, 3))
     return layout.work(target(layout))
 
 
@@ -60,7 +61,7 @@ def project_in(project: Layout, output: Path, **changes) -> Layout:
     """The project with the same prepared data and nothing evaluated."""
     for folder in (project.prepare(), project.prompts()):
         shutil.copytree(folder, output / "tiny" / folder.name)
-    return Layout(recipe.load(project.experiment.path, {"output_dir": str(output), **changes}))
+    return Layout(recipes.load(project.experiment.path, {"output_dir": str(output), **changes}))
 
 
 def with_thirds(project: Layout, thirds: Path, output: Path, **changes) -> Layout:
@@ -77,11 +78,11 @@ def target(layout: Layout) -> Path:
     return layout.evaluate(shipped(layout))
 
 
-def evaluate(layout: Layout, *shard: Shard) -> bool:
-    return stages.evaluate(layout.experiment, shipped(layout), *shard)
+def evaluate(layout: Layout, *shard: PromptSlice) -> bool:
+    return stage.evaluate(layout.experiment, shipped(layout), *shard)
 
 
-def evaluated(layout: Layout, *shards: Shard) -> Path:
+def evaluated(layout: Layout, *shards: PromptSlice) -> Path:
     for shard in shards:
         assert evaluate(layout, shard)
     if not shards:
@@ -109,8 +110,8 @@ def test_the_last_shard_merges_to_what_one_process_measures(project, whole, tmp_
     assert len({answer["response"] for answer in answers}) >= 4, "answers that are all alike would hide their order"
     layout = project_in(project, tmp_path)
     for index in (2, 0):
-        assert evaluate(layout, Shard(index, 3)) and not target(layout).exists()
-    assert_same(evaluated(layout, Shard(1, 3)), whole)
+        assert evaluate(layout, PromptSlice(index, 3)) and not target(layout).exists()
+    assert_same(evaluated(layout, PromptSlice(1, 3)), whole)
     assert target(layout).name == whole.name
 
 
@@ -129,7 +130,7 @@ def test_prompts_that_are_missing_are_made_once_by_one_of_many(project, tmp_path
 
     def begin(_: int) -> Path:
         together.wait()
-        return stages._prompts(layout)
+        return prepare.make_prompts(layout)
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(begin, range(8))) == {layout.prompts()}
@@ -159,7 +160,7 @@ def test_a_shard_holds_every_nth_row_and_may_lack_a_set(thirds):
 
 
 def test_one_shard_is_the_whole(project, whole, tmp_path):
-    folder = evaluated(project_in(project, tmp_path), Shard.parse("0/1"))
+    folder = evaluated(project_in(project, tmp_path), PromptSlice.parse("0/1"))
     for name in ("answers.jsonl", "metrics.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
@@ -167,31 +168,31 @@ def test_one_shard_is_the_whole(project, whole, tmp_path):
 def test_complete_shards_and_evaluations_load_no_model(project, thirds, tmp_path, monkeypatch):
     layout = with_thirds(project, thirds, tmp_path)
     shutil.rmtree(layout.shard(target(layout), 1, 3))
-    monkeypatch.setattr(stages, "load_whole", no_model)
-    assert evaluate(layout, Shard(0, 3)) and not target(layout).exists()
+    monkeypatch.setattr(stage, "load_whole", no_model)
+    assert evaluate(layout, PromptSlice(0, 3)) and not target(layout).exists()
     shutil.copytree(thirds / "shard-1-of-3", layout.shard(target(layout), 1, 3))
-    assert evaluate(layout, Shard(0, 3)) and artifacts.complete(target(layout)), "its shard was complete, and it merged"
-    assert evaluate(layout) and evaluate(layout, Shard(0, 3)) and evaluate(layout, Shard(5, 99))
+    assert evaluate(layout, PromptSlice(0, 3)) and artifacts.complete(target(layout)), "its shard was complete, and it merged"
+    assert evaluate(layout) and evaluate(layout, PromptSlice(0, 3)) and evaluate(layout, PromptSlice(5, 99))
 
 
 def test_the_loser_returns_quietly(project, thirds, whole, tmp_path):
     layout = with_thirds(project, thirds, tmp_path)
     release = artifacts.claim(layout.work(target(layout)))  # as the merger does
-    assert evaluate(layout, Shard(2, 3)) and not target(layout).exists()
+    assert evaluate(layout, PromptSlice(2, 3)) and not target(layout).exists()
     assert all(artifacts.complete(layout.shard(target(layout), index, 3)) for index in range(3))
     release()
-    assert_same(evaluated(layout, Shard(2, 3)), whole)
+    assert_same(evaluated(layout, PromptSlice(2, 3)), whole)
 
 
 def test_all_at_once_merge_once(project, thirds, whole, tmp_path, monkeypatch):
     """Eight that find all shards complete at the same moment, among them the same shard twice."""
     layout = with_thirds(project, thirds, tmp_path)
     concluded, together = [], threading.Barrier(8)
-    monkeypatch.setattr(stages, "conclude", lambda parts, folder: concluded.append(len(parts)) or conclude(parts, folder))
+    monkeypatch.setattr(stage, "conclude", lambda parts, folder: concluded.append(len(parts)) or conclude(parts, folder))
 
     def finish(index: int) -> bool:
         together.wait()
-        return evaluate(layout, Shard(index % 3, 3))
+        return evaluate(layout, PromptSlice(index % 3, 3))
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(finish, range(8)))
@@ -204,26 +205,26 @@ def test_a_merge_that_was_killed_is_done_by_any_shard(project, thirds, whole, tm
     child = os.fork()
     if child == 0:
         artifacts.publish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-        evaluate(layout, Shard(0, 3))
+        evaluate(layout, PromptSlice(0, 3))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     left = {path.name for path in target(layout).parent.glob(".*")}
     assert len(left) == 4 and not target(layout).exists(), "the work folder, the half-made evaluation and both locks"
-    assert_same(evaluated(layout, Shard(1, 3)), whole)
+    assert_same(evaluated(layout, PromptSlice(1, 3)), whole)
 
 
 def test_a_merge_that_was_killed_before_its_marker_is_done_again(project, thirds, whole, tmp_path):
     layout = with_thirds(project, thirds, tmp_path)
     shutil.copytree(whole, target(layout))
     (target(layout) / artifacts.MARKER).unlink()
-    assert_same(evaluated(layout, Shard(1, 3)), whole)
+    assert_same(evaluated(layout, PromptSlice(1, 3)), whole)
 
 
 def test_shards_of_another_number_do_not_mix(project, thirds, whole, tmp_path):
     layout = with_thirds(project, thirds, tmp_path)
     shutil.rmtree(layout.shard(target(layout), 0, 3))
-    assert evaluate(layout, Shard(0, 2)) and not target(layout).exists()
-    assert_same(evaluated(layout, Shard(1, 2)), whole)
+    assert evaluate(layout, PromptSlice(0, 2)) and not target(layout).exists()
+    assert_same(evaluated(layout, PromptSlice(1, 2)), whole)
 
 
 def test_a_repeated_shard_that_comes_too_late_leaves_nothing(project, whole, tmp_path, monkeypatch):
@@ -234,9 +235,9 @@ def test_a_repeated_shard_that_comes_too_late_leaves_nothing(project, whole, tmp
         shutil.copytree(whole, target(layout))
         return measure(*arguments)
 
-    measure = stages.measure
-    monkeypatch.setattr(stages, "measure", late)
-    assert_same(evaluated(layout, Shard(0, 3)), whole)
+    measure = stage.measure
+    monkeypatch.setattr(stage, "measure", late)
+    assert_same(evaluated(layout, PromptSlice(0, 3)), whole)
 
 
 def test_a_damaged_shard_is_named(project, thirds, tmp_path):
@@ -244,7 +245,7 @@ def test_a_damaged_shard_is_named(project, thirds, tmp_path):
     path = layout.shard(target(layout), 1, 3) / "answers.jsonl"
     path.write_text(path.read_text().replace('"label": "answer"', '"label": "refusal"', 1))
     with pytest.raises(ValueError, match=f"{path} does not match .*: delete {path.parent} and run its stage again"):
-        evaluate(layout, Shard(0, 3))
+        evaluate(layout, PromptSlice(0, 3))
     assert not target(layout).exists()
 
 
@@ -253,7 +254,7 @@ def test_tracking_hears_of_the_merge_only(project, tmp_path, log_answers):
     layout = project_in(
         project, tmp_path, tracking={"enabled": True, "log_answers": log_answers, "uri": f"sqlite:///{tmp_path}/none/store.db"}
     )
-    evaluated(layout, *(Shard(index, 3) for index in range(3)), Shard(0, 3))
+    evaluated(layout, *(PromptSlice(index, 3) for index in range(3)), PromptSlice(0, 3))
     (outbox,) = (layout.root / "tracking").glob("*.jsonl")
     entries = [json.loads(line) for line in outbox.read_text().splitlines()]
     assert [entry["kind"] for entry in entries] == ["start", "metrics", *["artifact"] * log_answers, "end"]
@@ -299,9 +300,9 @@ def test_a_shard_that_is_none_is_one_sentence(project, tmp_path, given):
 
 def test_too_many_shards_are_refused_before_a_model_is_loaded(project, tmp_path, monkeypatch):
     layout = project_in(project, tmp_path)
-    monkeypatch.setattr(stages, "load_whole", no_model)
+    monkeypatch.setattr(stage, "load_whole", no_model)
     with pytest.raises(ValueError, match="at most 6"):
-        evaluate(layout, Shard(6, 7))
+        evaluate(layout, PromptSlice(6, 7))
 
 
 def test_a_shard_after_which_nothing_comes_is_asked_for(project):
@@ -313,7 +314,7 @@ def test_a_shard_after_which_nothing_comes_is_asked_for(project):
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_shares_are_put_back_in_order(length, count):
     rows = list(range(length))
-    shares = [Shard(index, count).of({"set": rows})["set"] for index in range(count)]
+    shares = [PromptSlice(index, count).of({"set": rows})["set"] for index in range(count)]
     assert interleaved(shares) == rows
 
 

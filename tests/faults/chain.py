@@ -51,7 +51,8 @@ class Chain:
         raw["train"] |= own
         raw["align"]["train"] |= {"engine": self.engine, "ranks": own["ranks"], "steps": 2, "save_every": 1}
         raw["evaluate"] |= {"attacks": ["prefill"], "max_new_tokens": 3, "baselines": False}
-        raw["methods"]["sap"]["sap"] |= {"refresh_every": 2, "probe_step": "target_correction"}
+        raw["methods"]["sap"]["sap"] |= {"probe_step": "target_correction"}
+        raw["safety_pairs"]["refresh_every"] = 2
         raw["seeds"] = [0]
         self.recipe = write_recipe(self.folder, raw)
 

@@ -14,9 +14,9 @@ from pipeline.data import contrastive
 from pipeline.defences.saft import keywords
 from pipeline.defences.saft.filter import check_labels, decide, highest_scored, kept, write
 from pipeline.defences.saft.saft import auroc, choose, f1, saft_scores, with_interval
-from pipeline.recipe.sections import SaftSection
+from pipeline.defences.saft.section import SaftSection
 from pipeline.report.collect import _filter_facts
-from pipeline.stages import stages
+from pipeline.stages import filter as stage
 from pipeline.tracking import run as tracking
 
 WIDTH = 12
@@ -288,15 +288,15 @@ def test_the_stage_prints_the_guess_and_the_rows_and_the_report_leaves_their_pro
     rows, saft = rows_of(labels, mixed=False), section(contamination=0.2)
     layout = SimpleNamespace(filter=lambda cell: tmp_path / "filter", prepare=lambda: tmp_path / "prepare", embeddings=lambda cell: tmp_path / "embeddings")
     for name, value in {
-        "Layout": lambda experiment: layout, "_verify_upstream": lambda layout: None, "read_rows": lambda prepared, name: rows,
+        "Layout": lambda experiment: layout, "verify_upstream": lambda layout: None, "read_rows": lambda prepared, name: rows,
         "_embeddings": lambda layout, cell, rows: embeddings, "open_run": lambda *arguments: contextlib.nullcontext(tracking.Run()),
     }.items():  # fmt: skip
-        monkeypatch.setattr(stages, name, value)
+        monkeypatch.setattr(stage, name, value)
     experiment = SimpleNamespace(base=SimpleNamespace(data=SimpleNamespace(seed=0)))
     for name in ("prepare", "embeddings"):
         with artifacts.building(tmp_path / name, {}):
             pass
-    assert stages.filter_data(experiment, SimpleNamespace(recipe=SimpleNamespace(saft=saft)))
+    assert stage.filter_data(experiment, SimpleNamespace(recipe=SimpleNamespace(saft=saft)))
     warning, title, *lines = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: saft has no labelled samples") and "10 highest-scored" in title and len(lines) == 10
     assert all("how to steal" in line for line in lines)

@@ -134,10 +134,10 @@ def memory(part: Part, setting: Setting) -> None:
     from transformers import LlamaConfig
 
     from pipeline.bench.measure import section
+    from pipeline.defences.sap.section import SapSection
     from pipeline.model.model_outline import facts_of
     from pipeline.model.models import without_weights
     from pipeline.planner.planner import CUDA_ALLOWANCE, estimate
-    from pipeline.recipe.sections import SapSection
 
     file, shape = setting.folder / "bench.json", setting.case.model
     facts = facts_of(without_weights(LlamaConfig(**shape.config(), tie_word_embeddings=False), "bench"), "bench")

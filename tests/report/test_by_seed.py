@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline import artifacts
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.report.by_seed import HEADER, main
 from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
@@ -20,7 +20,7 @@ def test_a_line_per_evaluated_seed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["by_seed", str(path)])
     with pytest.raises(ValueError, match="nothing is evaluated yet"):
         main()
-    layout = Layout(recipe.load(path))
+    layout = Layout(recipes.load(path))
     subject = {(s.name, s.seed): s for s in layout.subjects()}
     values = {"exact_match": 0.25, "non_refusal_rate": 0.5, "over_refusal_rate": 0.125, "ordinary_refusal_rate": 0.0}
     evaluated(layout.evaluate(subject["sft", 1]), values)

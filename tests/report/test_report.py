@@ -9,8 +9,8 @@ import matplotlib.image
 import pytest
 
 from pipeline import artifacts
+from pipeline.defences import recipes
 from pipeline.judges.metrics import mean_interval, share
-from pipeline.recipe import recipe
 from pipeline.report.build import build_report
 from pipeline.report.collect import Collected, Method, _over_seeds, collect
 from pipeline.report.figures import FIGURES, draw_all
@@ -105,7 +105,7 @@ def test_the_page_says_that_it_measures_openings_and_not_harm(tmp_path):
 
 def test_a_validation_report_says_that_it_is_no_result(tmp_path):
     page = page_of(hand_made(split="validation"), tmp_path)
-    assert "These are validation prompts, used to choose settings; they are no result." in page
+    assert "These are validation prompts, used to choose settings; they are not a result." in page
 
 
 def test_the_page_holds_versions_revision_data_and_answers(tmp_path):
@@ -158,7 +158,7 @@ def rows_over_seeds(folder: Path, rates: dict[int, list[int]]) -> tuple[Collecte
     """The collected report of published stage folders: rates[seed] are the hits of sft and sap among 20 prompts."""
     content = make_project(folder) | {"seeds": list(rates), "align": {"enabled": False}}
     content["evaluate"]["baselines"] = False
-    layout = Layout(recipe.load(write_recipe(folder, content)))
+    layout = Layout(recipes.load(write_recipe(folder, content)))
     with artifacts.building(layout.prepare(), {}) as target:
         artifacts.write_json(target / "facts.json", {"samples": {"safety_pairs": 8}})
     with artifacts.building(layout.prompts(), {}) as target:
@@ -189,7 +189,7 @@ def test_several_seeds_show_mean_and_student_interval(tmp_path):
 def test_a_report_over_a_missing_or_damaged_folder_is_refused(tmp_path):
     collected, _ = rows_over_seeds(tmp_path, {0: [8, 0]})
     collected.answers[0].write_text("changed\n")
-    layout = Layout(recipe.load(tmp_path / "recipe.yaml"))
+    layout = Layout(recipes.load(tmp_path / "recipe.yaml"))
     with pytest.raises(ValueError, match="answers.jsonl does not match"):
         collect(layout)
     (collected.answers[0].parent / "DONE").unlink()
@@ -203,7 +203,7 @@ def test_a_report_over_a_missing_or_damaged_folder_is_refused(tmp_path):
 )
 def test_every_file_that_a_report_reads_is_held_against_its_manifest(tmp_path, folder, name):
     rows_over_seeds(tmp_path, {0: [8, 0]})
-    layout = Layout(recipe.load(tmp_path / "recipe.yaml"))
+    layout = Layout(recipes.load(tmp_path / "recipe.yaml"))
     (cell, _) = layout.experiment.cells()
     subject = layout.subject(cell)
     folders = {"prepare": layout.prepare(), "prompts": layout.prompts(), "train": layout.train(cell), "evaluate": layout.evaluate(subject)}

@@ -1,7 +1,7 @@
 """The rule by which a method's setting is chosen, over finished runs only."""
 
 from pipeline import artifacts
-from pipeline.recipe import recipe
+from pipeline.defences import recipes
 from pipeline.report.tuning import Run, chosen, main, runs, table
 from pipeline.stages.layout import Layout
 from tests.project import make_project, write_recipe
@@ -22,7 +22,7 @@ def test_without_harmless_prompts_the_score_is_of_the_other_two_and_that_is_said
     content = make_project(tmp_path)
     content["evaluate"]["split"] = "validation"
     path = write_recipe(tmp_path, content)
-    write_metrics(Layout(recipe.load(path)), lambda subject: {"exact_match": 0.5, "non_refusal_rate": 0.125, "over_refusal_rate": None, "ordinary_refusal_rate": None})
+    write_metrics(Layout(recipes.load(path)), lambda subject: {"exact_match": 0.5, "non_refusal_rate": 0.125, "over_refusal_rate": None, "ordinary_refusal_rate": None})
     monkeypatch.setattr("sys.argv", ["tuning", str(path)])
     main()
     output = capsys.readouterr().out
@@ -41,7 +41,7 @@ def write_metrics(layout, values) -> None:
 
 def test_only_settings_evaluated_with_every_seed_count(tmp_path):
     content = make_project(tmp_path) | {"seeds": [0, 1], "methods": {"sft": {"grid": {"train.lr": [0.1, 0.2]}}, "plain": {}}}
-    layout = Layout(recipe.load(write_recipe(tmp_path, content)))
+    layout = Layout(recipes.load(write_recipe(tmp_path, content)))
 
     def values(subject):
         if (subject.name, subject.seed) == ("sft.lr_0.2", 1):

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines.open import open_engine
 from pipeline.model.models import decoder_layers, enable_checkpointing
@@ -17,7 +18,7 @@ from pipeline.objectives import head
 from pipeline.objectives.batches import BatchOrder, MicroBatch, micro_batches
 from pipeline.objectives.losses import useful_loss
 from pipeline.objectives.packed import row_arguments, rows_hold
-from pipeline.recipe.sections import SapSection, TrainSection
+from pipeline.recipe.sections import TrainSection
 from tests.tiny import FAMILIES, VOCABULARY, StepBatches, family_model, tiny_lora, tiny_model, tiny_rows
 
 ROWS, BUDGET = tiny_rows(24, seed=3, longest=20), 60

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pipeline.defences.sap.probe import Probe
+from pipeline.defences.sap.section import SapSection
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines.single import SingleEngine
 from pipeline.model.models import decoder_layers
-from pipeline.recipe.sections import SapSection
 from pipeline.training import checkpoint
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 
@@ -21,7 +21,7 @@ def build(section: SapSection) -> SapStep:
     model = tiny_lora(dropout=0.1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     engine = SingleEngine(model, optimizer, max_grad_norm=1.0)
-    return SapStep(engine, Probe(decoder_layers(model), [1, 2], HIDDEN), section)
+    return SapStep(engine, Probe(decoder_layers(model), [1, 2], HIDDEN), section, refresh_every=3)
 
 
 def train(step: SapStep, first: int, last: int) -> list[float]:
@@ -37,8 +37,8 @@ def train(step: SapStep, first: int, last: int) -> list[float]:
 @pytest.mark.parametrize("probe_step", ["rms", "adam", "target_correction"])
 def test_a_resumed_step_is_the_same_step(tmp_path, schedule, probe_step):
     section = SapSection(
-        enabled=True, schedule=schedule, probe_step=probe_step, refresh_every=3, beta=0.02, target_correction=0.3, noise_every=2,
-        correction_every=2, safety_micro_batch_size=1,
+        enabled=True, schedule=schedule, probe_step=probe_step, beta=0.02, target_correction=0.3, noise_every=2,
+        correction_every=2,
     )  # fmt: skip
     straight = build(section)
     train(straight, 0, SAVED)

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.defences.sap.section import SPEEDS, SapSection
 from pipeline.objectives.sharing import share_of
-from pipeline.recipe.sections import SPEEDS, SapSection, TrainSection
+from pipeline.recipe.sections import TrainSection
 from pipeline.stages.checks import _check_cell
 from tests.test_planner import llama, planned
 from tests.training.companions import recipe_of
@@ -36,7 +37,7 @@ def test_samples_of_a_share(size, share, samples):
 
 
 def test_ranks_without_a_sample_are_told():
-    of = recipe_of(sap={"enabled": True, "probe_share": 0.25, "safety_batch_size": 8}, train={"steps": 20, "batch_size": 16})
+    of = recipe_of(sap={"enabled": True, "probe_share": 0.25}, safety_pairs={"batch_size": 8}, train={"steps": 20, "batch_size": 16})
     cell = SimpleNamespace(method="sap", recipe=of)
     assert _check_cell(cell, of, None, 4) == []
     (note,) = _check_cell(cell, of, None, 8)

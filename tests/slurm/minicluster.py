@@ -240,7 +240,7 @@ class Cluster:
             raise ClusterError(reason)
         for path in self.shared:
             if not path.is_dir():
-                raise ClusterError(f"{path} is to be shared between the nodes but is no folder.")
+                raise ClusterError(f"{path} is to be shared between the nodes but is not a folder.")
         self._prepare_folder()
         since = time.time()
         try:

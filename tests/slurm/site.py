@@ -37,7 +37,7 @@ def make_recipe(folder: Path) -> dict[str, Any]:
     for source in ("refusals", "harmless"):
         recipe["data"].pop(source)
     recipe["train"] |= {"steps": STEPS, "save_every": SAVE_EVERY, "validate_every": STEPS // 2}
-    recipe["methods"]["sap"]["sap"]["safety_batch_size"] = NODES * RANKS_PER_NODE * 2
+    recipe.setdefault("safety_pairs", {})["batch_size"] = NODES * RANKS_PER_NODE * 2
     return recipe
 
 

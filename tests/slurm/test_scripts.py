@@ -156,7 +156,7 @@ def test_what_is_complete_is_left_out(recipe, tmp_path):
         (["--methods", "spa"], "no method 'spa'"),
         (["again.yaml"], "two recipes"),
         (["--", "--train.learning_rate=1"], "unknown key 'train.learning_rate'"),
-        (["--", "--model.dtype=auto"], "model.dtype auto is another one on another machine: set it to bfloat16 or float32"),
+        (["--", "--model.dtype=auto"], "model.dtype auto means something else on another machine: set it to bfloat16 or float32"),
     ],
 )
 def test_bad_submissions_are_one_sentence(recipe, arguments, sentence):

@@ -7,15 +7,16 @@ import math
 import torch
 import torch.nn.functional as F
 
-from pipeline.defences.ema import Ema
-from pipeline.defences.methods import make_step
+from pipeline.defences.ema.average import Ema
+from pipeline.defences.making import make_step
+from pipeline.defences.recipes import recipe_class
 from pipeline.engines.engine import Engine
 from pipeline.objectives.batches import BatchOrder
 from pipeline.recipe.recipe import Recipe
 from tests.tiny import StepBatches, tiny_lora, tiny_model
 
 LR, STEPS, FULL_EPS = 1e-2, 7, 1e-3
-PAIRS = {"sap": {"safety_micro_batch_size": 1, "refresh_every": 2}}
+PAIRS = {"safety_pairs": {"micro_batch_size": 1, "refresh_every": 2}}
 METHODS = {
     "plain": {},
     "safe_mix": PAIRS | {"safe_mix": {"enabled": True}},
@@ -29,7 +30,7 @@ METHODS = {
 def recipe_of(**sections) -> Recipe:
     source = {"source": "x"}
     base = {"name": "t", "model": {"path": "x"}, "data": {"task": source, "safety": source}, "train": {"steps": STEPS}, "evaluate": {"harmful": source}}
-    return Recipe.model_validate(base | sections)
+    return recipe_class().model_validate(base | sections)
 
 
 def train(engine: Engine, method: str) -> dict[str, torch.Tensor]:
@@ -40,11 +41,11 @@ def train(engine: Engine, method: str) -> dict[str, torch.Tensor]:
         step(batches.useful(number), lambda n=number: batches.pairs(n), number)
         engine.step(LR)
         if ema:
-            ema.update(number + 1)
+            ema.updated(number + 1)
     if ema is None:
         return engine.gather(engine.weights())
     before = engine.weights()
-    with ema.applied():
+    with ema.weights():
         averaged = engine.gather(engine.weights())
     assert all(map(torch.equal, before, engine.weights()))
     return averaged

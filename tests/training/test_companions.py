@@ -6,17 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.defences.ema import Ema
-from pipeline.defences.lisa import LisaStep
-from pipeline.defences.methods import make_step
-from pipeline.defences.safe_mix import safe_batches
+from pipeline.defences.ema.average import Ema
+from pipeline.defences.ema.section import EmaSection
+from pipeline.defences.lisa.section import LisaSection
+from pipeline.defences.lisa.step import LisaStep
+from pipeline.defences.making import make_step
+from pipeline.defences.safe_mix.step import safe_batches
 from pipeline.engines.open import open_engine
 from pipeline.objectives.batches import micro_batches
 from pipeline.objectives.losses import useful_loss
-from pipeline.recipe.sections import EmaSection, LisaSection, SapSection, TrainSection
+from pipeline.recipe.sections import TrainSection
 from pipeline.training.loop import Loop, TrainingData
 from tests.tiny import StepBatches, tiny_lora, tiny_pairs, tiny_rows
-from tests.training.companions import LR, METHODS, Dense, distance, recipe_of, train
+from tests.training.companions import LR, METHODS, PAIRS, Dense, distance, recipe_of, train
+from tests.training.told import Told
 
 
 def engine(**changes):
@@ -54,7 +57,7 @@ def test_the_average_has_its_closed_form(every):
     for number in range(9):
         step(batches.useful(number), lambda: None, number)
         trained.step(LR)
-        ema.update(number + 1)
+        ema.updated(number + 1)
         if (number + 1) % every == 0:
             seen.append(weights(trained).double())
     n = len(seen)
@@ -67,15 +70,15 @@ def test_until_its_warm_up_is_over_the_average_is_the_weights():
     trained, batches = engine(), StepBatches()
     step, ema = make_step(recipe_of(), trained), Ema(trained, EmaSection(enabled=True, decay=0.8, warmup_steps=2))
     for number in range(3):
-        with ema.applied():
+        with ema.weights():
             assert (ema.average is None) == (number < 2)
             if number <= 2:
                 applied = weights(trained)
         assert torch.equal(applied, weights(trained))
         step(batches.useful(number), lambda: None, number)
         trained.step(LR)
-        ema.update(number + 1)
-    with ema.applied():
+        ema.updated(number + 1)
+    with ema.weights():
         assert not torch.equal(weights(trained), applied)
 
 
@@ -84,7 +87,7 @@ def test_an_exception_inside_leaves_the_weights_as_they_were():
     ema = Ema(trained, EmaSection(enabled=True))
     before = weights(trained)
     ema.average = [part + 1 for part in ema.average]
-    with pytest.raises(KeyError), ema.applied():
+    with pytest.raises(KeyError), ema.weights():
         assert torch.equal(weights(trained), before + 1)
         raise KeyError
     assert torch.equal(weights(trained), before)
@@ -96,7 +99,7 @@ def test_decay_zero_follows_the_weights_in_both_modes():
         ema = Ema(trained, EmaSection(enabled=True, mode=mode, decay=0.0))
         trained.assign([part * 1.5 for part in trained.weights()])
         before = weights(trained)
-        ema.update(1)
+        ema.updated(1)
         assert torch.equal(torch.cat(ema.average), before) and torch.equal(weights(trained), before)
 
 
@@ -150,8 +153,8 @@ def loop(folder: Path, method: str, ema: str, on_metrics=lambda metrics, number:
     trained = engine()
     section = TrainSection(engine="single", steps=6, batch_size=8, micro_batch_size=4, lr=LR, save_every=2, validate_every=3)
     data = TrainingData(tiny_rows(), tiny_pairs(), 0, 4, 1, {"task": tiny_rows(6, seed=9)})
-    average = EMAS[ema] and Ema(trained, EMAS[ema])
-    return Loop(trained, make_step(recipe_of(**METHODS[method]), trained), data, section, 0, folder, "tiny", on_metrics, ema=average)
+    callbacks = [*([Ema(trained, EMAS[ema])] if EMAS[ema] else []), Told(on_metrics)]
+    return Loop(trained, make_step(recipe_of(**METHODS[method]), trained), data, section, 0, folder, "tiny", callbacks)
 
 
 def log(folder: Path) -> list[dict]:
@@ -171,7 +174,7 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, method, ema):
         loop(tmp_path / "killed", method, ema, kill).run()
     resumed = loop(tmp_path / "killed", method, ema)
     assert resumed.run() and torch.equal(weights(resumed.engine), weights(straight.engine))
-    with straight.averaged(), resumed.averaged():
+    with straight.counted_weights(), resumed.counted_weights():
         assert torch.equal(weights(resumed.engine), weights(straight.engine))
     drop = ("time", "time/step")
     assert [{k: v for k, v in line.items() if k not in drop} for line in log(tmp_path / "killed")] == [
@@ -200,7 +203,7 @@ def test_an_average_that_would_never_begin_is_refused(tmp_path):
     average = Ema(trained, EmaSection(enabled=True, warmup_steps=4, every=2))
     section = TrainSection(engine="single", epochs=1.0, batch_size=8, micro_batch_size=4)
     with pytest.raises(ValueError, match="ema.warmup_steps 4 and ema.every 2 leave no step of 5 to average"):
-        Loop(trained, make_step(recipe_of(), trained), TrainingData(tiny_rows(), [], 0), section, 0, tmp_path, "tiny", ema=average)
+        Loop(trained, make_step(recipe_of(), trained), TrainingData(tiny_rows(), [], 0), section, 0, tmp_path, "tiny", [average])
 
 
 def test_validation_sees_the_average_and_training_does_not(tmp_path):
@@ -209,7 +212,7 @@ def test_validation_sees_the_average_and_training_does_not(tmp_path):
     assert torch.equal(weights(averaged.engine), weights(plain.engine)), "shadow leaves the training alone"
     last, other = (log(tmp_path / name)[-1]["validation/task_loss"] for name in ("averaged", "plain"))
     batches = micro_batches(tiny_rows(6, seed=9), list(range(6)), 4, 0, 1, 0, 0, 0)
-    with averaged.averaged():
+    with averaged.counted_weights():
         assert averaged.engine.loss(useful_loss, batches) == last != other
 
 
@@ -232,14 +235,11 @@ class Counted:
 
 @pytest.mark.parametrize("method", ["safe_mix", "safety_gradient", "sap"])
 def test_methods_draw_the_same_pairs_at_the_same_steps(method):
-    sap = SapSection(enabled=True, layers=[1, 2], **PAIRS_OF_SAP).model_dump()
-    recipe = recipe_of(sap=sap) if method == "sap" else recipe_of(**METHODS[method])
+    sections = PAIRS | {"sap": {"enabled": True, "layers": [1, 2]}} if method == "sap" else METHODS[method]
+    recipe = recipe_of(**sections)
     trained, batches, counted = engine(), StepBatches(), Counted()
     step = make_step(recipe, trained)
     for number in range(6):
         step(batches.useful(number), lambda n=number: counted(batches, n), number)
         trained.step(LR)
     assert counted.numbers == {0, 2, 4}
-
-
-PAIRS_OF_SAP = METHODS["safe_mix"]["sap"]

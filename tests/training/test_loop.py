@@ -16,6 +16,7 @@ from pipeline.recipe.sections import TrainSection
 from pipeline.training import checkpoint
 from pipeline.training.loop import Loop, TrainingData, learning_rate
 from tests.tiny import tiny_lora, tiny_rows
+from tests.training.told import Told
 
 
 def section(**changes) -> TrainSection:
@@ -26,7 +27,9 @@ def build(folder: Path, step=PlainStep, on_metrics=lambda metrics, number: None,
     train = section(**changes)
     engine = open_engine(tiny_lora(), train)
     data = TrainingData(tiny_rows(), [], 0, validation=validation or {})
-    return Loop(engine, step(engine), data, train, 0, folder, "tiny", on_metrics)
+    loop = Loop(engine, step(engine), data, train, 0, folder, "tiny", [Told(on_metrics)])
+    loop.told = loop.callbacks[0]
+    return loop
 
 
 def weights(loop: Loop) -> torch.Tensor:
@@ -148,14 +151,14 @@ def test_epochs_are_rounded_up_to_whole_steps(tmp_path):
 class BrokenLoss(PlainStep):
     """A step whose third loss is not finite; its gradient is there, waiting to be applied."""
 
-    def __call__(self, useful, pairs, number):
+    def __call__(self, useful, pairs, number, part=None):
         return super().__call__(useful, pairs, number) | ({"train/loss": float("inf")} if number == 2 else {})
 
 
 class BrokenGradient(PlainStep):
     """A step whose third loss is fine and whose gradient is not."""
 
-    def __call__(self, useful, pairs, number):
+    def __call__(self, useful, pairs, number, part=None):
         metrics = super().__call__(useful, pairs, number)
         if number == 2:
             self.engine.parameters[-1].grad.view(-1)[0] = float("nan")
@@ -186,7 +189,7 @@ def test_events_tell_of_every_stop_and_return(tmp_path, monkeypatch):
 
     def run(stop_after: int | None = None) -> bool:
         loop = build(tmp_path, on_metrics=lambda _, number: number + 1 == stop_after and (tmp_path / "STOP").touch())
-        loop.on_event = events.append
+        loop.told.on_event = events.append
         return loop.run()
 
     assert not run(stop_after=3)

@@ -1,6 +1,5 @@
 """A new run from another one's checkpoint, and losses that leap: what is said, left out, or ends the training."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +9,12 @@ import torch
 
 from pipeline import artifacts
 from pipeline.cli import main
+from pipeline.defences import recipes
+from pipeline.defences.callback import Callback
 from pipeline.defences.plain import PlainStep
 from pipeline.engines.open import open_engine
-from pipeline.recipe import recipe
 from pipeline.recipe.strict_yaml import parse_overrides
-from pipeline.stages import stages
+from pipeline.stages import direction, prepare, train
 from pipeline.stages.checks import check_start
 from pipeline.stages.layout import Layout
 from pipeline.training.loop import Loop, TrainingData
@@ -23,6 +23,7 @@ from tests.project import make_project, write_recipe
 from tests.test_recipe import content, load
 from tests.tiny import tiny_lora, tiny_rows
 from tests.training.test_loop import interrupted, log, saved, section, straight, weights  # noqa: F401 (fixtures)
+from tests.training.told import Told
 
 BASIS = {"the start model": "a digest", "train.engine": "single", "train.lora": {"r": 4, "alpha": 8}}
 
@@ -32,7 +33,7 @@ def work(interrupted) -> Path:  # noqa: F811
     """A stopped run's work folder, as stages name it, whose steps 2 and 4 can be started from."""
     folder = interrupted / ".train-sft-s0-0123456789.work"
     again = build(folder, basis=BASIS)
-    again.on_metrics = lambda _, number: number == 3 and (folder / "STOP").touch()
+    again.told.on_metrics = lambda _, number: number == 3 and (folder / "STOP").touch()
     assert not again.run() and saved(folder) == ["step-000002", "step-000004"]
     return folder
 
@@ -40,8 +41,11 @@ def work(interrupted) -> Path:  # noqa: F811
 def build(folder: Path, step=PlainStep, events=None, basis=None, ema=None, **changes) -> Loop:
     train = section(**changes)
     engine = open_engine(tiny_lora(), train)
-    told = (lambda text: None) if events is None else events.append
-    return Loop(engine, step(engine), TrainingData(tiny_rows(), [], 0), train, 0, folder, "a run", on_event=told, basis=basis, ema=ema)
+    told = Told(on_event=(lambda text: None) if events is None else events.append)
+    callbacks = [told] if ema is None else [ema, told]
+    loop = Loop(engine, step(engine), TrainingData(tiny_rows(), [], 0), train, 0, folder, "a run", callbacks, basis)
+    loop.told = told
+    return loop
 
 
 def test_a_run_starts_from_another_one_s_checkpoint_with_settings_of_its_own(work, tmp_path_factory):
@@ -113,7 +117,7 @@ def test_what_names_no_step_is_refused_with_the_recipe(tmp_path, text):
 class Leaps(PlainStep):
     """The gradient of steps 12 and 13 (from 1) is a thousand times what it is."""
 
-    def __call__(self, useful, pairs, number):
+    def __call__(self, useful, pairs, number, part=None):
         metrics = super().__call__(useful, pairs, number)
         if number in (11, 12):
             self.engine.add_gradient(self.engine.accumulated_gradient(), 999.0)
@@ -144,7 +148,7 @@ def test_a_spike_s_update_is_left_out_wherever_the_run_was_stopped(tmp_path, wit
     for number in (8, 12, 13):
         folder = tmp_path / f"stopped-{number}"
         stopped = build(folder, Leaps, steps=16, on_spike="skip", save_every=1)
-        stopped.on_metrics = lambda _, at, number=number, folder=folder: at == number - 1 and (folder / "STOP").touch()
+        stopped.told.on_metrics = lambda _, at, number=number, folder=folder: at == number - 1 and (folder / "STOP").touch()
         assert not stopped.run() and saved(folder)[-1] == f"step-{number:06d}"
         again = build(folder, Leaps, steps=16, on_spike="skip", save_every=1)
         assert again.run() and torch.equal(weights(again), without_leaps)
@@ -158,8 +162,7 @@ def test_a_spike_ends_the_training_where_the_recipe_says_so(tmp_path):
 
 def test_a_run_that_has_left_the_range_for_good_ends(tmp_path):
     run = build(tmp_path, steps=40, on_spike="skip")
-    original = run.step
-    run.step = lambda useful, pairs, number: original(useful, pairs, number) | {"train/loss": torch.tensor(9e9 if number > 14 else 1.0)}
+    run.step = Leaping(run.step.engine, 14, 99)
     with pytest.raises(ValueError, match="the last 10 steps were spikes, whose updates are left out"):
         run.run()
     assert log(tmp_path)[-1]["step"] == 24 and saved(tmp_path)[-1] == "step-000024"
@@ -186,7 +189,7 @@ def test_the_option_and_the_field_cannot_both_be_given(capsys):
 @pytest.mark.parametrize("given", [["run", "demo.yaml"], ["train", "demo.yaml"], ["train", "demo.yaml", "--method", "sap", "--seeds", "[0, 1]"]])
 def test_the_option_is_of_one_training(capsys, given):
     assert main([*given, "--resume-from", ".train-sap-s0-1a.work@1"]) == 2
-    assert "--resume-from is of one training" in capsys.readouterr().err
+    assert "--resume-from applies to one training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["track"], ["plan"], ["doctor", "--method", "sap"]])
@@ -212,13 +215,13 @@ def test_the_option_is_refused_where_it_would_do_nothing(capsys, given):
 )
 def test_what_a_checkpoint_fits_on(changes, same):
     """What the method carries, and where its weights belong; not what a run is started anew for."""
-    of = lambda given: (lambda experiment: Layout(experiment).basis(experiment.cell("sap", 0)))(recipe.load("demo.yaml", parse_overrides(given)))  # noqa: E731
+    of = lambda given: (lambda experiment: Layout(experiment).basis(experiment.cell("sap", 0)))(recipes.load("demo.yaml", parse_overrides(given)))  # noqa: E731
     before = of(["--model.dtype", "bfloat16"])
     assert (of(["--model.dtype", "bfloat16", *changes] if "--model.dtype" not in changes else changes) == before) is same
 
 
 def test_what_the_alignment_s_checkpoint_fits_on():
-    of = lambda *given: Layout(recipe.load("demo.yaml", parse_overrides(list(given)))).basis(None)  # noqa: E731
+    of = lambda *given: Layout(recipes.load("demo.yaml", parse_overrides(list(given)))).basis(None)  # noqa: E731
     assert of() == of("--align.train.lr", "3e-5", "--train.lora.r", "3") != of("--align.train.lora.r", "3")
 
 
@@ -229,20 +232,20 @@ def test_a_stage_starts_from_another_one_s_checkpoint_and_records_it(tmp_path):
     raw["train"] |= {"engine": "single", "ranks": 1, "steps": 3}
     raw["tracking"] = {"enabled": False}
     path = write_recipe(tmp_path, raw)
-    old = recipe.load(path)
+    old = recipes.load(path)
     cell, layout = old.cell("sap", 0), Layout(old)
-    stages.prepare(old)
-    stages.direction(old, cell)
+    prepare.prepare(old)
+    direction.direction(old, cell)
     work = layout.work(layout.train(cell))
     work.mkdir()
     (work / "STOP").touch()
-    assert stages.train(old, cell) is False and saved(work) == ["step-000001"]
+    assert train.train(old, cell) is False and saved(work) == ["step-000001"]
     changes = ["--train.lr", "1e-4", "--train.resume_from", f"{work}@1"]
-    new = recipe.load(path, parse_overrides(changes))
+    new = recipes.load(path, parse_overrides(changes))
     with pytest.raises(ValueError, match=r"train.resume_from names .*: sap.target_correction was .* there, and is 0.3 here"):
-        check_start("train", new.base.train, other := recipe.load(path, parse_overrides([*changes, "--sap.target_correction", "0.3"])), other.cell("sap", 0))
+        check_start("train", new.base.train, other := recipes.load(path, parse_overrides([*changes, "--sap.target_correction", "0.3"])), other.cell("sap", 0))
     check_start("train", new.base.train, new, new.cell("sap", 0))
-    assert stages.train(new, new.cell("sap", 0))
+    assert train.train(new, new.cell("sap", 0))
     made = Layout(new).train(new.cell("sap", 0))
     origin = artifacts.read_manifest(made)["inputs"]["resume_from"]
     assert origin == {"checkpoint": f"{work.name}@1", "digest": artifacts.source(work / "checkpoints" / "step-000001")["content"]}
@@ -256,26 +259,26 @@ def test_weights_of_an_alignment_made_again_are_another_start(work, tmp_path_fac
         build(tmp_path_factory.mktemp("new"), basis=BASIS | {"the start model's content": {"folder": "align-1", "content": "b"}}, **given).run()
 
 
-class Averaged:
+class Leaping(PlainStep):
+    """Its loss is enormous between two steps, by its log."""
+
+    def __init__(self, engine, after, before):
+        super().__init__(engine)
+        self.after, self.before = after, before
+
+    def __call__(self, useful, pairs, number, part=None):
+        metrics = super().__call__(useful, pairs, number)
+        return metrics | {"train/loss": torch.tensor(9e9 if self.after < number < self.before else 1.0)}
+
+
+class Averaged(Callback):
     """Counts its updates."""
 
     def __init__(self):
         self.seen = []
-        self.section = type("", (), {"check_steps": lambda self, steps: None})()
 
-    def state_dict(self):
-        return {}
-
-    vectors = state_dict
-
-    def load_state_dict(self, state, vectors):
-        pass
-
-    def update(self, number):
+    def updated(self, number):
         self.seen.append(number)
-
-    def applied(self):
-        return contextlib.nullcontext()
 
 
 def test_a_step_that_is_left_out_moves_no_average(tmp_path):
@@ -288,13 +291,12 @@ def test_a_step_that_is_left_out_moves_no_average(tmp_path):
 def test_spikes_of_the_run_before_are_not_the_last_ten(tmp_path, steps):
     """A run that only noted its spikes, begun anew with skip: it ends after ten of its own, or goes on where the spikes end."""
     source = tmp_path / ".train-sft-s0-0123456789.work"
-    leaping = lambda run, last: lambda useful, pairs, number: run(useful, pairs, number) | {"train/loss": torch.tensor(9e9 if 14 < number < last else 1.0)}  # noqa: E731
     old = build(source, steps=100, save_every=1, basis=BASIS)
-    old.step = leaping(old.step, 99)
-    old.on_metrics = lambda _, number: number == 27 and (source / "STOP").touch()
+    old.step = Leaping(old.engine, 14, 99)
+    old.told.on_metrics = lambda _, number: number == 27 and (source / "STOP").touch()
     assert not old.run() and old.spikes.in_a_row > 10
     new = build(tmp_path / "new", steps=28 + steps, on_spike="skip", resume_from=f"{source}@28", basis=BASIS)
-    new.step = leaping(new.step, 99 if steps == 60 else 36)
+    new.step = Leaping(new.engine, 14, 99 if steps == 60 else 36)
     if steps == 60:
         with pytest.raises(ValueError, match="the last 10 steps were spikes"):
             new.run()

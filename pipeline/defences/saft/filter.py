@@ -19,20 +19,16 @@ import numpy as np
 import torch
 
 from pipeline import artifacts
-from pipeline.defences.saft import keywords
+from pipeline.defences.saft import NO_LABELS, keywords
 from pipeline.defences.saft.decision import Decision
 from pipeline.defences.saft.saft import auroc, choose, choose_by_share, f1, saft_scores, with_interval
+from pipeline.defences.saft.section import SaftSection
 from pipeline.judges.metrics import share
 from pipeline.judges.refusal import refusal_in
-from pipeline.recipe.sections import SaftSection
 
 Rows = Sequence[dict[str, Any]]
 _HELD_OUT = 40  # labelled samples that check the choice, where there are as many: a tenth of them harmful, and all found, is a lower bound of 0.5
 _SHOWN, _SHOWN_CHARACTERS = 10, 60
-NO_LABELS = (
-    "saft has no labelled samples to choose its threshold on: map a column of true and false to harmful with data.task.columns, "
-    "or set saft.contamination to the share of harmful samples you expect"
-)
 GUESS = (
     "saft has no labelled samples, so it is a guess that the {dropped} samples it drops are the harmful ones: the sign of its direction, whether high scores mean "
     "harmful, is one; where the highest-scored are harmless, label some samples with a column of true and false, and map it to harmful with data.task.columns"

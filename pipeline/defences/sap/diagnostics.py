@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from pipeline.engines.engine import Engine, Shard
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
 
 
 def safety_direction(
     engine: Engine, halves: tuple[Sequence[PairBatch], Sequence[PairBatch]], useful: Sequence[MicroBatch], contrastive: str
-) -> tuple[Shard, dict[str, Any]]:
+) -> tuple[ShardedVector, dict[str, Any]]:
     """g_s = grad_W L_safety over both halves at the engine's weights; every batch's global_pairs counts both halves.
 
     Returns this rank's shard of g_s and a summary: norm, safety_loss, split_half_cosine (1: the pairs agree), and per decoder layer the
@@ -37,12 +37,12 @@ def safety_direction(
     return direction, summary
 
 
-def _cosine(engine: Engine, a: Shard, b: Shard) -> float:
+def _cosine(engine: Engine, a: ShardedVector, b: ShardedVector) -> float:
     scale = engine.norm(a) * engine.norm(b)
     return engine.dot(a, b) / scale if scale > 0 else 0.0
 
 
-def _per_layer(engine: Engine, direction: Shard, useful: Shard) -> list[dict[str, float]]:
+def _per_layer(engine: Engine, direction: ShardedVector, useful: ShardedVector) -> list[dict[str, float]]:
     """Inner products layer by layer, from the ranks' parts: the whole vectors are never in one place."""
     layers = {name: int(match.group(1)) for name, _ in engine.parts(direction) if (match := re.search(r"\.(?:layers|h)\.(\d+)\.", name))}
     # Squared norm of g_s, squared norm of the useful gradient, their inner product.

@@ -18,6 +18,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from pipeline.model.models import decoder_layers
+from pipeline.recipe.layer_choice import probed_layers
+
+
+def probe_of(module: nn.Module, layers: str | list[int] | list[float]) -> Probe:
+    """The probe of a model. layers: sap.layers. ValueError where the model has none such."""
+    of_model = decoder_layers(module)
+    return Probe(of_model, probed_layers(layers, len(of_model)), module.config.get_text_config().hidden_size)
+
 
 class _AddProbe(torch.autograd.Function):
     """hidden_states (B, T, D) + v (D,). Backward: the gradient of v is summed over B and T in v's dtype (float32), not in bf16."""

@@ -14,31 +14,36 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from pipeline.defences.sap.probe import Probe
-from pipeline.engines.engine import Engine, Shard
-from pipeline.objectives.batches import MicroBatch, PairBatch
+from pipeline.defences.sap.section import SapSection
+from pipeline.defences.step import Metrics, Pairs, Step
+from pipeline.engines.engine import Engine, ShardedVector
+from pipeline.objectives.batches import MicroBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
-from pipeline.recipe.sections import SapSection
-
-Pairs = Callable[[], Sequence[PairBatch]]
-Metrics = dict[str, float]
 
 _CALIBRATION_PASSES = 4
 _CALIBRATION_TOLERANCE = 0.1
 _ADAM = (0.9, 0.999, 1e-8)
 
 
-class SapStep:
+class SapStep(Step):
     """Algorithm 1 with the state it carries from step to step: the direction and its age, V (lagged), and V's scale."""
 
-    def __init__(self, engine: Engine, probe: Probe, section: SapSection, direction: Shard | None = None):
-        """direction: the direction stage's g_s as this engine's shard; required for direction 'precomputed'."""
+    summary_keys = ("sap/correction", "sap/probe_signal")
+
+    def __init__(
+        self, engine: Engine, probe: Probe, section: SapSection, direction: ShardedVector | None = None, refresh_every: int = 1
+    ):
+        """direction: the direction stage's g_s as this engine's shard; required for direction 'precomputed'.
+
+        refresh_every: steps after which pairs are drawn and the direction is computed again; 0: never.
+        """
         assert (direction is not None) == (section.direction == "precomputed"), "a direction is given exactly when it is precomputed"
-        self.engine, self.probe, self.section = engine, probe, section
+        self.engine, self.probe, self.section, self.refresh_every = engine, probe, section, refresh_every
         self.share = section.probe_share
         self.safety_loss = safety_loss(section.contrastive)
         self.direction, self.direction_step = direction, 0
@@ -64,7 +69,7 @@ class SapStep:
         return self._exact(useful, useful if part is None else part, g_s, scale, number, metrics)
 
     def _exact(
-        self, useful: Sequence[MicroBatch], part: Sequence[MicroBatch], g_s: Shard, scale: float, number: int, metrics: Metrics
+        self, useful: Sequence[MicroBatch], part: Sequence[MicroBatch], g_s: ShardedVector, scale: float, number: int, metrics: Metrics
     ) -> Metrics:
         zero = self.probe.zeros(self.engine.device)
         loss, p0 = self._probe_gradient(part, zero)  # grad_V L_useful(W, 0)
@@ -79,7 +84,7 @@ class SapStep:
         self._measure_correction(g0, metrics)
         return {"train/loss": probed, "sap/loss_without_probe": loss, **metrics}
 
-    def _lagged(self, useful: Sequence[MicroBatch], g_s: Shard, scale: float, number: int, metrics: Metrics) -> Metrics:
+    def _lagged(self, useful: Sequence[MicroBatch], g_s: ShardedVector, scale: float, number: int, metrics: Metrics) -> Metrics:
         g0 = self._plain_gradient(useful, number)
         v = self.v  # V_{t-1}; V_0 = 0
         with self.engine.perturbed(g_s, scale):
@@ -92,15 +97,15 @@ class SapStep:
         self.v = self._probe_step(p1 - p0)  # V_t: replaced, not accumulated
         return {"train/loss": loss, **metrics}
 
-    def _safety_direction(self, pairs: Pairs, number: int, metrics: Metrics) -> Shard:
-        age, every = number - self.direction_step, self.section.refresh_every
+    def _safety_direction(self, pairs: Pairs, number: int, metrics: Metrics) -> ShardedVector:
+        age, every = number - self.direction_step, self.refresh_every
         if self.direction is None or (every and age >= every):
             metrics["sap/safety_loss"], self.direction = self.engine.gradient(self.safety_loss, pairs())
             self.direction_step = number
         metrics["sap/direction_age"] = float(number - self.direction_step)
         return self.direction
 
-    def _perturbation_scale(self, g_s: Shard, metrics: Metrics) -> float:
+    def _perturbation_scale(self, g_s: ShardedVector, metrics: Metrics) -> float:
         norm, weight_norm = self.engine.norm(g_s), self.engine.norm(self.engine.weights())
         if not (norm > 0 and math.isfinite(norm)):
             raise ValueError(
@@ -114,7 +119,7 @@ class SapStep:
             return self.engine.probe_gradient(useful_loss, useful, rows)
 
     def _opposite_gradient(
-        self, useful: Sequence[MicroBatch], g_s: Shard, scale: float, v: torch.Tensor, number: int
+        self, useful: Sequence[MicroBatch], g_s: ShardedVector, scale: float, v: torch.Tensor, number: int
     ) -> torch.Tensor | None:
         """p(-1), for the noise, at its interval."""
         if not self.section.noise_every or number % self.section.noise_every:
@@ -159,7 +164,7 @@ class SapStep:
         rms = ascent.square().mean().sqrt()
         return self.scale * ascent / rms.clamp(min=torch.finfo(ascent.dtype).tiny)
 
-    def _plain_gradient(self, useful: Sequence[MicroBatch], number: int) -> Shard | None:
+    def _plain_gradient(self, useful: Sequence[MicroBatch], number: int) -> ShardedVector | None:
         """g(0), when the correction is to be measured; calibrates V's scale at the first V there is."""
         calibrate = not self.calibrated and bool(self.v.any())
         due = bool(self.section.correction_every) and number % self.section.correction_every == 0
@@ -170,7 +175,7 @@ class SapStep:
             self._calibrate(useful, g0)
         return g0
 
-    def _calibrate(self, useful: Sequence[MicroBatch], g0: Shard) -> None:
+    def _calibrate(self, useful: Sequence[MicroBatch], g0: ShardedVector) -> None:
         """Scale V until |g(V) - g(0)| / |g(0)| is sap.target_correction, within a tenth or a few passes."""
         for _ in range(_CALIBRATION_PASSES):
             with self.probe.active(self.v, requires_grad=False):
@@ -181,7 +186,7 @@ class SapStep:
                 break
         self.calibrated = True
 
-    def _measure_correction(self, g0: Shard | None, metrics: Metrics) -> None:
+    def _measure_correction(self, g0: ShardedVector | None, metrics: Metrics) -> None:
         metrics["sap/probe_rms"] = self.v.square().mean().sqrt().item()
         if g0 is None:
             return
@@ -189,7 +194,7 @@ class SapStep:
         if self.section.probe_step == "target_correction":
             self._adapt_scale(metrics["sap/correction"], limit=2.0)
 
-    def _correction(self, g: Shard, g0: Shard) -> float:
+    def _correction(self, g: ShardedVector, g0: ShardedVector) -> float:
         return self.engine.norm([a - b for a, b in zip(g, g0, strict=True)]) / self.engine.norm(g0)
 
     def _adapt_scale(self, correction: float, limit: float) -> float:
@@ -209,11 +214,11 @@ class SapStep:
             "scalars": torch.tensor(scalars, dtype=torch.float64),
         }
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         """What a resumed run needs and is sharded: the direction, once there is one."""
         return {} if self.direction is None else {"direction": self.direction}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         """Restore `state_dict` and `vectors`, bit for bit."""
         device = self.engine.device
         self.v, self.adam_mean, self.adam_square = (state[key].to(device) for key in ("v", "adam_mean", "adam_square"))

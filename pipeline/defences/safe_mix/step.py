@@ -9,38 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from pipeline.defences.sap.step import Metrics, Pairs
-from pipeline.engines.engine import Engine, Shard
+from pipeline.defences.step import Metrics, Pairs, Step
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 
 
-class SafeMix:
+class SafeMix(Step):
     """A step around another one, whose useful batches it mixes; the state is the other's.
 
     Where the other looks at a share of the samples (SapStep), that is a share of the task's.
     """
 
-    def __init__(self, engine: Engine, step: Any, every: int):
+    def __init__(self, engine: Engine, step: Step, every: int):
         """every: steps between those that are mixed, from the first on."""
         self.engine, self.step, self.every = engine, step, every
-        self.share: float = getattr(step, "share", 1.0)
+        self.share, self.summary_keys, self.positions = step.share, step.summary_keys, step.positions
 
-    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, **part: Sequence[MicroBatch]) -> Metrics:
+    def __call__(
+        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+    ) -> Metrics:
         if number % self.every == 0:
             useful = pooled(self.engine, [*useful, *safe_batches(pairs())])
-        return self.step(useful, pairs, number, **part)
+        return self.step(useful, pairs, number, part)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.step.state_dict()
 
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         return self.step.vectors()
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         self.step.load_state_dict(state, vectors)
 
 

@@ -1,8 +1,8 @@
 """An exponential moving average of the weights (arXiv 2508.12531), on each rank's own float32 shard: nothing is gathered or sent.
 
     ema = Ema(engine, recipe.ema)
-    ema.update(done)                 # after every optimizer step
-    with ema.applied(): ...          # validation and export see the average; the weights come back bit for bit
+    ema.updated(done)                # after every optimizer step
+    with ema.weights(): ...          # validation and export see the average; the weights come back bit for bit
 
 The paper's update rule, decay and code were not to be found, so `mode` holds both readings of "EMA momentum in parameter space":
 shadow averages beside the training, momentum lets the training go on from the average, which holds it near where it began.
@@ -16,18 +16,23 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.engines.engine import Engine, Shard
-from pipeline.recipe.sections import EmaSection
+from pipeline.defences.callback import Callback
+from pipeline.defences.ema.section import EmaSection
+from pipeline.engines.engine import Engine, ShardedVector
 
 
-class Ema:
+class Ema(Callback):
     """s <- decay * s + (1 - decay) * w. After n updates from s_0: s_n = decay^n s_0 + (1 - decay) sum_k decay^(n-k) w_k."""
 
     def __init__(self, engine: Engine, section: EmaSection):
         self.engine, self.section = engine, section
-        self.average: Shard | None = None if section.warmup_steps else engine.weights()
+        self.average: ShardedVector | None = None if section.warmup_steps else engine.weights()
 
-    def update(self, done: int) -> None:
+    def begin(self, steps: int) -> None:
+        """ValueError where so many steps end before the first update."""
+        self.section.check_steps(steps)
+
+    def updated(self, done: int) -> None:
         """Take in the weights after `done` optimizer steps; in mode momentum they become the average."""
         since = done - self.section.warmup_steps
         if since == 0:
@@ -41,7 +46,7 @@ class Ema:
             self.engine.assign(self.average)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def weights(self) -> Iterator[None]:
         """Inside the block the engine's weights are those that count: the average in mode shadow, once it has begun."""
         if self.section.mode == "momentum" or self.average is None:
             yield
@@ -49,12 +54,9 @@ class Ema:
         with self.engine.replaced(self.average):
             yield
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         """What a resumed run needs: the average, once there is one."""
         return {} if self.average is None else {"average": self.average}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         self.average = vectors.get("average")

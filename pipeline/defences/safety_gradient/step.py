@@ -13,22 +13,24 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.defences.sap.step import Metrics, Pairs
-from pipeline.engines.engine import Engine, Shard
+from pipeline.defences.safety_gradient.section import SafetyGradientSection
+from pipeline.defences.step import Metrics, Pairs, Step
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
-from pipeline.recipe.sections import SafetyGradientSection
 
 
-class SafetyGradientStep:
+class SafetyGradientStep(Step):
     """g = grad L_useful + lambda * g_s, lambda = correction * |grad L_useful| / |g_s|; g_s serves `refresh_every` steps."""
 
     def __init__(self, engine: Engine, section: SafetyGradientSection, refresh_every: int):
         self.engine, self.section, self.refresh_every = engine, section, refresh_every
         self.safety_loss = safety_loss(section.contrastive)
-        self.direction: Shard | None = None
+        self.direction: ShardedVector | None = None
 
-    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
+    def __call__(
+        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+    ) -> Metrics:
         metrics: Metrics = {}
         if self.direction is None or number % self.refresh_every == 0:
             metrics["safety_gradient/loss"], self.direction = self.engine.gradient(self.safety_loss, pairs())
@@ -42,11 +44,8 @@ class SafetyGradientStep:
         self.engine.add_gradient(self.direction, weight)
         return {"train/loss": loss, "safety_gradient/lambda": weight, "safety_gradient/norm": norm, **metrics}
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         return {} if self.direction is None else {"direction": self.direction}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         self.direction = vectors.get("direction")

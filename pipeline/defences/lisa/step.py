@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.defences.safe_mix import pooled, safe_batches
-from pipeline.defences.sap.step import Metrics, Pairs
-from pipeline.engines.engine import Engine, Shard
+from pipeline.defences.lisa.section import LisaSection
+from pipeline.defences.safe_mix.step import pooled, safe_batches
+from pipeline.defences.step import Metrics, Pairs, Step
+from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch
 from pipeline.objectives.losses import useful_loss
-from pipeline.recipe.sections import LisaSection
 
 
-class LisaStep:
+class LisaStep(Step):
     """A cycle is `alignment_steps` on the safe responses, then `task_steps` on the task's batches. w_last is kept on each rank's shard."""
 
     def __init__(self, engine: Engine, section: LisaSection, draw_every: int = 1):
@@ -33,7 +33,9 @@ class LisaStep:
         cycles, position = divmod(number, aligning + task)
         return cycles * task + max(position - aligning, 0), (cycles * aligning + min(position, aligning)) * self.draw_every
 
-    def __call__(self, useful: Sequence[MicroBatch], pairs: Pairs, number: int) -> Metrics:
+    def __call__(
+        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+    ) -> Metrics:
         """train/loss is the state's loss, without the proximal term."""
         engine, section = self.engine, self.section
         position = number % (section.alignment_steps + section.task_steps)
@@ -45,11 +47,8 @@ class LisaStep:
         engine.add_gradient(drift, section.rho)
         return {"train/loss": loss, "lisa/aligning": float(aligning), "lisa/proximal": section.rho / 2 * engine.dot(drift, drift)}
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def vectors(self) -> dict[str, Shard]:
+    def vectors(self) -> dict[str, ShardedVector]:
         return {"anchor": self.anchor}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, Shard]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
         self.anchor = vectors["anchor"]
