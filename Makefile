@@ -24,7 +24,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older: name one with make PYTHON=python3.11" >&2; exit 2; }
 	@echo "setting up $(VENV) (some minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@{ $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 2>&1; echo "pip ended with $$?"; } \
+	@{ $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 2>&1; \
+		echo "pip ended with $$?"; } \
 		| awk '/^WARNING: Location/ {next} /^pip ended with / {code = $$4; next} {print} END {exit code}' \
 		|| { echo "error: pip could not install what $(VENV) needs: see above" >&2; exit 1; }
 	@$(VENV)/bin/python -c 'import torch, deepspeed, transformers, peft, mlflow, pytest' >/dev/null 2>&1 || { echo "error: the installation into $(VENV) is not complete: see above" >&2; exit 1; }

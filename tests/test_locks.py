@@ -40,12 +40,14 @@ def delivered(folder):
 def test_it_is_said_once_and_worked_on(tmp_path, monkeypatch, without_locks, use):
     monkeypatch.setenv("SAP_CACHE", str(tmp_path))
     (tmp_path / "data.jsonl").write_text("{}\n")
-    with pytest.warns(UserWarning, match=f"^{tmp_path}.* cannot lock files \\(No locks available\\): .*start no two at once") as said:
+    sentence = f"^{tmp_path}.* cannot lock files \\(No locks available\\): .*start no two at once"
+    with pytest.warns(UserWarning, match=sentence) as said:
         use(tmp_path)
         use(tmp_path)
     assert len(said) == 1
 
 
 def test_another_one_s_lock_is_no_lack_of_locks(tmp_path):
-    with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second, warnings.catch_warnings(action="error"):
+    path = tmp_path / "lock"
+    with path.open("w") as first, path.open("w") as second, warnings.catch_warnings(action="error"):
         assert locks.locked(first, wait=False) and not locks.locked(second, wait=False)

@@ -30,13 +30,14 @@ def test_two_runs_without_a_launcher_are_up_at_the_same_time():
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", ALONE, engine], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", ALONE, engine], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for engine in ("fsdp2", "zero3")
     ]  # fmt: skip
     try:
-        assert [run.stdout.readline() for run in runs] == ["up 1\n"] * 2, [run.poll() is None or run.stderr.read() for run in runs]
+        said = [run.stdout.readline() for run in runs]
+        assert said == ["up 1\n"] * 2, [run.poll() is None or run.stderr.read() for run in runs]
         assert [run.poll() for run in runs] == [None, None]
         ends = [run.communicate(timeout=60)[1] for run in runs]
         assert [run.returncode for run in runs] == [0, 0], ends
@@ -51,6 +52,7 @@ def test_ranks_whose_launcher_does_not_say_where_to_meet_are_refused(monkeypatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
-    with pytest.raises(ValueError, match="^the environment has WORLD_SIZE 2, but no RANK and no LOCAL_RANK and no MASTER_ADDR and no MASTER_PORT: .*torchrun"):
+    missing = "no RANK and no LOCAL_RANK and no MASTER_ADDR and no MASTER_PORT"
+    with pytest.raises(ValueError, match=f"^the environment has WORLD_SIZE 2, but {missing}: .*torchrun"):
         init_distributed(TrainSection(engine="fsdp2", steps=1))
     assert "MASTER_PORT" not in os.environ

@@ -1,4 +1,4 @@
-"""Names that libraries keep to themselves are used behind a fence, which says what is missing; bounds are in pyproject.toml.
+"""Names that libraries keep to themselves are used behind a fence, which says what is missing; and bounds hold them.
 
 Not seen: a private name that is put together from parts or comes from a file, and one of an object that is ours and a
 library's at once (a subclass) where something of ours has the same name.
@@ -22,13 +22,18 @@ from pipeline.recipe.sections import TrainSection
 from pipeline.running import entry
 from tests.architecture import ROOT, modules, tree
 
-FENCES = {"pipeline.engines.deepspeed_private", "pipeline.libraries.transformers_private", "pipeline.libraries.torch_private"}
+FENCES = {
+    "pipeline.engines.deepspeed_private",
+    "pipeline.libraries.transformers_private",
+    "pipeline.libraries.torch_private",
+}
 # Modules of theirs that these libraries document; of others, each without an underscore is taken for public.
 DOCUMENTED = {
     "deepspeed": {"deepspeed", "deepspeed.utils"},
     "transformers": {"transformers", "transformers.utils.logging"},
     "peft": {"peft"},
 }
+BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
 OF_DEEPSPEED = {"initialize", "init_distributed", "zero", "utils", "__version__"}
 # No name of DeepSpeed's insides is said by these, which others have, too.
 COMMON = {"optimizer", "partition", "pin_memory", "AVAILABLE", "offload_optimizer", "ds_config"}
@@ -40,7 +45,7 @@ def private(name: str) -> bool:
 
 
 def defined(module: ast.Module) -> set[str]:
-    """Private names that a module gives: functions, classes, variables, and attributes that its classes set on themselves."""
+    """Names that a module gives: functions, classes, variables, and attributes that its classes set on themselves."""
     found = set()
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -86,18 +91,20 @@ def faults(module: ast.Module):
     here, standard = defined(module), {"self", "cls"}
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
-            standard |= {name.asname or name.name for name in node.names if name.name.partition(".")[0] in sys.stdlib_module_names}
+            names = (name for name in node.names if library(name.name) in sys.stdlib_module_names)
+            standard |= {name.asname or name.name for name in names}
     for node in ast.walk(module):
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Import):
             yield from ((line, name.name) for name in node.names if not documented(name.name))
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] not in ("pipeline", "launch"):
+        elif isinstance(node, ast.ImportFrom) and node.module and library(node.module) not in ("pipeline", "launch"):
             whole = [node.module, *(f"{node.module}.{name.name}" for name in node.names if private(name.name))]
             yield from ((line, name) for name in whole if not documented(name))
         elif isinstance(node, ast.Attribute):
             on = ast.unparse(node.value)
             inherited = own(node.value) or on == "super()"
-            if on == "deepspeed" and node.attr not in OF_DEEPSPEED or node.attr in INSIDE or inside_parameter(node.attr):
+            undocumented = on == "deepspeed" and node.attr not in OF_DEEPSPEED
+            if undocumented or node.attr in INSIDE or inside_parameter(node.attr):
                 yield line, f"{on}.{node.attr}"
             elif private(node.attr) and on not in standard | {"super()"} and node.attr not in here:
                 yield line, f"{on}.{node.attr}"
@@ -106,10 +113,10 @@ def faults(module: ast.Module):
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if node.value in theirs() and node.value not in here or inside_parameter(node.value):
                 yield line, repr(node.value)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr") and len(node.args) > 1:
-            name = node.args[1]
-            if isinstance(name, ast.Constant) and (name.value in INSIDE or private(name.value)) and name.value not in here:
-                yield line, repr(name.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME and len(node.args) > 1:
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
+            if name and (name in INSIDE or private(name)) and name not in here:
+                yield line, repr(name)
 
 
 def inside_parameter(name: str) -> bool:
@@ -118,10 +125,13 @@ def inside_parameter(name: str) -> bool:
 
 
 def documented(module: str) -> bool:
-    library, *rest = module.split(".")
-    if library in sys.stdlib_module_names:
+    if library(module) in sys.stdlib_module_names:
         return True
-    return not any(map(private, rest)) and module in DOCUMENTED.get(library, {module})
+    return not any(map(private, module.split("."))) and module in DOCUMENTED.get(library(module), {module})
+
+
+def library(module: str) -> str:
+    return module.partition(".")[0]
 
 
 @pytest.mark.parametrize("module", sorted(modules().keys() - FENCES))
@@ -163,7 +173,7 @@ def test_the_rule_sees_what_is_private(text):
     [
         "import os\nos._exit(1)",
         "import deepspeed\nfrom deepspeed.utils import logger\ndeepspeed.initialize(model=1)",
-        "class A:\n    def __init__(self):\n        self._kept = 1\n    def __eq__(self, other):\n        return self._kept == other._kept",
+        "class A:\n    def __init__(self, other):\n        self._kept = other._kept",
         "from torch.distributed.fsdp import fully_shard\nfor _ in (): fully_shard.__name__",
         "def f(train):\n    return train.ds_config, train.optimizer, 'ds_config'",
         "SUFFIX = '_low'",
@@ -196,8 +206,8 @@ def test_names_that_only_instances_have_are_found_in_the_code():
 @pytest.mark.parametrize("name", [f"{__name__}:Kept.lost", f"{__name__}:lost", "pytest.lost:name"])
 def test_what_is_missing_is_one_sentence_and_exit_code_2(name, capsys):
     assert entry.guarded(lambda: need("pytest", "pytest>=8", [f"{__name__}:Kept.flat", name])) == 2
-    said = f"error: pytest {version('pytest')} has no {name.replace(':', '.')}, which this project needs of its insides: pip install 'pytest>=8'"
-    assert capsys.readouterr().err.strip() == said
+    said = f"error: pytest {version('pytest')} has no {name.replace(':', '.')}, which this project needs of its insides"
+    assert capsys.readouterr().err.strip() == f"{said}: pip install 'pytest>=8'"
 
 
 @pytest.fixture
@@ -212,7 +222,8 @@ def test_a_deepspeed_without_a_name_is_refused_before_anything_is_begun(monkeypa
 
     deepspeed_private.check()
     monkeypatch.delattr(Stage3, "_finalize_offload_gradient_accumulation")
-    with pytest.raises(ValueError, match=r"deepspeed [\d.]+ has no .*Stage3\._finalize_offload.*: pip install 'deepspeed>=0.19.4,<0.20'"):
+    said = r"deepspeed [\d.]+ has no .*Stage3\._finalize_offload.*: pip install 'deepspeed>=0.19.4,<0.20'"
+    with pytest.raises(ValueError, match=said):
         init_distributed(TrainSection(engine="zero3", steps=1))
 
 
@@ -224,10 +235,11 @@ def test_a_torch_without_a_name_is_refused_before_anything_is_begun(monkeypatch,
 
 
 def test_bounds_are_those_of_the_package_and_hold_what_was_tested():
-    declared = {Requirement(text).name: text for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {Requirement(text).name: text for text in project["dependencies"]}
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
-    bounds = deepspeed_private.REQUIREMENT, transformers_private.TRANSFORMERS, transformers_private.PEFT, torch_private.REQUIREMENT
-    for text in bounds:
+    of_transformers = transformers_private.TRANSFORMERS, transformers_private.PEFT
+    for text in (deepspeed_private.REQUIREMENT, *of_transformers, torch_private.REQUIREMENT):
         requirement = Requirement(text)
         assert declared[requirement.name] == text
         assert tested[requirement.name] in requirement.specifier

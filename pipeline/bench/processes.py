@@ -24,7 +24,8 @@ from pipeline.system.system_errors import from_parts, naming
 
 # What cases would else import one by one: DeepSpeed, PEFT, transformers' Trainer and the model.
 _NEEDED = (
-    "pipeline.bench.measure", "pipeline.running.lean_imports:import_peft", "pipeline.engines.deepspeed_private:import_deepspeed",
+    "pipeline.bench.measure", "pipeline.running.lean_imports:import_peft",
+    "pipeline.engines.deepspeed_private:import_deepspeed",
     "transformers.trainer", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 _SCRIPT = Path(__file__).with_name("answer.py")

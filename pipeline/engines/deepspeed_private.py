@@ -7,9 +7,9 @@
         engine, optimizer, _, _ = deepspeed.initialize(...)
     partitions = Partitions(optimizer)
 
-Its documentation has what `deepspeed.initialize` returns with `backward`, `step` and the accumulation boundary, `zero.Init`
-and leaf modules. A parameter's `ds_*`, the optimizer's flat buffers and all of `deepspeed.runtime` have no underscore, and
-are as free to change: to edit a shard there is no other way.
+Its documentation has what `deepspeed.initialize` returns with `backward`, `step` and the accumulation boundary,
+`zero.Init` and leaf modules. A parameter's `ds_*`, the optimizer's flat buffers and all of `deepspeed.runtime` have no
+underscore, and are as free to change: to edit a shard there is no other way.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _NAMES = (
     *(
         f"{_STAGE3}.{name}"
         for name in (
-            "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer",
-            "parameter_offload", "offload_optimizer", "optimizer", "_offload_boundary_param_ids",
+            "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
+            "grad_partitions_flat_buffer", "parameter_offload", "offload_optimizer", "optimizer", "_offload_boundary_param_ids",
             "_finalize_offload_gradient_accumulation",
         )
     ),
@@ -136,7 +136,7 @@ def gradients_by_parameter() -> Iterator[None]:
 
 
 class Partitions:
-    """What a rank's ZeRO-3 optimizer keeps of the trainable weights, in the order of `groups`; tensors are views, not copies."""
+    """What a rank's ZeRO-3 optimizer keeps of the trainable weights, in the order of `groups`: views, not copies."""
 
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
@@ -187,7 +187,7 @@ class Partitions:
 
 @dataclass(frozen=True)
 class Partition:
-    """A parameter as ZeRO-3 has cut it. numel, shape: of the whole. padded: elements of a rank's part, padding included."""
+    """A parameter as ZeRO-3 has cut it. numel, shape: of the whole. padded: elements of a rank's part, with padding."""
 
     numel: int
     shape: torch.Size

@@ -59,8 +59,8 @@ def _complete_environment() -> None:
     missing = [name for name in alone if name not in os.environ]
     if missing and environment()[1] > 1:
         raise ValueError(
-            f"the environment has WORLD_SIZE {environment()[1]}, but no {' and no '.join(missing)}: start the ranks with torchrun, "
-            "deepspeed or sap, which set it, or unset WORLD_SIZE for a process alone"
+            f"the environment has WORLD_SIZE {environment()[1]}, but no {' and no '.join(missing)}: start the ranks with "
+            "torchrun, deepspeed or sap, which set it, or unset WORLD_SIZE for a process alone"
         )
     for name in missing:
         os.environ[name] = alone[name]

@@ -2,9 +2,10 @@
 
     engine = Zero3Engine(model, optimizer, ds_config, decoder_layers(model))       # after deepspeed.init_distributed()
 
-Three flat rank-local views, all in the order of DeepSpeed's sub-groups, are everything this module touches: the compute copy (`lp`), the
-optimizer's float32 master, and the averaged gradient (deepspeed_private.Partitions). A decoder layer is fetched, and released, as a whole: DeepSpeed's hooks on
-every submodule cost more time than the arithmetic of a small layer. What goes wrong silently without care, and is handled here:
+Three flat rank-local views, all in the order of DeepSpeed's sub-groups, are everything this module touches: the
+compute copy (`lp`), the optimizer's float32 master, and the averaged gradient (deepspeed_private.Partitions). A decoder
+layer is fetched, and released, as a whole: DeepSpeed's hooks on every submodule cost more time than the arithmetic of a
+small layer. What goes wrong silently without care, and is handled here:
 - a gathered copy of a weight may outlive the pass that used it, and an edit of the shard is then invisible: all gathered copies are
   dropped before the shard is edited and again before it is restored (DeepSpeed #5667 is what happens otherwise);
 - `optimizer.zero_grad()` resets the accumulation counter but not the buffer: a parameter used only in a discarded pass would move at the
@@ -24,7 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.engines.deepspeed_private import Partitions, fetched_whole, gradients_by_parameter, partition, partition_of
+from pipeline.engines.deepspeed_private import (
+    Partitions,
+    fetched_whole,
+    gradients_by_parameter,
+    partition,
+    partition_of,
+)
 from pipeline.engines.engine import Engine, LossFunction, ShardedVector, stacked_gradients, step_counter
 from pipeline.engines.rank_files import RankFiles, write
 from pipeline.model.weights import Sources

@@ -1,8 +1,9 @@
-"""Whether a library as it is installed has the names that are not its public ones and that this project cannot do without.
+"""Whether a library, as installed, has the names that are not its public ones and that this project needs.
 
     need("transformers", "transformers>=5.0,<6", ["transformers:PreTrainedModel._no_split_modules"])
 
-Such names may be gone with any release. Said at the start, that is one sentence; met in a step, it is a traceback after hours.
+Such names may be gone with any release. Said at the start, that is one sentence; met in a step, it is a traceback after
+hours.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ def need(library: str, requirement: str, names: Sequence[str]) -> None:
     """
     for name in names:
         if not _is_there(name):
-            said = f"{library} {_version(library)} has no {name.replace(':', '.')}, which this project needs of its insides"
-            raise ValueError(f"{said}: pip install '{requirement}'")
+            raise ValueError(
+                f"{library} {_version(library)} has no {name.replace(':', '.')}, which this project needs of its "
+                f"insides: pip install '{requirement}'"
+            )
 
 
 def _is_there(name: str) -> bool:
@@ -41,7 +44,7 @@ def _is_there(name: str) -> bool:
 
 
 def _is_set_inside(owner: type, name: str) -> bool:
-    """Whether a class's functions set an attribute of this name, on whatever: also those behind decorators, or in functions."""
+    """Whether a class's functions set an attribute of this name, on whatever: behind decorators, in functions, too."""
     waiting = [value for base in owner.__mro__ if base is not object for value in vars(base).values()]
     waiting.reverse()  # most are set in __init__, which comes first
     seen = set()
@@ -50,7 +53,8 @@ def _is_set_inside(owner: type, name: str) -> bool:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        waiting += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if callable(cell.cell_contents)]
+        cells = (cell.cell_contents for cell in getattr(value, "__closure__", None) or ())
+        waiting += [content for content in cells if callable(content)]
         code = value if isinstance(value, CodeType) else getattr(value, "__code__", None)
         if isinstance(code, CodeType):
             steps = dis.get_instructions(code) if name in code.co_names else ()

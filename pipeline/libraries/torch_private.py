@@ -24,14 +24,14 @@ def check() -> None:
 
 
 def multiply(tensors: Sequence[torch.Tensor], factor: float) -> None:
-    """Multiply all of them in place: a few kernels on a GPU, where a loop starts one for each of an adapter's hundreds."""
+    """Multiply all of them in place: in a few kernels on a GPU, where a loop starts one for each of hundreds."""
     import torch
 
     torch._foreach_mul_(list(tensors), factor)
 
 
 def broken_by_fork() -> Callable[[], bool]:
-    """What tells a fork of this process whether CUDA had been asked anything before it. ValueError where torch cannot tell.
+    """What tells a fork of this process whether CUDA had been asked anything. ValueError where torch cannot tell.
 
     `torch.cuda.is_initialized` knows of contexts alone: a count of devices breaks a fork, too. Where torch was not
     imported it is not imported here.

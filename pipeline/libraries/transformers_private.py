@@ -2,8 +2,8 @@
 
     attention_of(model.config), supports_attention(model, "sdpa"), conversions(model)
 
-What has an underscore there, and what its documentation does not have. Where a name can be done without, as the one that
-packing needs, its function says so when it is asked for.
+What has an underscore there, and what its documentation does not have. Where a name can be done without, as the one
+that packing needs, its function says so when it is asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ TRANSFORMERS, PEFT = "transformers>=5.0,<6", "peft>=0.17,<1"  # as pyproject.tom
 _FORMS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
 _MODEL = "transformers:PreTrainedModel"
 _NAMES = (
-    *(f"{_MODEL}.{name}" for name in (*_FORMS.values(), "_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules_strict")),
+    *(f"{_MODEL}.{name}" for name in _FORMS.values()),
+    f"{_MODEL}._no_split_modules",
+    f"{_MODEL}._skip_keys_device_placement",
+    f"{_MODEL}._keep_in_fp32_modules_strict",
     "transformers:PretrainedConfig._attn_implementation",
     "transformers.conversion_mapping:get_model_conversion_mapping",
     "transformers.core_model_loading:WeightConverter",
@@ -61,7 +64,7 @@ def keeps_float32(model: PreTrainedModel) -> bool:
 
 
 def conversions(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether loading does anything to a tensor of a checkpoint, by its name there: renames it, or makes it of others."""
+    """Whether loading does anything to a checkpoint's tensor, by its name there: renames it, or makes it of others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -104,7 +107,7 @@ def samples_in_rows(samples: torch.Tensor | None, packed: bool) -> Iterator[None
 
 
 def settle_bitsandbytes() -> None:
-    """Have peft look for bitsandbytes now: it keeps the answer, and asked for the first time later it would import it."""
+    """Have peft look for bitsandbytes now: it keeps the answer, and asked first later it would import it."""
     need("peft", PEFT, ["peft.import_utils:is_bnb_available"])
     from peft.import_utils import is_bnb_available
 

@@ -16,10 +16,10 @@ _told: set[int] = set()  # devices of which it has been said that they have no l
 
 
 def locked(stream: IO[str], wait: bool) -> bool:
-    """Whether this process has the lock of a file that it has opened, until it closes it; another one's is waited for, or False.
+    """Whether this process has the lock of a file that it has opened, until it closes it.
 
-    True, too, on a file system without locks, as some network mounts are: nothing could be done there otherwise. That is
-    said once for each of them.
+    Another one's is waited for, or False. True, too, on a file system without locks, as some network mounts are:
+    nothing could be done there otherwise. That is said once for each of them.
     """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -178,7 +178,8 @@ def _chained(tensors: Iterator[tuple[str, torch.Tensor]], buffers: dict[str, tor
 def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that belong to a checkpoint. No engine shards them."""
     kept = module.state_dict(keep_vars=True).keys()
-    return {name: buffer.detach().cpu() for name, buffer in module.named_buffers(remove_duplicate=False) if name in kept}
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {name: buffer.detach().cpu() for name, buffer in buffers if name in kept}
 
 
 def _set_untied(config: PretrainedConfig) -> None:
