@@ -381,7 +381,7 @@ def test_a_folder_that_another_process_writes_is_refused(project, capsys):
 def test_broken_yaml_and_missing_recipe(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("train: [1, 2")
     assert main(["run", str(tmp_path / "bad.yaml")]) == 2
-    assert "no valid YAML" in capsys.readouterr().err
+    assert "is not valid YAML" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "none.yaml")]) == 2
     assert "no recipe at" in capsys.readouterr().err
 

@@ -428,8 +428,8 @@ def test_targets_of_a_folder(tmp_path):
     assert found(["nothing"], adapter="full") == []
     for targets, expected in (
         (["w_proj"], "lacks"),
-        (".*norm", "no linear module"),
-        ("model.layers.0.mlp", "no linear module"),
+        (".*norm", "is not a linear module"),
+        ("model.layers.0.mlp", "is not a linear module"),
     ):
         with pytest.raises(ValueError, match=expected):
             found(targets)

@@ -102,7 +102,7 @@ def test_lists_and_column_mappings_are_replaced_not_merged(tmp_path):
 
 @pytest.mark.parametrize("section", ["name", "output_dir", "model", "data", "align", "evaluate", "tracking", "methods", "seeds"])
 def test_methods_cannot_override_what_they_share(tmp_path, section):
-    with pytest.raises(ValueError, match=f"method 'sft' overrides {section}.*override direction, train, sap, "):
+    with pytest.raises(ValueError, match=f"method 'sft' overrides {section}.*override direction, train, safety_pairs, saft, sap, "):
         load(tmp_path, content(methods={"sft": {section: {}}}))
 
 

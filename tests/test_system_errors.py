@@ -24,7 +24,6 @@ from pipeline.engines.rank_files import RankFiles
 from pipeline.engines.rank_files import write as write_rank
 from pipeline.model import file_headers
 from pipeline.model.weights import WeightFiles
-from pipeline.recipe import recipe
 from pipeline.system import system_errors
 from pipeline.system.system_errors import BrokenFile, behind, from_parts, naming, parts, passes, reading_input, sentence
 
@@ -143,7 +142,7 @@ def folder_with_manifest(link: Path) -> object:
 @pytest.mark.parametrize(
     "read",
     [
-        artifacts.file_digest, files.read, recipe.load, folder_with_manifest,
+        artifacts.file_digest, files.read, recipes.load, folder_with_manifest,
         lambda path: file_headers.json_object("model.path x", path), lambda path: file_headers.safetensors_header("model.path x", path),
     ],
     ids=["digest", "data", "recipe", "manifest", "config", "weights"],

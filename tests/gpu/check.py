@@ -134,7 +134,6 @@ def memory(part: Part, setting: Setting) -> None:
     from transformers import LlamaConfig
 
     from pipeline.bench.measure import section
-    from pipeline.defences.sap.section import SapSection
     from pipeline.model.model_outline import facts_of
     from pipeline.model.models import without_weights
     from pipeline.planner.planner import CUDA_ALLOWANCE, estimate
@@ -149,7 +148,7 @@ def memory(part: Part, setting: Setting) -> None:
         with tempfile.TemporaryDirectory() as folder:
             train = section(replace(setting.case, system=engine, checkpointing=checkpointing), Path(folder))
             zero = json.loads(Path(train.ds_config).read_text())
-        plan = estimate(facts, train, SapSection(), zero, 2, "none", 1, shape.length, shape.length // 2)
+        plan = estimate(facts, train, None, zero, 2, "none", 1, shape.length, shape.length // 2)
         planned = (plan.total() - CUDA_ALLOWANCE) / 2**30
         part.rows.append({"engine": engine, "checkpointing": checkpointing, "planned_gib": planned, "peak_gib": peak})
         part.lines.append(f"{engine:<7} checkpointing {'on ' if checkpointing else 'off'}  planned {planned:.1f} GiB, {f'measured {peak:.1f} GiB' if peak else 'not measured: no GPU'}")

@@ -182,7 +182,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(ClusterError, match="no folder"):
+    with pytest.raises(ClusterError, match="is not a folder"):
         Cluster(tmp_path / "new", shared=[tmp_path / "absent"]).up()
     with pytest.raises(ClusterError, match="which there is not"):
         Cluster(tmp_path / "new", owner=2**22 - 1).up()
