@@ -256,7 +256,7 @@ class TrainSection(Section):
     def _never_reentrant(cls, given: Any) -> Any:
         if isinstance(given, dict) and "use_reentrant" in given:
             raise ValueError(
-                "use_reentrant is no field any more: checkpointing is never reentrant, which would give the probe no "
+                "use_reentrant is not a field any more: checkpointing is never reentrant, which would give the probe no "
                 "gradient; delete the line"
             )
         return given

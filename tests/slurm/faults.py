@@ -263,7 +263,7 @@ def test_wrong_recipe_fails_in_the_first_seconds(site, undisturbed):
 def test_batch_size_that_does_not_divide_by_the_ranks_fails_before_any_rank(site, undisturbed):
     job = site.train(site.output("divide"), overrides=("--train.batch_size=6",))
     site.wait(job, "FAILED", 90)
-    assert "does not divide" in site.log(job) and site.cluster.job(job)["ExitCode"] == "2:0" and not site.restarted(job)
+    assert "is not divisible by 4 ranks" in site.log(job) and site.cluster.job(job)["ExitCode"] == "2:0" and not site.restarted(job)
 
 
 def test_ranks_notice_a_lost_node_before_slurm_does(undisturbed, site):
