@@ -139,6 +139,19 @@ def test_the_safety_gradient_has_the_size_asked_for():
     assert torch.nn.functional.cosine_similarity(with_term - task, safety, dim=0) > 0.9999
 
 
+@pytest.mark.parametrize(("left", "refused"), [(1e-3, False), (1e-6, True)])
+def test_a_safety_gradient_that_has_vanished_is_refused(monkeypatch, left, refused):
+    """Once the pairs have nothing to teach, what holds their gradient at its size is noise a million times over."""
+    recipe, trained, batches = recipe_of(**METHODS["safety_gradient"]), engine(), StepBatches()
+    step, gradient = make_step(recipe, trained), trained.gradient
+    monkeypatch.setattr(trained, "gradient", lambda *given: (lambda loss, g: (loss, [part * left for part in g]))(*gradient(*given)))
+    if refused:
+        with pytest.raises(ValueError, match=r"^lambda is \d\.\de\+\d\d at step 1: the safety pairs' gradient has all but vanished"):
+            step(batches.useful(0), lambda: batches.pairs(0), 0)
+    else:
+        assert step(batches.useful(0), lambda: batches.pairs(0), 0)["safety_gradient/lambda"] > 10
+
+
 def test_only_the_safe_side_is_mixed_in():
     pairs = StepBatches().pairs(0)
     for batch, safe in zip(pairs, safe_batches(pairs), strict=True):

@@ -19,6 +19,9 @@ from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.objectives.batches import MicroBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
 
+# In the comparison it stays below 100 while the pairs have something to teach, and goes to 1e17 once they have not.
+_MOST_LAMBDA = 1e4
+
 
 class SafetyGradientStep(Step):
     """g = grad L_useful + lambda * g_s, lambda = correction * |grad L_useful| / |g_s|; g_s serves `refresh_every` steps."""
@@ -41,6 +44,11 @@ class SafetyGradientStep(Step):
             )
         loss, _ = self.engine.forward_backward(useful_loss, useful)
         weight = self.section.correction * self.engine.gradient_norm().item() / norm
+        if weight > _MOST_LAMBDA:
+            raise ValueError(
+                f"lambda is {weight:.1e} at step {number + 1}: the safety pairs' gradient has all but vanished (norm {norm:.1e}), so that what "
+                "would be added has no meaning; lower train.steps or train.lr, or take safety_gradient.enabled out"
+            )
         self.engine.add_gradient(self.direction, weight)
         return {"train/loss": loss, "safety_gradient/lambda": weight, "safety_gradient/norm": norm, **metrics}
 
