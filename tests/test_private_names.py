@@ -9,6 +9,8 @@ import sys
 import tomllib
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from pipeline.libraries import torch_private, transformers_private
 from pipeline.libraries.needed import need
 from pipeline.recipe.sections import TrainSection
 from pipeline.running import entry
+from pipeline.stages import evaluate, on_ranks
 from tests.architecture import ROOT, modules, tree
 
 FENCES = {
@@ -244,3 +247,19 @@ def test_bounds_are_those_of_the_package_and_hold_what_was_tested():
         assert declared[requirement.name] == text
         assert tested[requirement.name] in requirement.specifier
         assert any(part.operator == "<" for part in requirement.specifier)
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_what_peft_lacks_is_said_before_weights_are_read(monkeypatch, where):
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(transformers_private, "need", lambda library, *_: (_ for _ in ()).throw(ValueError(f"{library} has no x")))
+    monkeypatch.setattr(on_ranks, "open_model", read)
+    monkeypatch.setattr(evaluate, "load_whole", read)
+    base = SimpleNamespace(model=None, evaluate=None)
+    with pytest.raises(ValueError, match="peft has no x"):
+        if where == "training":
+            on_ranks.start_engine(base, "model", TrainSection(steps=1, engine="single"), 0)
+        else:
+            evaluate._measure(SimpleNamespace(base=base), SimpleNamespace(model="m", adapter=Path("a")), None, None, {})

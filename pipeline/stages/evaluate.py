@@ -18,6 +18,7 @@ from pipeline.model.loading import load_whole
 from pipeline.model.model_checks import check_model
 from pipeline.model.models import load_chat
 from pipeline.recipe.recipe import Experiment
+from pipeline.running import lean_imports
 from pipeline.stages.layout import Layout, Subject
 from pipeline.stages.on_ranks import verify_upstream
 from pipeline.stages.prepare import check_lengths, make_prompts
@@ -68,6 +69,8 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: PromptSlice) -> t
 def _measure(layout: Layout, subject: Subject, shard: PromptSlice, chat: Chat, sets: dict[str, list[dict[str, Any]]]) -> Measured:
     """Load the subject and let it answer the shard's rows of the sets."""
     base = layout.base
+    if subject.adapter is not None:
+        lean_imports.import_peft()  # what it lacks is said before weights are read
     model: nn.Module = load_whole(base.model, subject.model)  # quantised as in training
     if subject.adapter is not None:
         model = load_adapter(model, subject.adapter)

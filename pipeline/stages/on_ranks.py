@@ -26,6 +26,7 @@ from pipeline.model.loading import open_model
 from pipeline.model.models import load_tokenizer, make_trainable
 from pipeline.recipe.recipe import Cell, Recipe
 from pipeline.recipe.sections import TrainSection
+from pipeline.running import lean_imports
 from pipeline.running.devices import environment
 from pipeline.stages.capacity import recomputed_layers
 from pipeline.stages.layout import Layout
@@ -88,6 +89,8 @@ def start_engine(base: Recipe, location: str, train_section: TrainSection, seed:
 
     of_cell: whose memory is planned; None for the alignment's. Entered by all ranks together.
     """
+    if train_section.adapter == "lora":
+        lean_imports.import_peft()  # what it lacks is said before weights are read
     again = recomputed_layers(base, train_section, of_cell, environment()[1])
     again = None if again is None else largest_of_ranks(again)
     if again is not None and environment()[0] == 0:
