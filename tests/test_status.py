@@ -66,6 +66,13 @@ def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, cap
     assert [(row[0], row[3], row[4]) for row in found] == [("prepare", "complete", str(layout.prepare()))]
 
 
+def test_a_folder_that_methods_share_is_made_by_the_first(project):
+    experiment = recipes.load(project, {"methods": {"again": {"sap": {"enabled": True, "eps": 0.3}}, "same": {}}})
+    units = Chain(experiment, ALL_STAGES, None).units("direction")
+    assert [unit.method for unit in units] == ["sap"], "one direction serves every method that has SAP"
+    assert [unit.method for unit in Chain(experiment, ALL_STAGES, "again").units("direction")] == ["again"]
+
+
 def test_one_cell_one_stage_and_some_methods(project, capsys):
     assert [row[:3] for row in lines(capsys, project, "--stage", "train", "--method", "sap", "--seed", "0")] == [["train", "sap", "0"]]
     assert [row[1] for row in lines(capsys, project, "--stage", "evaluate", "--method", "aligned")] == ["aligned"]

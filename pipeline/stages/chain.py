@@ -34,9 +34,12 @@ class Chain:
         self.cells = [cell for cell in experiment.cells() if method in (None, cell.method)]
 
     def units(self, stage: str) -> list[Unit]:
-        """Those of the methods that are asked for; what belongs to no cell belongs to all."""
-        alone = {unit.folder: unit for unit in self.stages[stage].units(self.layout) if self._selected(unit.method)}
-        return list(alone.values())
+        """Those of the methods that are asked for; what belongs to no cell belongs to all. One for each folder: the first."""
+        found: dict[Path, Unit] = {}
+        for unit in self.stages[stage].units(self.layout):
+            if self._selected(unit.method):
+                found.setdefault(unit.folder, unit)
+        return list(found.values())
 
     def folders(self, stage: str) -> list[Path]:
         """All that a stage makes."""
