@@ -125,6 +125,34 @@ OF_THE_STEP = (
         "_, self.adam_mean, self.adam_square = (state",
         RESUMED,
     ),
+    mutant(
+        "V's scale never moved",
+        STEP,
+        "self.scale *= factor",
+        "self.scale *= 1.0",
+        f"{DENSE}[target_correction-difference-exact]",
+    ),
+    mutant(
+        "V's scale moved away from the target",
+        STEP,
+        "ratio = self.section.target_correction / max(correction, 1e-12)",
+        "ratio = correction / self.section.target_correction",
+        f"{DENSE}[target_correction-difference-lagged]",
+    ),
+    mutant(
+        "V's scale lost on resume",
+        STEP,
+        "direction_step, self.scale, calibrated,",
+        "direction_step, _, calibrated,",
+        f"{RESUMED}::test_a_resumed_step_is_the_same_step[target_correction-exact]",
+    ),
+    mutant(
+        "V's scale found anew on resume",
+        STEP,
+        "self.calibrated, self.checked, self.warned = bool(calibrated),",
+        "self.calibrated, self.checked, self.warned = False,",
+        f"{RESUMED}::test_a_resumed_step_is_the_same_step[target_correction-lagged]",
+    ),
 )
 
 OF_THE_LOSSES = (
