@@ -144,21 +144,38 @@ look_at() {
   rm -f "$UNIT.error"
 }
 
-# look: sets STATE (complete, step N, missing), STEPS (safe in a checkpoint), FOLDER, WORK, METHOD and SEED by what is there now.
-look() {
-  local lines code line tries=0
-  until lines=$(sap status "$RECIPE" --portable "${LOOK[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}); do
+# retried COMMAND...: sets ANSWER to what `sap COMMAND...` prints; tried again where a failure may pass, then the job is requeued.
+retried() {
+  local code tries=0
+  until ANSWER=$(sap "$@"); do
     code=$? tries=$((tries + 1))
     if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && [ -z "$UNIT" ]; then
       [ "$code" != 2 ] || give_up "the recipe $RECIPE is refused: see above" 2
       [ "$code" != 127 ] || give_up "there is no ${PYTHON[*]}: set SAP_PYTHON in slurm/site.env" 2
     fi
     if [ "$tries" = 5 ]; then # it was right once: a file system that hangs, a broken node
-      [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] || give_up "sap status fails with exit code $code, also on $HOSTNAME: see above" 1
-      requeue "sap status failed with exit code $code on $HOSTNAME"
+      [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] || give_up "sap $1 fails with exit code $code, also on $HOSTNAME: see above" 1
+      requeue "sap $1 failed with exit code $code on $HOSTNAME"
     fi
     sleep "$SAP_RETRY_SECONDS" || true
   done
+}
+
+# stage_that_runs WHERE STAGE: sets OF_CELLS and SAVES (yes, no) of a stage; gives up where it runs elsewhere.
+stage_that_runs() {
+  local found
+  retried stages
+  found=$(awk -F'\t' -v where="$1" -v name="$2" '$1 == name && $2 == where' <<<"$ANSWER")
+  [ -n "$found" ] || give_up "SAP_STAGE is '$2': this script takes $(awk -F'\t' -v where="$1" '$2 == where { print $1 }' <<<"$ANSWER" | paste -sd' ')" 2
+  # shellcheck disable=SC2034 # run_on_ranks reads OF_CELLS
+  IFS=$'\t' read -r _ _ OF_CELLS SAVES _ <<<"$found"
+}
+
+# look: sets STATE (complete, step N, missing), STEPS (safe in a checkpoint), FOLDER, WORK, METHOD and SEED by what is there now.
+look() {
+  local lines line
+  retried status "$RECIPE" --portable "${LOOK[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+  lines=$ANSWER
   [ -n "$lines" ] || give_up "$RECIPE has nothing to do for ${LOOK[*]}" 2
   line=$lines
   if [ -n "$INDEX" ]; then
@@ -175,11 +192,9 @@ look() {
 
 # run_on_ranks STAGE: a stage on all ranks of the job, of one cell where it is of cells.
 run_on_ranks() {
-  local arguments=(--config "$RECIPE") choice=() stages of_cells=""
-  stages=$(sap stages) || fail "sap stages failed: see above"
-  IFS=$'\t' read -r _ _ of_cells SAVES _ < <(awk -F'\t' -v name="$1" '$1 == name && $2 == "ranks"' <<<"$stages") || true
-  [ -n "$of_cells" ] || fail "'$1' is no stage that runs on ranks: SAP_STAGE takes $(awk -F'\t' '$2 == "ranks" { print $1 }' <<<"$stages" | paste -sd' ')"
-  [ "$of_cells" = no ] || choice=(--method "${SAP_METHOD:-sap}" --seed "${SAP_SEED:-0}")
+  local arguments=(--config "$RECIPE") choice=()
+  stage_that_runs ranks "$1"
+  [ "$OF_CELLS" = no ] || choice=(--method "${SAP_METHOD:-sap}" --seed "${SAP_SEED:-0}")
   look_at "$1" ${choice[@]+"${choice[@]}"}
   leave_if_complete
   arguments+=(${choice[@]+"${choice[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})

@@ -18,6 +18,7 @@ source "$SAP_HOME/slurm/common.sh"
 
 job_arguments launch/recipes/llama_7b_sap.yaml "$@"
 STAGE=${SAP_STAGE:-prepare} # any stage that runs in the process of `sap`
+[ "$STAGE" = prepare ] || stage_that_runs here "$STAGE"
 look_at "$STAGE"
 leave_if_complete
 run_single -m pipeline.cli "$STAGE" "$RECIPE" ${SAP_METHODS:+--methods "$SAP_METHODS"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}

@@ -157,9 +157,12 @@ stage_of_cells() { # STAGE SCRIPT OPTIONS...
   BEFORE=$jobs
 }
 
-# An array over subjects x shards: the tasks of what is not complete.
+# An array over subjects x shards: the tasks of what is not complete. It knows how an evaluation is shared; of another stage that runs
+# alone nothing does.
 evaluate() {
   local tasks
+  [ "$1" = evaluate ] || [ -z "$(todo "$1")" ] || fail "stage $1 runs in processes of its own, and slurm/submit.sh has no script for it: \`sap $1\` makes it"
+  [ "$1" = evaluate ] || return 0
   tasks=$(todo evaluate >/dev/null && awk -F'\t' -v shards="$SHARDS" '$1 == "evaluate" { if ($4 != "complete") for (s = 0; s < shards; s++) print n * shards + s; n++ }' <<<"$STATUS" | paste -sd,)
   if [ -n "$tasks" ]; then
     submit evaluate evaluate "$BEFORE" slurm/evaluate.sh --array="$tasks" ${EVALUATE[@]+"${EVALUATE[@]}"}
@@ -187,7 +190,7 @@ for line in "${LINES[@]}"; do
         stage_of_one "$stage" "$script" "${GPU[@]}"
       fi
       ;;
-    alone:*) evaluate ;;
+    alone:*) evaluate "$stage" ;;
   esac
 done
 
