@@ -82,11 +82,14 @@ class Defence:
     draws_pairs: bool = False
     conflicts: Mapping[str, str] = field(default_factory=dict)
     control: bool = False
+    # Whether its step is not around another one: it is made first, and no two of them go together.
+    replaces: bool = False
     # The step that it trains with, around the one that the defences before it make: (engine, recipe, that step, direction).
     build: Callable[[Engine, Recipe, Step, ShardedVector | None], Step] | None = None
     # What goes along with the training: (engine, section).
     callback: Callable[[Engine, Any], Callback] | None = None
-    # Stages that make something of it, and those of them whose product its training reads: (section).
+    # Stages that make something of it, and those of them whose product its training reads: (section). Layout has a method
+    # by the name of each, which gives the folder.
     stages: tuple[str, ...] = ()
     reads: Callable[[Any], tuple[str, ...]] = lambda section: ()
     # What of an enabled section decides the trained weights, beyond what `reads` names: (section), JSON.

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from pipeline.defences import DEFENCES
+from pipeline.defences import enabled
 from pipeline.defences.callback import Callback
 from pipeline.defences.plain import PlainStep
 from pipeline.defences.step import Step
@@ -16,14 +16,12 @@ from pipeline.recipe.recipe import Recipe
 def make_step(recipe: Recipe, engine: Engine, direction: ShardedVector | None = None) -> Step:
     """The step that the recipe's enabled sections make up. direction: for sap.direction precomputed, as SapStep takes it."""
     step: Step = PlainStep(engine)
-    for name in recipe.parts:
-        build = DEFENCES[name].build
-        if build is not None:
-            step = build(engine, recipe, step, direction)
+    for _, defence in enabled(recipe):
+        if defence.build is not None:
+            step = defence.build(engine, recipe, step, direction)
     return step
 
 
 def make_callbacks(recipe: Recipe, engine: Engine) -> list[Callback]:
     """Those of the enabled defences, in DEFENCES' order."""
-    callbacks = [(DEFENCES[name].callback, name) for name in recipe.parts]
-    return [callback(engine, getattr(recipe, name)) for callback, name in callbacks if callback is not None]
+    return [defence.callback(engine, getattr(recipe, name)) for name, defence in enabled(recipe) if defence.callback is not None]

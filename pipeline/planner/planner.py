@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from pipeline.defences import DEFENCES
+from pipeline.defences import enabled
 from pipeline.defences.defence import Cost, Costs, Defence, Moment, Passes, Row, Sizes
 from pipeline.engines.ds_config import fetched_by_layer, read_ds_config, reduces_once
 from pipeline.model.model_facts import ModelFacts
@@ -143,8 +143,7 @@ def estimate(
     """
     nf4, zero = quantization == "nf4", (ds_config or {}).get("zero_optimization", {})
     counted = count_model(facts, train, dtype_bytes, nf4, eager)
-    parts = [] if of_cell is None else of_cell.parts
-    defences = tuple((DEFENCES[name], getattr(of_cell, name)) for name in parts)
+    defences = () if of_cell is None else tuple((defence, getattr(of_cell, name)) for name, defence in enabled(of_cell))
     pairs = SafetyPairsSection() if of_cell is None else of_cell.safety_pairs
     plan = Plan(counted, train, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length, defences, pairs)
     plan.check()

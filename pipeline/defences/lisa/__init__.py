@@ -19,6 +19,11 @@ def _passes(section: LisaSection, costs: Costs, passes: Passes) -> Passes:
     return [(1 - aligning, *costs.main), (aligning, *costs.safe)]
 
 
+def _consistent(section: LisaSection, recipe: Any) -> None:
+    if recipe.safety_pairs.refresh_every == 0:
+        raise ValueError("safety_pairs.refresh_every is 0, so that lisa would never draw a safety pair: set it to 1 or more")
+
+
 LISA = Defence(
     LisaSection,
     "Control: alignment and task steps in turns",
@@ -33,4 +38,6 @@ LISA = Defence(
     vectors_kept=("anchor",),
     memory=lambda section, sizes: kept(sizes, "Lisa's w_last"),
     passes=_passes,
+    consistent=_consistent,
+    replaces=True,
 )

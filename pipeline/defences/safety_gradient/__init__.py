@@ -36,4 +36,5 @@ SAFETY_GRADIENT = Defence(
     memory=lambda section, sizes: kept(sizes, "the safety gradient"),
     passes=_passes,
     consistent=_consistent,
+    replaces=True,
 )

@@ -80,4 +80,5 @@ SAP = Defence(
     consistent=_consistent,
     fits=_fits,
     notes=_notes,
+    replaces=True,
 )
