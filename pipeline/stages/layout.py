@@ -132,8 +132,8 @@ class Layout:
 
     def read_by(self, cell: Cell) -> dict[str, Path]:
         """Folders of the stages whose product a cell's training reads for its defences, by the stage's name."""
-        names = {name for part in cell.recipe.parts for name in DEFENCES[part].reads(getattr(cell.recipe, part))}
-        return {name: getattr(self, name)(cell) for name in ("filter", "direction") if name in names}
+        names = (name for part in cell.recipe.parts for name in DEFENCES[part].reads(getattr(cell.recipe, part)))
+        return {name: getattr(self, name)(cell) for name in dict.fromkeys(names)}
 
     def subjects(self) -> Iterator[Subject]:
         """Everything the report compares, in its order."""
@@ -169,9 +169,10 @@ class Layout:
         lora = {} if train.adapter == "full" else {"train.lora": train.lora.model_dump(mode="json", exclude={"dropout"})}
         drawing = {"safety_pairs": _drawing(recipe)} if cell is not None and recipe.draws_pairs else {}
         # A direction that is never computed again is carried from checkpoint to checkpoint.
-        never = cell is not None and recipe.draws_pairs and recipe.safety_pairs.refresh_every == 0
+        never = cell is not None and recipe.safety_pairs.refresh_every == 0 and "direction" in self.read_by(cell)
         kept = {"the direction stage": self._direction_hash(cell)} if never else {}
         return {
+            "format": _FORMAT,
             "the start model (with model.dtype, model.attention and align)": _short(self._weights()) if cell is None else self._start_hash(),
             "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods": list(methods), **methods, **drawing, **kept,
         }  # fmt: skip

@@ -39,8 +39,8 @@ def start_checkpoint(given: Path, basis: dict[str, Any], steps: int | None = Non
     if found:
         raise ValueError(f"resume_from names a damaged checkpoint ({found}): give another step, or begin without")
     written = json.loads((folder / "state.json").read_text()).get("basis")
-    if not written:
-        raise ValueError(f"resume_from names {folder}, which does not say what it fits on: an older version has written it, so begin without")
+    if not written or written.get("format") != basis.get("format"):  # the names of what it holds may be others
+        raise ValueError(f"resume_from names {folder}, whose checkpoints have another form: another version has written it, so begin without")
     for field, own in basis.items():
         if written.get(field) != own:
             raise ValueError(f"resume_from names {folder}, whose run does not go with this one: {_difference(field, written.get(field), own)}; make it the same")
