@@ -161,6 +161,8 @@ def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> in
         if stage == "report" and options.method:
             print(f"the report needs every method: `sap report {options.recipe}` once they are evaluated", file=sys.stderr)
             continue
+        if stage == "report":
+            chain.need(stage)  # also where it is there: what it reports may be gone
         code = chain.run(stage)
         if stage == "report":
             _print_report(chain)

@@ -57,10 +57,10 @@ def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, cap
     chain = Chain(experiment, ALL_STAGES, None)
     assert chain.pending("prepare") == [layout.prepare(), layout.prompts()]
     with pytest.raises(ValueError, match="prepare-.* is not complete: run `sap prepare"):
-        chain._need(ALL_STAGES["align"])
+        chain.need("align")
     layout.prepare().mkdir(parents=True)
     (layout.prepare() / artifacts.MARKER).touch()
-    chain._need(ALL_STAGES["align"])
+    chain.need("align")
     assert chain.pending("prepare") == [layout.prompts()]
     found = lines(capsys, project, "--stage", "prepare", f"--output_dir={tmp_path}")
     assert [(row[0], row[3], row[4]) for row in found] == [("prepare", "complete", str(layout.prepare()))]

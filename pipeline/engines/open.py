@@ -57,9 +57,10 @@ def _complete_environment() -> None:
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     missing = [name for name in alone if name not in os.environ]
-    if missing and environment()[1] > 1:
+    lacking = [name for name in missing if name != "LOCAL_RANK"]  # a rank a node needs none
+    if lacking and environment()[1] > 1:
         raise ValueError(
-            f"the environment has WORLD_SIZE {environment()[1]}, but no {' and no '.join(missing)}: start the ranks with "
+            f"the environment has WORLD_SIZE {environment()[1]}, but no {' and no '.join(lacking)}: start the ranks with "
             "torchrun, deepspeed or sap, which set it, or unset WORLD_SIZE for a process alone"
         )
     for name in missing:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline import artifacts
 from pipeline.stages.layout import Layout
 from pipeline.stages.stage import Stage, Unit, lazily, of_each_cell, unit
 
@@ -25,8 +26,9 @@ def _evaluate(layout: Layout) -> Iterator[Unit]:
 
 
 def _filters_in_waves(layout: Layout, units: Sequence[Unit]) -> Sequence[Sequence[Unit]]:
-    """Filters may share embeddings: one of each sort computes them, and the others come after."""
-    leaders = {layout.embeddings(each.cell): each for each in reversed(units) if each.cell is not None}
+    """Filters may share embeddings: where they are missing, one of each sort computes them, and the others come after."""
+    sorts = {layout.embeddings(each.cell): each for each in reversed(units) if each.cell is not None}
+    leaders = {folder: each for folder, each in sorts.items() if not artifacts.complete(folder)}
     return [[each for each in units if each in leaders.values()], [each for each in units if each not in leaders.values()]]
 
 

@@ -31,7 +31,9 @@ class Chain:
         self.warm: WarmParents | None = None  # what its processes are forked from
         self.failed: list[Path] = []
         self.arguments = ["--config", *experiment.arguments()]
-        self.cells = [cell for cell in experiment.cells() if method in (None, cell.method)]
+        every = list(experiment.cells())  # each is validated as it is made
+        self.cells = [cell for cell in every if method in (None, cell.method)]
+        self._names = None if len(self.cells) == len(every) else {cell.method for cell in self.cells}  # None: all, baselines too
 
     def units(self, stage: str) -> list[Unit]:
         """Those of the methods that are asked for; what belongs to no cell belongs to all. One for each folder: the first."""
@@ -58,7 +60,7 @@ class Chain:
         of, started, todo = self.stages[stage], time.time(), self.pending(stage)
         if not todo:
             return 0
-        self._need(of)
+        self.need(stage)
         if of.where == "here":
             of.run(self.experiment)
             code = 0
@@ -88,8 +90,7 @@ class Chain:
         return [*stages, "pipeline.running.lean_imports:import_peft", *deepspeed, *mlflow]
 
     def _selected(self, name: str) -> bool:
-        everything = len(self.cells) == len(list(self.experiment.cells()))
-        return name == "-" or everything or name in {cell.method for cell in self.cells}
+        return name == "-" or self._names is None or name in self._names
 
     def _train_section(self, unit: Unit) -> TrainSection:
         return self.base.align.train if unit.cell is None else unit.cell.recipe.train
@@ -132,12 +133,14 @@ class Chain:
         """A stage that ends in order before its folder is complete has been asked to stop by a signal of its own."""
         return runner.STOPPED if code == 0 and not artifacts.complete(target) else code
 
-    def _need(self, of: Stage) -> None:
+    def need(self, stage: str) -> None:
+        """ValueError where a folder that the stage needs is not complete."""
+        of = self.stages[stage]
         read = {folder for cell in self.cells for folder in self.layout.read_by(cell).values()}
-        for stage in of.needs:
-            folders = [unit.folder for unit in self.units(stage) if not self.layout.of_defences(stage) or unit.folder in read]
+        for before in of.needs:
+            folders = [unit.folder for unit in self.units(before) if not self.layout.of_defences(before) or unit.folder in read]
             missing = [folder for folder in folders if not artifacts.complete(folder) and folder not in self.failed]
             if missing:
                 raise ValueError(
-                    f"{missing[0]} is not complete: run `sap {stage} {self.experiment.path}` first (same overrides), or `sap run`"
+                    f"{missing[0]} is not complete: run `sap {before} {self.experiment.path}` first (same overrides), or `sap run`"
                 )
