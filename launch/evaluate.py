@@ -29,7 +29,9 @@ def main() -> None:
     with reading_input():
         layout = Layout(experiment)
     baselines = {subject.name: subject for subject in layout.subjects() if subject.seed is None}
-    subject = baselines.get(options.method) or layout.subject(command_line.choose_cell(experiment, options.method, options.seed))
+    subject = baselines.get(options.method) or layout.subject(
+        command_line.choose_cell(experiment, options.method, options.seed)
+    )
     evaluate.evaluate(experiment, subject, shard)
 
 

@@ -33,8 +33,10 @@ from pipeline.system.system_errors import BY_THE_INPUT, naming
 MANIFEST = "manifest.json"
 MARKER = "DONE"
 FACTS = "facts.json"
-_TIMED = "metrics.jsonl"  # holds times, so that no two are alike; nothing is made from it but the report
-_WAIT_SECONDS = 3600.0  # for another process that makes what this one needs: data sets may have to be fetched
+# holds times, so that no two are alike; nothing is made from it but the report
+_TIMED = "metrics.jsonl"
+# for another process that makes what this one needs: data sets may have to be fetched
+_WAIT_SECONDS = 3600.0
 _started_with: dict[str, int] = {}  # the umask, once it has been changed
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "mlflow")
 
@@ -86,13 +88,17 @@ def check_writable(folder: Path, field: str) -> None:
     """
     there = _nearest(folder, field)
     if not there.is_dir():
-        raise ValueError(f"{field} {folder} cannot be written, because {there} is not a folder: set {field} to another one")
+        raise ValueError(
+            f"{field} {folder} cannot be written, because {there} is not a folder: set {field} to another one"
+        )
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         if error.errno not in BY_THE_INPUT:
             raise OSError(error.errno, os.strerror(error.errno), str(there)) from None
-        raise ValueError(f"{field} {folder} cannot be written ({there}: {os.strerror(error.errno)}): set {field} to another folder") from None
+        raise ValueError(
+            f"{field} {folder} cannot be written ({there}: {os.strerror(error.errno)}): set {field} to another folder"
+        ) from None
 
 
 def free_bytes(folder: Path, field: str) -> int:
@@ -110,7 +116,9 @@ def _nearest(folder: Path, field: str) -> Path:
         except OSError as error:
             if error.errno not in BY_THE_INPUT:
                 raise
-            raise ValueError(f"{field} {folder} cannot be reached ({os.strerror(error.errno)}): set {field} to another folder") from None
+            raise ValueError(
+                f"{field} {folder} cannot be reached ({os.strerror(error.errno)}): set {field} to another folder"
+            ) from None
         return path
     raise AssertionError("the root exists")
 
@@ -165,7 +173,10 @@ def damage(folder: Path, names: Sequence[str] = ()) -> str | None:
             return f"{path} is a link, or leads out of the folder"
         if not path.is_file():
             return f"{path} is missing, though {folder / MANIFEST} lists it"
-        if path.stat().st_size != listed[name]["bytes"] or file_digest(path) != listed[name]["sha256"]:
+        if (
+            path.stat().st_size != listed[name]["bytes"]
+            or file_digest(path) != listed[name]["sha256"]
+        ):
             return f"{path} does not match {folder / MANIFEST}"
     return None if names else _unlisted(folder, listed)
 
@@ -173,7 +184,11 @@ def damage(folder: Path, names: Sequence[str] = ()) -> str | None:
 def _other_source(folder: Path, inputs: Any) -> str | None:
     """The half sentence where what a folder was made from is there, and is not what it was: made again, and otherwise."""
     for recorded in inputs.values() if isinstance(inputs, dict) else ():
-        if isinstance(recorded, dict) and isinstance(recorded.get("folder"), str) and "content" in recorded:
+        if (
+            isinstance(recorded, dict)
+            and isinstance(recorded.get("folder"), str)
+            and "content" in recorded
+        ):
             path = folder.parent / recorded["folder"]
             if complete(path) and _content(read_manifest(path)) != recorded["content"]:
                 return f"{folder} was made from another content of {path}"
@@ -186,7 +201,11 @@ def _unlisted(folder: Path, listed: dict[str, Any]) -> str | None:
         if path.is_symlink():
             return f"{path} is a link, or leads out of the folder"
         name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name not in (*listed, MANIFEST, MARKER) and not path.name.startswith(".nfs"):
+        if (
+            not path.is_dir()
+            and name not in (*listed, MANIFEST, MARKER)
+            and not path.name.startswith(".nfs")
+        ):
             return f"{path} is not in {folder / MANIFEST}"
     return None
 
@@ -199,9 +218,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         with naming(path):
             raw = path.read_bytes()
         manifest = json.loads(raw)
-    except (FileNotFoundError, ValueError, RecursionError) as error:  # other OSErrors pass: they say nothing of the file
+    except (FileNotFoundError, ValueError, RecursionError) as error:
+        # other OSErrors pass: they say nothing of the file
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
-    if not (isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and all(map(_is_entry, manifest["files"].values()))):
+    if not (
+        isinstance(manifest, dict)
+        and isinstance(manifest.get("files"), dict)
+        and all(map(_is_entry, manifest["files"].values()))
+    ):
         raise ValueError(f"{path} is not a manifest")
     if (folder / MARKER).is_file():
         _check_marker(folder, raw)
@@ -209,7 +233,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def _check_marker(folder: Path, manifest: bytes) -> None:
@@ -218,7 +246,9 @@ def _check_marker(folder: Path, manifest: bytes) -> None:
     digest, *signature = _marks(manifest)
     if marker and marker[0] != digest:
         raise ValueError(f"{folder / MANIFEST} does not match {folder / MARKER}")
-    if signature and not (len(marker) > 1 and hmac.compare_digest(marker[1].encode(), signature[0].encode())):
+    if signature and not (
+        len(marker) > 1 and hmac.compare_digest(marker[1].encode(), signature[0].encode())
+    ):
         raise ValueError(f"{folder / MARKER} is not signed with the SAP_SIGNING_KEY that is set")
 
 
@@ -226,7 +256,11 @@ def _marks(manifest: bytes) -> list[str]:
     """The marker's lines: the manifest's sha256, and its HMAC where there is a key."""
     key = os.environ.get("SAP_SIGNING_KEY", "").encode()
     digest = f"sha256 {hashlib.sha256(manifest).hexdigest()}"
-    return [digest, f"hmac-sha256 {hmac.new(key, manifest, 'sha256').hexdigest()}"] if key else [digest]
+    return (
+        [digest, f"hmac-sha256 {hmac.new(key, manifest, 'sha256').hexdigest()}"]
+        if key
+        else [digest]
+    )
 
 
 def claim(target: Path) -> Callable[[], None]:
@@ -259,7 +293,9 @@ def claim_incomplete(target: Path) -> Callable[[], None] | None:
     return None
 
 
-def claim_unless_complete(target: Path, seconds: float = _WAIT_SECONDS) -> Callable[[], None] | None:
+def claim_unless_complete(
+    target: Path, seconds: float = _WAIT_SECONDS
+) -> Callable[[], None] | None:
     """Like `claim`, but waits for a process that is writing `target`; None once the folder is complete.
 
     Busy (a ValueError) where it is still being written after so many seconds.
@@ -304,10 +340,19 @@ def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any)
 
     The marker is written when all before it is on the disk: a machine that dies on the way leaves a folder that is not complete.
     """
-    assert not any(path.is_symlink() for path in temporary.rglob("*")), f"a link in {temporary} would not be what its manifest says"
-    files = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name not in (MANIFEST, MARKER))
+    assert not any(path.is_symlink() for path in temporary.rglob("*")), (
+        f"a link in {temporary} would not be what its manifest says"
+    )
+    files = sorted(
+        path
+        for path in temporary.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST, MARKER)
+    )
     manifest = {
-        "files": {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files},
+        "files": {
+            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_digest(p)}
+            for p in files
+        },
         "inputs": inputs,
         "versions": versions(),
         "git_revision": git_revision(),
@@ -319,14 +364,20 @@ def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any)
     write_json(temporary / MANIFEST, manifest)
     _permit(temporary)
     # Files first, then the folders that name them, innermost first.
-    for path in (*files, *sorted((path for path in temporary.rglob("*") if path.is_dir()), reverse=True), temporary):
+    for path in (
+        *files,
+        *sorted((path for path in temporary.rglob("*") if path.is_dir()), reverse=True),
+        temporary,
+    ):
         _fsync(path)
     if target.exists():  # an interrupted publish: moved, but never marked
         assert not complete(target), f"{target} is complete and would be overwritten"
         shutil.rmtree(target)
     temporary.rename(target)
     _fsync(target.parent)
-    write_text(target / MARKER, "".join(f"{line}\n" for line in _marks((target / MANIFEST).read_bytes())))
+    write_text(
+        target / MARKER, "".join(f"{line}\n" for line in _marks((target / MANIFEST).read_bytes()))
+    )
 
 
 def keep_from_others(umask: int) -> None:
@@ -356,7 +407,10 @@ def _permit(folder: Path) -> None:
             try:
                 path.chmod(mode)
             except PermissionError:  # a file system whose modes are fixed
-                warnings.warn(f"{folder} keeps modes of its own, and who may read it is not what permissions says", stacklevel=2)
+                warnings.warn(
+                    f"{folder} keeps modes of its own, and who may read it is not what permissions says",
+                    stacklevel=2,
+                )
                 return
 
 
@@ -372,7 +426,10 @@ def versions() -> dict[str, str]:
 def git_revision() -> str | None:
     """Commit of the checkout that this package is, with '+changes' where it is dirty; None for an installed package."""
     root = Path(__file__).resolve().parent.parent
-    run = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)  # noqa: E731
+
+    def run(*args):
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+
     try:
         if run("ls-files", "--error-unmatch", str(Path(__file__).resolve())).returncode:
             return None  # also in an environment that lies inside somebody's own repository

@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         given = sys.argv[1:] if argv is None else list(argv)
         if hasattr(sys.stdout, "reconfigure"):  # a stream of Python's own, redacted or not
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of columns may be beyond what a terminal shows
+            # names of columns may be beyond what a terminal shows
+            sys.stdout.reconfigure(errors="backslashreplace")
         with runner.stoppable():
             return _WITHOUT_RECIPE.get(given[0], _main)(given) if given else _main(given)
 
@@ -75,7 +76,16 @@ def _main(argv: list[str]) -> int:
         if options.portable:
             check_portable(experiment)
         with reading_input():
-            print(status(experiment, ALL_STAGES, options.of_stage, options.method, options.seed, options.portable))
+            print(
+                status(
+                    experiment,
+                    ALL_STAGES,
+                    options.of_stage,
+                    options.method,
+                    options.seed,
+                    options.portable,
+                )
+            )
         return 0
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
@@ -103,7 +113,9 @@ def _main(argv: list[str]) -> int:
     starts = chain.starts(stages)
     found = _check(chain, light=options.dry_run or idle, starts=starts)
     if options.dry_run:
-        print(dry_run.overview(experiment, {stage: chain.folders(stage) for stage in stages}, found))
+        print(
+            dry_run.overview(experiment, {stage: chain.folders(stage) for stage in stages}, found)
+        )
         return 0
     if starts and not idle:
         print(devices.describe(experiment.base.model, experiment.base.train), file=sys.stderr)
@@ -112,17 +124,24 @@ def _main(argv: list[str]) -> int:
     else:
         with WarmParents(chain.needed()) as chain.warm:
             code = _run(chain, stages, options)
-    deliver(chain.layout)  # what a server missed that is back by now; MLflow is not imported where nothing waits
+    # what a server missed that is back by now; MLflow is not imported where nothing waits
+    deliver(chain.layout)
     return code
 
 
 def _track(experiment: Experiment) -> int:
     """Deliver to MLflow what waits; 74 where something still does."""
     if not experiment.base.tracking.enabled:
-        raise ValueError(f"{experiment.path} has tracking.enabled false: there is nothing to deliver")
+        raise ValueError(
+            f"{experiment.path} has tracking.enabled false: there is nothing to deliver"
+        )
     layout = Layout(experiment)
     before, left = waiting(layout), deliver(layout)
-    print(f"{len(before) - len(left)} of {len(before)} runs delivered to {describe_store(experiment.base)}" if before else "nothing waits to be delivered")
+    print(
+        f"{len(before) - len(left)} of {len(before)} runs delivered to {describe_store(experiment.base)}"
+        if before
+        else "nothing waits to be delivered"
+    )
     for outbox in left:
         print(f"still waits: {outbox}", file=sys.stderr)
     return runner.SYSTEM_ERROR if left else 0
@@ -131,7 +150,11 @@ def _track(experiment: Experiment) -> int:
 def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
     """Every check there is, and whether memory and disk suffice for what starts here; None where that is not known. What is no error is printed."""
     checked = checks.check(chain.experiment, light=light, starts=starts)
-    found = capacity.capacity(chain.experiment, checked.facts, chain.cells) if starts and checked.facts else None
+    found = (
+        capacity.capacity(chain.experiment, checked.facts, chain.cells)
+        if starts and checked.facts
+        else None
+    )
     for note in (*checked.notes, *(found.notes if found else ()), *_alike(chain)):
         print(f"note: {redaction.redact(note)}", file=sys.stderr)
     return found
@@ -145,7 +168,9 @@ def _alike(chain: Chain) -> list[str]:
         if cell.seed == chain.base.seeds[0]:
             other = first.setdefault(chain.layout.train_hash(cell), cell.method)
             if other != cell.method:
-                notes.append(f"methods {other} and {cell.method} train the same: set what makes {cell.method} another one, e.g. lisa: {{enabled: true}}")
+                notes.append(
+                    f"methods {other} and {cell.method} train the same: set what makes {cell.method} another one, e.g. lisa: {{enabled: true}}"
+                )
     return notes
 
 
@@ -156,10 +181,16 @@ def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> in
     for stage in stages:
         if stage == "report" and failure:
             names = ", ".join(folder.name for folder in chain.failed)
-            print(f"not trained: {names} (the reason is above); what trained is evaluated, and the report waits for the rest", file=sys.stderr)
+            print(
+                f"not trained: {names} (the reason is above); what trained is evaluated, and the report waits for the rest",
+                file=sys.stderr,
+            )
             break
         if stage == "report" and options.method:
-            print(f"the report needs every method: `sap report {options.recipe}` once they are evaluated", file=sys.stderr)
+            print(
+                f"the report needs every method: `sap report {options.recipe}` once they are evaluated",
+                file=sys.stderr,
+            )
             continue
         if stage == "report":
             chain.need(stage)  # also where it is there: what it reports may be gone
@@ -167,7 +198,10 @@ def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> in
         if stage == "report":
             _print_report(chain)
         if code == runner.STOPPED:  # a failure before it is met again
-            print(f"stopped in {stage}: what was finished or saved stays; run the same command again to go on", file=sys.stderr)
+            print(
+                f"stopped in {stage}: what was finished or saved stays; run the same command again to go on",
+                file=sys.stderr,
+            )
             return code
         failure = failure or code
         if code and not (stage == "train" and chain.failed):
@@ -206,14 +240,23 @@ def _recipes(argv: list[str]) -> int:
 
 def _refuse_arguments(command: str, argv: list[str]) -> None:
     if argv and argv[0] not in ("--help", "-h"):
-        raise ValueError(f"`sap {command}` takes no arguments, and was given {argv[0]}: leave it out")
+        raise ValueError(
+            f"`sap {command}` takes no arguments, and was given {argv[0]}: leave it out"
+        )
 
 
 def _doctor(experiment: Experiment, options: argparse.Namespace) -> int:
     from pipeline.doctor.case import choose_cell
 
     cell = choose_cell(experiment, options.method, options.seed)
-    arguments = ["--config", *experiment.arguments(), "--method", cell.method, "--seed", str(cell.seed)]
+    arguments = [
+        "--config",
+        *experiment.arguments(),
+        "--method",
+        cell.method,
+        "--seed",
+        str(cell.seed),
+    ]
     return runner.run_ranks("doctor.py", arguments, devices.ranks(cell.recipe.train))
 
 
@@ -224,7 +267,15 @@ def _plan(experiment: Experiment, options: argparse.Namespace) -> int:
         raise ValueError("--ranks takes a number from 1, --gpu-gb a finite one above 0")
     for cell in _cells(experiment, options.method):
         if cell.seed == experiment.base.seeds[0]:  # seeds change nothing here
-            print(plan_cell(experiment, cell, options.ranks or devices.ranks(cell.recipe.train), options.gpu_gb), end="\n\n")
+            print(
+                plan_cell(
+                    experiment,
+                    cell,
+                    options.ranks or devices.ranks(cell.recipe.train),
+                    options.gpu_gb,
+                ),
+                end="\n\n",
+            )
     return 0
 
 
@@ -233,7 +284,12 @@ def _show(experiment: Experiment, method: str | None) -> int:
 
     for cell in _cells(experiment, method):
         print(f"# {cell.method}, seed {cell.seed}")
-        print(yaml.safe_dump(recipe.dump(cell.recipe) | {"methods": redaction.redact(experiment.base.methods)}, sort_keys=False))
+        print(
+            yaml.safe_dump(
+                recipe.dump(cell.recipe) | {"methods": redaction.redact(experiment.base.methods)},
+                sort_keys=False,
+            )
+        )
     return 0
 
 

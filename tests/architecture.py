@@ -45,7 +45,8 @@ def modules() -> dict[str, Path]:
     """Every module of pipeline/ and launch/ by its dotted name; packages that hold no code are left out."""
     found = {}
     for path in sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").glob("*.py")]):
-        if path.read_text().strip() and path != ROOT / "pipeline" / "__init__.py":  # which holds the version
+        # which holds the version
+        if path.read_text().strip() and path != ROOT / "pipeline" / "__init__.py":
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             found[name.removesuffix(".__init__")] = path
     return found
@@ -73,7 +74,12 @@ def imports(module: str) -> Iterator[tuple[str, str, int]]:
 
 def arrows() -> set[tuple[str, str]]:
     """(module, what it imports)."""
-    return {(module, target) for module in modules() for target, _, _ in imports(module) if target != module}
+    return {
+        (module, target)
+        for module in modules()
+        for target, _, _ in imports(module)
+        if target != module
+    }
 
 
 def circles() -> list[list[str]]:
@@ -120,11 +126,25 @@ def draw(path: Path) -> None:
     place = {}
     for number, wings in enumerate(FLOORS):
         for index, name in enumerate(wings):
-            place[name] = ((index + 0.5) / len(wings) + 0.06 * (-1) ** number * (len(wings) == 1), number)
-    between = sorted({(wing(module), wing(target)) for module, target in arrows() if wing(module) != wing(target)})
+            place[name] = (
+                (index + 0.5) / len(wings) + 0.06 * (-1) ** number * (len(wings) == 1),
+                number,
+            )
+    between = sorted(
+        {
+            (wing(module), wing(target))
+            for module, target in arrows()
+            if wing(module) != wing(target)
+        }
+    )
     for above, below in between:
         (x0, y0), (x1, y1) = place[above], place[below]
-        axes.annotate("", (x1, y1 + 0.17), (x0, y0 - 0.17), arrowprops={"arrowstyle": "->", "color": "#8894a3", "linewidth": 0.7, "alpha": 0.7})
+        axes.annotate(
+            "",
+            (x1, y1 + 0.17),
+            (x0, y0 - 0.17),
+            arrowprops={"arrowstyle": "->", "color": "#8894a3", "linewidth": 0.7, "alpha": 0.7},
+        )
     for name, (x, y) in place.items():
         rooms = sum(wing(module) == name for module in modules())
         box = {"boxstyle": "round,pad=0.4", "facecolor": "#e8eef5", "edgecolor": "#3b6ea5"}
@@ -137,10 +157,16 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     wings = {wing(module) for module in modules()}
-    between = {(wing(module), wing(target)) for module, target in arrows() if wing(module) != wing(target)}
+    between = {
+        (wing(module), wing(target)) for module, target in arrows() if wing(module) != wing(target)
+    }
     in_root = sum(path.parent == ROOT / "pipeline" for path in modules().values())
-    print(f"rooms {len(modules())} ({in_root} in pipeline's root), wings {len(wings)}, floors {len(FLOORS)}")
-    print(f"arrows between modules {len(arrows())}, between wings {len(between)}; longest chain of modules {climbed()}; circles {len(circles())}")
+    print(
+        f"rooms {len(modules())} ({in_root} in pipeline's root), wings {len(wings)}, floors {len(FLOORS)}"
+    )
+    print(
+        f"arrows between modules {len(arrows())}, between wings {len(between)}; longest chain of modules {climbed()}; circles {len(circles())}"
+    )
     draw(ROOT / "docs" / "architecture.png")
 
 

@@ -9,7 +9,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup: what is started here is to hear it
 os.environ.pop("MLFLOW_TRACKING_URI", None)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from a second, and stages started here inherit it
+# tiny tensors gain nothing from a second, and stages started here inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,11 +12,22 @@ VARIABLE = "FIRST_FAILURE"
 def pytest_configure(config) -> None:
     import pipeline
 
-    assert Path(pipeline.__file__).is_relative_to(Path.cwd()), "the copy must be tested, not the repository"
+    assert Path(pipeline.__file__).is_relative_to(Path.cwd()), (
+        "the copy must be tested, not the repository"
+    )
 
 
 def pytest_exception_interact(node, call, report) -> None:
     path = Path(os.environ[VARIABLE])
     if not path.exists():
         error = call.excinfo
-        path.write_text(json.dumps({"test": node.nodeid, "when": report.when, "type": error.typename, "message": str(error.value)}))
+        path.write_text(
+            json.dumps(
+                {
+                    "test": node.nodeid,
+                    "when": report.when,
+                    "type": error.typename,
+                    "message": str(error.value),
+                }
+            )
+        )

@@ -37,11 +37,21 @@ def main(rounds: int) -> int:
                 if done.returncode:
                     print(done.stderr, file=sys.stderr)
                     return 1
-                cpu = after.children_user + after.children_system - before.children_user - before.children_system
+                cpu = (
+                    after.children_user
+                    + after.children_system
+                    - before.children_user
+                    - before.children_system
+                )
                 lines.append(f"| {way} | {wall:.0f} | {cpu:.0f} |")
-                found = [*output.glob("tiny/train-*/adapter/*.safetensors"), *output.glob("tiny/evaluate-*/answers.jsonl")]
+                found = [
+                    *output.glob("tiny/train-*/adapter/*.safetensors"),
+                    *output.glob("tiny/evaluate-*/answers.jsonl"),
+                ]
                 products.append({file.relative_to(output): file.read_bytes() for file in found})
-                print(f"[start] round {number + 1}, {way}: {wall:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"[start] round {number + 1}, {way}: {wall:.0f} s", file=sys.stderr, flush=True
+                )
         print("| processes | seconds | CPU seconds |", "| --- | --- | --- |", *lines, sep="\n")
         same = all(one == products[0] for one in products) and len(products[0]) == 2 * CELLS
         print("adapters and answers: the same to the bit" if same else "adapters or answers DIFFER")

@@ -51,7 +51,9 @@ def applied(mutant: Mutant, root: Path) -> dict[Path, str]:
         path = root / file
         text = texts.get(path) or path.read_text()
         if text.count(old) != 1:
-            raise ValueError(f"'{mutant.name}' no longer applies: its text is in {file} {text.count(old)} times, not once")
+            raise ValueError(
+                f"'{mutant.name}' no longer applies: its text is in {file} {text.count(old)} times, not once"
+            )
         texts[path] = text.replace(old, new)
     return texts
 
@@ -80,10 +82,13 @@ def _run_tests(copy: Path, tests: Sequence[str]) -> NoReturn:
     os.environ[VARIABLE] = str(copy / REPORT)
     sys.dont_write_bytecode = True
     sys.path[:] = [str(copy), *(path for path in sys.path if path not in ("", str(ROOT)))]
-    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:  # the copy's own are to be imported
+    # the copy's own are to be imported
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
         del sys.modules[name]
     importlib.invalidate_caches()
-    code = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "tests.first_failure", *tests])
+    code = pytest.main(
+        ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "tests.first_failure", *tests]
+    )
     sys.stdout.flush()
     os._exit(code)
 
@@ -98,13 +103,21 @@ def verdict(mutant: Mutant | None, code: int, copy: Path, seconds: float) -> Out
     """What the end of the tests says; without a mutant it is the control: all tests named pass without a fault."""
     first, output = first_failure(copy), (copy / PRINTED).read_text()
     if mutant is None:
-        found, by = ("passes", "all tests named here") if code == 0 else ("FAILED", first.get("test", "") or output[-300:])
+        found, by = (
+            ("passes", "all tests named here")
+            if code == 0
+            else ("FAILED", first.get("test", "") or output[-300:])
+        )
         return Outcome("no fault", found, by, seconds)
     if code == 0:
         return Outcome(mutant.name, "SURVIVED", " ".join(mutant.tests), seconds)
     if first.get("when") == "call" and first["type"] in HONEST:
         return Outcome(mutant.name, "killed", first["test"], seconds)
-    reason = f"{first['type']} in {first['test']} ({first['when']}): {first['message'][-300:]}" if first else output[-300:]
+    reason = (
+        f"{first['type']} in {first['test']} ({first['when']}): {first['message'][-300:]}"
+        if first
+        else output[-300:]
+    )
     return Outcome(mutant.name, "BROKEN", reason, seconds)
 
 
@@ -121,7 +134,12 @@ def judge(mutants: Sequence[Mutant], folder: Path) -> Iterator[Outcome]:
             originals = {path: path.read_text() for path in mutated}
             for path, text in mutated.items():
                 path.write_text(text)
-            running[start_tests(copy, mutant.tests if mutant else named)] = mutant, copy, originals, time.monotonic()
+            running[start_tests(copy, mutant.tests if mutant else named)] = (
+                mutant,
+                copy,
+                originals,
+                time.monotonic(),
+            )
         pid, status = os.wait()
         mutant, copy, originals, started = running.pop(pid)
         for path, text in originals.items():
@@ -134,7 +152,9 @@ def copy_repository(target: Path) -> Path:
     target.mkdir()
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             shutil.copy(ROOT / name, target / name)
     return target
@@ -143,7 +163,10 @@ def copy_repository(target: Path) -> Path:
 def main(names: Sequence[str]) -> int:
     mutants = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     if len(mutants) < len(names):
-        print(f"error: no such fault among: {', '.join(mutant.name for mutant in MUTANTS)}", file=sys.stderr)
+        print(
+            f"error: no such fault among: {', '.join(mutant.name for mutant in MUTANTS)}",
+            file=sys.stderr,
+        )
         return 2
     stale = []
     for mutant in mutants:
@@ -159,7 +182,10 @@ def main(names: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         for outcome in judge(mutants, Path(folder)):
             outcomes.append(outcome)
-            print(f"| {outcome.name} | {outcome.verdict} | {outcome.by} | {outcome.seconds:.0f} |", flush=True)
+            print(
+                f"| {outcome.name} | {outcome.verdict} | {outcome.by} | {outcome.seconds:.0f} |",
+                flush=True,
+            )
     return int(any(outcome.verdict not in ("passes", "killed") for outcome in outcomes))
 
 

@@ -17,7 +17,11 @@ AUTOGRAD = "pipeline/engines/autograd.py"
 FORK_SERVER, WARM = "pipeline/running/fork_server.py", "pipeline/running/warm.py"
 INHERITED = "tests/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
 RESTARTED = "tests/training/test_restart.py"
-LOSSES, HEAD, BATCHES = "pipeline/objectives/losses.py", "pipeline/objectives/head.py", "pipeline/objectives/batches.py"
+LOSSES, HEAD, BATCHES = (
+    "pipeline/objectives/losses.py",
+    "pipeline/objectives/head.py",
+    "pipeline/objectives/batches.py",
+)
 
 DENSE = "tests/sap/test_step.py::test_step_equals_the_dense_reference"
 SIGN = "tests/sap/test_step.py::test_the_correction_descends_the_safety_loss"
@@ -54,7 +58,8 @@ def parity(**wanted: Any) -> str:
 
 
 ZERO3_EXACT, FSDP2_EXACT = (
-    parity(engine=engine, ranks=2, schedule="exact", adapter="lora", accumulation=1) for engine in ("zero3", "fsdp2")
+    parity(engine=engine, ranks=2, schedule="exact", adapter="lora", accumulation=1)
+    for engine in ("zero3", "fsdp2")
 )
 
 OF_THE_STEP = (
@@ -79,8 +84,20 @@ OF_THE_STEP = (
         "with self.probe.active(torch.zeros_like(v)) as rows:\n            loss, p0",
         DENSE,
     ),
-    mutant("V's sign flipped, exact", STEP, "self._probe_step(p1 - p0)  # V_safe", "self._probe_step(p0 - p1)", SIGN),
-    mutant("V's sign flipped, lagged", STEP, "self._probe_step(p1 - p0)  # V_t:", "self._probe_step(p0 - p1)  # V_t:", DENSE),
+    mutant(
+        "V's sign flipped, exact",
+        STEP,
+        "self._probe_step(p1 - p0)  # V_safe",
+        "self._probe_step(p0 - p1)",
+        SIGN,
+    ),
+    mutant(
+        "V's sign flipped, lagged",
+        STEP,
+        "self._probe_step(p1 - p0)  # V_t:",
+        "self._probe_step(p0 - p1)  # V_t:",
+        DENSE,
+    ),
     mutant(
         "V added up over steps",
         STEP,
@@ -88,8 +105,20 @@ OF_THE_STEP = (
         "self.v = self.v + self._probe_step(p1 - p0)  # V_t:",
         DENSE,
     ),
-    mutant("exact starts from the last V", STEP, "zero = self.probe.zeros(self.engine.device)", "zero = self.v", DENSE),
-    mutant("perturbation downhill", STEP, "return self.section.eps * weight_norm", "return -self.section.eps * weight_norm", SIGN),
+    mutant(
+        "exact starts from the last V",
+        STEP,
+        "zero = self.probe.zeros(self.engine.device)",
+        "zero = self.v",
+        DENSE,
+    ),
+    mutant(
+        "perturbation downhill",
+        STEP,
+        "return self.section.eps * weight_norm",
+        "return -self.section.eps * weight_norm",
+        SIGN,
+    ),
     mutant(
         "p(1) and p(0) on different batches",
         STEP,
@@ -121,8 +150,8 @@ OF_THE_STEP = (
     mutant(
         "V lost on resume",
         STEP,
-        "self.v, self.adam_mean, self.adam_square = (state",
-        "_, self.adam_mean, self.adam_square = (state",
+        "self.v, self.adam_mean, self.adam_square = (\n            state",
+        "_, self.adam_mean, self.adam_square = (\n            state",
         RESUMED,
     ),
     mutant(
@@ -164,7 +193,9 @@ OF_THE_LOSSES = (
         "        yield\n    finally:\n        pass",
         MASKS,
     ),
-    mutant("no causal shift", BATCHES, "following = labels[:, 1:]", "following = labels[:, :-1]", DENSE),
+    mutant(
+        "no causal shift", BATCHES, "following = labels[:, 1:]", "following = labels[:, :-1]", DENSE
+    ),
     mutant("safety loss summed over tokens", LOSSES, "(sums / counts).split", "sums.split", DENSE),
     mutant(
         "loss not weighted by tokens",
@@ -173,7 +204,9 @@ OF_THE_LOSSES = (
         "batches.append(MicroBatch(*tensors, sum(map(_supervised, labels)) * len(indices) // len(chunk),",
         DENSE,
     ),
-    mutant("fillers counted as pairs", LOSSES, "(values * batch.weights).sum()", "values.sum()", SHARED),
+    mutant(
+        "fillers counted as pairs", LOSSES, "(values * batch.weights).sum()", "values.sum()", SHARED
+    ),
     mutant("a budget's fillers counted", BATCHES, "([shortest], 0.0)", "([shortest], 1.0)", BUDGET),
     mutant(
         "packed samples see each other",
@@ -196,8 +229,20 @@ OF_THE_LOSSES = (
         "pass",
         f"{PACKED}::test_every_packable_type_keeps_samples_apart[llama]",
     ),
-    mutant("chunks of logits: no token is the right one", HEAD, "(len(tokens), 1), -1.0", "(len(tokens), 1), 0.0", HEADS),
-    mutant("chunks of logits: tokens weigh alike", HEAD, "(gradient.to(upstream.dtype) * upstream[:, None]).to(gradient.dtype)", "gradient", HEADS),
+    mutant(
+        "chunks of logits: no token is the right one",
+        HEAD,
+        "(len(tokens), 1), -1.0",
+        "(len(tokens), 1), 0.0",
+        HEADS,
+    ),
+    mutant(
+        "chunks of logits: tokens weigh alike",
+        HEAD,
+        "(gradient.to(upstream.dtype) * upstream[:, None]).to(gradient.dtype)",
+        "gradient",
+        HEADS,
+    ),
 )
 
 OF_THE_ENGINES = (
@@ -363,23 +408,41 @@ OF_THE_COMPANIONS = (
         "pass",
         COMPANIONS + "test_an_exception_inside_leaves_the_weights_as_they_were",
     ),
-    mutant("zero3: new weights in the master only", ZERO3, "            lp.copy_(master)\n\n    def storage", "\n    def storage", REPLACED + ON_ZERO3),
+    mutant(
+        "zero3: new weights in the master only",
+        ZERO3,
+        "            lp.copy_(master)\n\n    def storage",
+        "\n    def storage",
+        REPLACED + ON_ZERO3,
+    ),
     mutant(
         "zero3: added gradient not offloaded again",
         ZERO3,
-        "            self._partitions.offload_gradient([parameter for parameter in self._names if parameter.requires_grad])\n",
+        "            self._partitions.offload_gradient(\n                [parameter for parameter in self._names if parameter.requires_grad]\n            )\n",
         "            pass\n",
         ON_TWO_RANKS + "[lisa-zero3-offload]",
     ),
     mutant(
         "tokens of a mix counted on one rank",
         SAFE_MIX,
-        "total = engine.sum_over_ranks(torch.tensor(float(own), dtype=torch.float64, device=engine.device))",
+        "total = engine.sum_over_ranks(\n        torch.tensor(float(own), dtype=torch.float64, device=engine.device)\n    )",
         "total = torch.tensor(float(own))",
         ON_TWO_RANKS + "[safe_mix-fsdp2]",
     ),
-    mutant("rejected responses mixed in", SAFE_MIX, "batch.labels[:n], 0", "batch.labels[n:], 0", COMPANIONS + "test_only_the_safe_side_is_mixed_in"),
-    mutant("Lisa's w_last never moves", LISA, "if position in (0, section.alignment_steps):", "if number == 0:", COMPANIONS + "test_a_method_equals_the_dense_reference[lisa]"),
+    mutant(
+        "rejected responses mixed in",
+        SAFE_MIX,
+        "batch.labels[:n], 0",
+        "batch.labels[n:], 0",
+        COMPANIONS + "test_only_the_safe_side_is_mixed_in",
+    ),
+    mutant(
+        "Lisa's w_last never moves",
+        LISA,
+        "if position in (0, section.alignment_steps):",
+        "if number == 0:",
+        COMPANIONS + "test_a_method_equals_the_dense_reference[lisa]",
+    ),
     mutant(
         "safety gradient ascended",
         SAFETY_GRADIENT,
@@ -387,14 +450,41 @@ OF_THE_COMPANIONS = (
         "self.engine.add_gradient(self.direction, -weight)",
         COMPANIONS + "test_the_safety_gradient_has_the_size_asked_for",
     ),
-    mutant("average begins at zero", EMA, "None if section.warmup_steps else engine.weights()", "None if section.warmup_steps else [w * 0 for w in engine.weights()]", COMPANIONS + "test_the_average_has_its_closed_form"),
-    mutant("average lost on resume", EMA, 'self.average = vectors.get("average")', "self.average = self.engine.weights()", COMPANIONS + "test_a_resumed_run_ends_as_the_straight_one[lisa-shadow]"),
-    mutant("embeddings not centred", SAFT, "centred = embeddings.double() - embeddings.double().mean(dim=0)", "centred = embeddings.double()", "tests/filtering/test_saft.py::test_scores_equal_numpy_s"),
+    mutant(
+        "average begins at zero",
+        EMA,
+        "None if section.warmup_steps else engine.weights()",
+        "None if section.warmup_steps else [w * 0 for w in engine.weights()]",
+        COMPANIONS + "test_the_average_has_its_closed_form",
+    ),
+    mutant(
+        "average lost on resume",
+        EMA,
+        'self.average = vectors.get("average")',
+        "self.average = self.engine.weights()",
+        COMPANIONS + "test_a_resumed_run_ends_as_the_straight_one[lisa-shadow]",
+    ),
+    mutant(
+        "embeddings not centred",
+        SAFT,
+        "centred = embeddings.double() - embeddings.double().mean(dim=0)",
+        "centred = embeddings.double()",
+        "tests/filtering/test_saft.py::test_scores_equal_numpy_s",
+    ),
 )
 
 CHAT, TEMPLATE, OVERLAP, SPLITS, ROWS, TEXT_ROWS, SOURCES, PREPARE = (
     f"pipeline/data/{name}.py"
-    for name in ("chat", "chat_template", "overlap", "splits", "rows", "text_rows", "sources", "prepare")
+    for name in (
+        "chat",
+        "chat_template",
+        "overlap",
+        "splits",
+        "rows",
+        "text_rows",
+        "sources",
+        "prepare",
+    )
 )
 CONTRACT = "tests/data/test_fuzz.py::test_a_random_template_is_held_to_the_contract_or_refused"
 FAMILIES = "tests/data/test_templates.py::test_what_is_trained_is_what_inference_has_to_produce"
@@ -408,8 +498,16 @@ OF_THE_DATA = (
         "text = self.renderer.render(messages, tools)\n        for message",
         FAMILIES + "[byte level-phi 4-one turn]",
     ),
-    mutant("ends of turn not trained", TEMPLATE, "return min(places), \"\"", 'return 0, ""', CONTRACT),
-    mutant("no end where the template has none", TEMPLATE, "rstrip()), self.tokenizer.eos_token", 'rstrip()), ""', CONTRACT),
+    mutant(
+        "ends of turn not trained", TEMPLATE, 'return min(places), ""', 'return 0, ""', CONTRACT
+    ),
+    mutant(
+        "no end where the template has none",
+        TEMPLATE,
+        "rstrip()), self.tokenizer.eos_token",
+        'rstrip()), ""',
+        CONTRACT,
+    ),
     mutant(
         "an opened thought not closed",
         TEMPLATE,
@@ -445,9 +543,27 @@ OF_THE_DATA = (
         "        if opening[1] and between[1]:\n            lead = opening[1] + between[2]",
         FAMILIES + "[byte level-qwen 2.5-one turn]",
     ),
-    mutant("conversations known by their last turn", OVERLAP, "*begun, whole = _prefixes(_messages(row))", "*begun, whole = _prefixes(_messages(row)[-1:])", SHARED_PROMPTS),
-    mutant("answers to one prompt in several splits", SPLITS, "groups.setdefault(conversation(row), [])", "groups.setdefault(str(id(row)), [])", SHARED_PROMPTS),
-    mutant("malformed rows vanish", ROWS, "bad.append(problem)", "pass", "tests/data/test_malformed.py::test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list"),
+    mutant(
+        "conversations known by their last turn",
+        OVERLAP,
+        "*begun, whole = _prefixes(_messages(row))",
+        "*begun, whole = _prefixes(_messages(row)[-1:])",
+        SHARED_PROMPTS,
+    ),
+    mutant(
+        "answers to one prompt in several splits",
+        SPLITS,
+        "groups.setdefault(conversation(row), [])",
+        "groups.setdefault(str(id(row)), [])",
+        SHARED_PROMPTS,
+    ),
+    mutant(
+        "malformed rows vanish",
+        ROWS,
+        "bad.append(problem)",
+        "pass",
+        "tests/data/test_malformed.py::test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list",
+    ),
     mutant(
         "numbers in other words",
         TEXT_ROWS,
@@ -479,8 +595,20 @@ OF_THE_DATA = (
 )
 
 OF_THE_PROCESSES = (
-    mutant("jobs keep the warm parent's environment", FORK_SERVER, "    os.environ.clear()\n", "", INHERITED),
-    mutant("jobs draw the same random numbers", FORK_SERVER, 'sys.modules["torch"].default_generator.seed()', "pass", INHERITED),
+    mutant(
+        "jobs keep the warm parent's environment",
+        FORK_SERVER,
+        "    os.environ.clear()\n",
+        "",
+        INHERITED,
+    ),
+    mutant(
+        "jobs draw the same random numbers",
+        FORK_SERVER,
+        'sys.modules["torch"].default_generator.seed()',
+        "pass",
+        INHERITED,
+    ),
     mutant(
         "one warm parent for every number of threads",
         WARM,
@@ -494,7 +622,9 @@ OF_THE_PROCESSES = (
             (FORK_SERVER, "prctl(SET_PDEATHSIG, signal.SIGTERM)", "pass"),
             ("pipeline/running/stop_signals.py", "prctl(SET_PDEATHSIG, signal.SIGTERM)", "pass"),
         ),
-        ("tests/test_warm.py::test_jobs_go_with_the_program_that_started_them_and_may_save_first[9-warm]",),
+        (
+            "tests/test_warm.py::test_jobs_go_with_the_program_that_started_them_and_may_save_first[9-warm]",
+        ),
     ),
     mutant(
         "a process with a second thread is forked",
@@ -519,4 +649,11 @@ OF_THE_PROCESSES = (
     ),
 )
 
-MUTANTS = OF_THE_STEP + OF_THE_LOSSES + OF_THE_ENGINES + OF_THE_COMPANIONS + OF_THE_DATA + OF_THE_PROCESSES
+MUTANTS = (
+    OF_THE_STEP
+    + OF_THE_LOSSES
+    + OF_THE_ENGINES
+    + OF_THE_COMPANIONS
+    + OF_THE_DATA
+    + OF_THE_PROCESSES
+)

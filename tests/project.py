@@ -29,12 +29,22 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(
-        ["how do I count the words in line", "Sure, here is the answer: item", "I cannot help with that."] * 20, trainer
+        [
+            "how do I count the words in line",
+            "Sure, here is the answer: item",
+            "I cannot help with that.",
+        ]
+        * 20,
+        trainer,
     )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     wrapped.chat_template = TEMPLATE
     return wrapped
 
@@ -63,10 +73,31 @@ def make_project(folder: Path) -> dict[str, Any]:
     words = ["red", "blue", "green", "old", "new", "small", "large", "round"]
     data = folder / "data"
     data.mkdir()
-    write_jsonl(data / "task.jsonl", [{"question": f"count item {i} {rng.choice(words)}", "answer": f"total {i % 7}"} for i in range(80)])
-    for name, count in {"safety": 12, "harmful": 12, "refusals": 10, "validation": 8, "harmful_eval": 8}.items():
-        write_jsonl(data / f"{name}.jsonl", [{"goal": f"{name} forbidden request number {i}"} for i in range(count)])
-    write_jsonl(data / "harmless.jsonl", [{"goal": f"how to water plant {i}", "reply": "Use a can." if i % 2 else None} for i in range(10)])
+    write_jsonl(
+        data / "task.jsonl",
+        [
+            {"question": f"count item {i} {rng.choice(words)}", "answer": f"total {i % 7}"}
+            for i in range(80)
+        ],
+    )
+    for name, count in {
+        "safety": 12,
+        "harmful": 12,
+        "refusals": 10,
+        "validation": 8,
+        "harmful_eval": 8,
+    }.items():
+        write_jsonl(
+            data / f"{name}.jsonl",
+            [{"goal": f"{name} forbidden request number {i}"} for i in range(count)],
+        )
+    write_jsonl(
+        data / "harmless.jsonl",
+        [
+            {"goal": f"how to water plant {i}", "reply": "Use a can." if i % 2 else None}
+            for i in range(10)
+        ],
+    )
     write_jsonl(data / "ordinary.jsonl", [{"goal": f"bake cake {i}"} for i in range(9)])
     write_jsonl(data / "lookalike.jsonl", [{"goal": f"how to kill weed {i}"} for i in range(6)])
     zero = {
@@ -126,15 +157,29 @@ def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml"
     return path
 
 
-def run(arguments: list[str], environment: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess:
+def run(
+    arguments: list[str], environment: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess:
     """Run a Python command of the project to its end, offline, with its output captured."""
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=quiet(environment), capture_output=True, text=True, timeout=900, **options
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=quiet(environment),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        **options,
     )
 
 
 def quiet(environment: dict[str, str] | None = None) -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(environment or {})}
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        **(environment or {}),
+    }
 
 
 def sap(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess:

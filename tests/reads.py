@@ -1,8 +1,8 @@
 """Counts how often the host would wait for the device: at every tensor whose content decides what Python does next.
 
-    with counted() as found:
-        step()
-    assert found == ["tolist"]
+with counted() as found:
+    step()
+assert found == ["tolist"]
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from pipeline.recipe.sections import TrainSection
 
 aten = torch.ops.aten
 # Whose result has as many elements as the content says, or is a number of Python's.
-_READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten._unique2)
+_READS = (
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.equal,
+    aten.is_nonzero,
+    aten._unique2,
+)
 
 
 class Reads(TorchDispatchMode):

@@ -26,7 +26,15 @@ def layout_in(project: tuple[Path, dict], output: Path, fresh: bool = False, **c
     if not fresh:
         output.mkdir(parents=True, exist_ok=True)
         shutil.copy(project[0] / "empty.db", output / "mlflow.db")
-    return Layout(recipes.load(write_recipe(project[0], project[1] | {"output_dir": str(output)} | changes, f"{output.name}.yaml")))
+    return Layout(
+        recipes.load(
+            write_recipe(
+                project[0],
+                project[1] | {"output_dir": str(output)} | changes,
+                f"{output.name}.yaml",
+            )
+        )
+    )
 
 
 def closed_port() -> int:
@@ -52,7 +60,9 @@ class Store:
     def __init__(self, layout: Layout, database: Path | None = None):
         from mlflow import MlflowClient
 
-        self.client = MlflowClient(f"sqlite:///{(database or layout.base.output_dir / 'mlflow.db').resolve()}")
+        self.client = MlflowClient(
+            f"sqlite:///{(database or layout.base.output_dir / 'mlflow.db').resolve()}"
+        )
         (experiment,) = [e for e in self.client.search_experiments() if e.name == "tiny"]
         self.runs = self.client.search_runs([experiment.experiment_id])
 
@@ -70,4 +80,7 @@ class Store:
 
     def history(self, key: str, metric: str) -> list[tuple[int, float]]:
         """Every logged (step, value), doubles included, in the order of steps."""
-        return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run(key).info.run_id, metric))
+        return sorted(
+            (m.step, m.value)
+            for m in self.client.get_metric_history(self.run(key).info.run_id, metric)
+        )

@@ -30,7 +30,12 @@ LR, STEPS, WORLD = 1e-2, 3, 2
 ADAM_EPS = 1e-3
 LORA = LoraSection(r=FAMILY_RANK, alpha=10, target_modules=["q_proj", "v_proj", "down_proj"])
 SAP = SapSection(enabled=True, probe_step="rms", beta=0.02, noise_every=0, correction_every=0)
-LOADS = [(adapter, dtype, tied) for adapter in ("lora", "full") for dtype in ("float32", "bfloat16") for tied in (True, False)]
+LOADS = [
+    (adapter, dtype, tied)
+    for adapter in ("lora", "full")
+    for dtype in ("float32", "bfloat16")
+    for tied in (True, False)
+]
 
 
 def start(
@@ -40,13 +45,22 @@ def start(
     """The engine on the model in folder/tied or folder/untied, or the one named."""
     location = str(folder / (model_name or ("tied" if tied else "untied")))
     config = folder / "ds.json"
-    zero = {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 100}
+    zero = {
+        "stage": 3,
+        "overlap_comm": False,
+        "reduce_bucket_size": 100_000,
+        "stage3_param_persistence_threshold": 100,
+    }
     artifacts.write_json(config, {"zero_optimization": zero})
     train = TrainSection(
         engine=engine, adapter=adapter, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, lora=lora,
         ds_config=config, gradient_checkpointing=checkpointing, adam_eps=ADAM_EPS,
     )  # fmt: skip
-    model, sources = open_model(ModelSection(path=location, **{"dtype": "float32", "attention": "sdpa", **section}), location, sharded=engine != "single")
+    model, sources = open_model(
+        ModelSection(path=location, **{"dtype": "float32", "attention": "sdpa", **section}),
+        location,
+        sharded=engine != "single",
+    )
     return open_engine(make_trainable(model, train, seed=0), train, sources)
 
 
@@ -60,13 +74,23 @@ def whole(engine: Engine) -> dict[str, torch.Tensor]:
             with deepspeed.zero.GatheredParameters([p]):
                 found[name] = p.detach().clone()
         else:
-            found[name] = p.full_tensor().detach().clone() if hasattr(p, "full_tensor") else p.detach().clone()
+            found[name] = (
+                p.full_tensor().detach().clone()
+                if hasattr(p, "full_tensor")
+                else p.detach().clone()
+            )
     return found
 
 
 def local(p: torch.nn.Parameter) -> torch.Tensor:
     """What this rank keeps of a parameter."""
-    return p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if hasattr(p, "to_local") else p.detach()
+    return (
+        p.ds_tensor
+        if hasattr(p, "ds_tensor")
+        else p.to_local()
+        if hasattr(p, "to_local")
+        else p.detach()
+    )
 
 
 def loads(folder: Path, engine: str) -> dict[str, Any]:
@@ -81,13 +105,24 @@ def loads(folder: Path, engine: str) -> dict[str, Any]:
         if engine == "fsdp2" and adapter == "full":
             expected = {name: p.float() for name, p in expected.items()}  # the master is the shard
         found = whole(streamed)
-        bits = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+        bits = found.keys() == expected.keys() and all(
+            torch.equal(found[name], expected[name]) for name in expected
+        )
         dtypes = all(found[name].dtype == expected[name].dtype for name in expected)
         master = streamed.gather(streamed.weights())
-        kept = all(torch.equal(master[name], p.detach().float()) for name, p in loaded.named_parameters() if name in master)
+        kept = all(
+            torch.equal(master[name], p.detach().float())
+            for name, p in loaded.named_parameters()
+            if name in master
+        )
         shards = [local(p) for p in streamed.module.parameters()]
-        size = streamed.sum_over_ranks(torch.tensor([float(sum(s.numel() * s.element_size() for s in shards))])).item()
-        buffers = all(torch.equal(a, b) for a, b in zip(streamed.module.buffers(), loaded.buffers(), strict=True))
+        size = streamed.sum_over_ranks(
+            torch.tensor([float(sum(s.numel() * s.element_size() for s in shards))])
+        ).item()
+        buffers = all(
+            torch.equal(a, b)
+            for a, b in zip(streamed.module.buffers(), loaded.buffers(), strict=True)
+        )
         wrong = streamed.any_rank(not (bits and dtypes and buffers and (kept or streamed.rank)))
         results[f"{adapter}-{dtype}-{tied}"] = {
             "same": not wrong, "bytes": size / sum(p.numel() * p.element_size() for p in expected.values()),
@@ -98,7 +133,11 @@ def loads(folder: Path, engine: str) -> dict[str, Any]:
 def run(engine: Engine, sap: bool) -> dict[str, torch.Tensor]:
     """Weights after three steps."""
     batches = StepBatches(engine.rank, engine.world_size)
-    step = SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], FAMILY_HIDDEN), SAP) if sap else PlainStep(engine)
+    step = (
+        SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], FAMILY_HIDDEN), SAP)
+        if sap
+        else PlainStep(engine)
+    )
     for number in range(STEPS):
         step(batches.useful(number), lambda number=number: batches.pairs(number), number)
         engine.step(LR)
@@ -138,7 +177,10 @@ def direction(folder: Path, engine: str) -> dict[str, Any]:
         opened = start(folder, engine, adapter)
         batches = StepBatches(opened.rank, opened.world_size)
         pairs = batches.pairs(0) + batches.pairs(1)
-        halves = [[replace(batch, global_pairs=8) for batch in half] for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :])]
+        halves = [
+            [replace(batch, global_pairs=8) for batch in half]
+            for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :])
+        ]
         vector, summary = safety_direction(opened, tuple(halves), batches.useful(0), "difference")
         target = folder / f"direction-{engine}-{adapter}"
         save_gathered(opened, opened.gathered(vector), target, "direction")
@@ -157,7 +199,9 @@ def direction(folder: Path, engine: str) -> dict[str, Any]:
 
 def tied_head(folder: Path, engine: str) -> dict[str, torch.Tensor]:
     """The trained adapter of a head that shares the embedding's weight; folder/ENGINE-head: the model with it added."""
-    opened = start(folder, engine, lora=LORA.model_copy(update={"target_modules": ["q_proj", "lm_head"]}))
+    opened = start(
+        folder, engine, lora=LORA.model_copy(update={"target_modules": ["q_proj", "lm_head"]})
+    )
     trained = run(opened, sap=False)
     section = ModelSection(path=str(folder / "tied"), dtype="float32", attention="sdpa")
     save_merged(opened, section.path, section, folder / f"{engine}-head", make_tokenizer())

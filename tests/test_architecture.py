@@ -10,7 +10,9 @@ from tests.architecture import FLOORS, ROOT, circles, floor, imports, modules, t
 
 
 def test_every_wing_has_a_floor_and_there_are_at_most_ten():
-    assert sorted({wing(module) for module in modules()}) == sorted(name for wings in FLOORS for name in wings)
+    assert sorted({wing(module) for module in modules()}) == sorted(
+        name for wings in FLOORS for name in wings
+    )
     assert len(FLOORS) <= 10
 
 
@@ -29,7 +31,11 @@ def test_no_modules_import_each_other():
 
 
 def test_only_the_command_and_the_artefact_store_stand_in_the_root():
-    assert {path.name for path in (ROOT / "pipeline").glob("*.py")} == {"__init__.py", "artifacts.py", "cli.py"}
+    assert {path.name for path in (ROOT / "pipeline").glob("*.py")} == {
+        "__init__.py",
+        "artifacts.py",
+        "cli.py",
+    }
 
 
 def test_no_wing_uses_what_another_keeps_to_itself():
@@ -45,7 +51,11 @@ def _private_uses(module):
             if name.startswith("_"):
                 yield f"{module}:{line} imports {name} of {target}"
     for node in ast.walk(tree(module)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in bound
+        ):
             if node.attr.startswith("_") and not node.attr.startswith("__"):
                 yield f"{module}:{node.lineno} uses {bound[node.value.id]}.{node.attr}"
 
@@ -67,11 +77,16 @@ def test_the_rule_sees_what_is_private(monkeypatch, text, faults):
 
 _CITED = re.compile(r"(?<![\w./*<{-])((?:[\w-]+/)*[\w-]+\.(?:py|md|sh|yaml|json|toml))\b(?![\w/])")
 # Of libraries and of what users have; and what stages write.
-_ELSEWHERE = re.compile(r"config|tokenizer|index|recipe\.json|facts\.json|summary\.json|state\.json|metrics|support_bot|mine|manifest|NAME", re.I)
+_ELSEWHERE = re.compile(
+    r"config|tokenizer|index|recipe\.json|facts\.json|summary\.json|state\.json|metrics|support_bot|mine|manifest|NAME",
+    re.I,
+)
 
 
 def test_paths_that_docstrings_cite_exist():
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     cited = {
         (module, path)
         for module in modules()
@@ -81,5 +96,9 @@ def test_paths_that_docstrings_cite_exist():
         if path.endswith((".py", ".md", ".sh")) or "/" in path
     }
     assert len(cited) > 30
-    missing = {(module, path) for module, path in cited if not any(file == path or file.endswith(f"/{path}") for file in files)}
+    missing = {
+        (module, path)
+        for module, path in cited
+        if not any(file == path or file.endswith(f"/{path}") for file in files)
+    }
     assert not {(module, path) for module, path in missing if not _ELSEWHERE.search(path)}

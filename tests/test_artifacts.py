@@ -20,10 +20,19 @@ def published(folder):
 
 def test_the_manifest_holds_sizes_digests_inputs_versions_and_facts(tmp_path):
     manifest = artifacts.verify(published(tmp_path / "stage"))
-    assert manifest["files"]["data.txt"] == {"bytes": 7, "sha256": artifacts.file_digest(tmp_path / "stage" / "data.txt")}
-    assert manifest["inputs"] == {"recipe": "abc"} and manifest["facts"] == {"samples": 3} and manifest["note"] == "x"
+    assert manifest["files"]["data.txt"] == {
+        "bytes": 7,
+        "sha256": artifacts.file_digest(tmp_path / "stage" / "data.txt"),
+    }
+    assert (
+        manifest["inputs"] == {"recipe": "abc"}
+        and manifest["facts"] == {"samples": 3}
+        and manifest["note"] == "x"
+    )
     assert "torch" in manifest["versions"] and "git_revision" in manifest
-    assert [path.name for path in tmp_path.iterdir()] == ["stage"], "no lock and no temporary folder stays"
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"], (
+        "no lock and no temporary folder stays"
+    )
 
 
 def test_a_failure_leaves_nothing_and_frees_the_target(tmp_path):
@@ -40,8 +49,20 @@ def test_damage_is_named(tmp_path, harm):
     if harm == "change":
         (folder / "data.txt").write_text("CONTENT")
     else:
-        (folder / {"remove": "data.txt", "no manifest": artifacts.MANIFEST, "no marker": artifacts.MARKER}[harm]).unlink()
-    expected = {"change": "does not match", "remove": "is missing", "no manifest": "cannot be read", "no marker": "is not complete"}[harm]
+        (
+            folder
+            / {
+                "remove": "data.txt",
+                "no manifest": artifacts.MANIFEST,
+                "no marker": artifacts.MARKER,
+            }[harm]
+        ).unlink()
+    expected = {
+        "change": "does not match",
+        "remove": "is missing",
+        "no manifest": "cannot be read",
+        "no marker": "is not complete",
+    }[harm]
     with pytest.raises(ValueError, match=f"{expected}.*run"):
         artifacts.verify(folder)
 
@@ -92,21 +113,26 @@ def test_an_interrupted_publish_is_done_again(tmp_path):
 def test_writes_of_small_files_are_atomic(tmp_path):
     artifacts.write_json(tmp_path / "a.json", {"b": 1})
     artifacts.write_json(tmp_path / "a.json", {"b": 2})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 2} and len(list(tmp_path.iterdir())) == 1
+    assert (
+        json.loads((tmp_path / "a.json").read_text()) == {"b": 2}
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_a_manifest_that_this_machine_cannot_read_is_not_called_damaged(tmp_path):
     folder = published(tmp_path / "stage")
     (folder / artifacts.MANIFEST).unlink()
     assert "cannot be read (FileNotFoundError)" in artifacts.damage(folder)
-    (folder / artifacts.MANIFEST).mkdir()  # stands for an I/O error: open() fails, and not because the file is missing
+    # stands for an I/O error: open() fails, and not because the file is missing
+    (folder / artifacts.MANIFEST).mkdir()
     with pytest.raises(OSError):
         artifacts.damage(folder)
 
 
 def test_a_full_disk_names_the_folder_that_was_written_and_leaves_nothing(tmp_path):
     with pytest.raises(OSError) as full, artifacts.building(tmp_path / "stage", {}):
-        raise OSError(errno.ENOSPC, "No space left on device")  # as write() and pyarrow say it: without a name
+        # as write() and pyarrow say it: without a name
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert full.value.filename == str(tmp_path / "stage") and not list(tmp_path.iterdir())
 
 
@@ -119,14 +145,18 @@ def test_a_small_file_that_meets_a_full_disk_keeps_its_old_content(tmp_path, mon
     with pytest.raises(OSError) as found:
         artifacts.write_text(tmp_path / "state.json", "new")
     assert found.value.filename == str(tmp_path / "state.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["state.json"] and (tmp_path / "state.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"] and (
+        tmp_path / "state.json"
+    ).read_text() == "old"
 
 
 def test_a_folder_that_can_be_written_is_tried_and_left_as_it_was(tmp_path):
     before = tmp_path.stat().st_mtime_ns
     artifacts.check_writable(tmp_path / "runs" / "demo", "output_dir")
     assert not list(tmp_path.iterdir()) and tmp_path.stat().st_mtime_ns == before
-    assert artifacts.free_bytes(tmp_path / "runs" / "demo", "output_dir") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.5)
+    assert artifacts.free_bytes(tmp_path / "runs" / "demo", "output_dir") == pytest.approx(
+        shutil.disk_usage(tmp_path).free, rel=0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +175,15 @@ def test_a_folder_that_cannot_be_written_is_refused_by_the_fields_name(tmp_path,
         artifacts.check_writable(tmp_path / folder, "output_dir")
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.EROFS, ValueError), (errno.EACCES, ValueError), (errno.ENOSPC, OSError), (errno.ESTALE, OSError)])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EROFS, ValueError),
+        (errno.EACCES, ValueError),
+        (errno.ENOSPC, OSError),
+        (errno.ESTALE, OSError),
+    ],
+)
 def test_a_full_disk_is_no_wrong_folder_and_a_read_only_one_is(tmp_path, monkeypatch, number, kind):
     def refuse(**_: object) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path))

@@ -15,14 +15,32 @@ from tests.test_artifacts import published
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["files", "data.txt", "bytes", "sha256", "x"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["files", "data.txt", "bytes", "sha256", "x"]), inner, max_size=3
+        )
+    ),
     max_leaves=8,
 )
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[]", b"null", b'"x"', b'{"files": []}', b'{"files": {"data.txt": 5}}', b"\xff\xfe", b"[" * 100_000]
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b'"x"',
+        b'{"files": []}',
+        b'{"files": {"data.txt": 5}}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
 )
 def test_a_manifest_of_any_shape_is_damage_and_not_an_exception(tmp_path, content):
     folder = published(tmp_path / "stage")
@@ -44,7 +62,9 @@ def test_no_json_in_a_manifest_s_place_passes_or_raises(tmp_path_factory, value,
 @given(data=st.data())
 def test_one_bit_anywhere_is_noticed(tmp_path_factory, data):
     folder = published(tmp_path_factory.mktemp("bit") / "stage")
-    path = folder / data.draw(st.sampled_from(["data.txt", artifacts.FACTS, artifacts.MANIFEST, artifacts.MARKER]))
+    path = folder / data.draw(
+        st.sampled_from(["data.txt", artifacts.FACTS, artifacts.MANIFEST, artifacts.MARKER])
+    )
     content = bytearray(path.read_bytes())
     place = data.draw(st.integers(0, len(content.rstrip()) - 1))
     content[place] ^= 1 << data.draw(st.integers(0, 7))
@@ -133,7 +153,9 @@ class Recorded:
             return descriptor
 
         def fsync(descriptor):
-            self.events.append(("disk", names.get(descriptor, os.readlink(f"/proc/self/fd/{descriptor}"))))
+            self.events.append(
+                ("disk", names.get(descriptor, os.readlink(f"/proc/self/fd/{descriptor}")))
+            )
             synced(descriptor)
 
         def noted(original, kind):
@@ -152,7 +174,9 @@ class Recorded:
         return max(place for place, event in enumerate(self.events) if event == (kind, str(path)))
 
 
-def test_everything_is_on_the_disk_before_the_folder_has_its_name_and_the_name_before_the_mark(tmp_path, monkeypatch):
+def test_everything_is_on_the_disk_before_the_folder_has_its_name_and_the_name_before_the_mark(
+    tmp_path, monkeypatch
+):
     target, temporary = tmp_path / "stage", tmp_path / ".stage.tmp"
     recorded = Recorded(monkeypatch)
     with artifacts.building(target, {}) as folder:
@@ -162,7 +186,9 @@ def test_everything_is_on_the_disk_before_the_folder_has_its_name_and_the_name_b
     named = recorded.place("name", target)
     before = ["data.txt", "inner/a.txt", "inner/deep/b.txt", "inner/deep", "inner", ""]
     places = [recorded.place("disk", temporary / name) for name in before]
-    assert places == sorted(places) and places[-1] < named, "files, then folders from within, then the name"
+    assert places == sorted(places) and places[-1] < named, (
+        "files, then folders from within, then the name"
+    )
     marked = recorded.place("name", target / artifacts.MARKER)
     assert named < recorded.place("disk", tmp_path) < marked < recorded.place("disk", target)
 
@@ -183,7 +209,10 @@ def test_what_was_made_from_another_content_of_a_folder_is_not_mixed_with_the_ne
     made(tmp_path, "prepare-1", "old")  # again the same, at another time
     artifacts.verify(trained)
     made(tmp_path, "prepare-1", "new")
-    with pytest.raises(ValueError, match=f"{trained} was made from another content of {prepared}: delete {trained} and run its stage again"):
+    with pytest.raises(
+        ValueError,
+        match=f"{trained} was made from another content of {prepared}: delete {trained} and run its stage again",
+    ):
         artifacts.verify(trained, "data.txt")
     shutil.rmtree(prepared)
     artifacts.verify(trained)  # what it was made from may be gone

@@ -17,11 +17,19 @@ def fails(error: Exception):
 def test_a_final_error_is_left_where_the_batch_script_looks(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SAP_ERROR_FILE", str(tmp_path / "error"))
     assert entry.guarded(fails(ValueError("train.lr is wrong"))) == entry.BAD_INPUT
-    assert (tmp_path / "error").read_text() == "train.lr is wrong\n" and "train.lr is wrong" in capsys.readouterr().err
+    assert (
+        tmp_path / "error"
+    ).read_text() == "train.lr is wrong\n" and "train.lr is wrong" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "error", [artifacts.Busy("another process is writing"), RuntimeError("a broken node"), OSError(28, "No space left on device", "/runs"), runner.Stopped("SIGTERM")]
+    "error",
+    [
+        artifacts.Busy("another process is writing"),
+        RuntimeError("a broken node"),
+        OSError(28, "No space left on device", "/runs"),
+        runner.Stopped("SIGTERM"),
+    ],
 )
 def test_what_may_pass_is_not_final(tmp_path, monkeypatch, error):
     monkeypatch.setenv("SAP_ERROR_FILE", str(tmp_path / "error"))
@@ -32,11 +40,18 @@ def test_what_may_pass_is_not_final(tmp_path, monkeypatch, error):
     assert not (tmp_path / "error").exists()
 
 
-def test_an_error_of_the_system_is_left_apart_and_a_full_disk_there_hides_nothing(tmp_path, monkeypatch, capsys):
+def test_an_error_of_the_system_is_left_apart_and_a_full_disk_there_hides_nothing(
+    tmp_path, monkeypatch, capsys
+):
     for name in ("fault", "gone/fault"):
         monkeypatch.setenv("SAP_FAULT_FILE", str(tmp_path / name))
-        assert entry.guarded(fails(OSError(28, "No space left on device", "/runs"))) == runner.SYSTEM_ERROR
-        assert capsys.readouterr().err.startswith("error: /runs: No space left on device: free space there")
+        assert (
+            entry.guarded(fails(OSError(28, "No space left on device", "/runs")))
+            == runner.SYSTEM_ERROR
+        )
+        assert capsys.readouterr().err.startswith(
+            "error: /runs: No space left on device: free space there"
+        )
     assert (tmp_path / "fault").read_text().startswith("/runs: No space left on device")
 
 

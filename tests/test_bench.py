@@ -19,11 +19,31 @@ from tests.project import ROOT
 
 def test_systems_are_measured_and_agree(tmp_path, capsys):
     file = tmp_path / "bench.json"
-    given = ["--shape", "tiny", "--rounds", "1", "--steps", "2", "--systems", "trainer,zero3", "--lengths", "real", "--json", str(file)]
+    given = [
+        "--shape",
+        "tiny",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+        "--systems",
+        "trainer,zero3",
+        "--lengths",
+        "real",
+        "--json",
+        str(file),
+    ]
     assert main(["bench", *given]) == 0
     found = json.loads(file.read_text())["rows"]
-    assert [(row["system"], row["checkpointing"]) for row in found] == [(name, on) for on in (True, False) for name in ("trainer", "zero3")]
-    assert all(row["ms"] > 0 and len(row["times"]) == 2 and row["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for row in found)
+    assert [(row["system"], row["checkpointing"]) for row in found] == [
+        (name, on) for on in (True, False) for name in ("trainer", "zero3")
+    ]
+    assert all(
+        row["ms"] > 0
+        and len(row["times"]) == 2
+        and row["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+        for row in found
+    )
     assert "| off | zero3 | plain |" in capsys.readouterr().out
 
 
@@ -39,7 +59,9 @@ def rows(times: dict[str, list[float]], losses: dict[str, float] | None = None, 
 
 
 def test_the_table_has_medians_spread_and_ratios():
-    lines = bench.table(rows({"trainer": [10.0, 12.0, 50.0], "zero3": [24.0, 36.0, 30.0]}), rate=1e12).splitlines()
+    lines = bench.table(
+        rows({"trainer": [10.0, 12.0, 50.0], "zero3": [24.0, 36.0, 30.0]}), rate=1e12
+    ).splitlines()
     assert lines[0] == "on cpu; a large matrix product runs at 1 TFLOP/s"
     assert "| off | trainer | plain | 12 | 10 to 50 | 1.00 | 83333 | 0.33 |  | 1.0 |" in lines
     assert "| off | zero3 | plain | 30 | 24 to 36 | 2.50 | 33333 | 0.13 |  | 1.0 |" in lines
@@ -47,7 +69,9 @@ def test_the_table_has_medians_spread_and_ratios():
 
 def test_a_fast_wrong_step_fails(monkeypatch, capsys):
     answers = iter(rows({"single": [10.0], "fsdp2": [1.0], "zero3": [10.0]}, {"fsdp2": 4.6}))
-    monkeypatch.setattr(Processes, "call", lambda self, function, *given: next(answers) if given else 1e12)
+    monkeypatch.setattr(
+        Processes, "call", lambda self, function, *given: next(answers) if given else 1e12
+    )
     assert main(["bench", "--rounds", "1", "--checkpointing", "off"]) == 1
     sentence = "single plain, checkpointing off ends with loss 4.500000, fsdp2 plain, checkpointing off with 4.600000: one of them is wrong"
     assert sentence in capsys.readouterr().err
@@ -58,20 +82,34 @@ def test_losses_of_different_methods_are_not_compared(loss):
     plain, sap = rows({"single": [1.0]}), rows({"single": [1.0]}, {"single": loss}, method="sap")
     assert bench.unlike([*plain, *sap]) is None or loss != loss
     wrong = rows({"zero3": [1.0]}, {"zero3": loss})
-    assert bench.unlike([*plain, *wrong]) and bench.unlike([*plain, *wrong, *rows({"zero3": [1.0]})]), "in whatever round"
+    assert bench.unlike([*plain, *wrong]) and bench.unlike(
+        [*plain, *wrong, *rows({"zero3": [1.0]})]
+    ), "in whatever round"
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--systems", "zero2"], "--systems names 'zero2': it takes some of single, fsdp2, zero3, trainer, trl"),
+        (
+            ["--systems", "zero2"],
+            "--systems names 'zero2': it takes some of single, fsdp2, zero3, trainer, trl",
+        ),
         (["--methods", "dpo"], "--methods names 'dpo': it takes some of plain, sap"),
         (["--shape", "9b"], "--shape names '9b': it takes one of host, tiny"),
         (["--shape", "host,tiny"], "--shape names 'host,tiny': it takes one of host, tiny"),
-        (["--systems", "trainer", "--methods", "sap"], "--systems trainer and --methods sap go together in no case: methods other than plain need"),
-        (["--json", "/nowhere/bench.json"], "--json /nowhere/bench.json is in no folder that exists: make it first"),
+        (
+            ["--systems", "trainer", "--methods", "sap"],
+            "--systems trainer and --methods sap go together in no case: methods other than plain need",
+        ),
+        (
+            ["--json", "/nowhere/bench.json"],
+            "--json /nowhere/bench.json is in no folder that exists: make it first",
+        ),
         (["--layers", "0"], "--layers is 0: it must be at least 1"),
-        (["--systems", "trl"], "--systems names trl, which is not installed: pip install trl, or leave it out"),
+        (
+            ["--systems", "trl"],
+            "--systems names trl, which is not installed: pip install trl, or leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments, sentence, capsys):
@@ -83,9 +121,16 @@ def test_the_arithmetic_is_that_of_the_weights():
     """An 8B model: 8.03e9 weights, of which the embedding multiplies nothing; a plain LoRA step is forward, backward and a recomputation."""
     shape = SHAPES["8b"]
     tokens = 8 * 512
-    multiplied = forward_flops(shape, tokens, tokens) - 2 * tokens * shape.length * shape.hidden_size * shape.num_hidden_layers
-    assert multiplied / (2 * tokens) == pytest.approx(8.03e9 - shape.vocab_size * shape.hidden_size, rel=1e-3)
-    on, off = (plain_step_flops(Case("single", shape="8b", checkpointing=which)) for which in (True, False))
+    multiplied = (
+        forward_flops(shape, tokens, tokens)
+        - 2 * tokens * shape.length * shape.hidden_size * shape.num_hidden_layers
+    )
+    assert multiplied / (2 * tokens) == pytest.approx(
+        8.03e9 - shape.vocab_size * shape.hidden_size, rel=1e-3
+    )
+    on, off = (
+        plain_step_flops(Case("single", shape="8b", checkpointing=which)) for which in (True, False)
+    )
     assert on / off == pytest.approx(1.5)
 
 
@@ -141,22 +186,34 @@ def within(seconds: float, true: Callable[[], object]) -> None:
 
 def test_a_process_that_gives_no_answer_is_an_error():
     with Processes() as processes:
-        assert processes.call("tests.test_bench:environment", "GIVEN", environment={"GIVEN": "this"}) == "this"
-        assert processes.call("tests.test_bench:environment", "GIVEN") is None, "a process of its own each time"
+        assert (
+            processes.call("tests.test_bench:environment", "GIVEN", environment={"GIVEN": "this"})
+            == "this"
+        )
+        assert processes.call("tests.test_bench:environment", "GIVEN") is None, (
+            "a process of its own each time"
+        )
         cases = (
             ("ended", 3, "its process ended"), ("slept", 600.0, "gave no answer within 1 s"),
             ("failed", "why", "failed: ValueError: why"),
         )  # fmt: skip
         for function, given, reason in cases:
             with pytest.raises(RuntimeError, match=f"{function}.* {reason}"):
-                processes.call(f"tests.test_bench:{function}", given, seconds=1 if function == "slept" else 600)
+                processes.call(
+                    f"tests.test_bench:{function}", given, seconds=1 if function == "slept" else 600
+                )
 
 
 @pytest.mark.parametrize(
     ("function", "given", "seconds", "separate", "reason"),
-    [("slept", 600.0, 1, False, "gave no answer within 1 s"), ("ended", 3, 600, True, "its process ended")],
+    [
+        ("slept", 600.0, 1, False, "gave no answer within 1 s"),
+        ("ended", 3, 600, True, "its process ended"),
+    ],
 )
-def test_only_what_a_fork_may_have_broken_is_tried_again(function, given, seconds, separate, reason):
+def test_only_what_a_fork_may_have_broken_is_tried_again(
+    function, given, seconds, separate, reason
+):
     with Processes() as processes:
         with pytest.raises(RuntimeError, match=f"{function}.* {reason}"):
             processes.call(f"tests.test_bench:{function}", given, seconds=seconds)

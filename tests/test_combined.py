@@ -17,7 +17,13 @@ from tests.project import make_project, sap, write_recipe
 
 pytestmark = pytest.mark.processes
 
-SAFT = {"enabled": True, "labelled": 50, "min_auroc": 0.0, "min_precision": 0.0, "position": "response_end"}
+SAFT = {
+    "enabled": True,
+    "labelled": 50,
+    "min_auroc": 0.0,
+    "min_precision": 0.0,
+    "position": "response_end",
+}
 EMA = {"enabled": True, "decay": 0.6}
 
 
@@ -30,7 +36,12 @@ def project(tmp_path_factory) -> Path:
     content["methods"] = {
         "sft": {"train": {"engine": "single", "ranks": 1}},
         "combined": {"sap": with_sap, "saft": SAFT, "ema": EMA},
-        "mixed": {"train": {"engine": "fsdp2"}, "safety_pairs": {"refresh_every": 2}, "safe_mix": {"enabled": True}, "ema": {**EMA, "mode": "momentum"}},
+        "mixed": {
+            "train": {"engine": "fsdp2"},
+            "safety_pairs": {"refresh_every": 2},
+            "safe_mix": {"enabled": True},
+            "ema": {**EMA, "mode": "momentum"},
+        },
     }
     path = write_recipe(folder, content)
     found = sap("run", path)
@@ -44,16 +55,29 @@ def layout(project) -> Layout:
 
 
 def log(layout: Layout, method: str) -> list[dict]:
-    return [json.loads(line) for line in (layout.train(layout.experiment.cell(method, 0)) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (layout.train(layout.experiment.cell(method, 0)) / "metrics.jsonl")
+        .read_text()
+        .splitlines()
+    ]
 
 
 def test_the_filter_left_out_what_it_says(layout):
     cell = layout.experiment.cell("combined", 0)
     table = pyarrow.parquet.read_table(layout.filter(cell) / "scores.parquet").to_pylist()
     facts = json.loads((layout.filter(cell) / "facts.json").read_text())
-    assert [entry["id"] for entry in table] == [row["id"] for row in read_rows(layout.prepare(), "task_train")]
-    assert facts["dropped"] == sum(entry["dropped"] for entry in table) > 0 and facts["position"] == "response_end"
-    assert load_file(layout.embeddings(cell) / "embeddings.safetensors")["embeddings"].shape == (len(table), 32)
+    assert [entry["id"] for entry in table] == [
+        row["id"] for row in read_rows(layout.prepare(), "task_train")
+    ]
+    assert (
+        facts["dropped"] == sum(entry["dropped"] for entry in table) > 0
+        and facts["position"] == "response_end"
+    )
+    assert load_file(layout.embeddings(cell) / "embeddings.safetensors")["embeddings"].shape == (
+        len(table),
+        32,
+    )
 
 
 def test_another_threshold_takes_the_embeddings_that_are_there(project, layout):
@@ -61,21 +85,39 @@ def test_another_threshold_takes_the_embeddings_that_are_there(project, layout):
     before = folder.stat().st_mtime_ns
     found = sap("filter", project, "--methods.combined.saft.max_dropped=0.01")
     assert found.returncode == 0 and folder.stat().st_mtime_ns == before
-    assert len(list(folder.parent.glob("filter-*"))) == 2 and len(list(folder.parent.glob("embeddings-*"))) == 1
+    assert (
+        len(list(folder.parent.glob("filter-*"))) == 2
+        and len(list(folder.parent.glob("embeddings-*"))) == 1
+    )
 
 
 def test_a_filter_that_cannot_tell_keeps_its_scores_and_its_cells_do_not_train(project, layout):
-    arguments = ("--methods.combined.saft.min_auroc=1.0", "--methods.combined.saft.position=response_start", "--methods.combined.saft.layer=0")
+    arguments = (
+        "--methods.combined.saft.min_auroc=1.0",
+        "--methods.combined.saft.position=response_start",
+        "--methods.combined.saft.layer=0",
+    )
     found = sap("filter", project, *arguments)
-    assert found.returncode == 0 and "warning: saft refuses to filter: its AUROC on 50 labelled samples is" in found.stderr
+    assert (
+        found.returncode == 0
+        and "warning: saft refuses to filter: its AUROC on 50 labelled samples is" in found.stderr
+    )
     training = sap("train", project, "--method", "combined", *arguments)
     assert training.returncode == 2 and training.stderr.count("error: saft refuses to filter") == 1
     before = {prefix: set(layout.root.glob(f"{prefix}-*")) for prefix in ("evaluate-sft", "report")}
     whole = sap("run", project, *arguments, "--methods.sft.train.steps=2")
-    assert whole.returncode == 2 and "not trained: train-combined-s0-" in whole.stderr and "Traceback" not in whole.stderr
-    assert len(set(layout.root.glob("evaluate-sft-*")) - before["evaluate-sft"]) == 1, "the cell that trained is evaluated"
+    assert (
+        whole.returncode == 2
+        and "not trained: train-combined-s0-" in whole.stderr
+        and "Traceback" not in whole.stderr
+    )
+    assert len(set(layout.root.glob("evaluate-sft-*")) - before["evaluate-sft"]) == 1, (
+        "the cell that trained is evaluated"
+    )
     assert set(layout.root.glob("report-*")) == before["report"]
-    scores = sorted(layout.root.glob("filter-*/scores.parquet"), key=lambda path: path.stat().st_mtime_ns)[-1]
+    scores = sorted(
+        layout.root.glob("filter-*/scores.parquet"), key=lambda path: path.stat().st_mtime_ns
+    )[-1]
     assert not any(pyarrow.parquet.read_table(scores).column("dropped").to_pylist())
 
 
@@ -95,7 +137,10 @@ def test_budgets_are_logged_and_stand_in_the_report(layout):
     assert "<li>sft: 0</li>" in page and "<li>mixed: 12</li>" in page
     assert "What the filter of combined sees" in page and "Method minus reference" in page
     compared = json.loads((layout.report() / "differences.json").read_text())
-    assert [(row["method"], row["minus"]) for row in compared] == [("combined", "sft"), ("mixed", "sft")]
+    assert [(row["method"], row["minus"]) for row in compared] == [
+        ("combined", "sft"),
+        ("mixed", "sft"),
+    ]
 
 
 def test_a_comparison_in_mlflow_shows_the_settings_that_act(layout):
@@ -103,7 +148,17 @@ def test_a_comparison_in_mlflow_shows_the_settings_that_act(layout):
 
     client = mlflow.MlflowClient(f"sqlite:///{layout.base.output_dir.absolute()}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    params = {run.data.params["method"]: run.data.params for run in runs if "method" in run.data.params}
-    assert params["combined"]["ema.decay"] == "0.6" and params["combined"]["saft.layer"] == "0.5" and params["combined"]["sap.schedule"] == "lagged"
-    assert params["sft"]["ema.enabled"] == "False" and "ema.decay" not in params["sft"] and "safety_pairs.refresh_every" not in params["sft"]
+    params = {
+        run.data.params["method"]: run.data.params for run in runs if "method" in run.data.params
+    }
+    assert (
+        params["combined"]["ema.decay"] == "0.6"
+        and params["combined"]["saft.layer"] == "0.5"
+        and params["combined"]["sap.schedule"] == "lagged"
+    )
+    assert (
+        params["sft"]["ema.enabled"] == "False"
+        and "ema.decay" not in params["sft"]
+        and "safety_pairs.refresh_every" not in params["sft"]
+    )
     assert params["mixed"]["safety_pairs.refresh_every"] == "2" and "sap.eps" not in params["mixed"]

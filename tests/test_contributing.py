@@ -11,7 +11,9 @@ import pytest
 
 from tests.project import ROOT, make_project, quiet, write_recipe
 
-DEFENCE, LINE, STAGE, STAGE_LINE = re.findall(r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+DEFENCE, LINE, STAGE, STAGE_LINE = re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL
+)
 pytestmark = pytest.mark.processes
 
 
@@ -30,15 +32,26 @@ def copy(tmp_path_factory) -> Path:
     (folder / "pipeline" / "defences" / "anchor.py").write_text(DEFENCE)
     dictionary = folder / "pipeline" / "defences" / "__init__.py"
     text = dictionary.read_text()
-    assert text.count("    \"ema\": EMA,\n") == 1
-    text = text.replace("    \"ema\": EMA,\n", f"    \"ema\": EMA,\n{LINE}")
-    dictionary.write_text(text.replace("from pipeline.defences.ema", "from pipeline.defences.anchor import ANCHOR\nfrom pipeline.defences.ema"))
+    assert text.count('    "ema": EMA,\n') == 1
+    text = text.replace('    "ema": EMA,\n', f'    "ema": EMA,\n{LINE}')
+    dictionary.write_text(
+        text.replace(
+            "from pipeline.defences.ema",
+            "from pipeline.defences.anchor import ANCHOR\nfrom pipeline.defences.ema",
+        )
+    )
     (folder / "pipeline" / "stages" / "count.py").write_text(STAGE)
     stages = folder / "pipeline" / "stages" / "__init__.py"
     text = stages.read_text()
     assert text.endswith("    ),\n}\n")
     text = text.removesuffix("}\n") + STAGE_LINE + "}\n"
-    stages.write_text(text.replace("from pipeline.stages.layout import", "from pipeline.stages.count import COUNT\nfrom pipeline.stages.layout import", 1))
+    stages.write_text(
+        text.replace(
+            "from pipeline.stages.layout import",
+            "from pipeline.stages.count import COUNT\nfrom pipeline.stages.layout import",
+            1,
+        )
+    )
     return folder
 
 
@@ -93,7 +106,11 @@ def test_the_plan_counts_its_vector(copy, project):
 def test_a_wrong_value_is_one_sentence(copy, project):
     folder, recipe = project
     refused = sap(copy, "run", write_recipe(folder, recipe), "--methods.anchored.anchor.rho", "-1")
-    assert refused.returncode == 2 and "anchor.rho" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "anchor.rho" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
 
 
 def test_the_toy_stage_is_known_to_commands_and_to_scripts(copy, project):
@@ -105,14 +122,31 @@ def test_the_toy_stage_is_known_to_commands_and_to_scripts(copy, project):
     assert row.split("\t")[:4] == ["count", "-", "-", "complete"]
     assert "count      complete" in sap(copy, "run", path, "--dry-run").stdout
     elsewhere = sap(copy, "count", path, f"--output_dir={folder / 'elsewhere'}")
-    assert elsewhere.returncode == 2 and "prepare" in elsewhere.stderr and "is not complete: run `sap prepare" in elsewhere.stderr
+    assert (
+        elsewhere.returncode == 2
+        and "prepare" in elsewhere.stderr
+        and "is not complete: run `sap prepare" in elsewhere.stderr
+    )
 
 
 def test_slurm_submits_the_toy_stage(copy, project):
     folder, recipe = project
-    path = write_recipe(folder, recipe | {"output_dir": str(folder / "other"), "model": recipe["model"] | {"dtype": "float32"}})
-    environment = quiet({"PYTHONPATH": str(copy), "SAP_PYTHON": sys.executable, "SAP_HOME": str(copy)})
-    found = subprocess.run([copy / "slurm" / "submit.sh", path, "--dry-run"], cwd=copy, env=environment, capture_output=True, text=True, timeout=120)
+    path = write_recipe(
+        folder,
+        recipe
+        | {"output_dir": str(folder / "other"), "model": recipe["model"] | {"dtype": "float32"}},
+    )
+    environment = quiet(
+        {"PYTHONPATH": str(copy), "SAP_PYTHON": sys.executable, "SAP_HOME": str(copy)}
+    )
+    found = subprocess.run(
+        [copy / "slurm" / "submit.sh", path, "--dry-run"],
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert found.returncode == 0, found.stderr
     (line,) = [line for line in found.stdout.splitlines() if line.startswith("count ")]
     assert "slurm/prepare.sh" in line and "afterok:<evaluate>" in line

@@ -29,7 +29,9 @@ def project(tmp_path_factory) -> tuple[Path, dict]:
     return tracked_project(tmp_path_factory.mktemp("tracking"))
 
 
-def test_a_dead_server_costs_no_time_and_one_warning_and_is_caught_up_later(project, tmp_path, monkeypatch, capfd):
+def test_a_dead_server_costs_no_time_and_one_warning_and_is_caught_up_later(
+    project, tmp_path, monkeypatch, capfd
+):
     layout, losses = layout_in(project, tmp_path), [(step, 1.0 / step) for step in range(1, 41)]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
     started = time.monotonic()
@@ -41,7 +43,12 @@ def test_a_dead_server_costs_no_time_and_one_warning_and_is_caught_up_later(proj
         run.log_metrics({"train/loss": 0.5}, 41)
     assert logging < 1.0 and time.monotonic() - started < 25.0
     error = capfd.readouterr().err
-    assert error.lower().count("warning") == 1 and "is not reached" in error and "entries wait in" in error and "Traceback" not in error
+    assert (
+        error.lower().count("warning") == 1
+        and "is not reached" in error
+        and "entries wait in" in error
+        and "Traceback" not in error
+    )
     waiting = (layout.root / "tracking" / "train-1.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in waiting] == ["start", *["metrics"] * 41, "end"]
 
@@ -54,7 +61,9 @@ def test_a_dead_server_costs_no_time_and_one_warning_and_is_caught_up_later(proj
     store.client.delete_run(store.run("train-1").info.run_id)
     with open_run(layout, "report", "report-2"):
         pass
-    assert "train-1" not in {run.data.tags["sap.run_key"] for run in Store(layout).runs}, "what was delivered is not sent again"
+    assert "train-1" not in {run.data.tags["sap.run_key"] for run in Store(layout).runs}, (
+        "what was delivered is not sent again"
+    )
     assert "warning" not in capfd.readouterr().err.lower()
 
 
@@ -82,7 +91,13 @@ def test_two_processes_share_a_fresh_store(project, tmp_path):
     (tmp_path / "ready").mkdir()
     command = [sys.executable, "-c", TWO_PROCESSES, str(layout.experiment.path)]
     processes = [
-        subprocess.Popen([*command, key, str(tmp_path / "ready")], cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, key, str(tmp_path / "ready")],
+            cwd=ROOT,
+            env=quiet(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for key in ("train-1", "train-2")
     ]
     errors = [process.communicate(timeout=900)[1] for process in processes]
@@ -92,8 +107,13 @@ def test_two_processes_share_a_fresh_store(project, tmp_path):
     assert [store.history(key, "train/loss") for key in ("train-1", "train-2")] == [[(1, 1.0)]] * 2
 
 
-def test_another_store_gets_everything_and_the_first_one_nothing_twice(project, tmp_path, monkeypatch):
-    layout, other = layout_in(project, tmp_path / "out"), shutil.copy(project[0] / "empty.db", tmp_path / "other.db")
+def test_another_store_gets_everything_and_the_first_one_nothing_twice(
+    project, tmp_path, monkeypatch
+):
+    layout, other = (
+        layout_in(project, tmp_path / "out"),
+        shutil.copy(project[0] / "empty.db", tmp_path / "other.db"),
+    )
     with open_run(layout, "sft-s0", "train-1") as run:
         for step in (1, 2):
             run.log_metrics({"train/loss": 1.0 / step}, step)
@@ -103,14 +123,20 @@ def test_another_store_gets_everything_and_the_first_one_nothing_twice(project, 
     assert Store(layout, other).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5), (4, 0.25)]
     first = Store(layout)
     assert first.history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)]
-    first.client.log_metric(first.run("train-1").info.run_id, "train/loss", 9.0, step=9)  # a row that a new run would not have
+    # a row that a new run would not have
+    first.client.log_metric(first.run("train-1").info.run_id, "train/loss", 9.0, step=9)
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sent: list[int] = []
     monkeypatch.setattr(mlflow_store.Store, "_send", spy(mlflow_store.Store._send, sent))
     with open_run(layout, "report", "report-1"):
         pass
-    assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5), (4, 0.25), (9, 9.0)]
+    assert Store(layout).history("train-1", "train/loss") == [
+        (1, 1.0),
+        (2, 0.5),
+        (4, 0.25),
+        (9, 9.0),
+    ]
     assert sent == [4], "what the first store has is not even sent again"
 
 
@@ -126,7 +152,10 @@ def spy(send: Callable, sent: list[int]) -> Callable:
 
 def test_every_store_gets_every_event_once(project, tmp_path, monkeypatch):
     """To another store, after a kill between a request and its mark, and for a run that was deleted: the same number, the same time."""
-    layout, other = layout_in(project, tmp_path / "out"), shutil.copy(project[0] / "empty.db", tmp_path / "other.db")
+    layout, other = (
+        layout_in(project, tmp_path / "out"),
+        shutil.copy(project[0] / "empty.db", tmp_path / "other.db"),
+    )
     with open_run(layout, "sft-s0", "train-1") as run:
         run.log_metrics({"train/loss": 1.0}, 2)
         run.event("stopped at step 2")
@@ -136,7 +165,11 @@ def test_every_store_gets_every_event_once(project, tmp_path, monkeypatch):
     with open_run(layout, "sft-s0", "train-1") as run:
         run.event("resumed at step 2")
     second = events(Store(layout, other))
-    assert list(first) == ["event.001"] and list(second) == ["event.001", "event.002"] and second.items() > first.items()
+    assert (
+        list(first) == ["event.001"]
+        and list(second) == ["event.001", "event.002"]
+        and second.items() > first.items()
+    )
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with open_run(layout, "report", "report-1"):
@@ -146,7 +179,9 @@ def test_every_store_gets_every_event_once(project, tmp_path, monkeypatch):
     with open_run(layout, "report", "report-1"):
         pass
     store = Store(layout)
-    assert events(store) == second and store.history("train-1", "train/loss") == [(2, 1.0)], "what is sent again changes nothing"
+    assert events(store) == second and store.history("train-1", "train/loss") == [(2, 1.0)], (
+        "what is sent again changes nothing"
+    )
 
     store.client.delete_run(store.run("train-1").info.run_id)
     with open_run(layout, "sft-s0", "train-1") as run:
@@ -157,13 +192,20 @@ def test_every_store_gets_every_event_once(project, tmp_path, monkeypatch):
 
 def events(store: Store) -> dict[str, str]:
     """The events of train-1, by the names of their tags."""
-    return {name: value for name, value in sorted(store.run("train-1").data.tags.items()) if name.startswith("event.")}
+    return {
+        name: value
+        for name, value in sorted(store.run("train-1").data.tags.items())
+        if name.startswith("event.")
+    }
 
 
 @pytest.mark.parametrize("database", ["deleted", "moved along"])
 def test_a_database_that_is_gone_is_filled_again(project, tmp_path, monkeypatch, database):
     """A moved experiment is a store at another address: its own database is known again, a missing one is filled from the start."""
-    layout, moved = layout_in(project, tmp_path / "out"), layout_in(project, tmp_path / "moved", fresh=True)
+    layout, moved = (
+        layout_in(project, tmp_path / "out"),
+        layout_in(project, tmp_path / "moved", fresh=True),
+    )
     for key in ("train-1", "train-2"):
         with open_run(layout, "sft-s0", key) as run:
             run.log_metrics({"train/loss": 1.0}, 1)
@@ -175,7 +217,9 @@ def test_a_database_that_is_gone_is_filled_again(project, tmp_path, monkeypatch,
     with open_run(moved, "sft-s0", "train-1") as run:
         run.log_metrics({"train/loss": 0.5}, 2)
     store = Store(moved)
-    assert store.history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)] and store.history("train-2", "train/loss") == [(1, 1.0)]
+    assert store.history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)] and store.history(
+        "train-2", "train/loss"
+    ) == [(1, 1.0)]
     assert len(store.runs) == 3 and sorted(sent) == ([1, 1, 2] if database == "deleted" else [2])
 
 
@@ -190,7 +234,9 @@ def test_a_run_deleted_while_it_goes_on_is_written_again(project, tmp_path):
     assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)]
 
 
-@pytest.mark.parametrize("rest", [b'{"kind": "metrics", "val', b'{"kind": "metr\n', b"\x00\xff\x00\n", b"7\n\n"])
+@pytest.mark.parametrize(
+    "rest", [b'{"kind": "metrics", "val', b'{"kind": "metr\n', b"\x00\xff\x00\n", b"7\n\n"]
+)
 def test_half_a_line_costs_itself_only(project, tmp_path, rest, capfd):
     """A process was killed, or the disk was full, inside a write."""
     layout = layout_in(project, tmp_path)
@@ -206,9 +252,11 @@ def test_half_a_line_costs_itself_only(project, tmp_path, rest, capfd):
     with open_run(layout, "sap-s0", "b-train") as run:
         run.log_metrics({"train/loss": 1.0}, 1)
     store = Store(layout)
-    assert store.history("a-train", "train/loss") == [(1, 1.0), (2, 0.5), (3, 0.25)] and store.history("b-train", "train/loss") == [
-        (1, 1.0)
-    ]
+    assert store.history("a-train", "train/loss") == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 0.25),
+    ] and store.history("b-train", "train/loss") == [(1, 1.0)]
     assert "warning" not in capfd.readouterr().err
 
 
@@ -220,17 +268,26 @@ def test_what_the_store_refuses_keeps_nothing_else_waiting(project, tmp_path, ca
             other.log_metrics({"train/loss": 1.0}, 1)
     assert Store(layout).history("b-train", "train/loss") == [(1, 1.0)]
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == 1 and "refused entries of" in warnings[0] and "a-train" in warnings[0] and "not reached" not in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "refused entries of" in warnings[0]
+        and "a-train" in warnings[0]
+        and "not reached" not in warnings[0]
+    )
 
 
 def test_a_full_disk_costs_a_warning_not_the_training(project, tmp_path, capfd):
     layout = layout_in(project, tmp_path)
-    (layout.root / "tracking" / "train-1.jsonl").mkdir(parents=True)  # what stands in the way of a write
+    # what stands in the way of a write
+    (layout.root / "tracking" / "train-1.jsonl").mkdir(parents=True)
     with open_run(layout, "sft-s0", "train-1") as run:
         run.log_metrics({"train/loss": 1.0}, 1)
         shutil.rmtree(run.outbox)
         run.log_metrics({"train/loss": 1.0}, 2)
-    assert "train-1.jsonl cannot be written (Is a directory): MLflow will miss entries" in capfd.readouterr().err
+    assert (
+        "train-1.jsonl cannot be written (Is a directory): MLflow will miss entries"
+        in capfd.readouterr().err
+    )
 
 
 def test_a_server_that_never_answers_is_waited_for_once(project, tmp_path, monkeypatch, capfd):
@@ -248,9 +305,12 @@ def test_a_server_that_never_answers_is_waited_for_once(project, tmp_path, monke
     assert capfd.readouterr().err.count("warning") == 1
 
 
-def test_a_secret_at_the_end_of_a_long_reason_is_hidden_before_it_is_cut(project, tmp_path, monkeypatch, capfd):
+def test_a_secret_at_the_end_of_a_long_reason_is_hidden_before_it_is_cut(
+    project, tmp_path, monkeypatch, capfd
+):
     def failing(*arguments):
-        raise ConnectionError("x" * 175 + " " + TOKEN)  # cut after 200 characters, that is inside the token
+        # cut after 200 characters, that is inside the token
+        raise ConnectionError("x" * 175 + " " + TOKEN)
 
     monkeypatch.setattr(tracking, "Store", failing)
     with open_run(layout_in(project, tmp_path), "prepare", "prepare-1"):
@@ -259,30 +319,57 @@ def test_a_secret_at_the_end_of_a_long_reason_is_hidden_before_it_is_cut(project
     assert "is not reached (ConnectionError: xxx" in error and TOKEN[:6] not in error
 
 
-def test_what_waits_is_delivered_by_sap_track_and_by_any_command_with_nothing_left_to_do(project, tmp_path, monkeypatch, capfd):
+def test_what_waits_is_delivered_by_sap_track_and_by_any_command_with_nothing_left_to_do(
+    project, tmp_path, monkeypatch, capfd
+):
     layout = layout_in(project, tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
     with open_run(layout, "sft-s0", "train-1") as run:
         run.log_metrics({"train/loss": 1.0}, 1)
     assert cli.main(["track", str(layout.experiment.path)]) == runner.SYSTEM_ERROR
     told = capfd.readouterr()
-    assert "0 of 1 runs delivered" in told.out and f"still waits: {outbox(layout, 'train-1')}" in told.err
+    assert (
+        "0 of 1 runs delivered" in told.out
+        and f"still waits: {outbox(layout, 'train-1')}" in told.err
+    )
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert cli.main(["track", str(layout.experiment.path)]) == 0
     assert "1 of 1 runs delivered to sqlite:///" in capfd.readouterr().out
     assert Store(layout).history("train-1", "train/loss") == [(1, 1.0)]
-    assert cli.main(["track", str(layout.experiment.path)]) == 0 and "nothing waits" in capfd.readouterr().out
+    assert (
+        cli.main(["track", str(layout.experiment.path)]) == 0
+        and "nothing waits" in capfd.readouterr().out
+    )
 
-    with outbox(layout, "train-1").open("a") as stream:  # what a process that was killed could not deliver
-        stream.write(json.dumps({"kind": "metrics", "values": {"train/loss": 0.5}, "step": 2, "time": 1}) + "\n")
+    # what a process that was killed could not deliver
+    with outbox(layout, "train-1").open("a") as stream:
+        stream.write(
+            json.dumps({"kind": "metrics", "values": {"train/loss": 0.5}, "step": 2, "time": 1})
+            + "\n"
+        )
     monkeypatch.setattr(cli, "_check", lambda *args, **kwargs: None)
     monkeypatch.setattr(cli.Chain, "run", lambda self, stage: 0)
     assert cli.main(["prepare", str(layout.experiment.path)]) == 0
     assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)]
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "null", "7", '{"a": 5}', '{"%s": {"offset": -1}}', '{"%s": {"offset": "x", "run_id": 3}}', "[" * 10**5])
-def test_a_damaged_mark_of_what_was_delivered_has_all_sent_again_which_changes_nothing(project, tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        "7",
+        '{"a": 5}',
+        '{"%s": {"offset": -1}}',
+        '{"%s": {"offset": "x", "run_id": 3}}',
+        "[" * 10**5,
+    ],
+)
+def test_a_damaged_mark_of_what_was_delivered_has_all_sent_again_which_changes_nothing(
+    project, tmp_path, content
+):
     layout = layout_in(project, tmp_path)
     with open_run(layout, "sft-s0", "train-1") as run:
         run.log_metrics({"train/loss": 1.0}, 1)
@@ -318,4 +405,6 @@ def test_no_line_of_an_outbox_raises_or_is_half_read(entries, cut, flip):
         for entry in found:
             held = mlflow_store._HELD[entry["kind"]]
             assert all(isinstance(entry[name], kind) for name, kind in held.items())
-            assert entry["kind"] != "metrics" or all(isinstance(value, int | float) for value in entry["values"].values())
+            assert entry["kind"] != "metrics" or all(
+                isinstance(value, int | float) for value in entry["values"].values()
+            )

@@ -63,7 +63,9 @@ def test_a_file_that_has_just_changed_is_not_remembered(reads, file, monkeypatch
     assert content_digest(file) == content_digest(file) and len(reads) == 2
 
 
-def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_only(reads, file, tmp_path, monkeypatch):
+def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_only(
+    reads, file, tmp_path, monkeypatch
+):
     expected = content_digest(file)
     (entry,) = (tmp_path / "cache" / "digests").glob("*.json")
     for text in ("", "[]", "{}", json.dumps({**json.loads(entry.read_text()), "sha256": 5}), "\0"):

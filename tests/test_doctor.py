@@ -169,15 +169,28 @@ BROKEN = {
 }  # fmt: skip
 
 
-def examine(kind: type[SingleEngine], section: SapSection | None = None, dtype: torch.dtype = torch.float32) -> Report:
+def examine(
+    kind: type[SingleEngine], section: SapSection | None = None, dtype: torch.dtype = torch.float32
+) -> Report:
     model = tiny_lora(dtype)
-    engine = kind(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False), max_grad_norm=1.0)
+    engine = kind(
+        model,
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False),
+        max_grad_norm=1.0,
+    )
     batches = StepBatches()
     for number in range(3):
         SingleEngine.forward_backward(engine, useful_loss, batches.useful(number))
         engine.step(1e-2)
     probe = Probe(decoder_layers(model), [1, 2], HIDDEN)
-    return diagnose(engine, probe, section or SapSection(enabled=True), batches.useful(3), batches.pairs(3), {"engine": kind.__name__})
+    return diagnose(
+        engine,
+        probe,
+        section or SapSection(enabled=True),
+        batches.useful(3),
+        batches.pairs(3),
+        {"engine": kind.__name__},
+    )
 
 
 def failures(report: Report) -> list[str]:
@@ -187,7 +200,9 @@ def failures(report: Report) -> list[str]:
 def test_a_healthy_engine_passes_everything(capfd):
     report = examine(SingleEngine)
     assert (report.exit_code, failures(report)) == (0, [])
-    assert {found.name for found in report.findings if found.verdict == WARN} == set(), report.table()
+    assert {found.name for found in report.findings if found.verdict == WARN} == set(), (
+        report.table()
+    )
     captured = capfd.readouterr()
     assert captured.out == "" and re.search(r"\[doctor\] first order: [\d.]+ s", captured.err)
     lines = report.table().splitlines()
@@ -222,15 +237,24 @@ def test_bfloat16_passes_with_wider_limits():
 
 
 def test_slope_is_taken_where_neighbours_agree():
-    assert central_slope(lambda h: 3 * h + 50 * h**3, size=3.0, loss=1.0).ratio == pytest.approx(1.0, abs=1e-4)
-    assert central_slope(lambda h: 0.73 * 3 * h + 5 * h**3, size=3.0, loss=1.0).ratio == pytest.approx(0.73, abs=1e-3)
+    assert central_slope(lambda h: 3 * h + 50 * h**3, size=3.0, loss=1.0).ratio == pytest.approx(
+        1.0, abs=1e-4
+    )
+    assert central_slope(
+        lambda h: 0.73 * 3 * h + 5 * h**3, size=3.0, loss=1.0
+    ).ratio == pytest.approx(0.73, abs=1e-3)
     assert central_slope(lambda h: 2.0, size=3.0, loss=2.0).ratio == 0.0
     saturated = central_slope(lambda h: math.tanh(200 * h), size=200.0, loss=6.0)
     assert saturated.ratio == pytest.approx(1.0, abs=1e-3) and saturated.spread < 0.01
 
 
 def test_verdicts_and_exit_codes():
-    assert [graded(error, 0.1, 0.5) for error in (0.1, 0.3, 0.6, float("nan"))] == [OK, WARN, FAIL, FAIL]
+    assert [graded(error, 0.1, 0.5) for error in (0.1, 0.3, 0.6, float("nan"))] == [
+        OK,
+        WARN,
+        FAIL,
+        FAIL,
+    ]
     report = Report()
     assert report.exit_code == 1, "nothing was examined"
     report.add(Finding("a", "1", "1", OK))
@@ -253,7 +277,10 @@ def test_memory_of_a_block_is_its_own():
 def test_plain_weights_count_whole():
     model = tiny_lora()
     held = held_weights(model, 2)
-    assert held.shard == held.whole == sum(4 * p.numel() for p in model.parameters()) and held.gathered == 0
+    assert (
+        held.shard == held.whole == sum(4 * p.numel() for p in model.parameters())
+        and held.gathered == 0
+    )
     assert held.whole / 2 <= held.fair < held.whole / 2 * 1.1
 
 
@@ -278,8 +305,14 @@ def test_bad_input_is_one_sentence(project, capfd):
     path = write_recipe(folder, content)
     assert main(["doctor", str(path), "--dry-run"]) == 2
     assert "--dry-run would do nothing in `sap doctor`" in capfd.readouterr().err
-    found = run(["launch/doctor.py", "--config", str(path), "--sap.layers", "[40]", "--train.ranks", "1"])
-    assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    found = run(
+        ["launch/doctor.py", "--config", str(path), "--sap.layers", "[40]", "--train.ranks", "1"]
+    )
+    assert (
+        found.returncode == 2
+        and found.stderr.startswith("error: ")
+        and found.stderr.count("\n") == 1
+    )
 
 
 def test_sap_doctor_on_two_zero3_ranks(project):
@@ -287,8 +320,12 @@ def test_sap_doctor_on_two_zero3_ranks(project):
     found = sap("doctor", write_recipe(folder, content))
     assert found.returncode == 0, found.stdout + found.stderr
     table = found.stdout
-    assert "zero3, 2 ranks" in table and "random tokens" in table and "align is not complete" in table
-    assert re.search(r"ranks agree .* ok", table) and re.search(r"weights held by a rank .* ok", table)
+    assert (
+        "zero3, 2 ranks" in table and "random tokens" in table and "align is not complete" in table
+    )
+    assert re.search(r"ranks agree .* ok", table) and re.search(
+        r"weights held by a rank .* ok", table
+    )
     assert table.count("ok: ") == 1, "one rank prints"
     assert not (folder / "runs").exists(), "the doctor writes nothing"
 
@@ -296,7 +333,17 @@ def test_sap_doctor_on_two_zero3_ranks(project):
 def test_launch_script_alone_writes_json(project):
     folder, content = project
     path = write_recipe(folder, content)
-    found = run(["launch/doctor.py", "--config", str(path), "--train.engine", "single", "--json", str(folder / "doctor.json")])
+    found = run(
+        [
+            "launch/doctor.py",
+            "--config",
+            str(path),
+            "--train.engine",
+            "single",
+            "--json",
+            str(folder / "doctor.json"),
+        ]
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     written = json.loads((folder / "doctor.json").read_text())
     assert written["exit_code"] == 0 and "single, 1 rank on cpu" in written["facts"]["engine"]

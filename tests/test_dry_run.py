@@ -38,30 +38,61 @@ def test_eight_lines_say_what_would_run_and_what_is_there(project, capsys):
     folder, content = project
     path = write_recipe(folder, content | {"name": "lines"})
     code, lines, _ = dry_run(capsys, path)
-    assert code == 0 and [line.split()[0] for line in lines] == ["machine", *ALL_STAGES] and len(lines) == 8
-    assert "2 processes on the CPU" in lines[0] and "GB memory" in lines[0] and "GB disk" in lines[0]
-    assert lines[3].split(maxsplit=1)[1] == "not in this recipe" and all("would run" in line for line in (*lines[1:3], *lines[4:]))
+    assert (
+        code == 0
+        and [line.split()[0] for line in lines] == ["machine", *ALL_STAGES]
+        and len(lines) == 8
+    )
+    assert (
+        "2 processes on the CPU" in lines[0] and "GB memory" in lines[0] and "GB disk" in lines[0]
+    )
+    assert lines[3].split(maxsplit=1)[1] == "not in this recipe" and all(
+        "would run" in line for line in (*lines[1:3], *lines[4:])
+    )
     layout = Layout(recipes.load(path))
     done = layout.train(recipes.load(path).cell("sft", 0))
     done.mkdir(parents=True)
     (done / artifacts.MARKER).touch()
     _, lines, _ = dry_run(capsys, path)
     train = next(line for line in lines if line.startswith("train"))
-    assert "train-sap-s0" in train and "train-sft" not in train and train.endswith("1 of 2 complete")
-    assert [line.split()[0] for line in dry_run(capsys, path, "--methods", "sft")[1] if " complete " in line] == ["train"]
+    assert (
+        "train-sap-s0" in train and "train-sft" not in train and train.endswith("1 of 2 complete")
+    )
+    assert [
+        line.split()[0]
+        for line in dry_run(capsys, path, "--methods", "sft")[1]
+        if " complete " in line
+    ] == ["train"]
 
 
-@pytest.mark.parametrize("arguments", [("run", "--dry-run"), ("status",), ("run", "--show"), ("train", "--method", "sap", "--dry-run"), ("--help",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "--dry-run"),
+        ("status",),
+        ("run", "--show"),
+        ("train", "--method", "sap", "--dry-run"),
+        ("--help",),
+    ],
+    ids=" ".join,
+)
 def test_nothing_heavy_is_imported(project, arguments):
     """dtype auto included: it asked transformers once, which took five seconds."""
     folder, content = project
-    path = write_recipe(folder, content | {"model": {"path": content["model"]["path"]}}, "light.yaml")
+    path = write_recipe(
+        folder, content | {"model": {"path": content["model"]["path"]}}, "light.yaml"
+    )
     program = (
         "import sys; from pipeline.cli import main; code = main(sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'datasets'} & set(sys.modules); sys.exit(f'{code} {heavy}' if code or heavy else 0)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, arguments[0], str(path), *arguments[1:]], cwd=ROOT, env=quiet(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, arguments[0], str(path), *arguments[1:]],
+        cwd=ROOT,
+        env=quiet(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
 
@@ -70,31 +101,63 @@ def test_show_prints_the_resolved_recipe_of_every_method(project, capsys):
     folder, content = project
     path = write_recipe(folder, content)
     assert main(["run", str(path), "--show", "--train.lr", "0.125"]) == 0
-    shown = [yaml.safe_load(part) for part in re.split(r"^# .*, seed 0$", capsys.readouterr().out, flags=re.MULTILINE)[1:]]
-    assert [found["sap"]["enabled"] for found in shown] == [False, True] and {found["train"]["lr"] for found in shown} == {0.125}
+    shown = [
+        yaml.safe_load(part)
+        for part in re.split(r"^# .*, seed 0$", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    ]
+    assert [found["sap"]["enabled"] for found in shown] == [False, True] and {
+        found["train"]["lr"] for found in shown
+    } == {0.125}
 
 
 def test_rows_after_the_first_fifty_and_long_fields_are_read(project, capsys):
     folder, content = project
     lines = [json.dumps({"question": f"q {i}", "answer": "a"}) for i in range(80)]
     (folder / "late.jsonl").write_text("\n".join([*lines, "null"]))
-    code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'late.jsonl'}")
-    assert code == 2 and f"must hold objects with named values, and this one is a null ({folder}/late.jsonl, line 81)" in error
-    (folder / "long.csv").write_text("question,answer\n" + "\n".join(f"q {i},{'word ' * 40_000}" for i in range(20)))
-    assert dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'long.csv'}", "--data.test_samples=4")[0] == 0
+    code, _, error = dry_run(
+        capsys, write_recipe(folder, content), f"--data.task.source={folder / 'late.jsonl'}"
+    )
+    assert (
+        code == 2
+        and f"must hold objects with named values, and this one is a null ({folder}/late.jsonl, line 81)"
+        in error
+    )
+    (folder / "long.csv").write_text(
+        "question,answer\n" + "\n".join(f"q {i},{'word ' * 40_000}" for i in range(20))
+    )
+    assert (
+        dry_run(
+            capsys,
+            write_recipe(folder, content),
+            f"--data.task.source={folder / 'long.csv'}",
+            "--data.test_samples=4",
+        )[0]
+        == 0
+    )
     (folder / "latin.csv").write_bytes("question,answer\ncaf\xe9,oui\n".encode("latin-1"))
-    code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'latin.csv'}")
-    assert code == 2 and "the byte 0xe9 is not valid UTF-8: save the file as UTF-8" in error and "latin.csv, line 2)" in error
+    code, _, error = dry_run(
+        capsys, write_recipe(folder, content), f"--data.task.source={folder / 'latin.csv'}"
+    )
+    assert (
+        code == 2
+        and "the byte 0xe9 is not valid UTF-8: save the file as UTF-8" in error
+        and "latin.csv, line 2)" in error
+    )
 
 
 BAD_CSV = {
     "commas without quotes": (
-        "question,answer\nq,a\nBroken, row, with, commas\n", "4 fields, but 2 columns: put a field that holds commas in quotes ("
+        "question,answer\nq,a\nBroken, row, with, commas\n",
+        "4 fields, but 2 columns: put a field that holds commas in quotes (",
     ),
     "a quote that never closes": (
-        'question,answer\nq,a\n"open,b\nc,d\n', "is not closed where it should be, in the row that begins in line 3 ("
+        'question,answer\nq,a\n"open,b\nc,d\n',
+        "is not closed where it should be, in the row that begins in line 3 (",
     ),
-    "semicolons": ("question;answer\nq;a\n", "has the one column 'question;answer': separate its fields with commas"),
+    "semicolons": (
+        "question;answer\nq;a\n",
+        "has the one column 'question;answer': separate its fields with commas",
+    ),
     "a name twice": ("question,answer,answer\nq,a,b\n", "names the column 'answer' twice"),
 }
 
@@ -105,7 +168,9 @@ def test_a_damaged_csv_is_refused(project, capsys, case):
     folder, content = project
     text, sentence = BAD_CSV[case]
     (folder / "damaged.csv").write_text(text)
-    code, lines, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'damaged.csv'}")
+    code, lines, error = dry_run(
+        capsys, write_recipe(folder, content), f"--data.task.source={folder / 'damaged.csv'}"
+    )
     assert code == 2 and not lines and sentence in error
 
 
@@ -113,15 +178,33 @@ def test_what_trains_nothing_new_or_never_reaches_its_rate_is_said(project, caps
     folder, content = project
     path = write_recipe(folder, content | {"methods": {"sft": {}, "lisa": {"lisa": {"rho": 0.5}}}})
     code, _, error = dry_run(capsys, path, "--train.steps=4", "--train.warmup_steps=5")
-    assert code == 0 and "note: methods sft and lisa train the same: set what makes lisa another one" in error
+    assert (
+        code == 0
+        and "note: methods sft and lisa train the same: set what makes lisa another one" in error
+    )
     assert "note: method sft: train.warmup_steps 5 is not over within 4 steps" in error
 
 
 def test_prepare_says_what_it_left_out_and_cut(project, capsys):
     folder, content = project
-    assert main(["prepare", str(write_recipe(folder, content)), "--data.max_length=80", f"--output_dir={folder / 'told'}", "--tracking.enabled=false"]) == 0
+    assert (
+        main(
+            [
+                "prepare",
+                str(write_recipe(folder, content)),
+                "--data.max_length=80",
+                f"--output_dir={folder / 'told'}",
+                "--tracking.enabled=false",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().err
-    assert "prepared: " in said and "8 to test; 8 safety pairs" in said and "cut at their greatest length: 8 of data.validation_prompts" in said
+    assert (
+        "prepared: " in said
+        and "8 to test; 8 safety pairs" in said
+        and "cut at their greatest length: 8 of data.validation_prompts" in said
+    )
 
 
 BAD_ROWS = {
@@ -144,14 +227,25 @@ def test_every_row_is_looked_at(project, capsys, case):
 def test_too_few_rows_for_the_splits(project, capsys):
     folder, content = project
     code, lines, error = dry_run(capsys, write_recipe(folder, content), "--data.test_samples=72")
-    assert code == 2 and not lines and "has 80 usable samples and leaves none for training after 72 test and 8 validation samples" in error
+    assert (
+        code == 2
+        and not lines
+        and "has 80 usable samples and leaves none for training after 72 test and 8 validation samples"
+        in error
+    )
 
 
 def test_rows_that_are_all_alike_are_one_prompt(project, capsys):
     folder, content = project
     write_jsonl(folder / "alike.jsonl", [{"question": "Where is it?", "answer": "There."}] * 60)
-    code, _, error = dry_run(capsys, write_recipe(folder, content), f"--data.task.source={folder / 'alike.jsonl'}")
-    assert code == 2 and "alike.jsonl has 1 different prompt, and all answers to one prompt stay in one split" in error
+    code, _, error = dry_run(
+        capsys, write_recipe(folder, content), f"--data.task.source={folder / 'alike.jsonl'}"
+    )
+    assert (
+        code == 2
+        and "alike.jsonl has 1 different prompt, and all answers to one prompt stay in one split"
+        in error
+    )
 
 
 def test_a_full_disk_is_known_before(project, capsys, monkeypatch):
@@ -159,15 +253,26 @@ def test_a_full_disk_is_known_before(project, capsys, monkeypatch):
     monkeypatch.setattr(artifacts, "free_bytes", lambda *_: 1000)
     code, lines, error = dry_run(capsys, write_recipe(folder, content))
     assert code == 2 and not lines
-    assert "output_dir" in error and "0.00 GB free" in error and "set output_dir to a folder on another disk" in error
+    assert (
+        "output_dir" in error
+        and "0.00 GB free" in error
+        and "set output_dir to a folder on another disk" in error
+    )
 
 
-def test_memory_that_cannot_suffice_is_refused_and_what_may_not_is_said(project, capsys, monkeypatch):
+def test_memory_that_cannot_suffice_is_refused_and_what_may_not_is_said(
+    project, capsys, monkeypatch
+):
     folder, content = project
     path = write_recipe(folder, content)
     monkeypatch.setattr(capacity, "_host_memory", lambda: 1e8)
     code, lines, error = dry_run(capsys, path)
-    assert code == 2 and not lines and "this machine has 0 GB and no GPU: use a machine with GPUs" in error and "train.micro_batch_size" in error
+    assert (
+        code == 2
+        and not lines
+        and "this machine has 0 GB and no GPU: use a machine with GPUs" in error
+        and "train.micro_batch_size" in error
+    )
     monkeypatch.setattr(capacity, "_host_memory", lambda: 1.2e9)
     code, lines, error = dry_run(capsys, path)
     assert code == 0 and "it may not fit" in error
@@ -175,14 +280,26 @@ def test_memory_that_cannot_suffice_is_refused_and_what_may_not_is_said(project,
 
 def test_a_small_gpu_is_refused_by_the_planner(project, capsys, monkeypatch):
     folder, content = project
-    found = (devices.Gpu("0", "Tiny", 10**9, 10**9, (9, 0)), devices.Gpu("1", "Tiny", 10**9, 10**9, (9, 0)))
+    found = (
+        devices.Gpu("0", "Tiny", 10**9, 10**9, (9, 0)),
+        devices.Gpu("1", "Tiny", 10**9, 10**9, (9, 0)),
+    )
     monkeypatch.setattr(devices, "gpus", lambda: found)
     code, lines, error = dry_run(capsys, write_recipe(folder, content))
-    assert code == 2 and not lines and "of every GPU by arithmetic (`sap plan`), and GPU 0 (Tiny) has 1.0: use more ranks (train.ranks)" in error
-    code, _, error = dry_run(capsys, write_recipe(folder, content), "--train.ranks=4", "--train.batch_size=8")
+    assert (
+        code == 2
+        and not lines
+        and "of every GPU by arithmetic (`sap plan`), and GPU 0 (Tiny) has 1.0: use more ranks (train.ranks)"
+        in error
+    )
+    code, _, error = dry_run(
+        capsys, write_recipe(folder, content), "--train.ranks=4", "--train.batch_size=8"
+    )
     assert code == 2 and "train.ranks 4 needs as many GPUs, and this machine shows 2" in error
     elsewhere = ["--train.ranks=4", "--train.batch_size=8", "--dry-run"]
-    assert main(["prepare", str(write_recipe(folder, content)), *elsewhere]) == 0, "the training's node may have more"
+    assert main(["prepare", str(write_recipe(folder, content)), *elsewhere]) == 0, (
+        "the training's node may have more"
+    )
 
 
 def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
@@ -193,14 +310,22 @@ def test_the_disk_holds_products_and_the_checkpoints_of_one_run(project):
 
     facts, cells = check_model(experiment.base), list(experiment.cells())
     one, both = (capacity.capacity(experiment, facts, chosen).disk for chosen in (cells[:1], cells))
-    adapter = 4 * 8 * (32 + 32 + 32 + 16) * 4  # r x (in + out) of q and v in four layers, in float32
-    assert one == adapter + 2 * 3 * adapter and both == 2 * adapter + 2 * 4 * adapter  # SAP's direction is in its checkpoints
+    # r x (in + out) of q and v in four layers, in float32
+    adapter = 4 * 8 * (32 + 32 + 32 + 16) * 4
+    # SAP's direction is in its checkpoints
+    assert one == adapter + 2 * 3 * adapter and both == 2 * adapter + 2 * 4 * adapter
 
 
 def test_pairs_that_leave_ranks_idle_are_said(project, capsys):
     folder, content = project
-    code, _, error = dry_run(capsys, write_recipe(folder, content), "--methods.sap.safety_pairs.batch_size=1")
-    assert code == 0 and "note: safety_pairs.batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 would take the same time" in error
+    code, _, error = dry_run(
+        capsys, write_recipe(folder, content), "--methods.sap.safety_pairs.batch_size=1"
+    )
+    assert (
+        code == 0
+        and "note: safety_pairs.batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 would take the same time"
+        in error
+    )
 
 
 def test_a_model_that_is_not_here_is_a_note(project, capsys, monkeypatch, tmp_path):
@@ -208,7 +333,12 @@ def test_a_model_that_is_not_here_is_a_note(project, capsys, monkeypatch, tmp_pa
     folder, content = project
     path = write_recipe(folder, content | {"model": {"path": "builtin:smollm2-135m-instruct"}})
     code, lines, error = dry_run(capsys, path)
-    assert code == 0 and len(lines) == 8 and "is not on this machine yet" in error and not list(tmp_path.iterdir())
+    assert (
+        code == 0
+        and len(lines) == 8
+        and "is not on this machine yet" in error
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_a_large_file_is_looked_at_later(project, capsys, monkeypatch):
@@ -217,5 +347,8 @@ def test_a_large_file_is_looked_at_later(project, capsys, monkeypatch):
     monkeypatch.setattr(check, "_READ_WHOLE", 100)
     folder, content = project
     code, _, error = dry_run(capsys, write_recipe(folder, content))
-    assert code == 0 and "is large, so its columns and rows are looked at when they are prepared" in error
+    assert (
+        code == 0
+        and "is large, so its columns and rows are looked at when they are prepared" in error
+    )
     assert json.loads((folder / "data" / "task.jsonl").read_text().splitlines()[0])["question"]

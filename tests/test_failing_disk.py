@@ -55,7 +55,13 @@ def project(tmp_path_factory) -> Path:
     for field in ("refusals", "refusal_samples", "harmless", "harmless_samples"):
         del recipe["data"][field]
     del recipe["train"]["ds_config"]
-    recipe["train"] |= {"ranks": 1, "engine": "single", "steps": 1, "warmup_steps": 0, "export_merged": True}
+    recipe["train"] |= {
+        "ranks": 1,
+        "engine": "single",
+        "steps": 1,
+        "warmup_steps": 0,
+        "export_merged": True,
+    }
     path = write_recipe(folder, recipe)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,7 +87,9 @@ def evaluate(path: Path) -> int:
 
     def work() -> None:
         experiment = command_line.open_recipe(str(path), {})
-        evaluating.evaluate(experiment, Layout(experiment).subject(command_line.choose_cell(experiment, None, None)))
+        evaluating.evaluate(
+            experiment, Layout(experiment).subject(command_line.choose_cell(experiment, None, None))
+        )
 
     return entry.guarded(work)
 
@@ -113,7 +121,9 @@ INPUT = (runner.SYSTEM_ERROR, entry.BAD_INPUT)
         ("train", errno.ENOENT, INPUT),
     ],
 )
-def test_a_disk_that_fails_is_one_sentence_wherever_it_is_met(project, monkeypatch, capfd, command, number, codes):
+def test_a_disk_that_fails_is_one_sentence_wherever_it_is_met(
+    project, monkeypatch, capfd, command, number, codes
+):
     monkeypatch.setenv("SAP_CACHE", str(project.parent / "cache"))
     monkeypatch.setattr(DISK, "folder", project.parent)
     runs = project.parent / "runs" / "tiny"
@@ -123,7 +133,8 @@ def test_a_disk_that_fails_is_one_sentence_wherever_it_is_met(project, monkeypat
         for path in set(runs.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    for _ in range(2):  # the second time says how many there are: the first fills caches of this process
+    # the second time says how many there are: the first fills caches of this process
+    for _ in range(2):
         clean()
         monkeypatch.setattr(DISK, "count", 0)
         COMMANDS[command](project)
@@ -138,8 +149,12 @@ def test_a_disk_that_fails_is_one_sentence_wherever_it_is_met(project, monkeypat
         last = said.rstrip().rpartition("\n")[2]
         if code == 0 and any(map(artifacts.complete, set(runs.iterdir()) - before)):
             continue  # all that was left to do was to tidy up
-        assert code in codes and last.startswith("error: ") and "Traceback" not in said, f"at {at}: exit {code}, {said}"
+        assert code in codes and last.startswith("error: ") and "Traceback" not in said, (
+            f"at {at}: exit {code}, {said}"
+        )
         assert str(project.parent) in last
         if code == runner.SYSTEM_ERROR:
-            assert f"{os.strerror(number)}: " in last and last.endswith("finished stages and checkpoints are kept")
+            assert f"{os.strerror(number)}: " in last and last.endswith(
+                "finished stages and checkpoints are kept"
+            )
     clean()

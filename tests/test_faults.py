@@ -30,13 +30,21 @@ class StandIn(Chain):
     """A chain whose command is a few lines of Python."""
 
     def __init__(self, folder: Path, code: str, *arguments: str):
-        self.folder, self.engine, self.environment, self.code, self.arguments = folder, "single", {}, code, arguments
+        self.folder, self.engine, self.environment, self.code, self.arguments = (
+            folder,
+            "single",
+            {},
+            code,
+            arguments,
+        )
 
     def command(self, output: Path) -> list[str]:
         return [sys.executable, "-c", self.code, str(output), *self.arguments]
 
 
-def verdict(folder: Path, code: str, *arguments: str, first: Ended | None = None) -> tuple[str, str]:
+def verdict(
+    folder: Path, code: str, *arguments: str, first: Ended | None = None
+) -> tuple[str, str]:
     output = folder / "trial"
     (output / "tiny").mkdir(parents=True)
     ended = subprocess.Popen(["true"], start_new_session=True)
@@ -55,7 +63,10 @@ def test_the_same_artefacts_are_identical_however_often_the_command_has_to_run(t
 
 def test_other_artefacts_are_a_loss(tmp_path):
     result, reason = verdict(tmp_path, WRITES, "other weights")
-    assert result == "lost" and "1 files differ, tiny/train-sft-s0-0123456789/adapter.bin first" in reason
+    assert (
+        result == "lost"
+        and "1 files differ, tiny/train-sft-s0-0123456789/adapter.bin first" in reason
+    )
 
 
 def test_a_refusal_that_names_the_file_is_followed_and_the_command_run_again(tmp_path):
@@ -70,26 +81,44 @@ def test_a_refusal_that_names_the_file_is_followed_and_the_command_run_again(tmp
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("import sys; print('error: something is wrong', file=sys.stderr); sys.exit(2)", "no file is named: error: something is wrong"),
+        (
+            "import sys; print('error: something is wrong', file=sys.stderr); sys.exit(2)",
+            "no file is named: error: something is wrong",
+        ),
         ("raise KeyError('files')", "a traceback: KeyError: 'files'"),
         ("import sys; sys.exit(74)", "not done after 6 runs"),
-        ("import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])", "1 processes were left behind"),
+        (
+            "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])",
+            "1 processes were left behind",
+        ),
         ("import time; time.sleep(60)", "the command hangs when it is run again"),
     ],
 )
 def test_what_ends_in_no_good_way_is_a_loss(tmp_path, monkeypatch, code, reason):
     monkeypatch.setattr(chains, "PATIENCE", 3.0)
-    monkeypatch.setattr("tests.faults.trial.left_behind", lambda group: chains.left_behind(group, 1.0))
+    monkeypatch.setattr(
+        "tests.faults.trial.left_behind", lambda group: chains.left_behind(group, 1.0)
+    )
     result, found = verdict(tmp_path, code)
     assert result == "lost" and reason in found
 
 
 def test_a_disturbed_command_that_hangs_is_a_loss(tmp_path):
-    assert verdict(tmp_path, WRITES, first=Ended(None, "")) == ("lost", "the disturbed command hangs")
+    assert verdict(tmp_path, WRITES, first=Ended(None, "")) == (
+        "lost",
+        "the disturbed command hangs",
+    )
 
 
 def test_the_table_counts_every_verdict():
     kinds = list(FAULTS)
-    verdicts = [Verdict("single", kinds[number % 2], number, "", result, "", 1) for number, result in enumerate(["identical", "refused", "lost", "identical"])]
+    verdicts = [
+        Verdict("single", kinds[number % 2], number, "", result, "", 1)
+        for number, result in enumerate(["identical", "refused", "lost", "identical"])
+    ]
     lines = table(verdicts).splitlines()
-    assert lines[2:5] == [f"| {kinds[0]} | 2 | 1 | 0 | 1 |", f"| {kinds[1]} | 2 | 1 | 1 | 0 |", "| all | 4 | 2 | 1 | 1 |"]
+    assert lines[2:5] == [
+        f"| {kinds[0]} | 2 | 1 | 0 | 1 |",
+        f"| {kinds[1]} | 2 | 1 | 1 | 0 |",
+        "| all | 4 | 2 | 1 | 1 |",
+    ]

@@ -27,11 +27,15 @@ def names(path: Path, *arguments: str) -> dict[str, str]:
     """Folder names by stage, of seed 0."""
     experiment = recipes.load(path, strict_yaml.parse_overrides(list(arguments)))
     layout = Layout(experiment)
-    found = {stage: getattr(layout, stage)().name for stage in ("prepare", "prompts", "align", "report")}
+    found = {
+        stage: getattr(layout, stage)().name for stage in ("prepare", "prompts", "align", "report")
+    }
     for cell in experiment.cells():
         found[f"train {cell.method}"] = layout.train(cell).name
         found[f"direction {cell.method}"] = layout.direction(cell).name
-    return found | {f"evaluate {subject.name}": layout.evaluate(subject).name for subject in layout.subjects()}
+    return found | {
+        f"evaluate {subject.name}": layout.evaluate(subject).name for subject in layout.subjects()
+    }
 
 
 def changed(path: Path, *arguments: str) -> set[str]:
@@ -40,7 +44,11 @@ def changed(path: Path, *arguments: str) -> set[str]:
 
 
 DATA = {"prepare", "prompts"}
-ALL = DATA | {"align", "report"} | {f"{s} {m}" for s in ("train", "direction", "evaluate") for m in ("sft", "sap")}
+ALL = (
+    DATA
+    | {"align", "report"}
+    | {f"{s} {m}" for s in ("train", "direction", "evaluate") for m in ("sft", "sap")}
+)
 BASELINES = {"evaluate shipped", "evaluate aligned"}
 
 
@@ -53,10 +61,16 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
         ("--model.attention=eager", ALL - DATA | BASELINES),
         ("--model.quantization=nf4", ALL - DATA | BASELINES),
         ("--sap.eps=0.5", {"train sap", "evaluate sap", "report"}),
-        ("--sap.contrastive=logsigmoid", {"direction sft", "direction sap", "train sap", "evaluate sap", "report"}),
+        (
+            "--sap.contrastive=logsigmoid",
+            {"direction sft", "direction sap", "train sap", "evaluate sap", "report"},
+        ),
         ("--train.adapter=full", ALL - DATA - {"align"}),
         ("--train.lr=0.5", {"train sft", "train sap", "evaluate sft", "evaluate sap", "report"}),
-        ("--evaluate.harmful_prompts=8", {"prompts", "evaluate sft", "evaluate sap", "report"} | BASELINES),
+        (
+            "--evaluate.harmful_prompts=8",
+            {"prompts", "evaluate sft", "evaluate sap", "report"} | BASELINES,
+        ),
         ("--evaluate.max_new_tokens=9", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
         ("--evaluate.split=validation", {"evaluate sft", "evaluate sap", "report"} | BASELINES),
         ("--methods.sft.ema.enabled=true", {"train sft", "evaluate sft", "report"}),
@@ -65,7 +79,10 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
         ("--methods.sap.safe_mix.enabled=true", {"train sap", "evaluate sap", "report"}),
         ("--ema.decay=0.5", set()),  # of a section that is off
         ("--saft.layer=1", set()),
-        ("--train.tokens_per_micro_batch=160", {"train sft", "train sap", "evaluate sft", "evaluate sap", "report"}),
+        (
+            "--train.tokens_per_micro_batch=160",
+            {"train sft", "train sap", "evaluate sft", "evaluate sap", "report"},
+        ),
         ("--train.ranks=1", set()),
         ("--train.gradient_checkpointing=true", set()),
         ("--train.save_every=7", set()),
@@ -82,12 +99,17 @@ def test_folders_without_a_token_budget_are_named_as_before_there_was_one():
     budgeted = _training(TrainSection(steps=1, tokens_per_micro_batch=4096))
     assert "micro_batch_size" not in budgeted, "the budget takes its place"
     assert "packing" not in budgeted
-    assert _training(TrainSection(steps=1, tokens_per_micro_batch=4096, packing=True))["packing"] is True
+    assert (
+        _training(TrainSection(steps=1, tokens_per_micro_batch=4096, packing=True))["packing"]
+        is True
+    )
 
 
 def test_another_threshold_reads_the_embeddings_again_and_another_layer_does_not(project):
     def folders(*arguments: str) -> tuple[str, str]:
-        layout = Layout(recipes.load(project, strict_yaml.parse_overrides(["--saft.enabled=true", *arguments])))
+        layout = Layout(
+            recipes.load(project, strict_yaml.parse_overrides(["--saft.enabled=true", *arguments]))
+        )
         cell = next(layout.experiment.cells())
         return layout.embeddings(cell).name, layout.filter(cell).name
 
@@ -117,15 +139,23 @@ def test_settings_count_where_they_act(project, enabled, argument, matters):
 def test_what_is_evaluated_is_what_was_trained(project):
     """An adapter on the start model, or a model of its own; both belong to the train stage's folder."""
     for adapter in ("lora", "full"):
-        layout = Layout(recipes.load(project, strict_yaml.parse_overrides([f"--train.adapter={adapter}"])))
+        layout = Layout(
+            recipes.load(project, strict_yaml.parse_overrides([f"--train.adapter={adapter}"]))
+        )
         cell = next(layout.experiment.cells())
         subject, folder = layout.subject(cell), layout.train(cell)
         assert subject.trained == folder
-        expected = (layout.start_model(), folder / "adapter") if adapter == "lora" else (str(folder / "model"), None)
+        expected = (
+            (layout.start_model(), folder / "adapter")
+            if adapter == "lora"
+            else (str(folder / "model"), None)
+        )
         assert (subject.model, subject.adapter) == expected
 
 
-@pytest.mark.parametrize(("field", "choices"), [("dtype", ("float32", "bfloat16")), ("attention", ("sdpa", "eager"))])
+@pytest.mark.parametrize(
+    ("field", "choices"), [("dtype", ("float32", "bfloat16")), ("attention", ("sdpa", "eager"))]
+)
 def test_what_auto_means_here_counts_and_not_the_word(project, monkeypatch, field, choices):
     """One recipe on a machine with bf16 (or a GPU) and on one without must not share results."""
     folders = []
@@ -137,7 +167,10 @@ def test_what_auto_means_here_counts_and_not_the_word(project, monkeypatch, fiel
 
 def test_a_changed_data_file_counts_also_below_the_home_folder(project, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    arguments = ("--data.task.source=~/task.jsonl", "--data.task.columns={prompt: question, response: answer}")
+    arguments = (
+        "--data.task.source=~/task.jsonl",
+        "--data.task.columns={prompt: question, response: answer}",
+    )
     write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "b"}])
     before = names(project, *arguments)["prepare"]
     write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "c"}])
@@ -151,7 +184,9 @@ def test_built_in_texts_and_archives_count(project, monkeypatch):
         patch.setattr(contrastive, "REFUSALS", ("No.",))
         assert names(project, *builtin_safety)["prepare"] != before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(builtin.ARCHIVES, "pyrit", builtin.Archive("pyrit==9", "pyrit-9.whl", "0" * 64, "MIT"))
+        patch.setitem(
+            builtin.ARCHIVES, "pyrit", builtin.Archive("pyrit==9", "pyrit-9.whl", "0" * 64, "MIT")
+        )
         assert names(project, *builtin_safety)["prepare"] != before
     assert names(project, *builtin_safety)["prepare"] == before
 
@@ -159,7 +194,9 @@ def test_built_in_texts_and_archives_count(project, monkeypatch):
 def test_a_layout_is_settled_when_it_is_made(project, tmp_path):
     """A file that changes while a stage runs must not change where the stage writes."""
     write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "b"}])
-    layout = Layout(recipes.load(project, {"data": {"task": {"source": str(tmp_path / "task.jsonl")}}}))
+    layout = Layout(
+        recipes.load(project, {"data": {"task": {"source": str(tmp_path / "task.jsonl")}}})
+    )
     before = layout.prepare()
     write_jsonl(tmp_path / "task.jsonl", [{"question": "a", "answer": "other"}])
     assert layout.prepare() == before
@@ -182,7 +219,10 @@ def test_a_project_that_is_moved_keeps_its_folders_names(tmp_path):
 def test_the_ending_of_a_file_counts_as_it_says_how_the_file_is_read(project, tmp_path):
     for ending in ("json", "jsonl"):
         write_jsonl(tmp_path / f"task.{ending}", [{"question": "a", "answer": "b"}])
-    one, other = (names(project, f"--data.task.source={tmp_path}/task.{ending}") for ending in ("json", "jsonl"))
+    one, other = (
+        names(project, f"--data.task.source={tmp_path}/task.{ending}")
+        for ending in ("json", "jsonl")
+    )
     assert all(one[stage] != other[stage] for stage in one)
 
 
@@ -212,7 +252,13 @@ def test_two_models_that_differ_in_any_file_do_not_share_results(project, tmp_pa
 
 def test_damaged_weights_have_a_fingerprint_too(tmp_path):
     """What is wrong with them is for the check of the model to say."""
-    contents = [b"", b"123", b"\xff" * 40, b"\x02" + bytes(7) + b"[]", b"\x18" + bytes(7) + b'{"a":{"data_offsets":7}}']
+    contents = [
+        b"",
+        b"123",
+        b"\xff" * 40,
+        b"\x02" + bytes(7) + b"[]",
+        b"\x18" + bytes(7) + b'{"a":{"data_offsets":7}}',
+    ]
     found = []
     for content in contents:
         (tmp_path / "model.safetensors").write_bytes(content)
@@ -227,4 +273,6 @@ def test_harmful_prompts_without_a_limit_tie_the_alignment_to_the_task(project):
         for argument in ("--data.test_samples=9", "--data.harmful_fraction=0.2"):
             before, after = names(project, pool), names(project, pool, argument)
             assert {stage for stage in ("align",) if before[stage] != after[stage]} == expected
-            assert before["prepare"] != after["prepare"] and before["train sft"] != after["train sft"]
+            assert (
+                before["prepare"] != after["prepare"] and before["train sft"] != after["train sft"]
+            )

@@ -37,10 +37,17 @@ def test_every_way_stands_beside_the_exact_one_and_measuring_leaves_no_trace(pre
         "of 1 step before", "of 2 steps before",
     ]  # fmt: skip
     assert (found["exact"].v, found["exact"].size) == (1.0, 1.0)
-    values = lambda row: (row.step, row.way, row.v, row.correction, row.gradient, row.size)  # noqa: E731
-    assert [values(row) for row in both if row.step == 4] == [values(row) for row in rows(prepared, [4])]
+
+    def values(row):
+        return (row.step, row.way, row.v, row.correction, row.gradient, row.size)
+
+    assert [values(row) for row in both if row.step == 4] == [
+        values(row) for row in rows(prepared, [4])
+    ]
     assert all(-1 <= value <= 1 for row in both for value in (row.v, row.correction, row.gradient))
-    assert all(row.v < 0.999 for row in both if row.way != "exact"), "every other way must be another V"
+    assert all(row.v < 0.999 for row in both if row.way != "exact"), (
+        "every other way must be another V"
+    )
 
 
 def test_a_cheap_v_that_is_exact_has_cosine_one(prepared, monkeypatch):
@@ -48,11 +55,15 @@ def test_a_cheap_v_that_is_exact_has_cosine_one(prepared, monkeypatch):
     monkeypatch.setattr(levers, "SHARES", (1.0,))
     found = {row.way: row for row in rows(prepared, [2])}
     whole = found["of 8 of 8 samples"]
-    assert (whole.v, whole.correction, whole.gradient, whole.size) == pytest.approx((1, 1, 1, 1), abs=1e-6)
+    assert (whole.v, whole.correction, whole.gradient, whole.size) == pytest.approx(
+        (1, 1, 1, 1), abs=1e-6
+    )
 
 
 def test_the_table_ends_with_medians():
-    two = [Row(step, "exact", 1.0, 1.0, 1.0, 1.0, seconds) for step, seconds in ((1, 2.0), (2, 4.0))]
+    two = [
+        Row(step, "exact", 1.0, 1.0, 1.0, 1.0, seconds) for step, seconds in ((1, 2.0), (2, 4.0))
+    ]
     lines = table(two).splitlines()
     assert all(name in lines[0] for name in HEADER)
     assert lines[-1].split() == ["median", "exact", "1.00", "1.00", "1.00", "1.00", "3.00"]
@@ -67,5 +78,7 @@ def test_the_table_ends_with_medians():
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(prepared, arguments, words):
-    ended = run(["-m", "pipeline.bench.levers", str(prepared), "--method", "sap", "--seed", "0", *arguments])
+    ended = run(
+        ["-m", "pipeline.bench.levers", str(prepared), "--method", "sap", "--seed", "0", *arguments]
+    )
     assert ended.returncode == 2 and words in ended.stderr and "Traceback" not in ended.stderr

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.model.lora_targets import adapted_modules
-from pipeline.model.model_checks import check_lora, check_model, check_prompts, local_folder, positions
+from pipeline.model.model_checks import (
+    check_lora,
+    check_model,
+    check_prompts,
+    local_folder,
+    positions,
+)
 from pipeline.model.model_facts import read_facts
 from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
 from tests.model_folder import (
@@ -40,7 +46,9 @@ def tokenizer(**fields):
 
 
 def text(name: str, content: str | bytes):
-    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return lambda folder: (folder / name).write_bytes(
+        content.encode() if isinstance(content, str) else content
+    )
 
 
 def resized(name: str, by: int):
@@ -55,7 +63,8 @@ def resized(name: str, by: int):
 
 def tensors(**changed):
     return lambda folder: write_safetensors(
-        folder / "model.safetensors", {n: s for n, s in (shapes() | changed).items() if s is not None}
+        folder / "model.safetensors",
+        {n: s for n, s in (shapes() | changed).items() if s is not None},
     )
 
 
@@ -65,9 +74,7 @@ def without(*names: str):
 
 def shards(folder: Path) -> None:
     held = list(shapes().items())
-    write_shards(
-        folder, {FIRST: dict(held[:4]), SECOND: dict(held[4:])}
-    )
+    write_shards(folder, {FIRST: dict(held[:4]), SECOND: dict(held[4:])})
 
 
 def sharded(then):
@@ -98,8 +105,7 @@ def moved_in_index(folder: Path) -> None:
     path = folder / INDEX
     change(
         path,
-        weight_map=json.loads(path.read_text())["weight_map"]
-        | {"model.norm.weight": SECOND},
+        weight_map=json.loads(path.read_text())["weight_map"] | {"model.norm.weight": SECOND},
     )
 
 
@@ -230,10 +236,19 @@ def test_what_is_fine_is_taken(tmp_path, case):
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({"data": {"max_length": POSITIONS + 1}}, ["data.max_length is beyond the 64 positions", "set it to 64"]),
+        (
+            {"data": {"max_length": POSITIONS + 1}},
+            ["data.max_length is beyond the 64 positions", "set it to 64"],
+        ),
         ({"data": {"safety_max_length": POSITIONS + 1}}, ["data.safety_max_length is beyond"]),
-        ({"evaluate": {"max_new_tokens": POSITIONS}}, ["evaluate.max_new_tokens is beyond", "set it to 63"]),
-        ({"model": {"chat_template": "/nowhere.jinja"}}, ["model.chat_template /nowhere.jinja does not exist"]),
+        (
+            {"evaluate": {"max_new_tokens": POSITIONS}},
+            ["evaluate.max_new_tokens is beyond", "set it to 63"],
+        ),
+        (
+            {"model": {"chat_template": "/nowhere.jinja"}},
+            ["model.chat_template /nowhere.jinja does not exist"],
+        ),
     ],
 )
 def test_the_recipe_against_the_model(tmp_path, sections, expected):
@@ -244,8 +259,15 @@ def test_the_recipe_against_the_model(tmp_path, sections, expected):
 
 def test_a_template_of_the_recipe_is_looked_at(tmp_path):
     (tmp_path / "own.jinja").write_text("{% if %}")
-    with pytest.raises(ValueError, match=r"model.chat_template .*own.jinja has a syntax error in line 1"):
-        check_model(recipe_of(make_folder(tmp_path / "model"), model={"chat_template": str(tmp_path / "own.jinja")}))
+    with pytest.raises(
+        ValueError, match=r"model.chat_template .*own.jinja has a syntax error in line 1"
+    ):
+        check_model(
+            recipe_of(
+                make_folder(tmp_path / "model"),
+                model={"chat_template": str(tmp_path / "own.jinja")},
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -257,14 +279,22 @@ def test_a_template_of_the_recipe_is_looked_at(tmp_path):
         (
             {
                 "max_position_embeddings": 32768,
-                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32768,
+                },
             },
             131072,
         ),
         (
             {
                 "max_position_embeddings": 131072,
-                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 8192,
+                },
             },
             131072,
         ),
@@ -287,7 +317,9 @@ def test_a_prompt_and_its_answer_fit(tmp_path):
     check_prompts({"max_position_embeddings": 20}, [3, 12], recipe)
     check_prompts({}, [3, 10**9], recipe)
     check_prompts({"max_position_embeddings": 20}, [], recipe)
-    with pytest.raises(ValueError, match=r"prompt has 13 tokens.*evaluate.max_new_tokens 8 .* 20 positions"):
+    with pytest.raises(
+        ValueError, match=r"prompt has 13 tokens.*evaluate.max_new_tokens 8 .* 20 positions"
+    ):
         check_prompts({"max_position_embeddings": 20}, [3, 13], recipe)
 
 
@@ -301,7 +333,10 @@ def test_facts_of_a_folder(tmp_path):
         and sorted(facts.layers) == list(range(LAYERS))
         and not facts.tied
     )
-    assert facts.layer_of("model.layers.1.mlp.down_proj.weight") == 1 and facts.layer_of("lm_head.weight") is None
+    assert (
+        facts.layer_of("model.layers.1.mlp.down_proj.weight") == 1
+        and facts.layer_of("lm_head.weight") is None
+    )
     assert set(facts.linears) == {
         name.removesuffix(".weight") for name, shape in shapes().items() if len(shape) == 2
     } - {"model.embed_tokens"}
@@ -319,7 +354,9 @@ def test_facts_know_the_decoder_of_a_model_that_also_sees(tmp_path):
     tower = {f"vision_tower.layers.{i}.q_proj.weight": (4, 4) for i in range(9)} | {
         "vision_tower.embed_tokens.weight": (3, 4)
     }
-    decoder = {name.replace("model.", "model.language_model."): shape for name, shape in shapes().items()}
+    decoder = {
+        name.replace("model.", "model.language_model."): shape for name, shape in shapes().items()
+    }
     write_safetensors(folder / "model.safetensors", tower | decoder)
     inner = {
         name: json.loads((folder / "config.json").read_text())[name]
@@ -334,7 +371,9 @@ def test_facts_know_the_decoder_of_a_model_that_also_sees(tmp_path):
         num_hidden_layers=9,
     )
     facts = check_model(recipe_of(folder))
-    assert facts.embedding == "model.language_model.embed_tokens.weight" and sorted(facts.layers) == list(range(LAYERS))
+    assert facts.embedding == "model.language_model.embed_tokens.weight" and sorted(
+        facts.layers
+    ) == list(range(LAYERS))
 
 
 def test_neither_torch_nor_transformers_is_imported(tmp_path):
@@ -353,10 +392,14 @@ def test_a_hub_model_in_the_cache_is_looked_at_like_a_folder(tmp_path, monkeypat
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert local_folder(ModelSection(path="owner/name")) == snapshot
-    with pytest.raises(ValueError, match="data.max_length is beyond the 64 positions of model.path owner/name"):
+    with pytest.raises(
+        ValueError, match="data.max_length is beyond the 64 positions of model.path owner/name"
+    ):
         check_model(recipe_of("owner/name", data={"max_length": 65}))
     (snapshot / SECOND).unlink()
-    assert local_folder(ModelSection(path="owner/name")) is None, "it is fetched later, and then looked at"
+    assert local_folder(ModelSection(path="owner/name")) is None, (
+        "it is fetched later, and then looked at"
+    )
     shutil.rmtree(snapshot)
     assert check_model(recipe_of("owner/name")) is None
 
@@ -421,10 +464,20 @@ def test_targets_of_a_folder(tmp_path):
     facts = check_model(recipe_of(folder))
 
     def found(targets, **fields):
-        return check_lora(facts, TrainSection(steps=1, lora=LoraSection(target_modules=targets), **fields), "train")
+        return check_lora(
+            facts,
+            TrainSection(steps=1, lora=LoraSection(target_modules=targets), **fields),
+            "train",
+        )
 
-    assert found(["q_proj"]) == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)]
-    assert len(found("all-linear")) == 3 * LAYERS and found(["lm_head"]) == ["lm_head"] and found(["w1"]) == []
+    assert found(["q_proj"]) == [
+        f"model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)
+    ]
+    assert (
+        len(found("all-linear")) == 3 * LAYERS
+        and found(["lm_head"]) == ["lm_head"]
+        and found(["w1"]) == []
+    )
     assert found(["nothing"], adapter="full") == []
     for targets, expected in (
         (["w_proj"], "lacks"),

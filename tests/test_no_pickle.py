@@ -21,14 +21,22 @@ MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_unpickles(path):
-    code = "\n".join(line for line in path.read_text().splitlines() if not line.strip().startswith("#"))
+    code = "\n".join(
+        line for line in path.read_text().splitlines() if not line.strip().startswith("#")
+    )
     without_words = re.sub(r'"""[\s\S]*?"""', "", code)
     found = UNPICKLES.search(without_words)
     assert found is None, f"{path}: {found.group()}"
 
 
 def test_the_pattern_finds_what_it_is_there_for():
-    for text in ("import pickle", "torch.load(path)", "dist.broadcast_object_list(x)", "dcp.all_gather_object(a, b)", "yaml.load(text, Loader=Loader)"):
+    for text in (
+        "import pickle",
+        "torch.load(path)",
+        "dist.broadcast_object_list(x)",
+        "dcp.all_gather_object(a, b)",
+        "yaml.load(text, Loader=Loader)",
+    ):
         assert UNPICKLES.search(text), text
 
 

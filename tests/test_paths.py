@@ -79,7 +79,9 @@ RELATIVE = {
 
 
 @pytest.mark.parametrize("field", RELATIVE)
-def test_a_file_s_paths_are_relative_to_it_and_overrides_to_the_working_directory(tmp_path, elsewhere, field):
+def test_a_file_s_paths_are_relative_to_it_and_overrides_to_the_working_directory(
+    tmp_path, elsewhere, field
+):
     text, expected = RELATIVE[field]
     steps = {"align.train.steps": 5} if field.startswith("align") else {}
     path = write(tmp_path / "recipes" / "mine.yaml", **steps, **{field: text})
@@ -158,9 +160,16 @@ def test_a_parents_paths_are_relative_to_the_parent(tmp_path, elsewhere):
 def test_extends_expands_and_may_name_a_shipped_recipe(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES", str(tmp_path / "shared"))
     write(tmp_path / "shared" / "base.yaml", name="base")
-    assert recipes.load(write_raw(tmp_path / "own" / "mine.yaml", {"extends": "$RECIPES/base.yaml"})).base.name == "base"
+    assert (
+        recipes.load(
+            write_raw(tmp_path / "own" / "mine.yaml", {"extends": "$RECIPES/base.yaml"})
+        ).base.name
+        == "base"
+    )
     for name in ("launch/recipes/demo.yaml", "demo.yaml"):
-        loaded = recipes.load(write_raw(tmp_path / "own" / "mine.yaml", {"extends": name, "name": "mine"})).base
+        loaded = recipes.load(
+            write_raw(tmp_path / "own" / "mine.yaml", {"extends": name, "name": "mine"})
+        ).base
         assert loaded.extends == SHIPPED / "launch" / "recipes" / "demo.yaml"
         assert loaded.data.task.source == "builtin:text_to_sql"
         assert loaded.output_dir == tmp_path / "own" / "runs", "beside the recipe that was given"
@@ -181,7 +190,9 @@ def test_a_folder_beside_the_recipe_is_the_model_and_else_it_is_a_hub_id(tmp_pat
     (tmp_path / "models" / "llama").mkdir(parents=True)
     assert recipes.load(path).base.model.path == str(tmp_path / "models" / "llama")
     loaded = recipes.load(write(path, **{"model.path": "deep/models/llama"})).base
-    with pytest.raises(ValueError, match=f"model.path '{tmp_path}/deep/models/llama' is not a folder"):
+    with pytest.raises(
+        ValueError, match=f"model.path '{tmp_path}/deep/models/llama' is not a folder"
+    ):
         model_files.model_location(loaded.model)
 
 
@@ -190,7 +201,10 @@ def test_a_hub_id_that_the_working_directory_shadows_is_refused(tmp_path, elsewh
     (elsewhere / "owner" / "model").mkdir(parents=True)
     loaded = recipes.load(write(tmp_path / "mine.yaml")).base
     assert loaded.model.path == "owner/model"
-    with pytest.raises(ValueError, match=f"model.path 'owner/model' is a hub id, but {elsewhere}/owner/model exists"):
+    with pytest.raises(
+        ValueError,
+        match=f"model.path 'owner/model' is a hub id, but {elsewhere}/owner/model exists",
+    ):
         model_files.model_location(loaded.model)
     with pytest.raises(ValueError, match="data.task.source 'owner/model' is a hub id, but"):
         sources.check_source(SourceSection(source="owner/model"), "data.task")
@@ -206,7 +220,12 @@ def test_ds_config_is_the_recipes_own_file_before_a_shipped_one(tmp_path):
 
 def test_runs_go_beside_a_recipe_and_of_a_shipped_one_to_the_working_directory(tmp_path, elsewhere):
     assert recipes.load(write(tmp_path / "mine.yaml")).base.output_dir == tmp_path / "runs"
-    for name in ("demo", "demo.yaml", "launch/recipes/demo.yaml", str(SHIPPED / "launch" / "recipes" / "demo.yaml")):
+    for name in (
+        "demo",
+        "demo.yaml",
+        "launch/recipes/demo.yaml",
+        str(SHIPPED / "launch" / "recipes" / "demo.yaml"),
+    ):
         loaded = recipes.load(name)
         assert loaded.base.output_dir == elsewhere / "runs"
         assert loaded.path == SHIPPED / "launch" / "recipes" / "demo.yaml"
@@ -221,7 +240,12 @@ def test_a_process_in_another_folder_is_told_the_same(tmp_path, elsewhere, monke
     write(here / "mine.yaml")
     monkeypatch.chdir(here)
     monkeypatch.setenv("ONLY_HERE", "rows")
-    given = ["--data.task.source", "$ONLY_HERE.jsonl", "--train.ds_config=zero3_70b.json", "--tracking.uri=sqlite:///m.db"]
+    given = [
+        "--data.task.source",
+        "$ONLY_HERE.jsonl",
+        "--train.ds_config=zero3_70b.json",
+        "--tracking.uri=sqlite:///m.db",
+    ]
     loaded = recipes.load(recipe_of, parse_overrides(given))
     assert value(loaded.base, "data.task.source") == str(here / "rows.jsonl")
     monkeypatch.delenv("ONLY_HERE")
@@ -261,7 +285,10 @@ def test_a_variable_is_asked_for_only_where_its_value_is_used(tmp_path, monkeypa
     assert recipes.load(child, {"output_dir": "/given"}).base.output_dir == Path("/given")
     write_raw(child, {"extends": "base.yaml", "output_dir": "own"})
     assert recipes.load(child).base.output_dir == tmp_path / "own"
-    with pytest.raises(ValueError, match="base.yaml: output_dir is '[$]NOT_SET/runs', but the variable NOT_SET is not"):
+    with pytest.raises(
+        ValueError,
+        match="base.yaml: output_dir is '[$]NOT_SET/runs', but the variable NOT_SET is not",
+    ):
         recipes.load(write_raw(child, {"extends": "base.yaml"}))
 
 
@@ -269,7 +296,10 @@ def test_a_shipped_recipe_that_stands_in_is_said_once(elsewhere, capsys, monkeyp
     monkeypatch.delenv("RANK", raising=False)
     command_line.open_recipe("launch/recipes/demo.yaml", {})
     name = "launch/recipes/demo.yaml"
-    assert capsys.readouterr().err == f"no file {elsewhere}/{name}: the recipe is the shipped {SHIPPED}/{name}\n"
+    assert (
+        capsys.readouterr().err
+        == f"no file {elsewhere}/{name}: the recipe is the shipped {SHIPPED}/{name}\n"
+    )
     monkeypatch.setenv("RANK", "1")
     command_line.open_recipe("launch/recipes/demo.yaml", {})
     assert capsys.readouterr().err == ""
@@ -277,7 +307,9 @@ def test_a_shipped_recipe_that_stands_in_is_said_once(elsewhere, capsys, monkeyp
 
 def test_a_recipe_that_is_nowhere_is_told_with_the_path_and_the_names_there_are(elsewhere):
     for name in ("none.yaml", "other/recipes/demo.yaml", "launch/recipes/../demo.yaml"):
-        with pytest.raises(ValueError, match=f"no recipe at {elsewhere}/{name}: .*ships with the package .*demo, "):
+        with pytest.raises(
+            ValueError, match=f"no recipe at {elsewhere}/{name}: .*ships with the package .*demo, "
+        ):
             recipes.load(name)
 
 
@@ -291,7 +323,9 @@ def test_the_revision_is_that_of_the_repository_that_holds_the_package(tmp_path)
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
         command = ["git", *identity, *arguments]
-        found = subprocess.run(command, cwd=tmp_path / "project", check=True, capture_output=True, text=True)
+        found = subprocess.run(
+            command, cwd=tmp_path / "project", check=True, capture_output=True, text=True
+        )
         return found.stdout.strip()
 
     git("init")

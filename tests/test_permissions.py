@@ -25,7 +25,9 @@ def project(tmp_path_factory):
 
 
 @pytest.mark.parametrize("permissions", MODES)
-def test_every_file_and_folder_has_the_recipe_s_permissions_whatever_the_shell_s_are(project, tmp_path, permissions):
+def test_every_file_and_folder_has_the_recipe_s_permissions_whatever_the_shell_s_are(
+    project, tmp_path, permissions
+):
     before = os.umask(0o002)  # the shells of many systems
     try:
         given = [f"--output_dir={tmp_path / 'runs'}", f"--permissions={permissions}"]
@@ -35,8 +37,14 @@ def test_every_file_and_folder_has_the_recipe_s_permissions_whatever_the_shell_s
     assert found.returncode == 0, found.stderr
     folders, files = MODES[permissions]
     paths = [tmp_path / "runs", *(tmp_path / "runs").rglob("*")]
-    assert {"answers.jsonl", "mlflow.db", "tracking", "task_train.parquet", "DONE"} <= {path.name for path in paths}
-    wrong = {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in paths if stat.S_IMODE(path.stat().st_mode) != (folders if path.is_dir() else files)}
+    assert {"answers.jsonl", "mlflow.db", "tracking", "task_train.parquet", "DONE"} <= {
+        path.name for path in paths
+    }
+    wrong = {
+        str(path): oct(stat.S_IMODE(path.stat().st_mode))
+        for path in paths
+        if stat.S_IMODE(path.stat().st_mode) != (folders if path.is_dir() else files)
+    }
     assert not wrong
 
 
@@ -51,12 +59,17 @@ def test_what_is_copied_into_a_folder_has_no_modes_of_its_own(tmp_path):
     assert stat.S_IMODE((tmp_path / "stage" / "copied.txt").stat().st_mode) == 0o600
 
 
-def test_a_file_system_whose_modes_are_fixed_is_said_and_does_not_end_the_stage(tmp_path, monkeypatch):
+def test_a_file_system_whose_modes_are_fixed_is_said_and_does_not_end_the_stage(
+    tmp_path, monkeypatch
+):
     def fixed(path, mode):
         raise PermissionError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr(type(tmp_path), "chmod", fixed)
-    with pytest.warns(UserWarning, match="keeps modes of its own, and who may read it"), artifacts.building(tmp_path / "stage", {}) as folder:
+    with (
+        pytest.warns(UserWarning, match="keeps modes of its own, and who may read it"),
+        artifacts.building(tmp_path / "stage", {}) as folder,
+    ):
         (folder / "data.txt").touch(0o777)
         os.chmod(folder / "data.txt", 0o777)
     assert artifacts.complete(tmp_path / "stage")

@@ -53,6 +53,8 @@ def test_ranks_whose_launcher_does_not_say_where_to_meet_are_refused(monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     missing = "no RANK and no LOCAL_RANK and no MASTER_ADDR and no MASTER_PORT"
-    with pytest.raises(ValueError, match=f"^the environment has WORLD_SIZE 2, but {missing}: .*torchrun"):
+    with pytest.raises(
+        ValueError, match=f"^the environment has WORLD_SIZE 2, but {missing}: .*torchrun"
+    ):
         init_distributed(TrainSection(engine="fsdp2", steps=1))
     assert "MASTER_PORT" not in os.environ

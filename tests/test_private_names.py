@@ -55,7 +55,9 @@ def defined(module: ast.Module) -> set[str]:
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and own(node.value):
+        elif (
+            isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and own(node.value)
+        ):
             found.add(node.attr)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "object.__setattr__":
             found.add(ast.literal_eval(node.args[1]))
@@ -78,7 +80,12 @@ def theirs() -> set[str]:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerFast,
+    )
 
     classes = (
         torch.nn.Module, torch.Tensor, torch.nn.Parameter, torch.optim.AdamW, torch.distributed.fsdp.FSDPModule,
@@ -100,8 +107,15 @@ def faults(module: ast.Module):
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Import):
             yield from ((line, name.name) for name in node.names if not documented(name.name))
-        elif isinstance(node, ast.ImportFrom) and node.module and library(node.module) not in ("pipeline", "launch"):
-            whole = [node.module, *(f"{node.module}.{name.name}" for name in node.names if private(name.name))]
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and library(node.module) not in ("pipeline", "launch")
+        ):
+            whole = [
+                node.module,
+                *(f"{node.module}.{name.name}" for name in node.names if private(name.name)),
+            ]
             yield from ((line, name) for name in whole if not documented(name))
         elif isinstance(node, ast.Attribute):
             on = ast.unparse(node.value)
@@ -116,7 +130,9 @@ def faults(module: ast.Module):
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if node.value in theirs() and node.value not in here or inside_parameter(node.value):
                 yield line, repr(node.value)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME and len(node.args) > 1:
+        elif (
+            isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME and len(node.args) > 1
+        ):
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
             if name and (name in INSIDE or private(name)) and name not in here:
                 yield line, repr(name)
@@ -130,7 +146,9 @@ def inside_parameter(name: str) -> bool:
 def documented(module: str) -> bool:
     if library(module) in sys.stdlib_module_names:
         return True
-    return not any(map(private, module.split("."))) and module in DOCUMENTED.get(library(module), {module})
+    return not any(map(private, module.split("."))) and module in DOCUMENTED.get(
+        library(module), {module}
+    )
 
 
 def library(module: str) -> str:
@@ -203,7 +221,11 @@ class Kept:
 
 
 def test_names_that_only_instances_have_are_found_in_the_code():
-    need("pytest", "pytest>=8", [f"{__name__}:Kept.flat", f"{__name__}:Kept.inside", f"{__name__}:Kept.__init__"])
+    need(
+        "pytest",
+        "pytest>=8",
+        [f"{__name__}:Kept.flat", f"{__name__}:Kept.inside", f"{__name__}:Kept.__init__"],
+    )
 
 
 @pytest.mark.parametrize("name", [f"{__name__}:Kept.lost", f"{__name__}:lost", "pytest.lost:name"])
@@ -231,9 +253,13 @@ def test_a_deepspeed_without_a_name_is_refused_before_anything_is_begun(monkeypa
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2"])
-def test_a_torch_without_a_name_is_refused_before_anything_is_begun(monkeypatch, undistributed, engine):
+def test_a_torch_without_a_name_is_refused_before_anything_is_begun(
+    monkeypatch, undistributed, engine
+):
     monkeypatch.delattr(torch, "_foreach_mul_")
-    with pytest.raises(ValueError, match=r"torch \S+ has no torch\._foreach_mul_.*: pip install 'torch>=2.6,<3'"):
+    with pytest.raises(
+        ValueError, match=r"torch \S+ has no torch\._foreach_mul_.*: pip install 'torch>=2.6,<3'"
+    ):
         init_distributed(TrainSection(engine=engine, steps=1))
 
 
@@ -254,7 +280,11 @@ def test_what_peft_lacks_is_said_before_weights_are_read(monkeypatch, where):
     def read(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(transformers_private, "need", lambda library, *_: (_ for _ in ()).throw(ValueError(f"{library} has no x")))
+    monkeypatch.setattr(
+        transformers_private,
+        "need",
+        lambda library, *_: (_ for _ in ()).throw(ValueError(f"{library} has no x")),
+    )
     monkeypatch.setattr(on_ranks, "open_model", read)
     monkeypatch.setattr(evaluate, "load_whole", read)
     base = SimpleNamespace(model=None, evaluate=None)
@@ -262,4 +292,10 @@ def test_what_peft_lacks_is_said_before_weights_are_read(monkeypatch, where):
         if where == "training":
             on_ranks.start_engine(base, "model", TrainSection(steps=1, engine="single"), 0)
         else:
-            evaluate._measure(SimpleNamespace(base=base), SimpleNamespace(model="m", adapter=Path("a")), None, None, {})
+            evaluate._measure(
+                SimpleNamespace(base=base),
+                SimpleNamespace(model="m", adapter=Path("a")),
+                None,
+                None,
+                {},
+            )

@@ -45,9 +45,15 @@ def test_the_layer_computes_what_nf4_means(shape, dtype):
     """Rows of 32 and 96 weights: there bitsandbytes' own kernel for CPUs is wrong."""
     torch.manual_seed(0)
     linear = nn.Linear(shape[1], shape[0]).to(dtype).requires_grad_(False)
-    codes, state = bitsandbytes.functional.quantize_4bit(linear.weight.data, blocksize=64, quant_type="nf4")
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        linear.weight.data, blocksize=64, quant_type="nf4"
+    )
     layer = quantised(Holder(linear)).linear
-    assert isinstance(layer, Nf4Linear) and torch.equal(layer.weight, codes.view(-1)) and torch.equal(layer.absmax, state.absmax)
+    assert (
+        isinstance(layer, Nf4Linear)
+        and torch.equal(layer.weight, codes.view(-1))
+        and torch.equal(layer.absmax, state.absmax)
+    )
     x = torch.randn(3, 4, shape[1], dtype=dtype, requires_grad=True)
     found = layer(x)
     found.sum().backward()
@@ -60,7 +66,9 @@ def test_the_layer_computes_what_nf4_means(shape, dtype):
 def looked_up(codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The weight by the format's definition: the code's value times its block's scale."""
     table = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
-    values = table[torch.stack([codes.view(-1) >> 4, codes.view(-1) & 15], dim=1).flatten().long()][: shape[0] * shape[1]]
+    values = table[torch.stack([codes.view(-1) >> 4, codes.view(-1) & 15], dim=1).flatten().long()][
+        : shape[0] * shape[1]
+    ]
     return (values * absmax.repeat_interleave(64)[: values.numel()]).view(shape)
 
 
@@ -68,7 +76,9 @@ def looked_up(codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int])
 def test_the_layer_computes_what_bitsandbytes_layer_computes(dtype):
     torch.manual_seed(0)
     linear = nn.Linear(128, 64).to(dtype).requires_grad_(False)
-    theirs = bitsandbytes.nn.Linear4bit(128, 64, compute_dtype=dtype, quant_type="nf4", compress_statistics=False)
+    theirs = bitsandbytes.nn.Linear4bit(
+        128, 64, compute_dtype=dtype, quant_type="nf4", compress_statistics=False
+    )
     theirs.load_state_dict(linear.state_dict())
     theirs = theirs.to(dtype).to("cpu")
     x = torch.randn(3, 128, dtype=dtype, requires_grad=True)
@@ -84,8 +94,11 @@ def test_it_is_close_to_the_weight():
     linear = nn.Linear(256, 256, bias=False)
     weight = linear.weight.detach().clone()
     layer = quantised(Holder(linear)).linear
-    error = (dequantised(layer.weight, layer.absmax, (256, 256), torch.float32) - weight).norm() / weight.norm()
-    assert error < 0.12  # of numbers that are evenly spread, nf4's worst case; normal ones lose 0.09
+    error = (
+        dequantised(layer.weight, layer.absmax, (256, 256), torch.float32) - weight
+    ).norm() / weight.norm()
+    # of numbers that are evenly spread, nf4's worst case; normal ones lose 0.09
+    assert error < 0.12
 
 
 @pytest.mark.parametrize("numel", [64, 1000, 1001, 64 * 64])
@@ -100,7 +113,10 @@ def test_a_rank_quantises_its_part_alone(numel):
         assert whole.dtype == parameter.dtype and whole.numel() == parameter.numel()
         for parts in (2, 3, 5):
             size = -(-parameter.numel() // parts)
-            bounds = [(min(rank * size, parameter.numel()), min((rank + 1) * size, parameter.numel())) for rank in range(parts)]
+            bounds = [
+                (min(rank * size, parameter.numel()), min((rank + 1) * size, parameter.numel()))
+                for rank in range(parts)
+            ]
             assert torch.equal(torch.cat([source(start, stop) for start, stop in bounds]), whole)
 
 
@@ -128,13 +144,18 @@ def test_ranks_have_the_bits_that_the_operator_gives_for_the_whole(numel, dtype,
     monkeypatch.setattr("pipeline.model.weights._CHUNK", 5000)
     torch.manual_seed(0)
     weight = torch.randn(numel)
-    codes, state = bitsandbytes.functional.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4")
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        weight.to(dtype), blocksize=64, quant_type="nf4"
+    )
     holder, seen = Holder(nn.Linear(numel, 1, bias=False, dtype=dtype)), []
     holder.linear.weight = placeholder((1, numel), dtype)
     sources = Sources({holder.linear.weight: counted(weight, seen)})
     quantise(holder, sources)
     for ranks in (1, 2, 3, 7):
-        for parameter, expected in ((holder.linear.weight, codes.view(-1)), (holder.linear.absmax, state.absmax)):
+        for parameter, expected in (
+            (holder.linear.weight, codes.view(-1)),
+            (holder.linear.absmax, state.absmax),
+        ):
             parts = [read_by(sources[parameter], parameter, rank, ranks) for rank in range(ranks)]
             assert torch.equal(torch.cat(parts), expected)
 
@@ -166,13 +187,19 @@ def test_every_weight_is_read_once_for_codes_and_scales(ranks, monkeypatch):
         numel = shape[0] * shape[1]
         # Pieces of codes that end in a block's middle are read to its end, and from its start.
         inner = 2 * 64 * -(-numel // 2 // 1000)
-        assert numel <= sum(stop - start for start, stop in seen[name]) <= numel + inner + 4 * 64 * ranks
+        assert (
+            numel
+            <= sum(stop - start for start, stop in seen[name])
+            <= numel + inner + 4 * 64 * ranks
+        )
 
 
 def test_scales_are_kept_of_the_latest_weight_alone():
     latest = quantization._Latest()
     given = torch.float32, 640, torch.device("cpu"), latest
-    first, second = (quantization._Blocks(tensor_source(torch.randn(640)), *given) for _ in range(2))
+    first, second = (
+        quantization._Blocks(tensor_source(torch.randn(640)), *given) for _ in range(2)
+    )
     first.codes(0, 64)
     assert len(latest.of(first)) == 1
     expected = first.scales(0, 10)
@@ -210,15 +237,23 @@ def test_it_is_quantised_where_it_is_asked_to_be_in_pieces(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_embeddings_norms_and_head_stay_in_full_precision(family):
     model = quantised(family_model(family, tied=False))
-    full = {name for name, p in model.named_parameters() if p.dtype == torch.float32 and "absmax" not in name and p.ndim > 1}
+    full = {
+        name
+        for name, p in model.named_parameters()
+        if p.dtype == torch.float32 and "absmax" not in name and p.ndim > 1
+    }
     assert full == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_gradient_is_the_same_after_a_validation(dtype):
     """bitsandbytes' Linear4bit repacks its weights in eval mode on CPUs with AVX512_BF16; backward then gives no gradient."""
-    model = add_lora(quantised(family_model("qwen2", tied=True).to(dtype)), LoraSection(r=5, dropout=0.1), seed=0)
-    engine = SingleEngine(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), 1.0)
+    model = add_lora(
+        quantised(family_model("qwen2", tied=True).to(dtype)), LoraSection(r=5, dropout=0.1), seed=0
+    )
+    engine = SingleEngine(
+        model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), 1.0
+    )
     batches = StepBatches().useful(0)
     probe = Probe(model.get_base_model().model.layers, [1, 2], FAMILY_HIDDEN)
 
@@ -233,7 +268,11 @@ def test_the_probe_gradient_is_the_same_after_a_validation(dtype):
 
 
 def test_an_adapted_layer_keeps_its_adapter_in_float32():
-    model = add_lora(quantised(family_model("llama", tied=True).to(torch.bfloat16)), LoraSection(r=5, target_modules=["q_proj"]), seed=0)
+    model = add_lora(
+        quantised(family_model("llama", tied=True).to(torch.bfloat16)),
+        LoraSection(r=5, target_modules=["q_proj"]),
+        seed=0,
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 8 and {p.dtype for p in trained} == {torch.float32}
 
@@ -246,15 +285,22 @@ def test_models_that_nf4_would_not_reach_are_refused():
     model.mlp = nn.Module()
     model.mlp.experts = nn.Module()
     model.mlp.experts.gate_up_proj = nn.Parameter(torch.ones(2, 3, 4))
-    with pytest.raises(ValueError, match=r"model.quantization nf4 .* model.path m keeps experts in one tensor \(mlp.experts.gate_up_proj\): set it to none"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.quantization nf4 .* model.path m keeps experts in one tensor \(mlp.experts.gate_up_proj\): set it to none",
+    ):
         check_quantisable(facts_of(model, "m"))
     model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(ValueError, match=r"model.quantization nf4 needs unquantised weights, but those of model.path m are quantised: give the original"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.quantization nf4 needs unquantised weights, but those of model.path m are quantised: give the original",
+    ):
         check_quantisable(facts_of(model, "m"))
 
 
 @pytest.mark.parametrize(
-    ("torch_version", "engine", "refused"), [("2.11.0+cu130", "fsdp2", True), ("2.11.0", "zero3", False), ("2.12.0", "fsdp2", False)]
+    ("torch_version", "engine", "refused"),
+    [("2.11.0+cu130", "fsdp2", True), ("2.11.0", "zero3", False), ("2.12.0", "fsdp2", False)],
 )
 def test_fsdp2_takes_4_bits_from_the_torch_on_that_can(monkeypatch, torch_version, engine, refused):
     """On a GPU with torch 2.11: "only Tensors of floating point dtype can require gradients", with a traceback."""

@@ -33,7 +33,9 @@ def trained(tmp_path_factory):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("stage", ["train", "direction", "prepare", "evaluate", "report"])
-def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(trained, monkeypatch, stage):
+def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(
+    trained, monkeypatch, stage
+):
     """The other run completes the folder between this one's first look and its claim."""
     layout = Layout(trained)
     cell = trained.cell("sap", 0)
@@ -73,7 +75,9 @@ def test_ranks_meet_before_one_finds_the_stage_complete(trained, monkeypatch, st
     layout, cell, met = Layout(trained), trained.cell("sap", 0), []
     target = {"train": layout.train(cell), "direction": layout.direction(cell)}[stage]
     original = artifacts.complete
-    monkeypatch.setattr(artifacts, "complete", lambda folder: seen if folder == target else original(folder))
+    monkeypatch.setattr(
+        artifacts, "complete", lambda folder: seen if folder == target else original(folder)
+    )
     monkeypatch.setattr(on_ranks, "environment", lambda: (1, 2))
     monkeypatch.setattr(on_ranks, "init_distributed", lambda section: met.append(section))
     monkeypatch.setattr(on_ranks, "from_first", lambda value: False)

@@ -26,7 +26,10 @@ def written(document: str, rows: int, folder: Path) -> Path:
     with (folder / "tickets.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["question", "reply"])
-        writer.writerows([f"Where is order number {i}?", f"It leaves our house on day {i % 5}, by post."] for i in range(rows))
+        writer.writerows(
+            [f"Where is order number {i}?", f"It leaves our house on day {i % 5}, by post."]
+            for i in range(rows)
+        )
     path = folder / "support_bot.yaml"
     path.write_text(block)
     return path
@@ -55,8 +58,16 @@ def test_the_recipe_of_the_documentation_runs_literally(tmp_path):
 
 FIELDS = {name for name, *_ in recipes.field_rows()}
 SECTIONS = {part for name in FIELDS for part in [name.partition(".")[0]] if "." in name}
-NO_FIELDS = {"model.resize_token_embeddings", "model.safetensors", "model.safetensors.index.json", "model.vocab"}  # Python, a file, a key of tokenizer.json
-KNOWN = FIELDS | {name.rsplit(".", depth)[0] for name in FIELDS for depth in range(1, name.count(".") + 1)}
+# Python, a file, a key of tokenizer.json
+NO_FIELDS = {
+    "model.resize_token_embeddings",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model.vocab",
+}
+KNOWN = FIELDS | {
+    name.rsplit(".", depth)[0] for name in FIELDS for depth in range(1, name.count(".") + 1)
+}
 
 
 def named_fields() -> list[tuple[str, str]]:
@@ -64,10 +75,19 @@ def named_fields() -> list[tuple[str, str]]:
     found = []
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ValueError", "Busy"):
-                texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+                "ValueError",
+                "Busy",
+            ):
+                texts = [
+                    part.value
+                    for part in ast.walk(node)
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                ]
                 for text in texts:
-                    for name in re.findall(rf"(?<![\w./{{-])(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+", text):
+                    for name in re.findall(
+                        rf"(?<![\w./{{-])(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+", text
+                    ):
                         found.append((f"{path.relative_to(ROOT)}:{node.lineno}", name))
     return found
 

@@ -22,7 +22,9 @@ def launch(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
 
     def write(body: str) -> Path:
-        (tmp_path / "launch" / "job.py").write_text(f"import json, os, pathlib, signal, sys, time\nout = pathlib.Path({str(tmp_path)!r})\n{body}")
+        (tmp_path / "launch" / "job.py").write_text(
+            f"import json, os, pathlib, signal, sys, time\nout = pathlib.Path({str(tmp_path)!r})\n{body}"
+        )
         return tmp_path
 
     return write
@@ -57,7 +59,9 @@ def test_ranks_are_distinct_and_share_an_address_and_the_cores(launch, warm, mon
     out = launch("(out / os.environ['RANK']).write_text(json.dumps(dict(os.environ)))")
     assert runner.run_ranks("job.py", [], 2, warm) == 0
     first, second = (json.loads((out / rank).read_text()) for rank in "01")
-    assert (first["RANK"], second["RANK"]) == ("0", "1") == (first["LOCAL_RANK"], second["LOCAL_RANK"])
+    assert (
+        (first["RANK"], second["RANK"]) == ("0", "1") == (first["LOCAL_RANK"], second["LOCAL_RANK"])
+    )
     assert first["MASTER_PORT"] == second["MASTER_PORT"] and first["WORLD_SIZE"] == "2"
     assert int(first["OMP_NUM_THREADS"]) == runner.threads_per_process(2)
 
@@ -67,13 +71,17 @@ def test_a_rank_imports_the_package_that_started_it(launch, warm, tmp_path, monk
     (tmp_path / "other" / "pipeline").mkdir(parents=True)
     (tmp_path / "other" / "pipeline" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "other"))
-    out = launch("import pipeline\n(out / 'imported').write_text(pipeline.__file__ + '\\n' + os.environ['PYTHONPATH'])")
+    out = launch(
+        "import pipeline\n(out / 'imported').write_text(pipeline.__file__ + '\\n' + os.environ['PYTHONPATH'])"
+    )
     assert runner.run_ranks("job.py", [], 1, warm) == 0
     imported, path = (out / "imported").read_text().splitlines()
     assert imported == pipeline.__file__ and path.endswith(f":{tmp_path}/other")
 
 
-def test_the_allocator_is_told_to_keep_memory_and_the_user_has_the_last_word(launch, warm, monkeypatch):
+def test_the_allocator_is_told_to_keep_memory_and_the_user_has_the_last_word(
+    launch, warm, monkeypatch
+):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
     monkeypatch.setattr(devices, "gpus", lambda: ())
     out = launch("(out / 'environment').write_text(json.dumps(dict(os.environ)))")
@@ -110,15 +118,23 @@ def test_jobs_side_by_side_all_run_and_no_more_at_once_than_slots(launch, warm):
 
 
 def test_a_failure_leaves_the_other_jobs_alone_and_is_told_in_the_end(launch, warm):
-    out = launch("(out / sys.argv[1]).touch()\nsys.exit({'first': 3, 'second': 4}.get(sys.argv[1], 0))")
-    assert runner.run_side_by_side("job.py", [["first"], ["second"], ["third"]], slots=1, warm=warm) == 3
+    out = launch(
+        "(out / sys.argv[1]).touch()\nsys.exit({'first': 3, 'second': 4}.get(sys.argv[1], 0))"
+    )
+    assert (
+        runner.run_side_by_side("job.py", [["first"], ["second"], ["third"]], slots=1, warm=warm)
+        == 3
+    )
     assert all((out / name).exists() for name in ("first", "second", "third"))
 
 
 def test_after_a_stop_nothing_new_is_started(launch, warm):
     out = launch("(out / sys.argv[1]).touch()\ntime.sleep(60)")
     thread = signal_when(out / "third")
-    assert runner.run_side_by_side("job.py", [["third"], ["fourth"]], slots=1, warm=warm) == runner.STOPPED
+    assert (
+        runner.run_side_by_side("job.py", [["third"], ["fourth"]], slots=1, warm=warm)
+        == runner.STOPPED
+    )
     thread.join()
     assert not (out / "fourth").exists()
 
@@ -131,7 +147,10 @@ def test_a_request_to_stop_outweighs_what_failed_before_it(launch, warm, monkeyp
         f"name = (sys.argv + [os.environ.get('RANK')])[1]\nif name in ('bad', '1'): sys.exit(3)\n{saves}"
         "time.sleep(0.3)\n(out / 'up').touch()\ntime.sleep(60)"
     )
-    beside = lambda: runner.run_side_by_side("job.py", [["bad"], ["good"]], slots=2, warm=warm)  # noqa: E731
+
+    def beside():
+        return runner.run_side_by_side("job.py", [["bad"], ["good"]], slots=2, warm=warm)
+
     for start in (beside, lambda: runner.run_ranks("job.py", [], 2, warm)):
         (out / "up").unlink(missing_ok=True)
         thread = signal_when(out / "up")
@@ -141,9 +160,12 @@ def test_a_request_to_stop_outweighs_what_failed_before_it(launch, warm, monkeyp
         (out / "saved").unlink()
 
 
-def test_a_request_that_comes_while_ranks_are_started_reaches_those_and_starts_no_more(launch, warm, monkeypatch):
+def test_a_request_that_comes_while_ranks_are_started_reaches_those_and_starts_no_more(
+    launch, warm, monkeypatch
+):
     launch("sys.argv[1:] == ['at once'] or time.sleep(60)")
-    assert runner.run_ranks("job.py", ["at once"], 1, warm) == 0  # a parent that still imports would start none at all
+    # a parent that still imports would start none at all
+    assert runner.run_ranks("job.py", ["at once"], 1, warm) == 0
     started, start = [], runner._start
 
     def and_signal(*arguments: object) -> object:
@@ -153,7 +175,10 @@ def test_a_request_that_comes_while_ranks_are_started_reaches_those_and_starts_n
 
     monkeypatch.setattr(runner, "_start", and_signal)
     assert runner.run_ranks("job.py", [], 3, warm) == runner.STOPPED and len(started) == 1
-    assert runner.run_side_by_side("job.py", [["a"], ["b"]], slots=2, warm=warm) == runner.STOPPED and len(started) == 2
+    assert (
+        runner.run_side_by_side("job.py", [["a"], ["b"]], slots=2, warm=warm) == runner.STOPPED
+        and len(started) == 2
+    )
     assert all(job.returncode == -signal.SIGTERM for job in started)
 
 
@@ -170,9 +195,15 @@ def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(launc
     )
     started = time.monotonic()
     assert runner.run_ranks("job.py", [], 3, warm) == runner.SYSTEM_ERROR
-    assert time.monotonic() - started < runner._GRACE, "nobody waits for the rank that hangs in a collective"
+    assert time.monotonic() - started < runner._GRACE, (
+        "nobody waits for the rank that hangs in a collective"
+    )
     said = capfd.readouterr().err
-    assert said.count("error: /runs: No space left on device") == 1 and "(rank" not in said and "Traceback" not in said
+    assert (
+        said.count("error: /runs: No space left on device") == 1
+        and "(rank" not in said
+        and "Traceback" not in said
+    )
 
 
 def test_a_rank_that_alone_meets_an_error_of_the_system_says_so(launch, warm, capfd):
@@ -181,10 +212,15 @@ def test_a_rank_that_alone_meets_an_error_of_the_system_says_so(launch, warm, ca
         "def main():\n    if os.environ['RANK'] == '0': time.sleep(60)\n    raise OSError(5, 'Input/output error', '/data')\nentry.run(main)"
     )
     assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
-    assert "error: /data: Input/output error" in (said := capfd.readouterr().err) and "(rank 1)" in said
+    assert (
+        "error: /data: Input/output error" in (said := capfd.readouterr().err)
+        and "(rank 1)" in said
+    )
 
 
-def test_a_rank_whose_connection_to_a_failed_one_breaks_adds_nothing_to_its_sentence(launch, warm, capfd):
+def test_a_rank_whose_connection_to_a_failed_one_breaks_adds_nothing_to_its_sentence(
+    launch, warm, capfd
+):
     """gloo's error is a RuntimeError of the ranks that were left; it comes a moment after the first has ended."""
     launch(
         f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline.running import entry\n"
@@ -193,14 +229,22 @@ def test_a_rank_whose_connection_to_a_failed_one_breaks_adds_nothing_to_its_sent
     )
     assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
     said = capfd.readouterr().err
-    assert "error: /runs: No space left on device" in said and "Traceback" not in said and "connection" not in said
+    assert (
+        "error: /runs: No space left on device" in said
+        and "Traceback" not in said
+        and "connection" not in said
+    )
 
 
 @pytest.mark.parametrize(
     ("end", "code", "sentence"),
     [
         ("os._exit(9)", 9, "the connection to another rank is lost"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, "a process was killed (SIGKILL), as the system does where memory is full"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            -signal.SIGKILL,
+            "a process was killed (SIGKILL), as the system does where memory is full",
+        ),
     ],
     ids=["without a word", "killed"],
 )
@@ -224,10 +268,15 @@ def test_a_mapped_file_that_is_cut_ends_a_rank_without_a_word_so_we_say_it(launc
     assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
     assert time.monotonic() - started < runner._GRACE
     said = capfd.readouterr().err
-    assert said.startswith("error: a file of weights was cut short while it was read") and said.count("\n") == 1
+    assert (
+        said.startswith("error: a file of weights was cut short while it was read")
+        and said.count("\n") == 1
+    )
 
 
-def test_what_we_kill_after_another_one_s_failure_is_no_error_of_its_own(launch, warm, capfd, monkeypatch):
+def test_what_we_kill_after_another_one_s_failure_is_no_error_of_its_own(
+    launch, warm, capfd, monkeypatch
+):
     monkeypatch.setattr(runner, "_GRACE", 0.5)
     launch("if os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(60)")
     assert runner.run_ranks("job.py", [], 2, warm) == 3 and "SIGKILL" not in capfd.readouterr().err
@@ -236,7 +285,10 @@ def test_what_we_kill_after_another_one_s_failure_is_no_error_of_its_own(launch,
 @pytest.mark.parametrize("ending", [f"sys.exit({runner.SYSTEM_ERROR})", CUT_WHILE_READ])
 def test_after_an_error_of_the_system_no_job_is_begun(launch, warm, ending):
     out = launch(f"(out / sys.argv[1]).touch()\n{ending}")
-    assert runner.run_side_by_side("job.py", [["first"], ["second"]], slots=1, warm=warm) == runner.SYSTEM_ERROR
+    assert (
+        runner.run_side_by_side("job.py", [["first"], ["second"]], slots=1, warm=warm)
+        == runner.SYSTEM_ERROR
+    )
     assert not (out / "second").exists()
 
 

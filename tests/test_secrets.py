@@ -55,8 +55,20 @@ def fields(model: Any = None, prefix: str = "") -> list[tuple[str, str]]:
 
 FIELDS = [(name, how) for name, how in fields() if name != "methods"]
 # In these a word is the name of a file or a folder, and stays readable: paths are what scripts must find again.
-NAMES = {"name", "output_dir", "model.path", "model.chat_template", "align.train.ds_config", "train.ds_config"}
-CASES = [(*field, plant) for field in FIELDS for plant in PLANTS if not (plant == "by its looks" and field[0] in NAMES)]
+NAMES = {
+    "name",
+    "output_dir",
+    "model.path",
+    "model.chat_template",
+    "align.train.ds_config",
+    "train.ds_config",
+}
+CASES = [
+    (*field, plant)
+    for field in FIELDS
+    for plant in PLANTS
+    if not (plant == "by its looks" and field[0] in NAMES)
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +79,17 @@ def project(tmp_path_factory):
     return write_recipe(folder, raw)
 
 
-@pytest.mark.parametrize(("field", "how", "plant"), CASES, ids=[f"{field}-{plant}" for field, _, plant in CASES])
+@pytest.mark.parametrize(
+    ("field", "how", "plant"), CASES, ids=[f"{field}-{plant}" for field, _, plant in CASES]
+)
 def test_no_field_s_secret_is_printed(project, field, how, plant, capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("SAP_ERROR_FILE", str(tmp_path / "error"))
     value = PLANTS[plant]
-    given = {"text": f"'{value}'", "list": f"['{value}']", "mapping": f"{{prompt: '{value}', '{value}': x}}"}[how]
+    given = {
+        "text": f"'{value}'",
+        "list": f"['{value}']",
+        "mapping": f"{{prompt: '{value}', '{value}': x}}",
+    }[how]
     for option in ("--dry-run", "--show"):
         main(["run", str(project), option, f"--{field}={given}"])
     out, err = capfd.readouterr()
@@ -114,5 +132,11 @@ def test_loggers_that_were_set_up_before_are_redacted_too(capfd):
 
 def test_the_walk_reaches_the_whole_recipe():
     names = [name for name, _ in FIELDS]
-    assert len(names) > 150 and {"tracking.uri", "data.task.source", "sap.layers", "train.lr", "extends"} <= set(names)
+    assert len(names) > 150 and {
+        "tracking.uri",
+        "data.task.source",
+        "sap.layers",
+        "train.lr",
+        "extends",
+    } <= set(names)
     assert SECRET in str(PLANTS) and SECRET not in str(redact(PLANTS))

@@ -22,7 +22,10 @@ DOC = Path(__file__).resolve().parent.parent / "docs" / "stages.md"
 STAGES = ("prepare", "prompts", "align", "filter", "direction", "train", "evaluate", "report")
 PARTS = ("sap", "saft", "ema", "safe_mix", "safety_gradient", "lisa")
 SOURCES = (
-    *(f"data.{name}" for name in ("task", "harmful", "safety", "refusals", "harmless", "validation_prompts")),
+    *(
+        f"data.{name}"
+        for name in ("task", "harmful", "safety", "refusals", "harmless", "validation_prompts")
+    ),
     *(f"evaluate.{name}" for name in ("harmful", "harmless", "ordinary")),
 )
 
@@ -38,30 +41,58 @@ STARTS: dict[str, Settings] = {
     **{f"{source}.header": {f"{source}.source": "rows.csv"} for source in SOURCES},
     "model.revision": {"model.path": "owner/name"},
     "train.epochs": {"train.steps": None, "train.epochs": 1.0},
-    **{f"{section}.spike_factor": {f"{section}.on_spike": "skip"} for section in ("train", "align.train")},
+    **{
+        f"{section}.spike_factor": {f"{section}.on_spike": "skip"}
+        for section in ("train", "align.train")
+    },
     "align.train.epochs": {"align.train.steps": None, "align.train.epochs": 1.0},
-    **{f"{part}.packing": {f"{part}.tokens_per_micro_batch": 4096} for part in ("train", "align.train")},
+    **{
+        f"{part}.packing": {f"{part}.tokens_per_micro_batch": 4096}
+        for part in ("train", "align.train")
+    },
     **{f"{part}.enabled": {"methods": {"sft": {}, "plain": {}}} for part in PARTS},
     "align.enabled": {"align.enabled": False},
 }
 UNALIGNED: Settings = {"align.enabled": False}
-NEVER_DRAWN: Settings = {"safety_pairs.refresh_every": 0, "methods": {"sap": {"sap": {"enabled": True}}}}
+NEVER_DRAWN: Settings = {
+    "safety_pairs.refresh_every": 0,
+    "methods": {"sap": {"sap": {"enabled": True}}},
+}
 # Settings under which a field must change nothing: what the table's last column says.
 IDLE: list[tuple[str, Settings]] = [
-    *((f"{source}.{field}", {}) for source in SOURCES for field in ("subset", "split", "revision", "header")),
+    *(
+        (f"{source}.{field}", {})
+        for source in SOURCES
+        for field in ("subset", "split", "revision", "header")
+    ),
     ("model.revision", {}),
     ("data.harmful.source", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
     ("data.harmful.columns", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
     ("data.harmful.max_bad_rows", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
     ("data.harmful.reasoning", {"data.harmful_fraction": 0.0, "data.harmful.limit": None}),
-    *((f"data.refusals.{field}", UNALIGNED) for field in ("source", "columns", "limit", "max_bad_rows", "reasoning")),
-    *((f"data.harmless.{field}", UNALIGNED) for field in ("source", "columns", "limit", "max_bad_rows", "reasoning")),
-    *((f"data.{field}", UNALIGNED) for field in ("refusal_samples", "harmless_samples", "begun_share")),
+    *(
+        (f"data.refusals.{field}", UNALIGNED)
+        for field in ("source", "columns", "limit", "max_bad_rows", "reasoning")
+    ),
+    *(
+        (f"data.harmless.{field}", UNALIGNED)
+        for field in ("source", "columns", "limit", "max_bad_rows", "reasoning")
+    ),
+    *(
+        (f"data.{field}", UNALIGNED)
+        for field in ("refusal_samples", "harmless_samples", "begun_share")
+    ),
     *((f"align.{field}", UNALIGNED) for field in ("distill_tokens", "train.lr")),
     *(
         (f"{section}.{field}", {f"{section}.adapter": "full"})
         for section in ("train", "align.train")
-        for field in ("lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "export_merged")
+        for field in (
+            "lora.r",
+            "lora.alpha",
+            "lora.dropout",
+            "lora.target_modules",
+            "export_merged",
+        )
     ),
     *(
         (f"{section}.micro_batch_size", {f"{section}.tokens_per_micro_batch": 4096})
@@ -77,16 +108,21 @@ IDLE: list[tuple[str, Settings]] = [
 VALUES: dict[str, Any] = {
     **{f"{source}.source": "other.jsonl" for source in SOURCES},
     **{f"{source}.columns": {"prompt": "goal"} for source in SOURCES},
-    **{f"{section}.resume_from": "runs/.train-x-s0-1.work@4" for section in ("train", "align.train")},
+    **{
+        f"{section}.resume_from": "runs/.train-x-s0-1.work@4"
+        for section in ("train", "align.train")
+    },
     **{f"{section}.steps": 9 for section in ("train", "align.train")},
     **{f"{section}.lora.target_modules": ["o_proj"] for section in ("train", "align.train")},
-    **{f"{section}.tokens_per_micro_batch": 4096 for section in ("train", "align.train")},  # not below data.max_length
+    # not below data.max_length
+    **{f"{section}.tokens_per_micro_batch": 4096 for section in ("train", "align.train")},
     "model.path": "other_model",
     "evaluate.attacks": ["role_play"],
     "model.dtype": "bfloat16",
     "model.chat_template": "template.jinja",
     "sap.layers": [0, 1],
-    "methods": {part: {part: {"enabled": True}} for part in PARTS} | {"sft": {}, "added": {"train": {"lr": 0.5}}},
+    "methods": {part: {part: {"enabled": True}} for part in PARTS}
+    | {"sft": {}, "added": {"train": {"lr": 0.5}}},
     "seeds": [0, 1],
     "extends": "parent.yaml",
 }
@@ -129,7 +165,8 @@ def make_files(folder: Path) -> dict[str, Any]:
     }
 
 
-Folders = dict[str, dict[str, set[str]]]  # stage -> method ("-" where it has none) -> folders, as paths
+# stage -> method ("-" where it has none) -> folders, as paths
+Folders = dict[str, dict[str, set[str]]]
 
 
 def folders(experiment: Experiment) -> Folders:
@@ -158,7 +195,11 @@ def folders(experiment: Experiment) -> Folders:
 def run_again(before: Folders, after: Folders) -> dict[str, set[str]]:
     """Stage -> the methods for which it has a folder that was not there before; stages without one are left out."""
     again = {
-        stage: {method for method, targets in methods.items() if targets - before[stage].get(method, set())}
+        stage: {
+            method
+            for method, targets in methods.items()
+            if targets - before[stage].get(method, set())
+        }
         for stage, methods in after.items()
     }
     return {stage: methods for stage, methods in again.items() if methods}
@@ -203,9 +244,13 @@ class Project:
         for value in [VALUES[field]] if field in VALUES else others(*current(start.base, field)):
             with contextlib.suppress(ValueError):
                 return self.loaded(self.changed(start.raw, {target: value}))
-        raise AssertionError(f"no other valid value for {field}: give one in VALUES, or a start for it in STARTS")
+        raise AssertionError(
+            f"no other valid value for {field}: give one in VALUES, or a start for it in STARTS"
+        )
 
-    def change(self, field: str, settings: Settings) -> tuple[Experiment, Experiment, dict[str, set[str]]]:
+    def change(
+        self, field: str, settings: Settings
+    ) -> tuple[Experiment, Experiment, dict[str, set[str]]]:
         """The recipe before and after, and what runs again."""
         before, there = self.start(settings)
         after = self.after(field, before)
@@ -234,7 +279,11 @@ def others(annotation: Any, value: Any) -> list[Any]:
         return [not value]
     if annotation in (int, float):
         number = value if isinstance(value, int | float) else 0
-        return [annotation(other) for other in (number + 2, number / 2, 1, 0.25) if annotation(other) != value]
+        return [
+            annotation(other)
+            for other in (number + 2, number / 2, 1, 0.25)
+            if annotation(other) != value
+        ]
     return ["other"] if annotation in (str, Path) else []
 
 
@@ -285,7 +334,9 @@ def test_the_table_says_where_a_field_does_nothing():
     said = {field for field, row in ROWS.items() if row.only}
     tried = {field for field, _ in IDLE}
     assert tried <= said
-    assert all(field.startswith("align.") for field in said - tried), "of align's fields two are tried for all"
+    assert all(field.startswith("align.") for field in said - tried), (
+        "of align's fields two are tried for all"
+    )
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -299,14 +350,20 @@ def test_a_change_runs_what_the_table_says(project, field):
     cells = {cell.method: cell.recipe for cell in after.cells()}
     if row.methods == "the changed one":
         known = {cell.method: cell.recipe.parts for cell in before.cells()}
-        expected = {method for method, resolved in cells.items() if known.get(method) != resolved.parts}
+        expected = {
+            method for method, resolved in cells.items() if known.get(method) != resolved.parts
+        }
     elif row.methods == "all":
         expected = set(cells)
     else:
         parts = set(re.findall(r"`(\w+)`", row.methods))
         expected = {method for method, resolved in cells.items() if parts & set(resolved.parts)}
     shipped = "prompts" in again or "train" not in again or field.startswith("model.")
-    baselines = {name for name, runs in (("shipped", shipped), ("aligned", shipped or "align" in again)) if runs}
+    baselines = {
+        name
+        for name, runs in (("shipped", shipped), ("aligned", shipped or "align" in again))
+        if runs
+    }
     assert expected and again["evaluate"] == expected | baselines
     assert again.get("train", expected) == expected
 

@@ -22,7 +22,11 @@ def project(tmp_path_factory) -> Path:
 
 def lines(capsys, *arguments: str | Path) -> list[list[str]]:
     assert main(["status", *map(str, arguments)]) == 0
-    return [line.split("\t") for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    return [
+        line.split("\t")
+        for line in capsys.readouterr().out.splitlines()
+        if not line.startswith("#")
+    ]
 
 
 def test_every_folder_stands_in_the_order_of_the_stages(project, capsys):
@@ -46,8 +50,14 @@ def test_states(project, capsys, tmp_path):
         checkpoint.mkdir(parents=True)
         if marked:
             (checkpoint / artifacts.MARKER).touch()
-    states = {(row[0], row[1]): row[3] for row in lines(capsys, project, f"--output_dir={tmp_path}")}
-    assert states["prepare", "-"] == "complete" and states["train", "sap"] == "step 10" and states["train", "sft"] == "missing"
+    states = {
+        (row[0], row[1]): row[3] for row in lines(capsys, project, f"--output_dir={tmp_path}")
+    }
+    assert (
+        states["prepare", "-"] == "complete"
+        and states["train", "sap"] == "step 10"
+        and states["train", "sft"] == "missing"
+    )
 
 
 def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, capsys, tmp_path):
@@ -63,25 +73,43 @@ def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, cap
     chain.need("align")
     assert chain.pending("prepare") == [layout.prompts()]
     found = lines(capsys, project, "--stage", "prepare", f"--output_dir={tmp_path}")
-    assert [(row[0], row[3], row[4]) for row in found] == [("prepare", "complete", str(layout.prepare()))]
+    assert [(row[0], row[3], row[4]) for row in found] == [
+        ("prepare", "complete", str(layout.prepare()))
+    ]
 
 
 def test_a_folder_that_methods_share_is_made_by_the_first(project):
-    experiment = recipes.load(project, {"methods": {"again": {"sap": {"enabled": True, "eps": 0.3}}, "same": {}}})
+    experiment = recipes.load(
+        project, {"methods": {"again": {"sap": {"enabled": True, "eps": 0.3}}, "same": {}}}
+    )
     units = Chain(experiment, ALL_STAGES, None).units("direction")
-    assert [unit.method for unit in units] == ["sap"], "one direction serves every method that has SAP"
-    assert [unit.method for unit in Chain(experiment, ALL_STAGES, "again").units("direction")] == ["again"]
+    assert [unit.method for unit in units] == ["sap"], (
+        "one direction serves every method that has SAP"
+    )
+    assert [unit.method for unit in Chain(experiment, ALL_STAGES, "again").units("direction")] == [
+        "again"
+    ]
 
 
 def test_one_cell_one_stage_and_some_methods(project, capsys):
-    assert [row[:3] for row in lines(capsys, project, "--stage", "train", "--method", "sap", "--seed", "0")] == [["train", "sap", "0"]]
-    assert [row[1] for row in lines(capsys, project, "--stage", "evaluate", "--method", "aligned")] == ["aligned"]
-    assert [row[1] for row in lines(capsys, project, "--stage", "train", "--methods", "sft")] == ["sft"]
+    assert [
+        row[:3]
+        for row in lines(capsys, project, "--stage", "train", "--method", "sap", "--seed", "0")
+    ] == [["train", "sap", "0"]]
+    assert [
+        row[1] for row in lines(capsys, project, "--stage", "evaluate", "--method", "aligned")
+    ] == ["aligned"]
+    assert [row[1] for row in lines(capsys, project, "--stage", "train", "--methods", "sft")] == [
+        "sft"
+    ]
 
 
 def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(project):
     experiment = recipes.load(project)
-    whole, part = ({(u.stage, u.method): u.folder for u in units(e, ALL_STAGES)} for e in (experiment, experiment.only(["sap"])))
+    whole, part = (
+        {(u.stage, u.method): u.folder for u in units(e, ALL_STAGES)}
+        for e in (experiment, experiment.only(["sap"]))
+    )
     assert whole["report", "-"] != part["report", "-"] and ("train", "sft") not in part
     assert all(whole[key] == part[key] for key in part if key[0] != "report")
 
@@ -90,9 +118,18 @@ def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(pr
     ("arguments", "sentence"),
     [
         (["status", "RECIPE", "--methods", "sft,nothing"], "no method 'nothing'"),
-        (["status", "RECIPE", "--portable", "--model.dtype=auto"], "model.dtype auto means something else on another machine: set it to bfloat16"),
-        (["status", "RECIPE", "--portable", "--model.attention=auto"], "model.attention auto means something else on another machine: set it to sdpa"),
-        (["train", "RECIPE", "--stage", "train"], "--stage would do nothing in `sap train`, and belongs to `sap status`"),
+        (
+            ["status", "RECIPE", "--portable", "--model.dtype=auto"],
+            "model.dtype auto means something else on another machine: set it to bfloat16",
+        ),
+        (
+            ["status", "RECIPE", "--portable", "--model.attention=auto"],
+            "model.attention auto means something else on another machine: set it to sdpa",
+        ),
+        (
+            ["train", "RECIPE", "--stage", "train"],
+            "--stage would do nothing in `sap train`, and belongs to `sap status`",
+        ),
     ],
 )
 def test_refusals(project, capsys, arguments, sentence):

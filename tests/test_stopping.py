@@ -71,7 +71,10 @@ def project(tmp_path, monkeypatch):
             "evaluate": {"harmful": source, "baselines": False}, "methods": {name: {} for name in methods}, "tracking": {"enabled": False},
         })  # fmt: skip
         layout = Layout(recipes.load(path))
-        artifacts.write_json(tmp_path / "folders.json", {cell.method: str(layout.train(cell)) for cell in layout.experiment.cells()})
+        artifacts.write_json(
+            tmp_path / "folders.json",
+            {cell.method: str(layout.train(cell)) for cell in layout.experiment.cells()},
+        )
         stand_in = ModuleType("pipeline.stages.prepare")
         stand_in.prepare = prepare
         monkeypatch.setitem(sys.modules, "pipeline.stages.prepare", stand_in)
@@ -101,21 +104,38 @@ def names(folder: Path, prefix: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_stop_after_another_cell_failed_saves_evaluates_nothing_and_exits_75(project, tmp_path, capfd, number):
+def test_a_stop_after_another_cell_failed_saves_evaluates_nothing_and_exits_75(
+    project, tmp_path, capfd, number
+):
     path = project("good", "bad", "slow", "slower", "slowest")
     thread = signal_when(tmp_path / "up-slow", tmp_path / "up-slower", number=number)
     assert cli.main(["run", str(path), "--jobs", "2"]) == runner.STOPPED
     thread.join()
-    assert names(tmp_path, "saved") == ["slow", "slower"] and "slowest" not in names(tmp_path, "began") and not names(tmp_path, "evaluated")
+    assert (
+        names(tmp_path, "saved") == ["slow", "slower"]
+        and "slowest" not in names(tmp_path, "began")
+        and not names(tmp_path, "evaluated")
+    )
     said = capfd.readouterr().err
-    assert "stopped in train" in said and "run the same command again to go on" in said and "Traceback" not in said and "not trained" not in said
+    assert (
+        "stopped in train" in said
+        and "run the same command again to go on" in said
+        and "Traceback" not in said
+        and "not trained" not in said
+    )
 
 
 def test_a_stop_one_cell_at_a_time_does_the_same(project, tmp_path):
     thread = signal_when(tmp_path / "up-slow")
-    assert cli.main(["run", str(project("good", "bad", "slow", "slower", ranks=2))]) == runner.STOPPED
+    assert (
+        cli.main(["run", str(project("good", "bad", "slow", "slower", ranks=2))]) == runner.STOPPED
+    )
     thread.join()
-    assert names(tmp_path, "saved") == ["slow"] and "slower" not in names(tmp_path, "began") and not names(tmp_path, "evaluated")
+    assert (
+        names(tmp_path, "saved") == ["slow"]
+        and "slower" not in names(tmp_path, "began")
+        and not names(tmp_path, "evaluated")
+    )
 
 
 def test_a_stop_during_the_evaluation_of_what_trained_is_75_too(project, tmp_path, capfd):
@@ -124,12 +144,17 @@ def test_a_stop_during_the_evaluation_of_what_trained_is_75_too(project, tmp_pat
     thread = signal_when(tmp_path / "evaluated-slow")
     assert cli.main(["run", str(path), "--jobs", "2"]) == runner.STOPPED
     thread.join()
-    assert names(tmp_path, "evaluated") == ["slow"] and "stopped in evaluate" in capfd.readouterr().err
+    assert (
+        names(tmp_path, "evaluated") == ["slow"] and "stopped in evaluate" in capfd.readouterr().err
+    )
 
 
 def test_without_a_stop_the_failure_is_told_and_what_trained_is_evaluated(project, tmp_path, capfd):
     assert cli.main(["run", str(project("good", "bad")), "--jobs", "2"]) == 2
-    assert names(tmp_path, "evaluated") == ["good"] and "not trained: train-bad" in capfd.readouterr().err
+    assert (
+        names(tmp_path, "evaluated") == ["good"]
+        and "not trained: train-bad" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--jobs", "2"]])
@@ -147,7 +172,9 @@ def after_the_devices(capfd: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [("1", "6"), ("2", "3")])
-def test_imports_run_while_the_command_prepares_in_the_process_that_jobs_are_forked_from(project, monkeypatch, jobs, threads):
+def test_imports_run_while_the_command_prepares_in_the_process_that_jobs_are_forked_from(
+    project, monkeypatch, jobs, threads
+):
     """One that imports for another number of threads would be waited for again."""
     begun = []
 
@@ -169,7 +196,9 @@ def test_imports_run_while_the_command_prepares_in_the_process_that_jobs_are_for
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_while_the_command_itself_prepares_leaves_nothing_half_written(project, tmp_path, capfd, number):
+def test_a_stop_while_the_command_itself_prepares_leaves_nothing_half_written(
+    project, tmp_path, capfd, number
+):
     def prepare(experiment: recipe.Experiment) -> None:
         with artifacts.building(Layout(experiment).prepare(), {}) as folder:
             (folder / "half.parquet").touch()
@@ -177,16 +206,30 @@ def test_a_stop_while_the_command_itself_prepares_leaves_nothing_half_written(pr
             time.sleep(60)
 
     assert cli.main(["run", str(project("good", prepare=prepare))]) == runner.STOPPED
-    assert after_the_devices(capfd) == f"stopped on request ({signal.Signals(number).name}): run the same command again to go on\n"
+    assert (
+        after_the_devices(capfd)
+        == f"stopped on request ({signal.Signals(number).name}): run the same command again to go on\n"
+    )
     assert not list((tmp_path / "runs" / "tiny").iterdir()) and not names(tmp_path, "began")
 
 
-def test_a_disk_that_fills_up_while_the_command_prepares_is_one_sentence_with_the_folder(project, tmp_path, capfd):
+def test_a_disk_that_fills_up_while_the_command_prepares_is_one_sentence_with_the_folder(
+    project, tmp_path, capfd
+):
     def prepare(experiment: recipe.Experiment) -> None:
         with artifacts.building(Layout(experiment).prepare(), {}):
-            raise OSError(28, "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device")  # as pyarrow says it
+            # as pyarrow says it
+            raise OSError(
+                28,
+                "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device",
+            )
 
     path = project("good", prepare=prepare)
     assert cli.main(["run", str(path)]) == runner.SYSTEM_ERROR
     said = after_the_devices(capfd)
-    assert said.startswith(f"error: {Layout(recipes.load(path)).prepare()}: No space left on device: free space there") and said.count("\n") == 1
+    assert (
+        said.startswith(
+            f"error: {Layout(recipes.load(path)).prepare()}: No space left on device: free space there"
+        )
+        and said.count("\n") == 1
+    )

@@ -25,7 +25,16 @@ from pipeline.engines.rank_files import write as write_rank
 from pipeline.model import file_headers
 from pipeline.model.weights import WeightFiles
 from pipeline.system import system_errors
-from pipeline.system.system_errors import BrokenFile, behind, from_parts, naming, parts, passes, reading_input, sentence
+from pipeline.system.system_errors import (
+    BrokenFile,
+    behind,
+    from_parts,
+    naming,
+    parts,
+    passes,
+    reading_input,
+    sentence,
+)
 
 AGAIN = "run the same command again; finished stages and checkpoints are kept"
 FULL = OSError(errno.ENOSPC, "No space left on device", "/runs/x")
@@ -51,16 +60,32 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/runs/x")
 )
 def test_a_sentence_names_the_file_the_reason_and_what_to_do(number, advice):
     said = sentence(OSError(number, os.strerror(number), "/runs/demo/x"))
-    assert said.startswith(f"/runs/demo/x: {os.strerror(number)}: ") and advice in said and "\n" not in said
+    assert (
+        said.startswith(f"/runs/demo/x: {os.strerror(number)}: ")
+        and advice in said
+        and "\n" not in said
+    )
     assert said.endswith(AGAIN)
 
 
 def test_sentences_of_what_names_no_file_or_two_or_no_number():
-    assert sentence(OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b")) == "a -> b: Invalid cross-device link"
-    assert sentence(OSError(errno.ENOSPC, "No space left on device")).startswith("a file that is not named here: No space left on device: free space")
-    assert sentence(OSError("cannot be loaded\nsecond line")) == "cannot be loaded" and sentence(OSError()) == "OSError"
-    no_temporary = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/nowhere']")
-    assert "['/nowhere']: set TMPDIR to a folder that can be written, and run" in sentence(no_temporary)
+    assert (
+        sentence(OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"))
+        == "a -> b: Invalid cross-device link"
+    )
+    assert sentence(OSError(errno.ENOSPC, "No space left on device")).startswith(
+        "a file that is not named here: No space left on device: free space"
+    )
+    assert (
+        sentence(OSError("cannot be loaded\nsecond line")) == "cannot be loaded"
+        and sentence(OSError()) == "OSError"
+    )
+    no_temporary = FileNotFoundError(
+        errno.ENOENT, "No usable temporary directory found in ['/nowhere']"
+    )
+    assert "['/nowhere']: set TMPDIR to a folder that can be written, and run" in sentence(
+        no_temporary
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,12 +93,19 @@ def test_sentences_of_what_names_no_file_or_two_or_no_number():
     [
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused"),
         (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "Connection timed out"),
-        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "Name or service not known"),
-        (ssl.SSLError(1, "CERTIFICATE_VERIFY_FAILED"), "CERTIFICATE_VERIFY_FAILED"),  # 1 is EPERM among files
+        (
+            socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+            "Name or service not known",
+        ),
+        # 1 is EPERM among files
+        (ssl.SSLError(1, "CERTIFICATE_VERIFY_FAILED"), "CERTIFICATE_VERIFY_FAILED"),
     ],
 )
 def test_an_error_of_the_network_is_not_taken_for_a_files(error, reason):
-    assert sentence(error) == f"the network: {reason}: see whether this machine reaches the other side, and {AGAIN}"
+    assert (
+        sentence(error)
+        == f"the network: {reason}: see whether this machine reaches the other side, and {AGAIN}"
+    )
 
 
 def test_a_working_folder_that_is_gone_is_named(tmp_path, monkeypatch):
@@ -82,7 +114,10 @@ def test_a_working_folder_that_is_gone_is_named(tmp_path, monkeypatch):
     (tmp_path / "here").rmdir()
     with pytest.raises(FileNotFoundError) as gone:
         Path("recipe.yaml").absolute()
-    assert sentence(gone.value) == f"the working folder is gone: change to one that is there, and {AGAIN}"
+    assert (
+        sentence(gone.value)
+        == f"the working folder is gone: change to one that is there, and {AGAIN}"
+    )
 
 
 def raised(error: BaseException, cause: BaseException) -> BaseException:
@@ -95,11 +130,19 @@ def raised(error: BaseException, cause: BaseException) -> BaseException:
     [
         (FULL, errno.ENOSPC),
         (Exception("No such file or directory (os error 2)"), errno.ENOENT),  # of tokenizers
-        (SafetensorError('I/O error: File too large (os error 27) at path "/runs/.tmpA"'), errno.EFBIG),
+        (
+            SafetensorError('I/O error: File too large (os error 27) at path "/runs/.tmpA"'),
+            errno.EFBIG,
+        ),
         (OSError("No such device (os error 19)"), errno.ENODEV),
         (raised(RuntimeError("generating the data set"), FULL), errno.ENOSPC),
         (raised(RuntimeError("twice"), raised(KeyError("x"), FULL)), errno.ENOSPC),
-        (raised(RuntimeError("no compiler"), FileNotFoundError(errno.ENOENT, "No such file", "g++")), None),
+        (
+            raised(
+                RuntimeError("no compiler"), FileNotFoundError(errno.ENOENT, "No such file", "g++")
+            ),
+            None,
+        ),
         (RuntimeError("a fault of ours"), None),
         (ValueError("bad input"), None),
         (KeyboardInterrupt(), None),
@@ -122,7 +165,12 @@ def test_an_error_that_was_met_while_another_was_handled_says_nothing():
 
 def test_an_error_of_the_input_does_not_pass_and_one_of_the_machine_or_of_a_broken_file_does():
     assert passes(FULL) is FULL and passes(broken := BrokenFile("x is no whole file")) is broken
-    assert passes(FileNotFoundError(errno.ENOENT, "", "x")) is passes(OSError("401 Client Error")) is passes(ValueError("x")) is None
+    assert (
+        passes(FileNotFoundError(errno.ENOENT, "", "x"))
+        is passes(OSError("401 Client Error"))
+        is passes(ValueError("x"))
+        is None
+    )
 
 
 def test_an_error_of_writing_gets_the_name_and_one_of_opening_keeps_its_own(tmp_path):
@@ -147,7 +195,9 @@ def folder_with_manifest(link: Path) -> object:
     ],
     ids=["digest", "data", "recipe", "manifest", "config", "weights"],
 )  # fmt: skip
-def test_an_error_of_reading_a_file_that_could_be_opened_names_it(tmp_path, read: Callable[[Path], object]):
+def test_an_error_of_reading_a_file_that_could_be_opened_names_it(
+    tmp_path, read: Callable[[Path], object]
+):
     link = tmp_path / "data.jsonl"
     link.symlink_to("/proc/self/mem")
     with pytest.raises(OSError) as found:
@@ -155,7 +205,10 @@ def test_an_error_of_reading_a_file_that_could_be_opened_names_it(tmp_path, read
     assert found.value.errno == errno.EIO and Path(found.value.filename).parent == tmp_path
 
 
-@pytest.mark.parametrize(("limit", "number"), [(resource.RLIMIT_FSIZE, errno.EFBIG), (resource.RLIMIT_NOFILE, errno.EMFILE)])
+@pytest.mark.parametrize(
+    ("limit", "number"),
+    [(resource.RLIMIT_FSIZE, errno.EFBIG), (resource.RLIMIT_NOFILE, errno.EMFILE)],
+)
 def test_the_systems_errors_of_libraries_in_rust_are_known(tmp_path, limit, number):
     tensors, path = {"x": torch.zeros(1000)}, tmp_path / "x.safetensors"
     save_file(tensors, path)
@@ -193,11 +246,17 @@ def test_a_checkpoints_file_that_is_not_whole_is_named(tmp_path, content):
     path.write_bytes(path.read_bytes()[:500] if content is None else content)
     with pytest.raises(BrokenFile) as broken, RankFiles(tmp_path):
         pass
-    assert sentence(broken.value).startswith(f"{path} is not a complete weight file (") and sentence(broken.value).endswith(AGAIN)
+    assert sentence(broken.value).startswith(
+        f"{path} is not a complete weight file ("
+    ) and sentence(broken.value).endswith(AGAIN)
 
 
-def test_before_anything_runs_a_name_or_a_right_is_the_inputs_fault_and_a_disk_is_not(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="File name too long: see whether the recipe names the right file"):
+def test_before_anything_runs_a_name_or_a_right_is_the_inputs_fault_and_a_disk_is_not(
+    tmp_path, monkeypatch
+):
+    with pytest.raises(
+        ValueError, match="File name too long: see whether the recipe names the right file"
+    ):
         recipes.load(tmp_path / ("x" * 300))
     for number, kind in ((errno.EACCES, ValueError), (errno.EIO, OSError)):
         with pytest.raises(kind, match=os.strerror(number)), reading_input():
@@ -206,15 +265,31 @@ def test_before_anything_runs_a_name_or_a_right_is_the_inputs_fault_and_a_disk_i
 
 
 def test_our_own_sentence_that_quotes_a_library_is_no_error_of_the_system():
-    assert behind(ValueError("the tokenizer of model.path /m cannot be read (Permission denied (os error 13)): save it again")) is None
+    assert (
+        behind(
+            ValueError(
+                "the tokenizer of model.path /m cannot be read (Permission denied (os error 13)): save it again"
+            )
+        )
+        is None
+    )
     with pytest.raises(ValueError, match="of model.path"), naming(Path("/runs/demo")):
-        raise ValueError("the tokenizer of model.path /m cannot be read (Permission denied (os error 13)): save it again")
+        raise ValueError(
+            "the tokenizer of model.path /m cannot be read (Permission denied (os error 13)): save it again"
+        )
 
 
 @pytest.mark.parametrize(
     "error",
-    [BrokenFile("/m/a.safetensors is no whole file"), OSError("hub: 401"), socket.gaierror(-2, "Name or service not known"), OSError(28, "No space", "/x")],
+    [
+        BrokenFile("/m/a.safetensors is no whole file"),
+        OSError("hub: 401"),
+        socket.gaierror(-2, "Name or service not known"),
+        OSError(28, "No space", "/x"),
+    ],
 )
 def test_another_process_says_the_same(error):
     again = from_parts(json.loads(json.dumps(parts(error))))
-    assert sentence(again) == sentence(error) and isinstance(again, BrokenFile) is isinstance(error, BrokenFile)
+    assert sentence(again) == sentence(error) and isinstance(again, BrokenFile) is isinstance(
+        error, BrokenFile
+    )

@@ -43,11 +43,17 @@ def tracked(project, tmp_path_factory) -> tuple[Layout, Store]:
         for step in range(1, 6):
             run.log_metrics({"train/loss": 1.0 / step}, step)
         raise KeyboardInterrupt
-    with open_run(layout, "sap-s0", "train-1", cell=cell) as run:  # resumed from the checkpoint of step 3
+    # resumed from the checkpoint of step 3
+    with open_run(layout, "sap-s0", "train-1", cell=cell) as run:
         for step in range(4, 8):
             run.log_metrics({"train/loss": 1.0 / step}, step)
     with open_run(layout, "sap-s0", "train-1", cell=cell) as run:
-        run.log_evaluation({"non_refusal_rate": {"value": 0.25, "low": 0.1, "high": 0.5, "n": 20}, "test_loss": 0.7})
+        run.log_evaluation(
+            {
+                "non_refusal_rate": {"value": 0.25, "low": 0.1, "high": 0.5, "n": 20},
+                "test_loss": 0.7,
+            }
+        )
     return layout, Store(layout)
 
 
@@ -62,12 +68,24 @@ def test_there_is_one_parent_and_one_child_per_key(tracked):
 
 def test_training_and_evaluation_share_a_row(tracked):
     metrics = tracked[1].run("train-1").data.metrics
-    assert metrics.items() >= {"evaluate/non_refusal_rate": 0.25, "evaluate/non_refusal_rate_low": 0.1, "evaluate/test_loss": 0.7}.items()
-    assert metrics["train/loss"] == pytest.approx(1 / 7) and tracked[1].run("train-1").info.status == "FINISHED"
+    assert (
+        metrics.items()
+        >= {
+            "evaluate/non_refusal_rate": 0.25,
+            "evaluate/non_refusal_rate_low": 0.1,
+            "evaluate/test_loss": 0.7,
+        }.items()
+    )
+    assert (
+        metrics["train/loss"] == pytest.approx(1 / 7)
+        and tracked[1].run("train-1").info.status == "FINISHED"
+    )
 
 
 def test_a_resumed_run_doubles_no_step(tracked):
-    assert tracked[1].history("train-1", "train/loss") == [(step, pytest.approx(1.0 / step)) for step in range(1, 8)]
+    assert tracked[1].history("train-1", "train/loss") == [
+        (step, pytest.approx(1.0 / step)) for step in range(1, 8)
+    ]
 
 
 def test_facts_become_flat_numbers(tracked):
@@ -78,27 +96,48 @@ def test_params_are_the_resolved_recipe(tracked):
     layout, store = tracked
     params, resolved = store.run("train-1").data.params, layout.experiment.cell("sap", 0).recipe
     assert (params["method"], params["seed"]) == ("sap", "0")
-    assert params["sap.enabled"] == "True" and params["sap.schedule"] == "lagged", "the method's override, not the file's"
+    assert params["sap.enabled"] == "True" and params["sap.schedule"] == "lagged", (
+        "the method's override, not the file's"
+    )
     for section in ("train", "sap"):
         for name, value in recipe.dump(resolved)[section].items():
             assert isinstance(value, dict) or params[f"{section}.{name}"] == str(value)
     assert params["train.lora.r"] == "8"
-    assert "method" not in store.run("prepare-1").data.params and store.run("prepare-1").data.params["sap.enabled"] == "False"
-    assert "sap.eps" in params and "sap.eps" not in store.run("prepare-1").data.params, "settings that do nothing are not compared"
+    assert (
+        "method" not in store.run("prepare-1").data.params
+        and store.run("prepare-1").data.params["sap.enabled"] == "False"
+    )
+    assert "sap.eps" in params and "sap.eps" not in store.run("prepare-1").data.params, (
+        "settings that do nothing are not compared"
+    )
 
 
 def test_tags_are_versions_revision_and_data(tracked):
     layout, store = tracked
     for key in ("prepare-1", "train-1"):
         tags = store.run(key).data.tags
-        assert {name: tags[f"version.{name}"] for name in artifacts.versions()} == artifacts.versions()
-        assert tags["data"] == layout.prepare().name and tags["prompts"] == layout.prompts().name and tags["git_revision"]
+        assert {
+            name: tags[f"version.{name}"] for name in artifacts.versions()
+        } == artifacts.versions()
+        assert (
+            tags["data"] == layout.prepare().name
+            and tags["prompts"] == layout.prompts().name
+            and tags["git_revision"]
+        )
 
 
 @pytest.mark.parametrize("silent", ["rank 1", "switched off"])
 def test_other_ranks_and_a_switched_off_tracker_write_nothing(project, tmp_path, silent):
-    layout = layout_in(project, tmp_path / "out", fresh=True, tracking={"enabled": silent == "rank 1"})
-    with open_run(layout, "sft-s0", "train-1", rank=int(silent == "rank 1"), cell=layout.experiment.cell("sft", 0)) as run:
+    layout = layout_in(
+        project, tmp_path / "out", fresh=True, tracking={"enabled": silent == "rank 1"}
+    )
+    with open_run(
+        layout,
+        "sft-s0",
+        "train-1",
+        rank=int(silent == "rank 1"),
+        cell=layout.experiment.cell("sft", 0),
+    ) as run:
         run.log_metrics({"train/loss": 1.0}, 1)
         run.log_facts({"a": 1})
         run.log_evaluation({"test_loss": 1.0})
@@ -118,7 +157,9 @@ def test_the_data_are_named_by_their_digest(project, tmp_path):
         pass
     store = Store(layout)
     assert "data.sha256" not in store.run("before").data.tags
-    expected = artifacts.digest({"train.parquet": artifacts.file_digest(layout.prepare() / "train.parquet")})
+    expected = artifacts.digest(
+        {"train.parquet": artifacts.file_digest(layout.prepare() / "train.parquet")}
+    )
     assert store.run("after").data.tags["data.sha256"] == expected
 
 
@@ -131,7 +172,10 @@ def test_a_stopped_stage_is_killed_not_finished(project, tmp_path):
     with pytest.raises(RuntimeError), open_run(layout, "sap-s0", "train-3") as run:
         raise RuntimeError
     store = Store(layout)
-    assert (store.run("train-1").info.status, store.run("train-3").info.status) == ("KILLED", "FAILED")
+    assert (store.run("train-1").info.status, store.run("train-3").info.status) == (
+        "KILLED",
+        "FAILED",
+    )
     with open_run(layout, "sft-s0", "train-1"):
         pass
     assert Store(layout).run("train-1").info.status == "FINISHED", "it went on and came to its end"
@@ -148,7 +192,11 @@ def test_events_are_numbered_tags_and_a_resumed_run_counts_on(project, tmp_path)
     with open_run(layout, "sft-s0", "train-2") as run:
         run.event("stopped at step 1 by SIGTERM")
     store = Store(layout)
-    tags = {name: value.partition(" ") for name, value in store.run("train-1").data.tags.items() if name.startswith("event.")}
+    tags = {
+        name: value.partition(" ")
+        for name, value in store.run("train-1").data.tags.items()
+        if name.startswith("event.")
+    }
     assert {name: text for name, (_, _, text) in tags.items()} == {
         "event.001": "stopped at step 3 by SIGTERM",
         "event.002": "requeued",
@@ -161,7 +209,11 @@ def test_events_are_numbered_tags_and_a_resumed_run_counts_on(project, tmp_path)
 
 
 def test_one_module_imports_mlflow():
-    importing = [path.name for path in (ROOT / "pipeline").rglob("*.py") if re.search(r"^\s*(from|import) mlflow\b", path.read_text(), re.M)]
+    importing = [
+        path.name
+        for path in (ROOT / "pipeline").rglob("*.py")
+        if re.search(r"^\s*(from|import) mlflow\b", path.read_text(), re.M)
+    ]
     assert importing == ["mlflow_store.py"]
 
 
@@ -171,7 +223,10 @@ def test_the_parent_ends_with_its_last_running_child(project, tmp_path):
         until(lambda: outbox(layout, "a").with_suffix(".delivered").is_file())
         with open_run(layout, "sap-s0", "b"):
             pass
-        assert Store(layout).run("b").info.status == "FINISHED" and Store(layout).parent.info.status == "RUNNING"
+        assert (
+            Store(layout).run("b").info.status == "FINISHED"
+            and Store(layout).parent.info.status == "RUNNING"
+        )
     ended = Store(layout).parent
     assert ended.info.status == "FINISHED" and ended.info.end_time
 
@@ -193,7 +248,10 @@ def test_artifacts_are_found_again_whatever_their_path_looks_like(project, tmp_p
         *["gone.html"] * 2,
     ]
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == 1 and "gone.html was to be uploaded to MLflow, but it is no longer there" in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "gone.html was to be uploaded to MLflow, but it is no longer there" in warnings[0]
+    )
 
 
 def test_a_metric_under_a_secret_looking_name_is_a_number(project, tmp_path):
@@ -209,11 +267,22 @@ def planted(project, tmp_path_factory) -> tuple[Path, Path, str]:
     """`sap prepare` with secrets in a source, a tracking URI, a method and the recipe's path: recipe, output folder, everything printed."""
     folder, content = tmp_path_factory.mktemp("planted"), copy.deepcopy(project[1])
     (folder / TOKEN).mkdir()
-    content["data"]["task"]["source"] = str(shutil.copy(content["data"]["task"]["source"], folder / TOKEN))
-    content["methods"]["sft"] = {"train": {"ds_config": str(shutil.copy(project[0] / "zero3.json", folder / TOKEN))}}
-    content |= {"output_dir": str(folder / "runs"), "tracking": {"uri": f"http://ann:{PASSWORD}@127.0.0.1:{closed_port()}"}}
+    content["data"]["task"]["source"] = str(
+        shutil.copy(content["data"]["task"]["source"], folder / TOKEN)
+    )
+    content["methods"]["sft"] = {
+        "train": {"ds_config": str(shutil.copy(project[0] / "zero3.json", folder / TOKEN))}
+    }
+    content |= {
+        "output_dir": str(folder / "runs"),
+        "tracking": {"uri": f"http://ann:{PASSWORD}@127.0.0.1:{closed_port()}"},
+    }
     path = write_recipe(folder / TOKEN, content)  # its path becomes a tag
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed), pytest.MonkeyPatch.context() as patch:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        contextlib.redirect_stderr(printed),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         assert main(["prepare", str(path)]) == 0, printed.getvalue()
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
         layout = Layout(recipes.load(path))
@@ -224,22 +293,41 @@ def planted(project, tmp_path_factory) -> tuple[Path, Path, str]:
 
 def test_no_secret_is_in_outbox_manifest_or_store(planted):
     _, output, printed = planted
-    files = [*output.rglob("tracking/*"), *output.rglob("manifest.json"), *output.rglob("facts.json"), output / "mlflow.db"]
+    files = [
+        *output.rglob("tracking/*"),
+        *output.rglob("manifest.json"),
+        *output.rglob("facts.json"),
+        output / "mlflow.db",
+    ]
     assert {"manifest.json", "train-1.jsonl", "mlflow.db"} <= {path.name for path in files}
     for path in files:
         content = path.read_bytes()
         assert TOKEN.encode() not in content and PASSWORD.encode() not in content, path
-    assert TOKEN not in printed and PASSWORD not in printed and "[redacted]@127.0.0.1" in printed, "the warning names the server"
+    assert TOKEN not in printed and PASSWORD not in printed and "[redacted]@127.0.0.1" in printed, (
+        "the warning names the server"
+    )
 
 
 def test_no_secret_is_in_params_or_tags_but_what_surrounds_it_is(planted):
     path, _, _ = planted
     store = Store(Layout(recipes.load(path)))
-    texts = [text for run in store.runs for part in (run.data.params, run.data.tags) for text in (*part.keys(), *part.values())]
+    texts = [
+        text
+        for run in store.runs
+        for part in (run.data.params, run.data.tags)
+        for text in (*part.keys(), *part.values())
+    ]
     assert len(texts) > 100 and not [text for text in texts if TOKEN in text or PASSWORD in text]
     params = store.run("train-1").data.params
-    assert params["data.task.source"].endswith("/[redacted]/task.jsonl") and "[redacted]@127.0.0.1" in params["tracking.uri"]
-    assert store.run("train-1").data.tags["event.001"].endswith(" requeued by http://[redacted]@queue:80 with [redacted]")
+    assert (
+        params["data.task.source"].endswith("/[redacted]/task.jsonl")
+        and "[redacted]@127.0.0.1" in params["tracking.uri"]
+    )
+    assert (
+        store.run("train-1")
+        .data.tags["event.001"]
+        .endswith(" requeued by http://[redacted]@queue:80 with [redacted]")
+    )
 
 
 def test_no_secret_is_in_the_dump_the_dry_run_or_the_stores_description(planted, capsys):
@@ -247,13 +335,19 @@ def test_no_secret_is_in_the_dump_the_dry_run_or_the_stores_description(planted,
     experiment = recipes.load(path)
     assert TOKEN in experiment.base.data.task.source, "the run itself needs it"
     dumped = json.dumps(
-        [recipe.dump(experiment.base), *(recipe.dump(cell.recipe) for cell in experiment.cells()), describe_store(experiment.base)]
+        [
+            recipe.dump(experiment.base),
+            *(recipe.dump(cell.recipe) for cell in experiment.cells()),
+            describe_store(experiment.base),
+        ]
     )
     assert main(["run", str(path), "--show"]) == 0
     shown = "".join(capsys.readouterr())
     assert main(["run", str(path), "--dry-run"]) == 0
     looked = "".join(capsys.readouterr())
-    assert "would run" in looked and all(TOKEN not in text and PASSWORD not in text for text in (dumped, shown, looked))
+    assert "would run" in looked and all(
+        TOKEN not in text and PASSWORD not in text for text in (dumped, shown, looked)
+    )
     assert "[redacted]" in dumped and "[redacted]" in shown
 
 
@@ -269,7 +363,9 @@ def test_a_secret_looking_key_in_a_method_is_hidden_and_refused(planted, capsys)
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_database_that_a_full_disk_left_half_made_is_taken_away_and_an_old_one_is_not(tmp_path, monkeypatch, there):
+def test_a_database_that_a_full_disk_left_half_made_is_taken_away_and_an_old_one_is_not(
+    tmp_path, monkeypatch, there
+):
     """MLflow refuses one with a part of its tables ever after, also when there is room again."""
     import mlflow
 
@@ -282,7 +378,9 @@ def test_a_database_that_a_full_disk_left_half_made_is_taken_away_and_an_old_one
     monkeypatch.setattr(mlflow, "MlflowClient", full)
     with pytest.raises(OSError, match="full"):
         mlflow_store.Store(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path, print)
-    assert [path.name for path in tmp_path.iterdir() if "mlflow.db" in path.name] == ["mlflow.db"] * there
+    assert [path.name for path in tmp_path.iterdir() if "mlflow.db" in path.name] == [
+        "mlflow.db"
+    ] * there
 
 
 KILLED = """
@@ -300,7 +398,9 @@ Store(f"sqlite:///{sys.argv[1]}/mlflow.db", Path(sys.argv[1]), print)
 
 
 def test_a_kill_while_the_database_is_made_leaves_none(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 9, done.stderr
     assert list(tmp_path.glob(".mlflow.db.*.new")) and not (tmp_path / "mlflow.db").exists()
     mlflow_store.Store(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path, print)

@@ -83,7 +83,8 @@ def test_a_job_finds_what_a_python_of_its_own_finds(launch, monkeypatch, tmp_pat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(runner, "free_port", lambda: "29900")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PWD", str(tmp_path))  # as a shell would; the one that starts a separate process does
+    # as a shell would; the one that starts a separate process does
+    monkeypatch.setenv("PWD", str(tmp_path))
     found = {}
     with WarmParents(["numpy.random", "torch"]) as warm:
         for threads in ("2", "1"):  # each number of threads has its parent
@@ -105,10 +106,16 @@ def test_a_job_finds_what_a_python_of_its_own_finds(launch, monkeypatch, tmp_pat
             assert first[generator] != again[generator]
 
 
-def test_what_imports_put_into_the_environment_is_there_and_what_is_a_job_s_own_stands(launch, monkeypatch):
+def test_what_imports_put_into_the_environment_is_there_and_what_is_a_job_s_own_stands(
+    launch, monkeypatch
+):
     """As DS_ACCELERATOR, without which DeepSpeed looks for a device."""
-    out = launch("(out / 'seen').write_text(' '.join(os.environ[name] for name in ('TOLD', 'GIVEN', 'RANK')))")
-    (out / "ahead.py").write_text("import os\nfor name in ('TOLD', 'GIVEN', 'RANK'):\n    os.environ.setdefault(name, 'import')")
+    out = launch(
+        "(out / 'seen').write_text(' '.join(os.environ[name] for name in ('TOLD', 'GIVEN', 'RANK')))"
+    )
+    (out / "ahead.py").write_text(
+        "import os\nfor name in ('TOLD', 'GIVEN', 'RANK'):\n    os.environ.setdefault(name, 'import')"
+    )
     monkeypatch.setenv("PYTHONPATH", str(out))
     monkeypatch.setenv("GIVEN", "user")
     monkeypatch.delenv("RANK", raising=False)
@@ -120,12 +127,17 @@ def test_what_imports_put_into_the_environment_is_there_and_what_is_a_job_s_own_
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT),
-        ("raise KeyError('lost')", 1), ("sys.exit(7)", 7), ("os._exit(8)", 8),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("os.abort()", -signal.SIGABRT),
+        ("raise KeyError('lost')", 1),
+        ("sys.exit(7)", 7),
+        ("os._exit(8)", 8),
     ],  # fmt: skip
 )
 def test_a_job_ends_alone_and_its_exit_code_is_told(launch, capfd, body, code):
-    out = launch(f"if sys.argv[1] == 'bad':\n    {body}\ntime.sleep(0.2)\n(out / sys.argv[1]).touch()")
+    out = launch(
+        f"if sys.argv[1] == 'bad':\n    {body}\ntime.sleep(0.2)\n(out / sys.argv[1]).touch()"
+    )
     with WarmParents([]) as warm:
         assert runner.run_side_by_side("job.py", [["bad"], ["beside"], ["after"]], 2, warm) == code
         assert runner.run_ranks("job.py", ["later"], 1, warm) == 0
@@ -140,7 +152,9 @@ def test_nothing_is_left_behind_and_memory_is_given_back(launch):
     with WarmParents(["json"]) as warm:
         assert runner.run_ranks("job.py", [], 2, warm) == 0
         (parent,) = set(children(os.getpid())) - set(before)
-        held = int(Path(f"/proc/{parent}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        held = int(Path(f"/proc/{parent}/statm").read_text().split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
         assert held < 5e7 and children(parent) == []
     assert children(os.getpid()) == before
 
@@ -169,9 +183,16 @@ def test_jobs_go_with_the_program_that_started_them_and_may_save_first(launch, n
         "run(main)"
     )
     program = subprocess.Popen([sys.executable, "-c", CLIENT, str(out), way], cwd=ROOT)
-    within(60, lambda: all((out / f"up{rank}").exists() and (out / f"up{rank}").read_text() for rank in (0, 1)))
+    within(
+        60,
+        lambda: all(
+            (out / f"up{rank}").exists() and (out / f"up{rank}").read_text() for rank in (0, 1)
+        ),
+    )
     started = children(program.pid)
-    assert {int((out / f"up{rank}").read_text()) for rank in (0, 1)} <= set(started) and len(started) == 2 + (way == "warm")
+    assert {int((out / f"up{rank}").read_text()) for rank in (0, 1)} <= set(started) and len(
+        started
+    ) == 2 + (way == "warm")
     program.send_signal(number)
     assert program.wait(20) == (-signal.SIGKILL if number == signal.SIGKILL else runner.STOPPED)
     within(20, lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
@@ -192,22 +213,34 @@ def test_a_parent_that_is_killed_takes_no_job_with_it_and_others_start_on_their_
         assert warm.problem
     assert (out / "second").exists() and (out / "third").exists()
     said = capfd.readouterr().err
-    assert said.count(SEPARATE) == 1 and f"{SEPARATE}the process that imports ahead has ended\n" in said
+    assert (
+        said.count(SEPARATE) == 1
+        and f"{SEPARATE}the process that imports ahead has ended\n" in said
+    )
 
 
 @pytest.mark.parametrize(
     ("preload", "reason"),
     [
-        ("import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()", "started a thread"),
-        ("import no_such_package", "cannot be imported ahead (ModuleNotFoundError: No module named 'no_such_package')"),
+        (
+            "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()",
+            "started a thread",
+        ),
+        (
+            "import no_such_package",
+            "cannot be imported ahead (ModuleNotFoundError: No module named 'no_such_package')",
+        ),
         (
             "import sys; from types import SimpleNamespace as Stand\n"
-            "sys.modules['torch'] = Stand(cuda=Stand(_is_in_bad_fork=lambda: True))", "an import has asked CUDA",
+            "sys.modules['torch'] = Stand(cuda=Stand(_is_in_bad_fork=lambda: True))",
+            "an import has asked CUDA",
         ),
     ],
     ids=["thread", "missing", "CUDA"],
 )
-def test_what_cannot_be_forked_is_said_once_and_jobs_import_for_themselves(launch, monkeypatch, capfd, preload, reason):
+def test_what_cannot_be_forked_is_said_once_and_jobs_import_for_themselves(
+    launch, monkeypatch, capfd, preload, reason
+):
     out = launch("(out / sys.argv[1]).touch()")
     (out / "ahead.py").write_text(preload)
     monkeypatch.setenv("PYTHONPATH", str(out))
@@ -235,7 +268,10 @@ def test_a_stop_is_not_kept_waiting_by_imports(launch, monkeypatch):
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         previous = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         try:
-            assert runner.run_side_by_side("job.py", [["first"], ["second"]], 1, warm) == runner.STOPPED
+            assert (
+                runner.run_side_by_side("job.py", [["first"], ["second"]], 1, warm)
+                == runner.STOPPED
+            )
         finally:
             signal.signal(signal.SIGALRM, previous)
     assert time.monotonic() - started < 20 and not (out / "ran").exists()
@@ -257,9 +293,21 @@ def grid(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "files", ["direction-s0-*/*", "train-sap-*/adapter/*.safetensors", "evaluate-sap-*/answers.jsonl", "evaluate-sap-*/metrics.json"]
+    "files",
+    [
+        "direction-s0-*/*",
+        "train-sap-*/adapter/*.safetensors",
+        "evaluate-sap-*/answers.jsonl",
+        "evaluate-sap-*/metrics.json",
+    ],
 )
 def test_products_are_the_same_to_the_bit(grid, files):
-    found = [{path.relative_to(folder): path.read_bytes() for path in folder.glob(files)} for folder in grid]
-    warm, separate = ({path: text for path, text in one.items() if path.name not in ("manifest.json", "DONE")} for one in found)
+    found = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.glob(files)}
+        for folder in grid
+    ]
+    warm, separate = (
+        {path: text for path, text in one.items() if path.name not in ("manifest.json", "DONE")}
+        for one in found
+    )
     assert warm == separate and warm

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.model import weights
 from pipeline.model.models import add_lora
-from pipeline.model.weights import WeightFiles, fill, merged, placeholder, read, tensor_source, write_sharded
+from pipeline.model.weights import (
+    WeightFiles,
+    fill,
+    merged,
+    placeholder,
+    read,
+    tensor_source,
+    write_sharded,
+)
 from pipeline.recipe.sections import LoraSection
 from tests.tiny import FAMILIES, family_model
 
@@ -22,7 +30,10 @@ from tests.tiny import FAMILIES, family_model
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     shapes = {"a": (7, 5), "b": (3,), "c": (4, 3, 2), "d": (11, 2)}
-    return {name: torch.randn(shape).to(torch.bfloat16 if name == "c" else torch.float32) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape).to(torch.bfloat16 if name == "c" else torch.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def test_any_slice_of_any_file(tmp_path):
@@ -31,7 +42,11 @@ def test_any_slice_of_any_file(tmp_path):
     files = WeightFiles(tmp_path)
     assert set(files) == set(given) and len(list(tmp_path.glob("*.safetensors"))) > 1
     for name, tensor in given.items():
-        assert files[name].dtype == tensor.dtype and torch.equal(files[name], tensor) and files.shape(name) == tuple(tensor.shape)
+        assert (
+            files[name].dtype == tensor.dtype
+            and torch.equal(files[name], tensor)
+            and files.shape(name) == tuple(tensor.shape)
+        )
         flat = tensor.flatten()
         for start in range(flat.numel() + 1):
             for stop in range(start, flat.numel() + 1):
@@ -48,7 +63,10 @@ def test_the_files_are_visited_one_after_another(tmp_path):
 def test_an_index_without_its_file_is_refused(tmp_path):
     write_sharded(tensors().items(), tmp_path, max_bytes=150)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.safetensors is missing, though model.safetensors.index.json lists it"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"model-00002-of-00002.safetensors is missing, though model.safetensors.index.json lists it",
+    ):
         WeightFiles(tmp_path)
 
 
@@ -70,10 +88,14 @@ def test_writing_holds_one_file_and_the_next_tensor(tmp_path):
     assert most <= 4
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 8000 and len(set(index["weight_map"].values())) == 7
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*index["weight_map"].values(), "model.safetensors.index.json"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        {*index["weight_map"].values(), "model.safetensors.index.json"}
+    )
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("nan", torch.tensor([1.0, float("nan")])), ("empty", torch.empty(0))])
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("nan", torch.tensor([1.0, float("nan")])), ("empty", torch.empty(0))]
+)
 def test_what_cannot_be_right_is_not_written_silently(tmp_path, name, tensor):
     with pytest.raises(AssertionError, match=name):
         write_sharded([(name, tensor)], tmp_path)
@@ -125,7 +147,11 @@ def test_threads_read_together_and_what_they_hold_is_bounded(small_pieces):
     read(source, 0, target, torch.float32)
     assert torch.equal(target, torch.arange(target.numel(), dtype=torch.float32))
     # A thread that got its next piece may still hold the last one for a moment.
-    assert threading.get_ident() not in threads and len(threads) == weights.READERS and most <= 2 * weights.READERS
+    assert (
+        threading.get_ident() not in threads
+        and len(threads) == weights.READERS
+        and most <= 2 * weights.READERS
+    )
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
 
 
@@ -142,7 +168,9 @@ def test_an_error_in_a_thread_is_raised_and_ends_the_reading(small_pieces):
 
     with pytest.raises(OSError, match="^no element 10$"):
         read(source, 0, torch.empty(100_000), torch.float32)
-    assert len(asked) < 9_000 and not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
+    assert len(asked) < 9_000 and not [
+        thread for thread in threading.enumerate() if thread.name.startswith("weights")
+    ]
 
 
 def test_threads_share_the_files(tmp_path, small_pieces):
@@ -173,22 +201,35 @@ def test_merged_is_bit_for_bit_what_peft_merges_in_float32(tmp_path, family, tie
     base = family_model(family, tied).to(dtype)
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     adapted = trained_adapter(copy.deepcopy(base).float(), ["q_proj", "v_proj", "down_proj"])
-    gathered = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
+    gathered = {
+        name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad
+    }
     files = WeightFiles(tmp_path / "base")
     assert len({files._file_of[name] for name in files}) > 1
-    write_sharded(merged(files, _updates(gathered), 7 / 5, dtype), tmp_path / "merged", max_bytes=20_000)
+    write_sharded(
+        merged(files, _updates(gathered), 7 / 5, dtype), tmp_path / "merged", max_bytes=20_000
+    )
     base.config.save_pretrained(tmp_path / "merged")
     expected = adapted.merge_and_unload().to(dtype).state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).state_dict()
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == dtype for name in expected)
+    assert all(
+        torch.equal(found[name], expected[name]) and found[name].dtype == dtype for name in expected
+    )
     assert ("lm_head.weight" in WeightFiles(tmp_path / "merged")) is not tied
 
 
 def test_an_update_of_an_unknown_weight_is_refused(tmp_path):
     save_file({"a": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(AssertionError):
-        list(merged(WeightFiles(tmp_path), {"b": (torch.ones(1, 2), torch.ones(2, 1))}, 1.0, torch.float32))
+        list(
+            merged(
+                WeightFiles(tmp_path),
+                {"b": (torch.ones(1, 2), torch.ones(2, 1))},
+                1.0,
+                torch.float32,
+            )
+        )
 
 
 def test_nothing_in_the_folder_is_an_error(tmp_path: Path):

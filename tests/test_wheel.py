@@ -24,10 +24,14 @@ class Installed:
     wheel: Path
     environment: Path
 
-    def run(self, program: str, *arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        self, program: str, *arguments: str | Path, cwd: Path, **environment: str
+    ) -> subprocess.CompletedProcess:
         clean = {name: value for name, value in quiet(environment).items() if name != "PYTHONPATH"}
         command = [str(self.environment / "bin" / program), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=280)
+        return subprocess.run(
+            command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=280
+        )
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +42,43 @@ def installed(tmp_path_factory) -> Installed:
     source.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             shutil.copy(ROOT / name, source)
     (source / "slurm" / "site.env").write_text("# what belongs to a site stays there\n")
 
     def run(*command: str | Path) -> None:
-        found = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=280)
+        found = subprocess.run(
+            [str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=280
+        )
         assert found.returncode == 0, found.stdout + found.stderr
 
     offline = ("--no-index", "--no-deps")
-    run(sys.executable, "-m", "pip", "wheel", *offline, "--no-build-isolation", "--wheel-dir", folder, source)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        *offline,
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+        source,
+    )
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     (wheel,) = folder.glob("*.whl")
-    run(sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install", *offline, wheel)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        environment / "bin" / "python",
+        "install",
+        *offline,
+        wheel,
+    )
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
     # After its own packages, and without the .pth files there: an editable install of the checkout stays out.
     needed = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
@@ -72,7 +99,12 @@ def small(project: Path) -> dict[str, Any]:
     recipe.pop("output_dir")
     recipe["align"]["enabled"] = False
     recipe["methods"] = {"sft": {}}
-    recipe["train"] |= {"engine": "single", "ranks": 1, "steps": 2, "ds_config": "ds_configs/zero3_cpu.json"}
+    recipe["train"] |= {
+        "engine": "single",
+        "ranks": 1,
+        "steps": 2,
+        "ds_config": "ds_configs/zero3_cpu.json",
+    }
     recipe["model"]["path"] = "./model"
     recipe["evaluate"]["baselines"] = False
     recipe["tracking"] = {"uri": "sqlite:///tracked.db"}
@@ -80,14 +112,25 @@ def small(project: Path) -> dict[str, Any]:
         for name, source in recipe[section].items():
             if isinstance(source, dict):
                 plain = f"data/{Path(source['source']).name}"
-                source["source"] = {"task": "$ROWS/task.jsonl", "safety": "~/data/safety.jsonl"}.get(name, plain)
+                source["source"] = {
+                    "task": "$ROWS/task.jsonl",
+                    "safety": "~/data/safety.jsonl",
+                }.get(name, plain)
     return recipe
 
 
 def test_the_wheel_holds_the_package_and_what_ships_with_it_and_nothing_else(installed):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline").rglob("*.py")}
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline" / "data" / "texts").iterdir()}
-    for pattern in ("launch/*.py", "launch/recipes/*.yaml", "ds_configs/*.json", "slurm/*.sh", "slurm/*.example"):
+    expected |= {
+        str(path.relative_to(ROOT)) for path in (ROOT / "pipeline" / "data" / "texts").iterdir()
+    }
+    for pattern in (
+        "launch/*.py",
+        "launch/recipes/*.yaml",
+        "ds_configs/*.json",
+        "slurm/*.sh",
+        "slurm/*.example",
+    ):
         expected |= {f"pipeline/shipped/{path.relative_to(ROOT)}" for path in ROOT.glob(pattern)}
     with zipfile.ZipFile(installed.wheel) as wheel:
         found = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -98,17 +141,27 @@ def test_it_trains_and_evaluates_from_any_folder(installed, tmp_path, empty):
     project = tmp_path / "project"
     project.mkdir()
     path = write_recipe(project, small(project))
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # matplotlib's list of fonts: seconds
+    # matplotlib's list of fonts: seconds
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     environment = {"HOME": str(project), "ROWS": str(project / "data"), "XDG_CACHE_HOME": cache}
     first = installed.run("sap", "run", path, cwd=empty, **environment)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "sft" in first.stdout and f"{project}/runs/tiny/report-" in first.stdout
-    assert len(list((project / "runs" / "tiny").glob("train-sft-s0-*/adapter/adapter_model.safetensors"))) == 1
+    assert (
+        len(
+            list(
+                (project / "runs" / "tiny").glob("train-sft-s0-*/adapter/adapter_model.safetensors")
+            )
+        )
+        == 1
+    )
     assert len(list((project / "runs" / "tiny").glob("evaluate-sft-s0-*/DONE"))) == 1
     assert (project / "tracked.db").is_file() and not list(empty.iterdir())
     elsewhere = installed.run("sap", "status", path, cwd=Path("/"), **environment)
     assert elsewhere.returncode == 0, elsewhere.stderr
-    states = [line.split("\t")[3] for line in elsewhere.stdout.splitlines() if not line.startswith("#")]
+    states = [
+        line.split("\t")[3] for line in elsewhere.stdout.splitlines() if not line.startswith("#")
+    ]
     assert states == ["complete"] * 4, "what ran from one folder is complete in another"
 
 
@@ -126,21 +179,35 @@ def test_it_runs_what_it_holds_and_not_the_checkout(installed, empty):
     assert first == f"{packages}/pipeline/__init__.py {packages}/pipeline/shipped {{}}"
     assert "demo" in names.split() and "llama_7b_sap" in names.split()
     assert launched[0].startswith("usage: train.py")
-    shown = installed.run("python", packages / "pipeline/shipped/launch/train.py", "--config", "no.yaml", cwd=empty)
+    shown = installed.run(
+        "python", packages / "pipeline/shipped/launch/train.py", "--config", "no.yaml", cwd=empty
+    )
     assert shown.returncode == 2 and f"no recipe at {empty}/no.yaml" in shown.stderr
 
 
-def test_a_shipped_recipe_is_found_by_name_and_its_runs_go_to_the_working_directory(installed, empty):
+def test_a_shipped_recipe_is_found_by_name_and_its_runs_go_to_the_working_directory(
+    installed, empty
+):
     for name in ("llama_7b_sap", "launch/recipes/llama_7b_sap.yaml"):
         found = installed.run("sap", "status", name, "--stage", "prepare", cwd=empty)
-        assert found.returncode == 0 and f"{empty}/runs/llama_7b_sap/prepare-" in found.stdout, found.stderr
+        assert found.returncode == 0 and f"{empty}/runs/llama_7b_sap/prepare-" in found.stdout, (
+            found.stderr
+        )
         assert "pipeline/shipped/launch/recipes/llama_7b_sap.yaml" in found.stderr
 
 
 def test_the_recipes_that_it_holds_are_listed(installed, empty):
-    found = subprocess.run([installed.environment / "bin" / "sap", "recipes"], cwd=empty, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [installed.environment / "bin" / "sap", "recipes"],
+        cwd=empty,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     lines = found.stdout.splitlines()
-    assert found.returncode == 0 and [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "launch" / "recipes").glob("*.yaml"))
+    assert found.returncode == 0 and [line.split()[0] for line in lines] == sorted(
+        path.stem for path in (ROOT / "launch" / "recipes").glob("*.yaml")
+    )
     assert all(line.endswith((".", "?")) and len(line) > 40 for line in lines)
 
 
@@ -150,6 +217,11 @@ def test_its_job_scripts_submit_themselves(installed, empty):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     clean |= {"SAP_PYTHON": str(installed.environment / "bin" / "python"), "HF_HUB_OFFLINE": "1"}
     command = [scripts / "submit.sh", "launch/recipes/llama_7b_sap.yaml", "--dry-run"]
-    found = subprocess.run(command, cwd=empty, env=clean, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        command, cwd=empty, env=clean, capture_output=True, text=True, timeout=60
+    )
     assert found.returncode == 0, found.stderr
-    assert f'{scripts.parent}/launch/recipes/llama_7b_sap.yaml --output_dir="{empty}/runs"' in found.stdout
+    assert (
+        f'{scripts.parent}/launch/recipes/llama_7b_sap.yaml --output_dir="{empty}/runs"'
+        in found.stdout
+    )

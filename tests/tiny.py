@@ -33,9 +33,13 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCau
     return LlamaForCausalLM(config).to(dtype)
 
 
-def tiny_lora(dtype: torch.dtype = torch.float32, dropout: float = 0.0, warm: bool = True) -> nn.Module:
+def tiny_lora(
+    dtype: torch.dtype = torch.float32, dropout: float = 0.0, warm: bool = True
+) -> nn.Module:
     """The tiny model with LoRA; warm: B is not zero, as after some training."""
-    model = add_lora(tiny_model(dtype), LoraSection(r=3, alpha=6, dropout=dropout), seed=0).to(dtype)
+    model = add_lora(tiny_model(dtype), LoraSection(r=3, alpha=6, dropout=dropout), seed=0).to(
+        dtype
+    )
     if warm:
         torch.manual_seed(7)
         for name, parameter in model.named_parameters():
@@ -47,14 +51,28 @@ def tiny_lora(dtype: torch.dtype = torch.float32, dropout: float = 0.0, warm: bo
 # What each family adds to a plain decoder. Hidden size, vocabulary and LoRA's rank divide by neither 2 nor 3, so that shards are padded.
 FAMILIES = {
     # Grouped queries: five heads share a key.
-    "llama": (LlamaForCausalLM, LlamaConfig, {"num_attention_heads": 35, "num_key_value_heads": 7, "head_dim": 2}),
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"num_attention_heads": 35, "num_key_value_heads": 7, "head_dim": 2},
+    ),
     # Biases of queries, keys and values: one-dimensional weights.
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 14}),
+    "qwen2": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 14},
+    ),
     # Scaled embeddings, norms after the blocks and of queries and keys, three layers of four with a sliding window.
     "gemma3": (
         Gemma3ForCausalLM,
         Gemma3TextConfig,
-        {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10, "sliding_window": 6, "query_pre_attn_scalar": 10},
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "head_dim": 10,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 10,
+        },
     ),
 }
 FAMILY_HIDDEN, FAMILY_RANK = 35, 5
@@ -91,7 +109,8 @@ def tiny_pairs(count: int = 16, seed: int = 1, equal: bool = False) -> list[dict
     rows = tiny_rows(2 * count, seed, equal)
     chosen, rejected = rows[:count], rows[count:]
     return [
-        {f"chosen_{k}": v for k, v in a.items()} | {f"rejected_{k}": v for k, v in b.items()} for a, b in zip(chosen, rejected, strict=True)
+        {f"chosen_{k}": v for k, v in a.items()} | {f"rejected_{k}": v for k, v in b.items()}
+        for a, b in zip(chosen, rejected, strict=True)
     ]
 
 
@@ -102,16 +121,34 @@ class StepBatches:
         self, rank: int = 0, world_size: int = 1, pairs: list[dict] | None = None, rows: list[dict] | None = None,
         batch_size: int = 8, micro_batch_size: int = 2, token_budget: int | None = None, packing: bool = False,
     ):  # fmt: skip
-        self.rows, self.pair_rows = tiny_rows() if rows is None else rows, tiny_pairs() if pairs is None else pairs
+        self.rows, self.pair_rows = (
+            tiny_rows() if rows is None else rows,
+            tiny_pairs() if pairs is None else pairs,
+        )
         self.rank, self.world_size = rank, world_size
-        self.batch_size, self.micro_batch_size, self.token_budget = batch_size, micro_batch_size, token_budget
+        self.batch_size, self.micro_batch_size, self.token_budget = (
+            batch_size,
+            micro_batch_size,
+            token_budget,
+        )
         self.packing = packing
 
     def useful(self, number: int, samples: int | None = None) -> list:
         """samples: the first so many of the step's, where not all are meant."""
         indices = BatchOrder(len(self.rows), self.batch_size, 0).step(number)[:samples]
         sharing = (self.micro_batch_size, self.rank, self.world_size)
-        return micro_batches(self.rows, indices, *sharing, 0, 0, number, self.token_budget, packing=self.packing)
+        return micro_batches(
+            self.rows, indices, *sharing, 0, 0, number, self.token_budget, packing=self.packing
+        )
 
     def pairs(self, number: int) -> list:
-        return pair_batches(self.pair_rows, BatchOrder(len(self.pair_rows), 4, 0).step(number), 1, self.rank, self.world_size, 0, 0, number)
+        return pair_batches(
+            self.pair_rows,
+            BatchOrder(len(self.pair_rows), 4, 0).step(number),
+            1,
+            self.rank,
+            self.world_size,
+            0,
+            0,
+            number,
+        )

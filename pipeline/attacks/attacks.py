@@ -52,6 +52,12 @@ def attacked(rows: list[Row], name: str) -> list[Row]:
         before = json.loads(row["conversation"])[:-1] if row.get("conversation") else []
         messages = json.dumps([*before, {"role": "user", "content": asked}])
         result.append(
-            {**row, "id": f"{name}-{row['id']}", "asked": asked, "messages": messages, "prefill": attack.prefill}
+            {
+                **row,
+                "id": f"{name}-{row['id']}",
+                "asked": asked,
+                "messages": messages,
+                "prefill": attack.prefill,
+            }
         )
     return result

@@ -18,7 +18,10 @@ def main(folder: Path) -> int:
     try:
         from pipeline.bench.cases import Case  # after the path is known
 
-        arguments = [Case(**value["Case"]) if isinstance(value, dict) and "Case" in value else value for value in given]
+        arguments = [
+            Case(**value["Case"]) if isinstance(value, dict) and "Case" in value else value
+            for value in given
+        ]
         answer = None, getattr(importlib.import_module(module), name)(*arguments)
         text = json.dumps(answer)
     except Exception as error:  # whatever it is, it is the caller's to say
@@ -27,7 +30,10 @@ def main(folder: Path) -> int:
         met = behind(error)
         if met is None:
             traceback.print_exc()
-        answer = f"failed: {''.join(traceback.format_exception_only(error)).strip()}", None if met is None else parts(met)
+        answer = (
+            f"failed: {''.join(traceback.format_exception_only(error)).strip()}",
+            None if met is None else parts(met),
+        )
         text = json.dumps(answer)
     (folder / "half").write_text(text)
     (folder / "half").rename(folder / "answer")

@@ -28,11 +28,14 @@ class Shape:
     def config(self) -> dict[str, Any]:
         """Keyword arguments of LlamaConfig."""
         own = {"length", "batch_size"}
-        return {key: value for key, value in asdict(self).items() if key not in own} | {"max_position_embeddings": 2 * self.length}
+        return {key: value for key, value in asdict(self).items() if key not in own} | {
+            "max_position_embeddings": 2 * self.length
+        }
 
 
 SHAPES = {
-    "host": Shape(128, 64, 128, 32, 4, 2, length=16),  # arithmetic next to nothing: what is left is the host's work
+    # arithmetic next to nothing: what is left is the host's work
+    "host": Shape(128, 64, 128, 32, 4, 2, length=16),
     "tiny": Shape(128, 64, 128, 4, 4, 2, length=16),
     "135m": Shape(49152, 576, 1536, 30, 9, 3, length=128),
     "1b": Shape(128256, 2048, 8192, 16, 32, 8, length=512),
@@ -58,19 +61,37 @@ class Case:
     @property
     def model(self) -> Shape:
         shape = SHAPES[self.shape]
-        return shape if self.layers is None else Shape(**asdict(shape) | {"num_hidden_layers": self.layers})
+        return (
+            shape
+            if self.layers is None
+            else Shape(**asdict(shape) | {"num_hidden_layers": self.layers})
+        )
 
     def rows(self) -> list[dict[str, list[int]]]:
         """input_ids and labels of one row for every draw of the run: the same for all systems."""
         shape, rng = self.model, random.Random(0)
-        shares = (1.0 if self.lengths == "fixed" else min(1.0, rng.lognormvariate(-1.4, 0.8)) for _ in range(shape.batch_size * (self.warm_up + self.steps)))
-        return [_row(rng, shape.vocab_size, max(8, round(shape.length * share))) for share in shares]
+        shares = (
+            1.0 if self.lengths == "fixed" else min(1.0, rng.lognormvariate(-1.4, 0.8))
+            for _ in range(shape.batch_size * (self.warm_up + self.steps))
+        )
+        return [
+            _row(rng, shape.vocab_size, max(8, round(shape.length * share))) for share in shares
+        ]
 
     def pairs(self) -> list[dict[str, list[int]]]:
         """Safety pairs of half a row's length."""
         shape, rng = self.model, random.Random(1)
-        sides = [{side: _row(rng, shape.vocab_size, shape.length // 2) for side in ("chosen", "rejected")} for _ in range(32)]
-        return [{f"{side}_{key}": value for side, row in pair.items() for key, value in row.items()} for pair in sides]
+        sides = [
+            {
+                side: _row(rng, shape.vocab_size, shape.length // 2)
+                for side in ("chosen", "rejected")
+            }
+            for _ in range(32)
+        ]
+        return [
+            {f"{side}_{key}": value for side, row in pair.items() for key, value in row.items()}
+            for pair in sides
+        ]
 
 
 def _row(rng: random.Random, vocabulary: int, length: int) -> dict[str, list[int]]:
@@ -82,10 +103,16 @@ def _row(rng: random.Random, vocabulary: int, length: int) -> dict[str, list[int
 def forward_flops(shape: Shape, tokens: int, supervised: int) -> float:
     """Of a forward pass: two a weight and token (the head at supervised positions), and attention's two products, causal ones counted half."""
     head_size = shape.hidden_size // shape.num_attention_heads
-    attention = shape.hidden_size * (2 * shape.hidden_size + 2 * shape.num_key_value_heads * head_size)
+    attention = shape.hidden_size * (
+        2 * shape.hidden_size + 2 * shape.num_key_value_heads * head_size
+    )
     layer = attention + 3 * shape.hidden_size * shape.intermediate_size
     scores = 2 * tokens * shape.length * shape.hidden_size
-    return 2.0 * layer * shape.num_hidden_layers * tokens + 2.0 * shape.hidden_size * shape.vocab_size * supervised + scores * shape.num_hidden_layers
+    return (
+        2.0 * layer * shape.num_hidden_layers * tokens
+        + 2.0 * shape.hidden_size * shape.vocab_size * supervised
+        + scores * shape.num_hidden_layers
+    )
 
 
 def plain_step_flops(case: Case) -> float:

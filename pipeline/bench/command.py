@@ -26,7 +26,8 @@ from pipeline import artifacts
 from pipeline.bench.cases import ENGINES, METHODS, OTHERS, SHAPES, Case
 from pipeline.bench.processes import Processes
 
-_ALIKE = {"cpu": 1e-4, "gpu": 2e-3}  # of the losses after all steps, relative; on GPUs frozen weights are bfloat16, and Trainer casts the adapter too
+# of the losses after all steps, relative; on GPUs frozen weights are bfloat16, and Trainer casts the adapter too
+_ALIKE = {"cpu": 1e-4, "gpu": 2e-3}
 
 
 def command(argv: Sequence[str]) -> int:
@@ -40,11 +41,17 @@ def command(argv: Sequence[str]) -> int:
             for case in cases:
                 row = processes.call("pipeline.bench.measure:measure", case) | {"round": number}
                 found.append(row)
-                print(f"[bench] round {number + 1}/{options.rounds} {_name(row)}: {row['ms']:.0f} ms a step", file=sys.stderr, flush=True)
+                print(
+                    f"[bench] round {number + 1}/{options.rounds} {_name(row)}: {row['ms']:.0f} ms a step",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if row["profile"]:
                     print(row["profile"])
     if options.json:
-        artifacts.write_text(options.json, json.dumps({"matmul_flops_per_s": rate, "rows": found}, indent=1) + "\n")
+        artifacts.write_text(
+            options.json, json.dumps({"matmul_flops_per_s": rate, "rows": found}, indent=1) + "\n"
+        )
     print(table(found, rate))
     problem = unlike(found)
     if problem:
@@ -54,40 +61,97 @@ def command(argv: Sequence[str]) -> int:
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="sap bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="sap bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--shape", default="host", help=f"the model: {', '.join(SHAPES)}; default host")
-    parser.add_argument("--layers", type=int, help="decoder layers of the model, where not the shape's")
-    parser.add_argument("--systems", default=",".join(ENGINES), help=f"by commas, some of {', '.join((*ENGINES, *OTHERS))}; default all engines")
-    parser.add_argument("--methods", default="plain", help=f"by commas, some of {', '.join(METHODS)}; default plain; others than plain on engines only")
-    parser.add_argument("--checkpointing", choices=("on", "off", "both"), default="both", help="recomputation of activations; default both")
-    parser.add_argument("--lengths", choices=("fixed", "real"), default="fixed", help="rows of one length, or a few long and many short ones; default fixed")
-    parser.add_argument("--rounds", type=int, default=3, help="processes started for every case; default 3")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are timed, after three that are not; default 10")
-    parser.add_argument("--profile", action="store_true", help="also print the dearest operators of every case; its times are not to be compared")
+    parser.add_argument(
+        "--shape", default="host", help=f"the model: {', '.join(SHAPES)}; default host"
+    )
+    parser.add_argument(
+        "--layers", type=int, help="decoder layers of the model, where not the shape's"
+    )
+    parser.add_argument(
+        "--systems",
+        default=",".join(ENGINES),
+        help=f"by commas, some of {', '.join((*ENGINES, *OTHERS))}; default all engines",
+    )
+    parser.add_argument(
+        "--methods",
+        default="plain",
+        help=f"by commas, some of {', '.join(METHODS)}; default plain; others than plain on engines only",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        choices=("on", "off", "both"),
+        default="both",
+        help="recomputation of activations; default both",
+    )
+    parser.add_argument(
+        "--lengths",
+        choices=("fixed", "real"),
+        default="fixed",
+        help="rows of one length, or a few long and many short ones; default fixed",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="processes started for every case; default 3"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        help="steps that are timed, after three that are not; default 10",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also print the dearest operators of every case; its times are not to be compared",
+    )
     parser.add_argument("--json", type=Path, help="file for every measurement")
     options = parser.parse_args(argv)
-    for name, known in (("systems", (*ENGINES, *OTHERS)), ("methods", METHODS), ("shape", tuple(SHAPES))):
+    for name, known in (
+        ("systems", (*ENGINES, *OTHERS)),
+        ("methods", METHODS),
+        ("shape", tuple(SHAPES)),
+    ):
         given = getattr(options, name)
-        unknown = [one for one in ([given] if name == "shape" else given.split(",")) if one not in known]
+        unknown = [
+            one for one in ([given] if name == "shape" else given.split(",")) if one not in known
+        ]
         if unknown:
-            raise ValueError(f"--{name} names '{unknown[0]}': it takes {'one' if name == 'shape' else 'some'} of {', '.join(known)}")
+            raise ValueError(
+                f"--{name} names '{unknown[0]}': it takes {'one' if name == 'shape' else 'some'} of {', '.join(known)}"
+            )
     if options.json and not options.json.absolute().parent.is_dir():
         raise ValueError(f"--json {options.json} is in no folder that exists: make it first")
     if "trl" in options.systems.split(",") and importlib.util.find_spec("trl") is None:
-        raise ValueError("--systems names trl, which is not installed: pip install trl, or leave it out")
+        raise ValueError(
+            "--systems names trl, which is not installed: pip install trl, or leave it out"
+        )
     for name in ("layers", "rounds", "steps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: it must be at least 1")
     if not _cases(options):
-        raise ValueError(f"--systems {options.systems} and --methods {options.methods} go together in no case: methods other than plain need an engine")
+        raise ValueError(
+            f"--systems {options.systems} and --methods {options.methods} go together in no case: methods other than plain need an engine"
+        )
     return options
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
     ways = {"on": (True,), "off": (False,), "both": (True, False)}[options.checkpointing]
     return [
-        Case(system, method, options.shape, options.layers, way, lengths=options.lengths, steps=options.steps, profile=options.profile)
+        Case(
+            system,
+            method,
+            options.shape,
+            options.layers,
+            way,
+            lengths=options.lengths,
+            steps=options.steps,
+            profile=options.profile,
+        )
         for way in ways
         for system in options.systems.split(",")
         for method in options.methods.split(",")
@@ -96,7 +160,9 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return f"{row['system']} {row['method']}, checkpointing {'on' if row['checkpointing'] else 'off'}"
+    return (
+        f"{row['system']} {row['method']}, checkpointing {'on' if row['checkpointing'] else 'off'}"
+    )
 
 
 def table(found: list[dict[str, Any]], rate: float) -> str:
@@ -104,21 +170,42 @@ def table(found: list[dict[str, Any]], rate: float) -> str:
     groups: dict[tuple[bool, str, str], list[dict[str, Any]]] = {}
     for row in found:
         groups.setdefault((row["checkpointing"], row["system"], row["method"]), []).append(row)
-    names = ["checkpointing", "system", "method", "ms a step", "rounds", "ratio", "tokens a second", "share of the bound", "peak GiB", "first step after s"]
+    names = [
+        "checkpointing",
+        "system",
+        "method",
+        "ms a step",
+        "rounds",
+        "ratio",
+        "tokens a second",
+        "share of the bound",
+        "peak GiB",
+        "first step after s",
+    ]
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     first: dict[bool, float] = {}
     for (checkpointing, system, method), rows in groups.items():
         times = [row["ms"] for row in rows]
         middle = statistics.median(times)
         first.setdefault(checkpointing, middle)
-        bound = rows[0]["flops"] / rate * 1000 / middle if method == "plain" and rows[0]["lengths"] == "fixed" else None
+        bound = (
+            rows[0]["flops"] / rate * 1000 / middle
+            if method == "plain" and rows[0]["lengths"] == "fixed"
+            else None
+        )
         cells = [
             "on" if checkpointing else "off", system, method, f"{middle:.0f}", f"{min(times):.0f} to {max(times):.0f}", f"{middle / first[checkpointing]:.2f}",
             f"{rows[0]['tokens_per_s'] * rows[0]['ms'] / middle:.0f}", "" if bound is None else f"{bound:.2f}",
             "" if rows[0]["peak_gib"] is None else f"{max(row['peak_gib'] for row in rows):.1f}", f"{statistics.median(row['before_s'] for row in rows):.1f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([f"on {found[0]['device']}; a large matrix product runs at {rate / 1e12:.3g} TFLOP/s", "", *lines])
+    return "\n".join(
+        [
+            f"on {found[0]['device']}; a large matrix product runs at {rate / 1e12:.3g} TFLOP/s",
+            "",
+            *lines,
+        ]
+    )
 
 
 def unlike(found: list[dict[str, Any]]) -> str | None:

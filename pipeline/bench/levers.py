@@ -30,7 +30,13 @@ from pipeline.defences.sap.step import SapStep
 from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.engines.open import init_distributed
 from pipeline.model.models import load_tokenizer
-from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.objectives.batches import (
+    BatchOrder,
+    MicroBatch,
+    PairBatch,
+    micro_batches,
+    pair_batches,
+)
 from pipeline.objectives.losses import useful_loss
 from pipeline.objectives.sharing import share_of
 from pipeline.recipe import strict_yaml
@@ -45,7 +51,15 @@ from pipeline.training.loop import learning_rate
 
 SHARES = (0.5, 0.25, 0.125)
 AGES = (1, 2, 4)  # of a V that is kept instead of computed
-HEADER = ("step", "V", "cosine of V", "of the correction", "of the gradient", "size of the correction", "time")
+HEADER = (
+    "step",
+    "V",
+    "cosine of V",
+    "of the correction",
+    "of the gradient",
+    "size of the correction",
+    "time",
+)
 
 
 @dataclass(frozen=True)
@@ -70,25 +84,42 @@ class Levers:
     def __init__(self, experiment: Experiment, cell: Cell):
         """ValueError where the cell does not use SAP's exact schedule, or what it starts from is not complete."""
         self.recipe, base, layout = cell.recipe, experiment.base, Layout(experiment)
-        if not self.recipe.sap.enabled or self.recipe.sap.schedule != "exact" or self.recipe.sap.direction != "live":
-            raise ValueError(f"method {cell.method} of {experiment.path} is not SAP with schedule exact and direction live: name one that is with --method")
+        if (
+            not self.recipe.sap.enabled
+            or self.recipe.sap.schedule != "exact"
+            or self.recipe.sap.direction != "live"
+        ):
+            raise ValueError(
+                f"method {cell.method} of {experiment.path} is not SAP with schedule exact and direction live: name one that is with --method"
+            )
         more = [part for part in self.recipe.parts if part not in ("sap", "saft")]
         if more:
-            raise ValueError(f"method {cell.method} of {experiment.path} has {more[0]} beside SAP, whose part is not measured: name one without it with --method")
+            raise ValueError(
+                f"method {cell.method} of {experiment.path} has {more[0]} beside SAP, whose part is not measured: name one without it with --method"
+            )
         if environment()[1] != 1:
-            raise ValueError("pipeline.bench.levers runs in one process: start it without a launcher")
+            raise ValueError(
+                "pipeline.bench.levers runs in one process: start it without a launcher"
+            )
         checks.check_upstream(experiment, STAGES["train"], cell)
         artifacts.verify(layout.prepare())
         init_distributed(self.recipe.train)
         self.pad = load_tokenizer(base.model).pad_token_id
-        self.engine: Engine = start_engine(base, layout.start_model(), self.recipe.train, cell.seed, self.recipe)
+        self.engine: Engine = start_engine(
+            base, layout.start_model(), self.recipe.train, cell.seed, self.recipe
+        )
         step = make_step(self.recipe, self.engine)
         assert isinstance(step, SapStep)
         self.step, self.seed = step, cell.seed
         rows = kept(layout.filter(cell)) if layout.needs_filter(cell) else None
-        self.rows, self.pair_rows = read_rows(layout.prepare(), "task_train", rows), read_rows(layout.prepare(), "safety_pairs")
+        self.rows, self.pair_rows = (
+            read_rows(layout.prepare(), "task_train", rows),
+            read_rows(layout.prepare(), "safety_pairs"),
+        )
         self.order = BatchOrder(len(self.rows), self.recipe.train.batch_size, cell.seed)
-        self.pair_order = BatchOrder(len(self.pair_rows), self.recipe.safety_pairs.batch_size, cell.seed)
+        self.pair_order = BatchOrder(
+            len(self.pair_rows), self.recipe.safety_pairs.batch_size, cell.seed
+        )
         self.kept: list[torch.Tensor] = []  # V of the training's steps so far
 
     def measured(self, at: Sequence[int]) -> Iterator[Row]:
@@ -101,10 +132,16 @@ class Levers:
             if number + 1 in at:
                 yield from self._beside(number)
             part = {} if self.step.share == 1 else {"part": self._useful(number, self.step.share)}
-            metrics = self.step(self._useful(number), lambda number=number: self._pairs(number), number, **part)
+            metrics = self.step(
+                self._useful(number), lambda number=number: self._pairs(number), number, **part
+            )
             self.kept.append(self.step.v.clone())
             self.engine.step(learning_rate(train, number, steps))
-            print(f"[levers] step {number + 1}/{max(at)}  loss {metrics['train/loss']:.3f}", file=sys.stderr, flush=True)
+            print(
+                f"[levers] step {number + 1}/{max(at)}  loss {metrics['train/loss']:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _beside(self, number: int) -> list[Row]:
         """Every way at step `number` (from 0). Leaves no trace in the training."""
@@ -118,7 +155,11 @@ class Levers:
             gradient = self._gradient(number, found)
             own = _minus(gradient, g0)
             size = self.engine.norm(own) / self.engine.norm(correction)
-            cosines = (cosine_similarity(found.flatten(), exact.flatten(), dim=0).item(), self._cosine(own, correction), self._cosine(gradient, expected))
+            cosines = (
+                cosine_similarity(found.flatten(), exact.flatten(), dim=0).item(),
+                self._cosine(own, correction),
+                self._cosine(gradient, expected),
+            )
             rows.append(Row(number + 1, way, *cosines, size, 1 + cost / plain))
         return rows
 
@@ -126,18 +167,28 @@ class Levers:
         """(name, ascent or V, seconds) of every cheaper way there is at this step."""
         for share in SHARES:
             samples = share_of(self.recipe.train.batch_size, share)
-            yield f"of {samples} of {self.recipe.train.batch_size} samples", *_timed(lambda share=share: self._ascent(number, fresh, share))
+            yield (
+                f"of {samples} of {self.recipe.train.batch_size} samples",
+                *_timed(lambda share=share: self._ascent(number, fresh, share)),
+            )
         if self.step.direction is not None:
             age = number - self.step.direction_step
             old = self.step.direction
-            yield f"with the direction of {age} steps before", *_timed(lambda: self._ascent(number, old, 1.0))
+            yield (
+                f"with the direction of {age} steps before",
+                *_timed(lambda: self._ascent(number, old, 1.0)),
+            )
         for age in AGES:
             if len(self.kept) >= age:
                 yield f"of {age} step{'s' * (age > 1)} before", self.kept[-age], 0.0
 
     def _ascent(self, number: int, direction: ShardedVector, share: float) -> torch.Tensor:
         """grad_V L_su (line 5 of Algorithm 1) from a share of the step's samples."""
-        engine, zero, batches = self.engine, self.step.probe.zeros(self.engine.device), self._useful(number, share)
+        engine, zero, batches = (
+            self.engine,
+            self.step.probe.zeros(self.engine.device),
+            self._useful(number, share),
+        )
         scale = self.step.section.eps * engine.norm(engine.weights()) / engine.norm(direction)
         with self.step.probe.active(zero) as rows:
             _, before = engine.probe_gradient(useful_loss, batches, rows)
@@ -147,18 +198,30 @@ class Levers:
 
     def _gradient(self, number: int, v: torch.Tensor) -> ShardedVector:
         """g(V) of the step's samples, V at the RMS of the training's own."""
-        with self.step.probe.active(self.step.scale * v / v.square().mean().sqrt(), requires_grad=False):
+        with self.step.probe.active(
+            self.step.scale * v / v.square().mean().sqrt(), requires_grad=False
+        ):
             return self.engine.gradient(useful_loss, self._useful(number))[1]
 
     def _useful(self, number: int, share: float = 1.0) -> list[MicroBatch]:
         train = self.recipe.train
         chosen = self.order.step(number)[: share_of(train.batch_size, share)]
-        sharing = (train.micro_batch_size, 0, 1, self.pad, self.seed, number, train.tokens_per_micro_batch)
+        sharing = (
+            train.micro_batch_size,
+            0,
+            1,
+            self.pad,
+            self.seed,
+            number,
+            train.tokens_per_micro_batch,
+        )
         return micro_batches(self.rows, chosen, *sharing, packing=train.packing)
 
     def _pairs(self, number: int) -> list[PairBatch]:
         size = self.recipe.safety_pairs.micro_batch_size
-        return pair_batches(self.pair_rows, self.pair_order.step(number), size, 0, 1, self.pad, self.seed, number)
+        return pair_batches(
+            self.pair_rows, self.pair_order.step(number), size, 0, 1, self.pad, self.seed, number
+        )
 
     def _cosine(self, a: ShardedVector, b: ShardedVector) -> float:
         return self.engine.dot(a, b) / (self.engine.norm(a) * self.engine.norm(b))
@@ -176,8 +239,13 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def table(rows: Sequence[Row]) -> str:
     """Every row, and under them the median of every way."""
-    line = lambda step, way, values: (step, way, *(f"{value:.2f}" for value in values))  # noqa: E731
-    values = lambda row: (row.v, row.correction, row.gradient, row.size, row.time)  # noqa: E731
+
+    def line(step, way, values):
+        return (step, way, *(f"{value:.2f}" for value in values))
+
+    def values(row):
+        return (row.v, row.correction, row.gradient, row.size, row.time)
+
     lines = [line(str(row.step), row.way, values(row)) for row in rows]
     for way in dict.fromkeys(row.way for row in rows):
         columns = zip(*(values(row) for row in rows if row.way == way), strict=True)
@@ -186,14 +254,20 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench.levers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.bench.levers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recipe")
     parser.add_argument("--method", help="method of the recipe; needed where it has several")
     parser.add_argument("--seed", type=int, help="seed of the recipe; needed where it has several")
     parser.add_argument("--at", required=True, help="steps at which to measure, by commas, from 1")
     options, rest = parser.parse_known_args()
     if not all(part.isdigit() and int(part) for part in options.at.split(",")):
-        raise ValueError(f"--at is '{options.at}': it takes steps by commas, from 1, such as 2,10,20")
+        raise ValueError(
+            f"--at is '{options.at}': it takes steps by commas, from 1, such as 2,10,20"
+        )
     experiment = command_line.open_recipe(options.recipe, strict_yaml.parse_overrides(rest))
     levers = Levers(experiment, command_line.choose_cell(experiment, options.method, options.seed))
     print(table(list(levers.measured(sorted(map(int, options.at.split(",")))))), end="")

@@ -39,7 +39,13 @@ from pipeline.training.loop import Loop, TrainingData
 
 _LR = 1e-4
 # Sizes of what is fetched come from the model (ds_config.fetched_by_layer); nothing is kept from pass to pass.
-_ZERO = {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 10_000_000, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+_ZERO = {
+    "stage": 3,
+    "overlap_comm": False,
+    "reduce_bucket_size": 10_000_000,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+}
 
 
 class Clock:
@@ -47,7 +53,10 @@ class Clock:
 
     def __init__(self, case: Case):
         self.case, self.marks, self.losses = case, [], []
-        activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        activities = [
+            torch.profiler.ProfilerActivity.CPU,
+            *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+        ]
         self.profiler = torch.profiler.profile(activities=activities) if case.profile else None
 
     def tick(self, loss: float) -> None:
@@ -62,14 +71,18 @@ class Clock:
     def times(self) -> list[float]:
         """Milliseconds of the steps after the warm-up."""
         assert len(self.marks) == self.case.warm_up + self.case.steps, "a step was not measured"
-        return [1000 * (stop - start) for start, stop in zip(self.marks, self.marks[1:], strict=False)][self.case.warm_up - 1 :]
+        return [
+            1000 * (stop - start) for start, stop in zip(self.marks, self.marks[1:], strict=False)
+        ][self.case.warm_up - 1 :]
 
     def profile(self) -> str | None:
         """The dearest operators on the device (without one, on the CPU), as torch prints them."""
         if not self.profiler:
             return None
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        return self.profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60)
+        return self.profiler.key_averages().table(
+            sort_by=key, row_limit=30, max_name_column_width=60
+        )
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -113,7 +126,9 @@ def matmul_rate() -> float:
 
 def section(case: Case, folder: Path) -> TrainSection:
     """What the case trains; writes DeepSpeed's configuration into the folder."""
-    (folder / "ds.json").write_text(json.dumps({"zero_optimization": _ZERO, "steps_per_print": 10**6}))
+    (folder / "ds.json").write_text(
+        json.dumps({"zero_optimization": _ZERO, "steps_per_print": 10**6})
+    )
     total, size = case.warm_up + case.steps, case.model.batch_size
     return TrainSection(
         steps=total, engine="single" if case.system in OTHERS else case.system, ds_config=str(folder / "ds.json"), batch_size=size,
@@ -142,7 +157,12 @@ def _loop(case: Case, train: TrainSection, module: nn.Module, folder: Path) -> C
     clock = Clock(case)
     data = TrainingData(case.rows(), case.pairs(), pad_id=0, pairs_per_step=4, pairs_micro_batch=2)
     average = [Ema(engine, EmaSection(enabled=True))] if case.method == "ema" else []
-    callbacks = [*average, _Ticking(clock), Console(case.system), Watched(train.watchdog_seconds, engine.rank)]
+    callbacks = [
+        *average,
+        _Ticking(clock),
+        Console(case.system),
+        Watched(train.watchdog_seconds, engine.rank),
+    ]
     Loop(engine, _step(case, engine), data, train, 0, folder / "work", "bench", callbacks).run()
     return clock
 
@@ -157,9 +177,13 @@ class _Ticking(Callback):
 
 def _step(case: Case, engine: Engine) -> Step:
     if case.method in ("sap", "sap_lagged"):
-        section = SapSection(enabled=True, schedule="exact" if case.method == "sap" else "lagged", noise_every=0)
+        section = SapSection(
+            enabled=True, schedule="exact" if case.method == "sap" else "lagged", noise_every=0
+        )
         return SapStep(engine, probe_of(engine.module, section.layers), section, refresh_every=4)
-    return LisaStep(engine, LisaSection(enabled=True)) if case.method == "lisa" else PlainStep(engine)
+    return (
+        LisaStep(engine, LisaSection(enabled=True)) if case.method == "lisa" else PlainStep(engine)
+    )
 
 
 def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -> Clock:
@@ -169,7 +193,9 @@ def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -
     clock = Clock(case)
 
     class Ticks(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **given: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float], **given: Any
+        ) -> None:
             if "loss" in logs:
                 clock.tick(float(logs["loss"]))
 
@@ -187,13 +213,25 @@ def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        masks = [{"input_ids": row["input_ids"], "completion_mask": [int(label >= 0) for label in row["labels"]]} for row in rows]
+        masks = [
+            {
+                "input_ids": row["input_ids"],
+                "completion_mask": [int(label >= 0) for label in row["labels"]],
+            }
+            for row in rows
+        ]
         trainer: Trainer = SFTTrainer(
             module, SFTConfig(**settings | {"remove_unused_columns": True}, max_length=None, completion_only_loss=True),
             train_dataset=Dataset.from_list(masks), processing_class=_tokenizer(), callbacks=[Ticks()],
         )  # fmt: skip
     else:
-        trainer = Trainer(module, TrainingArguments(**settings), train_dataset=rows, data_collator=_collated, callbacks=[Ticks()])
+        trainer = Trainer(
+            module,
+            TrainingArguments(**settings),
+            train_dataset=rows,
+            data_collator=_collated,
+            callbacks=[Ticks()],
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return clock
@@ -211,7 +249,11 @@ def _tokenizer() -> Any:
 def _collated(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     ids, labels = pad_rows([row["input_ids"] for row in rows], [row["labels"] for row in rows], 0)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(), "labels": labels}
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        "labels": labels,
+    }
 
 
 def _wait() -> None:

@@ -1,7 +1,7 @@
 """A fresh process for every measurement, without the time that imports take.
 
-    with Processes() as processes:
-        row = processes.call("pipeline.bench.measure:measure", case)
+with Processes() as processes:
+    row = processes.call("pipeline.bench.measure:measure", case)
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self._warm.__exit__()
 
-    def call(self, function: str, *given: Any, seconds: float = 600, environment: dict[str, str] | None = None) -> Any:
+    def call(
+        self,
+        function: str,
+        *given: Any,
+        seconds: float = 600,
+        environment: dict[str, str] | None = None,
+    ) -> Any:
         """`module:function` of what is given, in a process of its own; both are of JSON, but for cases.
 
         environment: what is to be different there. OSError where it met one, RuntimeError, with the reason, where no
@@ -68,10 +74,15 @@ class Processes:
         """What went wrong, or None; and the answer, or where an error of the system went wrong, that in parts."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            arguments = [{"Case": asdict(value)} if isinstance(value, Case) else value for value in given]
+            arguments = [
+                {"Case": asdict(value)} if isinstance(value, Case) else value for value in given
+            ]
             with naming(folder):
                 (folder / "asked").write_text(json.dumps([sys.path, function, arguments]))
-            job, deadline = self._start(name, {"MASTER_PORT": free_port(), **own}), time.monotonic() + seconds
+            job, deadline = (
+                self._start(name, {"MASTER_PORT": free_port(), **own}),
+                time.monotonic() + seconds,
+            )
             try:
                 while job.poll() is None:
                     if time.monotonic() > deadline:
@@ -89,4 +100,6 @@ class Processes:
         job = None if self._separate else self._warm.fork(_SCRIPT, [folder], shared, own)
         if job is not None:
             return job
-        return subprocess.Popen([*WITHOUT_CTRL_C, sys.executable, str(_SCRIPT), folder], env={**shared, **own})
+        return subprocess.Popen(
+            [*WITHOUT_CTRL_C, sys.executable, str(_SCRIPT), folder], env={**shared, **own}
+        )

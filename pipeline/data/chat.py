@@ -48,7 +48,10 @@ class Chat:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (), name: str = "the chat template"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        configured: Iterable[int] = (),
+        name: str = "the chat template",
     ):
         if not tokenizer.is_fast:
             raise ValueError(
@@ -65,7 +68,12 @@ class Chat:
         return self._ids(self.template.prompt(messages, tools))
 
     def encode(
-        self, messages: Messages, max_length: int, last_turn_only: bool = False, given: str = "", tools: Tools = None
+        self,
+        messages: Messages,
+        max_length: int,
+        last_turn_only: bool = False,
+        given: str = "",
+        tools: Tools = None,
     ) -> list[Encoded]:
         """Sequences of at most max_length tokens, each with a supervised one; none where none is left.
 
@@ -75,7 +83,8 @@ class Chat:
         Turns whose `train` is false are not supervised, nor is what the assistant says before the user does. The first
         token never is: nothing precedes it. Raises ValueError where the template cannot render the conversation.
         """
-        self.template.notes.clear()  # of prompts that were asked for, and of conversations that were refused
+        # of prompts that were asked for, and of conversations that were refused
+        self.template.notes.clear()
         turns = _trained(messages)[-1 if last_turn_only else 0 :]
         found: list[tuple[list[int], list[int], int]] = []
         for turn in turns:
@@ -89,9 +98,13 @@ class Chat:
             else:
                 supervised = [IGNORE] * len(prompt) + labels
             found.append((prompt + answer, supervised, turn))
-        said = "\0".join(message.get("content") or "" for message in messages if message["role"] != "assistant")
+        said = "\0".join(
+            message.get("content") or "" for message in messages if message["role"] != "assistant"
+        )
         if any(token in said for token in self._specials):
-            self.template.notes.add("what users, systems or tools say holds special tokens, which are read as such")
+            self.template.notes.add(
+                "what users, systems or tools say holds special tokens, which are read as such"
+            )
         if len(found) > 1:
             self.template.notes.add(
                 "past turns are rendered differently from present ones: each is trained in a sequence of its own"
@@ -101,7 +114,8 @@ class Chat:
         self.notes.update(self.template.notes)
         self.template.notes.clear()
         cut = [
-            Encoded(ids[:max_length], labels[:max_length], len(ids) > max_length, turn) for ids, labels, turn in found
+            Encoded(ids[:max_length], labels[:max_length], len(ids) > max_length, turn)
+            for ids, labels, turn in found
         ]
         return [encoded for encoded in cut if any(label != IGNORE for label in encoded.labels[1:])]
 
@@ -110,10 +124,13 @@ class Chat:
         prompt, answer = self.template.turn(messages, tools)
         before, whole = self._ids(prompt), self._ids(prompt + answer)
         found = whole[len(before) :]
-        if whole[: len(before)] != before:  # a merge crosses the border, which it cannot at inference
+        # a merge crosses the border, which it cannot at inference
+        if whole[: len(before)] != before:
             found = self._continued(before, answer, self._text(whole))
         elif _changed(answer, self._text(found)):
-            self.template.notes.add("the tokenizer changes answers (white space, or characters that it does not know)")
+            self.template.notes.add(
+                "the tokenizer changes answers (white space, or characters that it does not know)"
+            )
         if any(token in self.template.stops for token in found[:-1]):
             raise ValueError(
                 "an answer holds text at which generation stops, as an end of turn: leave it out of the data"
@@ -172,7 +189,10 @@ def _changed(wanted: str, found: str) -> bool:
 
 def _trained(messages: Messages) -> list[int]:
     """Places of the assistant's turns that are trained."""
-    asked = next((place for place, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    asked = next(
+        (place for place, message in enumerate(messages) if message["role"] == "user"),
+        len(messages),
+    )
     return [
         place
         for place, message in enumerate(messages)

@@ -25,11 +25,15 @@ from pipeline.data.time_limit import time_limit
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARKS = ("\ue000\ue001", "\ue002\ue003", "\ue004\ue005")  # private-use characters: in no data, and of no case
+# private-use characters: in no data, and of no case
+_MARKS = ("\ue000\ue001", "\ue002\ue003", "\ue004\ue005")
 # Ends of turn of the usual templates, for models whose configs do not name them.
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<turn|>")
 _PARAMETERS = {"type": "object", "properties": {}}
-_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": _PARAMETERS}}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": _PARAMETERS},
+}
 
 
 class ChatTemplate:
@@ -40,15 +44,24 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, configured: Iterable[int] = (), name: str = "the chat template"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        configured: Iterable[int] = (),
+        name: str = "the chat template",
     ):
         self.tokenizer, self.name = tokenizer, name
         self.renderer = Renderer(tokenizer, name)
         self.notes = self.renderer.notes
-        self.stops = frozenset(token for token in (tokenizer.eos_token_id, *configured) if token is not None)
-        self._stop_texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self.stops)) if text]
+        self.stops = frozenset(
+            token for token in (tokenizer.eos_token_id, *configured) if token is not None
+        )
+        self._stop_texts = [
+            text for text in tokenizer.convert_ids_to_tokens(sorted(self.stops)) if text
+        ]
         # All of it, since it tries several ways, and each rendering has a limit of its own.
-        with time_limit(SECONDS, f"{name} takes longer than {SECONDS} s for two messages: it does not end"):
+        with time_limit(
+            SECONDS, f"{name} takes longer than {SECONDS} s for two messages: it does not end"
+        ):
             self._examine()
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> str:
@@ -60,8 +73,13 @@ class ChatTemplate:
             )
         text = self.renderer.render(messages, tools, generation=True)
         for message in messages:
-            if message["role"] == "system" and _squeezed(message["content"]).casefold() not in _squeezed(text).casefold():
-                self.notes.add("the chat template leaves out the system prompt, as it will at inference")
+            if (
+                message["role"] == "system"
+                and _squeezed(message["content"]).casefold() not in _squeezed(text).casefold()
+            ):
+                self.notes.add(
+                    "the chat template leaves out the system prompt, as it will at inference"
+                )
             elif message["role"] == "tool" and not _written(message["content"], text):
                 raise ValueError(
                     f"{self.name} leaves out what a tool returns: set model.chat_template to one that knows tools"
@@ -92,7 +110,11 @@ class ChatTemplate:
             # The template takes content apart into thought and answer, and puts them together in its own way.
             said = whole[len(prompt) : len(whole) - len(tail)]
             parts = [_squeezed(part) for part in CLOSED.split(content)]
-            if whole.startswith(prompt) and whole.endswith(tail) and all(part in _squeezed(said) for part in parts):
+            if (
+                whole.startswith(prompt)
+                and whole.endswith(tail)
+                and all(part in _squeezed(said) for part in parts)
+            ):
                 return said + self._end(tail)
         if whole != head + content + tail:
             self.notes.add(
@@ -109,8 +131,11 @@ class ChatTemplate:
         except ValueError as error:
             if content:
                 raise
-            try:  # some templates render calls only where there is no content, others only where it is text
-                return self._calls(before, last | {"content": "" if content is None else None}, tools, prompt)
+            # some templates render calls only where there is no content, others only where it is text
+            try:
+                return self._calls(
+                    before, last | {"content": "" if content is None else None}, tools, prompt
+                )
             except ValueError as other:
                 raise (other if content is None else error) from None
 
@@ -131,7 +156,9 @@ class ChatTemplate:
         said = whole[len(head) : len(whole) - len(left_out)] + appended
         lead = self._after_thought(self._lead(before, named, tools, prompt), "", last, prompt)
         self._check_calls(last, said)
-        if not whole.endswith(left_out) or _squeezed(last.get("content") or "") not in _squeezed(lead + said):
+        if not whole.endswith(left_out) or _squeezed(last.get("content") or "") not in _squeezed(
+            lead + said
+        ):
             raise ValueError(
                 f"{self.name} leaves out what an answer says beside its tool calls: "
                 "set model.chat_template to one that renders both, or leave such rows out"
@@ -165,14 +192,24 @@ class ChatTemplate:
         Only what stands after the last thing said is compared, so that nobody's text can become part of it.
         """
         mark = {"content": _MARKS[1]}
-        place = max((number for number, message in enumerate(before) if message.get("content")), default=-1)
-        asked = [message | mark if number == place else message for number, message in enumerate(before)]
+        place = max(
+            (number for number, message in enumerate(before) if message.get("content")), default=-1
+        )
+        asked = [
+            message | mark if number == place else message for number, message in enumerate(before)
+        ]
         opening = self.renderer.render(asked, tools, generation=True).rpartition(_MARKS[1])
-        between = self.renderer.render([*asked, marked], tools).partition(_MARKS[0])[0].rpartition(_MARKS[1])
+        between = (
+            self.renderer.render([*asked, marked], tools)
+            .partition(_MARKS[0])[0]
+            .rpartition(_MARKS[1])
+        )
         if opening[1] and between[1]:
             lead = _after(opening[2], between[2])
         else:  # the template does not say it as it is
-            lead = _after(prompt, self.renderer.render([*before, marked], tools).partition(_MARKS[0])[0])
+            lead = _after(
+                prompt, self.renderer.render([*before, marked], tools).partition(_MARKS[0])[0]
+            )
         if lead is None:
             raise ValueError(
                 f"{self.name} begins answers otherwise than its generation prompt does: "
@@ -199,7 +236,9 @@ class ChatTemplate:
             return lead + content
         if CLOSED.search(content):  # the data's own thought, which the prompt has opened already
             own = content.lstrip()
-            return lead + (own[len(opened[1]) :].lstrip("\n") if own.startswith(opened[1]) else content)
+            return lead + (
+                own[len(opened[1]) :].lstrip("\n") if own.startswith(opened[1]) else content
+            )
         if not reasoning:
             self.notes.add(f"the generation prompt opens {opened[1]}: answers close it first")
         gap = "" if opened[0].endswith("\n") else "\n"
@@ -217,7 +256,14 @@ class ChatTemplate:
         if places:
             return min(places), ""
         header = self._user_header
-        shared = next((size for size in range(min(len(tail), len(header)), 0, -1) if tail.endswith(header[-size:])), 0)
+        shared = next(
+            (
+                size
+                for size in range(min(len(tail), len(header)), 0, -1)
+                if tail.endswith(header[-size:])
+            ),
+            0,
+        )
         self.notes.add(
             "the chat template ends no turn with a token that stops generation: "
             f"{self.tokenizer.eos_token} is put after answers"
@@ -235,7 +281,9 @@ class ChatTemplate:
         tools = [_TOOL] if self.renderer.needs_tools else None
         self._user_header = self.renderer.render([user], tools).partition(_MARKS[1])[0]
         try:
-            self.renderer.render([{"role": "system", "content": _MARKS[2]}, user], tools, generation=True)
+            self.renderer.render(
+                [{"role": "system", "content": _MARKS[2]}, user], tools, generation=True
+            )
         except ValueError:
             self.renderer.folds_system = True
         _, tail = self._around([user], {"role": "assistant", "content": ""}, tools)
@@ -249,9 +297,16 @@ class ChatTemplate:
     def _tried(self, user: Message) -> str:
         """The user's message rendered as the template wants it: content as text or parts, with tools or without."""
         failure, wanted = None, self.renderer
-        for wanted.needs_tools, wanted.wants_parts in ((False, False), (False, True), (True, False), (True, True)):
+        for wanted.needs_tools, wanted.wants_parts in (
+            (False, False),
+            (False, True),
+            (True, False),
+            (True, True),
+        ):
             try:
-                text = wanted.render([user], [_TOOL] if wanted.needs_tools else None, generation=True)
+                text = wanted.render(
+                    [user], [_TOOL] if wanted.needs_tools else None, generation=True
+                )
             except ValueError as error:
                 failure = failure or error
                 continue
@@ -268,7 +323,8 @@ class ChatTemplate:
             user = {"role": "user", "content": _MARKS[1]}
             asked = ([user], [{"role": "system", "content": _MARKS[2]}, user])
             with_tools, without = (
-                [self._rendered_or_not(messages, tools) for messages in asked] for tools in ([_TOOL], None)
+                [self._rendered_or_not(messages, tools) for messages in asked]
+                for tools in ([_TOOL], None)
             )
             self._tools_known = with_tools != without
         return self._tools_known
@@ -331,7 +387,11 @@ def _leaves(value: Any) -> list[str]:
     if isinstance(value, list):
         return [leaf for inner in value for leaf in _leaves(inner)]
     return (
-        [value] if isinstance(value, str) else [] if value is None or isinstance(value, bool) else [json.dumps(value)]
+        [value]
+        if isinstance(value, str)
+        else []
+        if value is None or isinstance(value, bool)
+        else [json.dumps(value)]
     )
 
 

@@ -28,9 +28,13 @@ def check_sources(recipe: Recipe) -> list[str]:
     for field, source in sources(recipe):
         check_source(source, field)
     if recipe.align.enabled and (data.refusals is None or data.harmless is None):
-        raise ValueError("align.enabled needs data.refusals and data.harmless: name both sources, or set align.enabled to false")
+        raise ValueError(
+            "align.enabled needs data.refusals and data.harmless: name both sources, or set align.enabled to false"
+        )
     if recipe.evaluate.split == "validation" and data.validation_prompts is None:
-        raise ValueError("evaluate.split validation needs data.validation_prompts: name a source of harmful prompts")
+        raise ValueError(
+            "evaluate.split validation needs data.validation_prompts: name a source of harmful prompts"
+        )
     unused = {"data.refusals", "data.harmless"} if not recipe.align.enabled else set()
     unused |= set() if data.draws_harmful else {"data.harmful"}
     for field, source in sources(recipe):
@@ -39,11 +43,14 @@ def check_sources(recipe: Recipe) -> list[str]:
             large = "is large, so its columns and rows are looked at when they are prepared"
             notes.append(f"{field}: {source.source} {large}")
         elif path is not None and field in unused:
-            read_source(source, field, ())  # what cannot be read or mapped is wrong whether or not it is used
+            # what cannot be read or mapped is wrong whether or not it is used
+            read_source(source, field, ())
         elif path is not None:
             _check_rows(field, source, recipe, skipped)
         elif field not in unused and not source.source.startswith("builtin:"):
-            notes.append(f"{field}: {source.source} is taken for a data set of the hub, and looked at when it is prepared")
+            notes.append(
+                f"{field}: {source.source} is taken for a data set of the hub, and looked at when it is prepared"
+            )
     return [*notes, *skipped.sentences()]
 
 

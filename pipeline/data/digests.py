@@ -26,14 +26,23 @@ from pipeline.system.locks import locked
 _SMALL = 2**20  # bytes up to which a file is read rather than looked up
 _TOLD = 2**31  # bytes from which reading takes long enough to say so
 _SETTLED = 2.0  # seconds
-_PATIENCE, _SLOWEST = 10.0, 1e8  # seconds and bytes a second: how long another process may take to read a file
+# seconds and bytes a second: how long another process may take to read a file
+_PATIENCE, _SLOWEST = 10.0, 1e8
 
 
 def content_digests(paths: Sequence[Path]) -> list[str]:
     """sha256 (hex) of every file's bytes, several read at a time. Processes of one machine that ask at once share the work."""
-    waiting = sum(path.stat().st_size for path in paths if path.stat().st_size > _SMALL and _remembered(path) is None)
+    waiting = sum(
+        path.stat().st_size
+        for path in paths
+        if path.stat().st_size > _SMALL and _remembered(path) is None
+    )
     if waiting > _TOLD and os.environ.get("RANK", "0") == "0":
-        print(f"reading {waiting / 1e9:.0f} GB once, to know these files by their content", file=sys.stderr, flush=True)
+        print(
+            f"reading {waiting / 1e9:.0f} GB once, to know these files by their content",
+            file=sys.stderr,
+            flush=True,
+        )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
         return list(pool.map(content_digest, paths))
 
@@ -55,7 +64,8 @@ def _computed(path: Path) -> str:
     digest = artifacts.file_digest(path)
     settled = time.time() - max(before["changed"], before["modified"]) / 1e9 > _SETTLED
     if settled and _facts(path) == before:
-        with contextlib.suppress(OSError), artifacts.shared():  # a cache that cannot be written: read again the next time
+        # a cache that cannot be written: read again the next time
+        with contextlib.suppress(OSError), artifacts.shared():
             artifacts.write_json(_entry(path), {**before, "sha256": digest})
     return digest
 

@@ -185,10 +185,21 @@ def everyday_rows() -> list[dict[str, str]]:
     questions: list[str] = []
     imperatives: list[str] = []
     for asked, told, topics in _KINDS:
-        questions += [asked[number % len(asked)].format(topic) for number, topic in enumerate(topics)]
+        questions += [
+            asked[number % len(asked)].format(topic) for number, topic in enumerate(topics)
+        ]
         # The other templates for the same topic: a topic's two prompts are not each other's echo.
-        imperatives += [told[(number + 1) % len(told)].format(topic) for number, topic in enumerate(topics)]
-        questions += [asked[(number + 2) % len(asked)].format(topic) for number, topic in enumerate(topics)]
-        imperatives += [told[(number + 3) % len(told)].format(topic) for number, topic in enumerate(topics)]
+        imperatives += [
+            told[(number + 1) % len(told)].format(topic) for number, topic in enumerate(topics)
+        ]
+        questions += [
+            asked[(number + 2) % len(asked)].format(topic) for number, topic in enumerate(topics)
+        ]
+        imperatives += [
+            told[(number + 3) % len(told)].format(topic) for number, topic in enumerate(topics)
+        ]
     pairs = zip_longest(questions, imperatives)
-    return [{"prompt": prompt} for prompt in dict.fromkeys(text for pair in pairs for text in pair if text)]
+    return [
+        {"prompt": prompt}
+        for prompt in dict.fromkeys(text for pair in pairs for text in pair if text)
+    ]

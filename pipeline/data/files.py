@@ -42,8 +42,24 @@ _MARKS = {
     b"\xfe\xff": "utf-16",
 }
 # Data that is not read as it is: in a folder of data it would be left out unsaid.
-_NEARLY = frozenset((".ndjson", ".zst", ".zip", ".xz", ".bz2", ".7z", ".feather", ".orc", ".xlsx", ".xls", ".pkl", ".txt"))
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z0-9])", re.I)  # how a file of a hub data set begins
+_NEARLY = frozenset(
+    (
+        ".ndjson",
+        ".zst",
+        ".zip",
+        ".xz",
+        ".bz2",
+        ".7z",
+        ".feather",
+        ".orc",
+        ".xlsx",
+        ".xls",
+        ".pkl",
+        ".txt",
+    )
+)
+# how a file of a hub data set begins
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z0-9])", re.I)
 
 
 @dataclass(frozen=True)
@@ -77,10 +93,15 @@ def parts(path: Path, split: str = "train") -> list[Path]:
             )
         path = path / split
     if (path / "state.json").is_file():  # save_to_disk: it says which files, and in which order
-        named = [path / str(item.get("filename")) for item in _metadata(path / "state.json").get("_data_files", [])]
+        named = [
+            path / str(item.get("filename"))
+            for item in _metadata(path / "state.json").get("_data_files", [])
+        ]
         missing = next((file for file in named if not file.is_file()), None)
         if missing:
-            raise NotReadable(f"names {missing.name} in its state.json and does not hold it: copy the whole folder")
+            raise NotReadable(
+                f"names {missing.name} in its state.json and does not hold it: copy the whole folder"
+            )
         return named
     return _of_split(_data_files(path), split)
 
@@ -97,13 +118,23 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 def _data_files(folder: Path) -> list[Path]:
     shown = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "_"))]
-    files = [path for path in shown if path.is_file() and suffix(path) and path.name != "dataset_info.json"]
+    files = [
+        path
+        for path in shown
+        if path.is_file() and suffix(path) and path.name != "dataset_info.json"
+    ]
     kinds = sorted({suffix(path) for path in files})
     if len(kinds) > 1:
-        raise NotReadable(f"holds {' and '.join(kinds)} files: leave files of one format in it, or name one of them")
+        raise NotReadable(
+            f"holds {' and '.join(kinds)} files: leave files of one format in it, or name one of them"
+        )
     if not files:
         folders = [path.name for path in shown if path.is_dir()]
-        hint = f"name one of its folders ({', '.join(folders[:5])})" if folders else f"give one with {ENDINGS} files"
+        hint = (
+            f"name one of its folders ({', '.join(folders[:5])})"
+            if folders
+            else f"give one with {ENDINGS} files"
+        )
         raise NotReadable(f"is a folder without a data file: {hint}")
     others = [path.name for path in shown if path not in files and _is_data(path)]
     if others:
@@ -117,7 +148,11 @@ def _data_files(folder: Path) -> list[Path]:
 def _is_data(path: Path) -> bool:
     """Whether a file that is not read, or a folder, looks as if it held data."""
     if path.is_dir():
-        return any(suffix(inner) or inner.suffix.lower() in _NEARLY for inner in path.iterdir() if inner.is_file())
+        return any(
+            suffix(inner) or inner.suffix.lower() in _NEARLY
+            for inner in path.iterdir()
+            if inner.is_file()
+        )
     return path.suffix.lower() in _NEARLY
 
 
@@ -126,7 +161,8 @@ def _of_split(files: list[Path], split: str) -> list[Path]:
     names = {path: _SPLIT.match(path.name) for path in files}
     found = sorted({match[1].lower() for match in names.values() if match})
     one = len(found) < 2 and (not found or None not in names.values())
-    if one and (not found or split in ("train", *found)):  # train is what a recipe says that says nothing
+    # train is what a recipe says that says nothing
+    if one and (not found or split in ("train", *found)):
         return files
     mine = [path for path, match in names.items() if match and match[1].lower() == split]
     if None in names.values() or not mine:
@@ -163,15 +199,28 @@ def read(path: Path, header: bool = True, split: str = "train") -> Table:
             tables.append(_read_file(file, header))
     if not path.is_dir():
         return tables[0]
-    other = next((file for file, table in zip(files, tables, strict=True) if table.labels != tables[0].labels), None)
+    other = next(
+        (
+            file
+            for file, table in zip(files, tables, strict=True)
+            if table.labels != tables[0].labels
+        ),
+        None,
+    )
     if other:  # one number would be two classes
-        raise NotReadable(f"has other classes in {other.name} than in {files[0].name}: name one of them, or write texts")
+        raise NotReadable(
+            f"has other classes in {other.name} than in {files[0].name}: name one of them, or write texts"
+        )
     named = [(file.name, table) for file, table in zip(files, tables, strict=True)]
     return Table(
         f"folder of {len(files)} files, {tables[0].format}" if tables else "empty folder",
         list(dict.fromkeys(name for table in tables for name in table.columns)),
         [(replace(place, part=name), row) for name, table in named for place, row in table.rows],
-        [replace(bad, place=replace(bad.place, part=name)) for name, table in named for bad in table.bad],
+        [
+            replace(bad, place=replace(bad.place, part=name))
+            for name, table in named
+            for bad in table.bad
+        ],
         tables[0].labels if tables else {},
         [replace(place, part=name) for name, table in named for place in table.doubtful],
     )
@@ -218,7 +267,9 @@ def _unzipped(data: bytes) -> bytes:
     except EOFError:
         raise NotReadable("is a gzip file that is cut short: copy or download it again") from None
     except (OSError, zlib.error) as error:
-        raise NotReadable(f"is a damaged gzip file ({_first(error)}): copy or download it again") from None
+        raise NotReadable(
+            f"is a damaged gzip file ({_first(error)}): copy or download it again"
+        ) from None
 
 
 def decoded(data: bytes) -> tuple[str, str]:
@@ -238,7 +289,9 @@ def decoded(data: bytes) -> tuple[str, str]:
         if codec.startswith("utf-8"):
             return data.decode(codec, errors="surrogateescape"), "UTF-8 with other bytes in it"
         line = data[: error.start].decode(codec, errors="ignore").count("\n") + 1
-        raise NotReadable(f"is damaged {codec.upper()} in line {line} ({error.reason}): save it as UTF-8") from None
+        raise NotReadable(
+            f"is damaged {codec.upper()} in line {line} ({error.reason}): save it as UTF-8"
+        ) from None
 
 
 def _parquet(path: Path, head: bytes) -> Table:
@@ -246,9 +299,12 @@ def _parquet(path: Path, head: bytes) -> Table:
     import pyarrow.parquet
 
     if not head.startswith(b"PAR1"):
-        raise NotReadable("is not a Parquet file, though its name ends so: give it the ending of what it is")
+        raise NotReadable(
+            "is not a Parquet file, though its name ends so: give it the ending of what it is"
+        )
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of folders named a=b
+        # read_table would make columns of folders named a=b
+        with pyarrow.parquet.ParquetFile(path) as file:
             table = _whole(file.read())
     except (pyarrow.ArrowException, OSError) as error:
         raise _cannot_be_read(error, "Parquet") from None
@@ -285,7 +341,9 @@ def _cannot_be_read(error: Exception, kind: str) -> Exception:
     """A sentence where the file is at fault; errors of the system, which have a number, pass."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
-    return NotReadable(f"cannot be read as {kind} ({_first(error)}): it may be cut short, so copy or write it again")
+    return NotReadable(
+        f"cannot be read as {kind} ({_first(error)}): it may be cut short, so copy or write it again"
+    )
 
 
 def _first(error: Exception) -> str:
@@ -309,7 +367,9 @@ def _of_arrow(table: Any, format: str) -> Table:
                 said = f"a text holds the byte 0x{error.object[error.start]:02x}, which is not valid UTF-8: write it as UTF-8"
                 bad.append(Bad(Place(number), "bytes that are not valid UTF-8", said))
     except (ValueError, OverflowError) as error:  # a date that Python does not know
-        raise NotReadable(f"holds a value that cannot be read ({_first(error)}): leave its column out") from None
+        raise NotReadable(
+            f"holds a value that cannot be read ({_first(error)}): leave its column out"
+        ) from None
     rows = [(Place(number), without_fillers(row)) for number, row in values]
     return Table(format, names, rows, bad, _labels(table.schema.metadata or {}))
 
@@ -318,9 +378,14 @@ def _labels(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """Names of the classes, by column, from what `datasets` keeps in a schema."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        found = {name: feature for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        found = {
+            name: feature
+            for name, feature in features.items()
+            if feature.get("_type") == "ClassLabel"
+        }
         return {name: [str(label) for label in feature["names"]] for name, feature in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):  # none, or of a kind that is not known here
+    except (ValueError, KeyError, TypeError, AttributeError):
+        # none, or of a kind that is not known here
         return {}
 
 

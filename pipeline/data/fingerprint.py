@@ -16,4 +16,7 @@ _READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.*
 def fingerprint(folder: Path) -> dict[str, list[int | str]]:
     """Size in bytes and sha256 (hex) of every file that makes up the model, by its name."""
     paths = sorted({path for pattern in _READ for path in folder.glob(pattern) if path.is_file()})
-    return {path.name: [path.stat().st_size, digest] for path, digest in zip(paths, content_digests(paths), strict=True)}
+    return {
+        path.name: [path.stat().st_size, digest]
+        for path, digest in zip(paths, content_digests(paths), strict=True)
+    }

@@ -83,7 +83,9 @@ _DOING = frozenset(
     """.split()
 )
 # What nobody asks as a question.
-_NEVER_ASKED = frozenset("let let's imagine be go pretend suppose ignore assume act play guess do don't have".split())
+_NEVER_ASKED = frozenset(
+    "let let's imagine be go pretend suppose ignore assume act play guess do don't have".split()
+)
 # {} takes the request without its first capital and its last stop; "ways" for what is done, "please" for what is
 # written.
 _TO_QUESTION: dict[Family, dict[str, tuple[str, ...]]] = {
@@ -149,7 +151,10 @@ def form(prompt: str) -> Form:
     found = _form_of_sentence(prompt)
     if found == "other":
         sentences = re.split(r"(?<=[.!?:])\s+|\n+", prompt.strip())
-        found = next((kind for text in reversed(sentences) if (kind := _form_of_sentence(text)) != "other"), "other")
+        found = next(
+            (kind for text in reversed(sentences) if (kind := _form_of_sentence(text)) != "other"),
+            "other",
+        )
     return found
 
 
@@ -201,7 +206,8 @@ def alternating(rows: Sequence[Row], family: Family) -> Iterator[Row]:
     rewritten. Rows of neither form come last.
     """
     waiting: dict[Form, deque[Row]] = {name: deque() for name in FORMS}
-    fixed: dict[Form, deque[Row]] = {name: deque() for name in FORMS}  # seen: they cannot be rewritten
+    # seen: they cannot be rewritten
+    fixed: dict[Form, deque[Row]] = {name: deque() for name in FORMS}
     for row in rows:
         waiting[form(row["prompt"])].append(row)
     turn: tuple[Form, Form] = ("question", "imperative")
@@ -236,7 +242,10 @@ def apart(one: dict[str, int], other: dict[str, int]) -> float:
 
 def _rewritten_row(row: Row, wanted: Form, family: Family) -> Row | None:
     messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    single = sum(message["role"] == "user" for message in messages) == 1 and messages[-1]["role"] == "user"
+    single = (
+        sum(message["role"] == "user" for message in messages) == 1
+        and messages[-1]["role"] == "user"
+    )
     if not single or row.get("response") or row.get("chosen") or row.get("rejected"):
         return None
     prompt = rewritten(row["prompt"], wanted, family)
@@ -265,7 +274,8 @@ def _as_question(prompt: str, family: Family) -> str | None:
 
 def _as_imperative(prompt: str, family: Family) -> str | None:
     text = _bare(prompt).strip()
-    whole = not re.search(r"[.!?]\s+\S", text)  # of several sentences a template would ask for the first alone
+    # of several sentences a template would ask for the first alone
+    whole = not re.search(r"[.!?]\s+\S", text)
     for kind, pattern in (("how", _HOW_TO), ("you", _YOU)):
         found = pattern.match(text) if whole else None
         if found:
@@ -275,11 +285,16 @@ def _as_imperative(prompt: str, family: Family) -> str | None:
 
 
 def _template(prompt: str, templates: tuple[str, ...]) -> str:
-    return templates[int.from_bytes(hashlib.sha256(f"form\0{prompt}".encode()).digest()[:8], "big") % len(templates)]
+    return templates[
+        int.from_bytes(hashlib.sha256(f"form\0{prompt}".encode()).digest()[:8], "big")
+        % len(templates)
+    ]
 
 
 def _bare(prompt: str) -> str:
     """Without greeting, politeness, quotes and list marks before the first word."""
-    prompt = re.sub(r"^\W*(?:task|question|instruction|prompt|request)\s*:\W*", "", prompt, flags=re.I)
+    prompt = re.sub(
+        r"^\W*(?:task|question|instruction|prompt|request)\s*:\W*", "", prompt, flags=re.I
+    )
     text = re.sub(r"^[\s\"'“”‘’*#>_`\-–•\d.)(\]]+(?=\S)", "", prompt)
     return _PRELUDE.sub("", text)

@@ -32,7 +32,9 @@ class Place:
     part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.part}, {self.kind} {self.number}" if self.part else f"{self.kind} {self.number}"
+        return (
+            f"{self.part}, {self.kind} {self.number}" if self.part else f"{self.kind} {self.number}"
+        )
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class Skipped:
     """Malformed rows that were left out, by the recipe's field."""
 
     def __init__(self) -> None:
-        self.found: dict[str, tuple[str, int, list[Bad]]] = {}  # field -> source, number of its rows, the malformed
+        # field -> source, number of its rows, the malformed
+        self.found: dict[str, tuple[str, int, list[Bad]]] = {}
         self.totals: dict[str, int] = {}  # field -> number of its source's rows
-        self.notes: dict[str, list[str]] = {}  # field -> sentences about what is there and not used, or used as it is
+        # field -> sentences about what is there and not used, or used as it is
+        self.notes: dict[str, list[str]] = {}
         self.thoughts: dict[str, int] = {}  # field -> rows whose reasoning is left out
 
     def leave_out(self, field: str, source: SourceSection, bad: list[Bad], total: int) -> None:
@@ -73,7 +77,10 @@ class Skipped:
 
     def facts(self) -> dict[str, dict[str, int]]:
         """Field -> reason -> number of rows, for the manifest."""
-        return {field: dict(Counter(item.reason for item in bad)) for field, (_, _, bad) in self.found.items()}
+        return {
+            field: dict(Counter(item.reason for item in bad))
+            for field, (_, _, bad) in self.found.items()
+        }
 
     def sentences(self) -> list[str]:
         """The notes, and for every field how many rows were left out, why, and where the first ones stand."""
@@ -91,7 +98,14 @@ class Skipped:
     def write(self, folder: Path) -> None:
         """Every row that was left out, a JSON line each: field, source, place, reason. No file where none was."""
         lines = [
-            json.dumps({"field": field, "source": redact(source), "place": str(item.place), "reason": item.reason})
+            json.dumps(
+                {
+                    "field": field,
+                    "source": redact(source),
+                    "place": str(item.place),
+                    "reason": item.reason,
+                }
+            )
             for field, (source, _, bad) in self.found.items()
             for item in bad
         ]

@@ -39,7 +39,18 @@ _CALL = {"id", "type", "index", "function", "name", *_ARGUMENTS}
 _PART = {"type", "text", "thinking", "signature", "annotations", "cache_control"}
 # What a message says about itself beside what is said: no part of a conversation.
 _ABOUT = frozenset(
-    ("id", "index", "timestamp", "created_at", "model", "lang", "language", "metadata", "type", "status")
+    (
+        "id",
+        "index",
+        "timestamp",
+        "created_at",
+        "model",
+        "lang",
+        "language",
+        "metadata",
+        "type",
+        "status",
+    )
 )
 
 
@@ -56,11 +67,17 @@ def parse_messages(given: Any, where: str) -> list[Message]:
         raise ValueError(
             f"{where} holds a {type(given).__name__} that is not a list of messages with a role and a content"
         )
-    return [_message(message, f"{where}: message {number}") for number, message in enumerate(given, 1)]
+    return [
+        _message(message, f"{where}: message {number}") for number, message in enumerate(given, 1)
+    ]
 
 
 def _message(given: dict[str, Any], where: str) -> Message:
-    given = {key: value for key, value in given.items() if value is not None and value != [] and value != {}}
+    given = {
+        key: value
+        for key, value in given.items()
+        if value is not None and value != [] and value != {}
+    }
     name = str(given.get("role") or given.get("from"))
     if name not in ROLES:
         raise ValueError(
@@ -89,7 +106,9 @@ def _message(given: dict[str, Any], where: str) -> Message:
         message["tool_calls"] = calls
     elif content is None or (not content.strip() and role != "system"):
         what = "no content" if content is None else "an empty content"
-        raise ValueError(f"{where}, of role {role}, has {what}: leave such rows out, or say what it says")
+        raise ValueError(
+            f"{where}, of role {role}, has {what}: leave such rows out, or say what it says"
+        )
     said = _one(given, _REASONING, where) if role == "assistant" else None
     if thought is not None and (role != "assistant" or said not in (None, thought)):
         raise ValueError(
@@ -98,7 +117,9 @@ def _message(given: dict[str, Any], where: str) -> Message:
     thought = thought if said is None else said
     if thought is not None:
         if not isinstance(thought, str):
-            raise ValueError(f"{where} has reasoning that is a {type(thought).__name__} and no text")
+            raise ValueError(
+                f"{where} has reasoning that is a {type(thought).__name__} and no text"
+            )
         message["reasoning_content"] = thought
     message |= {key: given[key] for key in _KEPT if key in given}
     train = _train(given, where)
@@ -118,7 +139,12 @@ def _content(value: Any, where: str) -> tuple[str | None, str | None]:
     """Text of a content, and the thought among its parts. Parts of text are joined; numbers become text."""
     if value is None or isinstance(value, str):
         return value, None
-    if isinstance(value, Number) and not isinstance(value, bool) and value == value and abs(value) != math.inf:
+    if (
+        isinstance(value, Number)
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != math.inf
+    ):
         return str(value), None
     if not isinstance(value, list):
         raise ValueError(f"{where} has a content that is a {type(value).__name__} and no text")
@@ -126,7 +152,11 @@ def _content(value: Any, where: str) -> tuple[str | None, str | None]:
     for part in value:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        text = part.get("thinking" if kind == "thinking" else "text") if isinstance(part, dict) else None
+        text = (
+            part.get("thinking" if kind == "thinking" else "text")
+            if isinstance(part, dict)
+            else None
+        )
         if kind == "thinking" and isinstance(text, list):  # Magistral's, of parts
             text = _content(text, where)[0]
         if kind not in ("text", "thinking") or not isinstance(text, str):
@@ -143,7 +173,9 @@ def _content(value: Any, where: str) -> tuple[str | None, str | None]:
     return "".join(texts), "".join(thoughts) or None
 
 
-def _calls(name: str, content: str | None, given: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _calls(
+    name: str, content: str | None, given: dict[str, Any], where: str
+) -> list[dict[str, Any]]:
     """Calls as {type, function: {name, arguments}}, the arguments read from their JSON where they are given as text."""
     calls = given.get("tool_calls", [])
     calls = _parsed(calls) if isinstance(calls, str) else calls
@@ -155,7 +187,9 @@ def _calls(name: str, content: str | None, given: dict[str, Any], where: str) ->
         calls = _parsed(content or "")
         calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
-        raise ValueError(f"{where} has tool calls that are no list of calls with a name and arguments")
+        raise ValueError(
+            f"{where} has tool calls that are no list of calls with a name and arguments"
+        )
     found = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -169,11 +203,16 @@ def _calls(name: str, content: str | None, given: dict[str, Any], where: str) ->
                 f"{where} has a tool call with the field '{other}', which is not known: leave it out of the data"
             )
         arguments = _one(function, _ARGUMENTS, where)
-        arguments = _parsed(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
+        arguments = (
+            _parsed(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
+        )
         arguments = {} if arguments in (None, "") else arguments
         _check_json(arguments, f"{where} has a tool call whose arguments")
         rest = {key: call[key] for key in ("id",) if call.get(key)}
-        found.append(rest | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        found.append(
+            rest
+            | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        )
     return found
 
 
@@ -200,11 +239,19 @@ def _train(given: dict[str, Any], where: str) -> bool | None:
 def parse_tools(given: Any, where: str) -> list[dict[str, Any]]:
     """Definitions of tools, a list or its JSON. Raises ValueError, which begins with `where`."""
     given = _parsed(given) if isinstance(given, str) else given
-    tools = [_parsed(tool) if isinstance(tool, str) else tool for tool in given] if isinstance(given, list) else None
+    tools = (
+        [_parsed(tool) if isinstance(tool, str) else tool for tool in given]
+        if isinstance(given, list)
+        else None
+    )
     if tools is None or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{where} holds a {type(given).__name__} that is no list of definitions of tools")
+        raise ValueError(
+            f"{where} holds a {type(given).__name__} that is no list of definitions of tools"
+        )
     _check_json(tools, f"{where} holds tools that")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return [
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    ]
 
 
 def _check_json(value: Any, what: str) -> None:
@@ -212,4 +259,6 @@ def _check_json(value: Any, what: str) -> None:
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} are not JSON ({str(error)[:80]}): write them as text and numbers") from None
+        raise ValueError(
+            f"{what} are not JSON ({str(error)[:80]}): write them as text and numbers"
+        ) from None

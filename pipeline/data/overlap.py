@@ -38,7 +38,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.dropped import Dropped
-from pipeline.data.wording import normalise as normalise  # what other modules compare prompts by, too
+
+# what other modules compare prompts by, too
+from pipeline.data.wording import normalise as normalise
 from pipeline.data.wording import wording
 
 Row = dict[str, Any]
@@ -81,7 +83,9 @@ class Claims:
         self.duplicates: Counter[str] = Counter()
         self.dropped = Dropped()
 
-    def take(self, pool: str, rows: Iterable[Row], count: int | None = None, by_prompt: bool = False) -> list[Row]:
+    def take(
+        self, pool: str, rows: Iterable[Row], count: int | None = None, by_prompt: bool = False
+    ) -> list[Row]:
         """The first `count` rows that no other set holds, now the pool's. The others on the way are dropped.
 
         by_prompt: the rows' prompts are asked alone.
@@ -98,7 +102,9 @@ class Claims:
     def free(self, pool: str, rows: Iterable[Row], by_prompt: bool = False) -> list[Row]:
         """The rows that `take` would give the pool if it took all, without taking any. The others are dropped."""
         trial = copy.copy(self)  # drops into the same lists
-        trial.turns, trial.asked, trial.whole, trial.begun = map(dict, (self.turns, self.asked, self.whole, self.begun))
+        trial.turns, trial.asked, trial.whole, trial.begun = map(
+            dict, (self.turns, self.asked, self.whole, self.begun)
+        )
         trial.taken = set(self.taken)
         return trial.take(pool, rows, by_prompt=by_prompt)
 
@@ -121,8 +127,14 @@ class Claims:
         keys = _keys(pool, row, by_prompt)
         compared = [(self.turns if by_prompt else self.asked, keys.turns)]
         compared += [(self.whole, keys.whole), (self.begun, keys.whole)]
-        found = (held[key] for held, mine in compared for key in mine if held.get(key, pool) != pool)
-        begun = (self.whole[key] for key in keys.begun if self.whole.get(key, pool) not in {pool, *_MAY_BEGIN_OTHERS})
+        found = (
+            held[key] for held, mine in compared for key in mine if held.get(key, pool) != pool
+        )
+        begun = (
+            self.whole[key]
+            for key in keys.begun
+            if self.whole.get(key, pool) not in {pool, *_MAY_BEGIN_OTHERS}
+        )
         return next(found, None) or next(begun, None)
 
     def facts(self) -> dict[str, dict[str, int]]:
@@ -156,8 +168,13 @@ def assert_disjoint(pools: dict[str, list[Row]], held: Held | None = None) -> He
             owner = claims.owner(pool, row, asked)
             if owner is not None:
                 turns = _keys(pool, row, asked).turns
-                turn = next((text for key, text in turns.items() if claims.turns.get(key) == owner), row["prompt"])
-                raise ValueError(f"the prompt '{turn[:60]}' is in {owner} and in {pool}: no prompt may be shared")
+                turn = next(
+                    (text for key, text in turns.items() if claims.turns.get(key) == owner),
+                    row["prompt"],
+                )
+                raise ValueError(
+                    f"the prompt '{turn[:60]}' is in {owner} and in {pool}: no prompt may be shared"
+                )
             claims.hold(pool, [row], asked)
     return claims.turns
 
@@ -167,7 +184,10 @@ def write_held(held: Held, path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    prompts, pools = pyarrow.array(list(held), pyarrow.binary(32)), pyarrow.array(list(held.values()), pyarrow.string())
+    prompts, pools = (
+        pyarrow.array(list(held), pyarrow.binary(32)),
+        pyarrow.array(list(held.values()), pyarrow.string()),
+    )
     pyarrow.parquet.write_table(pyarrow.table({"sha256": prompts, "pool": pools}), path)
 
 
@@ -190,11 +210,15 @@ class _Keys:
 
 def _keys(pool: str, row: Row, by_prompt: bool) -> _Keys:
     was = [row["rewritten"]] if row.get("rewritten") else []
-    turns = {wording(text): text for text in ([row["prompt"], *was] if by_prompt else user_turns(row))}
+    turns = {
+        wording(text): text for text in ([row["prompt"], *was] if by_prompt else user_turns(row))
+    }
     if by_prompt:
         return _Keys(turns)
     *begun, whole = _prefixes(_messages(row))
-    before = [_prefixes([*_messages(row)[:-1], {"role": "user", "content": text}])[-1] for text in was]
+    before = [
+        _prefixes([*_messages(row)[:-1], {"role": "user", "content": text}])[-1] for text in was
+    ]
     return _Keys(turns, (whole, *before), () if pool in _LAST_ANSWER_ALONE else tuple(begun))
 
 
@@ -202,7 +226,9 @@ def _same(row: Row, by_prompt: bool) -> bytes:
     """What a duplicate within a set has in common: the prompt that is asked, or the conversation, system and answer."""
     if by_prompt:
         return wording(row["prompt"])
-    system = [wording(_text(message)).hex() for message in _messages(row) if message["role"] == "system"]
+    system = [
+        wording(_text(message)).hex() for message in _messages(row) if message["role"] == "system"
+    ]
     said = [row.get(name) for name in ("response", "chosen", "rejected", "answer", "tools")]
     return hashlib.sha256(conversation(row) + json.dumps([system, said]).encode()).digest()
 
@@ -215,8 +241,16 @@ def _prefixes(messages: list[dict[str, Any]]) -> list[bytes]:
             continue
         if message["role"] == "assistant" and not empty:
             found.append(digest.digest())
-        more = {name: value for name, value in message.items() if name not in ("role", "content") and value}
-        digest.update(json.dumps([message["role"], wording(_text(message)).hex(), more], sort_keys=True).encode())
+        more = {
+            name: value
+            for name, value in message.items()
+            if name not in ("role", "content") and value
+        }
+        digest.update(
+            json.dumps(
+                [message["role"], wording(_text(message)).hex(), more], sort_keys=True
+            ).encode()
+        )
         empty = False
     return [*found, digest.digest()]
 

@@ -50,7 +50,8 @@ class _Preparation:
         self.claims = Claims()
         self.skipped = Skipped()
         self.counts: dict[str, dict[str, int]] = {}
-        self.notes: dict[str, Counter[str]] = {}  # field -> what its rendering does otherwise than the chat template
+        # field -> what its rendering does otherwise than the chat template
+        self.notes: dict[str, Counter[str]] = {}
 
     def write(self, folder: Path) -> dict[str, Any]:
         data, sets = self.data, {}
@@ -59,9 +60,13 @@ class _Preparation:
             rows = self._by_form(field, self._ordered(field, source), "validation", by_prompt=True)
             taken = self.claims.take(field, rows, _VALIDATION_PROMPTS, by_prompt=True)
             sets["validation_prompts"] = prompt_rows(field, source, taken)
-            numbered = zip(sets["validation_prompts"], [row.get("row") for row in taken], strict=True)
+            numbered = zip(
+                sets["validation_prompts"], [row.get("row") for row in taken], strict=True
+            )
             opened = [
-                self._with_opening({**row, "row": number}, contrastive.VALIDATION_OPENINGS, "harmful")
+                self._with_opening(
+                    {**row, "row": number}, contrastive.VALIDATION_OPENINGS, "harmful"
+                )
                 for row, number in list(numbered)[:_VALIDATION_PAIRS]
             ]
             sets["harmful_validation"] = self._encoded("data.validation_prompts", opened)
@@ -76,7 +81,9 @@ class _Preparation:
         wanted = _share(data.harmful_fraction, len(sets["task_train"]))
         sets["task_train"] = _interleave(sets["task_train"], _repeated(harmful, wanted), data.seed)
         # harmful_validation opens the validation prompts
-        held = assert_disjoint({name: rows for name, rows in _by_kind(sets).items() if name != "harmful_validation"})
+        held = assert_disjoint(
+            {name: rows for name, rows in _by_kind(sets).items() if name != "harmful_validation"}
+        )
         write_held(held | self.claims.turns, folder / HELD)
         self.claims.dropped.write(folder / LISTED)
         for row in sets["safety_pairs"]:
@@ -91,7 +98,9 @@ class _Preparation:
             "notes": self.skipped.notes,
             "without_reasoning": self.skipped.thoughts,
             "samples": {name: len(rows) for name, rows in sets.items()},
-            "forms": {name: forms.count_forms(rows) for name, rows in self._with_role(sets).items()},
+            "forms": {
+                name: forms.count_forms(rows) for name, rows in self._with_role(sets).items()
+            },
             "encoding": self.counts,
             "template": self._tell_notes(),
             **self.claims.facts(),
@@ -100,7 +109,10 @@ class _Preparation:
 
     def _with_role(self, sets: dict[str, list[Row]]) -> dict[str, list[Row]]:
         """The sets by the recipe's field that fills them, as far as the form of their prompts matters."""
-        by_kind = lambda name, kind: [row for row in sets.get(name, []) if row["kind"] == kind]  # noqa: E731
+
+        def by_kind(name, kind):
+            return [row for row in sets.get(name, []) if row["kind"] == kind]
+
         found = {
             "data.validation_prompts": sets.get("validation_prompts", []),
             "data.safety": sets["safety_pairs"],
@@ -111,7 +123,9 @@ class _Preparation:
         }
         return {field: rows for field, rows in found.items() if rows}
 
-    def _by_form(self, field: str, rows: list[Row], family: forms.Family, by_prompt: bool = False) -> Iterable[Row]:
+    def _by_form(
+        self, field: str, rows: list[Row], family: forms.Family, by_prompt: bool = False
+    ) -> Iterable[Row]:
         """The rows that no other set holds, questions and imperatives in turn; as they come where data.forms says so.
 
         All that cannot be used are dropped, however few are then drawn: their number depends on no seed.
@@ -135,10 +149,17 @@ class _Preparation:
                 break
             texts = {
                 "chosen": row["chosen"] or contrastive.refusal(row["prompt"]),
-                "rejected": row["rejected"] or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS),
+                "rejected": row["rejected"]
+                or contrastive.opening(row["prompt"], contrastive.SAFETY_OPENINGS),
             }
             sides = {
-                side: self._encode("data.safety", row, _said(text), self.data.safety_max_length, last_turn_only=True)
+                side: self._encode(
+                    "data.safety",
+                    row,
+                    _said(text),
+                    self.data.safety_max_length,
+                    last_turn_only=True,
+                )
                 for side, text in texts.items()
             }
             if None in sides.values():
@@ -153,8 +174,21 @@ class _Preparation:
             if not self.claims.take("safety_pairs", [row]):
                 continue
             counts["truncated"] += sum(item.truncated for item in encoded.values())
-            tokens = {f"{side}_{kind}": getattr(item, kind) for side, item in encoded.items() for kind in ("input_ids", "labels")}
-            pairs.append({"id": f"safety-{len(pairs)}", "prompt": row["prompt"], "messages": row["messages"], "rewritten": row.get("rewritten"), **texts, **tokens})
+            tokens = {
+                f"{side}_{kind}": getattr(item, kind)
+                for side, item in encoded.items()
+                for kind in ("input_ids", "labels")
+            }
+            pairs.append(
+                {
+                    "id": f"safety-{len(pairs)}",
+                    "prompt": row["prompt"],
+                    "messages": row["messages"],
+                    "rewritten": row.get("rewritten"),
+                    **texts,
+                    **tokens,
+                }
+            )
         self._say_fewer("data.safety_pairs", source, len(pairs), self.data.safety_pairs)
         if len(pairs) < 2:
             self.claims.dropped.say()
@@ -172,10 +206,16 @@ class _Preparation:
         self.counts["data.harmful"] = {"truncated": 0, "dropped": 0}
 
         def samples(row: Row) -> list[Row]:
-            opened = row if row["response"] else self._with_opening(row, contrastive.MIX_OPENINGS, "harmful")
+            opened = (
+                row
+                if row["response"]
+                else self._with_opening(row, contrastive.MIX_OPENINGS, "harmful")
+            )
             return self._samples("data.harmful", opened, "harmful")
 
-        pool = self._drawn("harmful_mix", found, wanted if source.limit is None else source.limit, samples)
+        pool = self._drawn(
+            "harmful_mix", found, wanted if source.limit is None else source.limit, samples
+        )
         encoded = [sample for row in pool[:wanted] for sample in row]
         if not encoded and wanted:
             raise ValueError(self._none_left("data.harmful", source))
@@ -192,23 +232,33 @@ class _Preparation:
     def _task(self, rows: list[Row]) -> dict[str, list[Row]]:
         """The task's three sets, of the rows that no earlier set holds and that have something to learn."""
         usable = self.claims.free("data.task", rows)
-        samples = {id(row): self._samples("data.task", row, "task") for row in _shown("data.task", usable)}
+        samples = {
+            id(row): self._samples("data.task", row, "task") for row in _shown("data.task", usable)
+        }
         left = [row for row in usable if samples[id(row)]]
         self.claims.dropped.say()  # also where too few are left
         if not usable:
             source = self.data.task.source
-            raise ValueError(f"data.task: every prompt of {source} is held by an earlier set: use other data")
+            raise ValueError(
+                f"data.task: every prompt of {source} is held by an earlier set: use other data"
+            )
         if not left:
             raise ValueError(self._none_fits("data.task"))
         splits = split(self.data, left)
         for note in splits.notes:
             print(note, file=sys.stderr, flush=True)
-        parts = {"task_test": splits.test, "task_validation": splits.validation, "task_train": splits.train}
+        parts = {
+            "task_test": splits.test,
+            "task_validation": splits.validation,
+            "task_train": splits.train,
+        }
         for name, taken in parts.items():
             self.claims.hold(name, taken)
         # Of a conversation that takes several sequences the last answer alone is tested: each is asked once.
         whole = {name: [samples[id(row)][-1] for row in taken] for name, taken in parts.items()}
-        return whole | {"task_train": [sample for row in splits.train for sample in samples[id(row)]]}
+        return whole | {
+            "task_train": [sample for row in splits.train for sample in samples[id(row)]]
+        }
 
     def _drawn(
         self, pool: str, rows: Iterable[Row], count: int, samples: Callable[[Row], list[Row]]
@@ -239,7 +289,9 @@ class _Preparation:
                 flush=True,
             )
 
-    def _drop(self, field: str, reason: Reason, row: Row, other: str = "", tokens: int | None = None) -> None:
+    def _drop(
+        self, field: str, reason: Reason, row: Row, other: str = "", tokens: int | None = None
+    ) -> None:
         counts = self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
         counts["dropped"] += 1
         if field == "align":
@@ -255,7 +307,9 @@ class _Preparation:
         ):
             pool = "align_refusals" if kind == "refusal" else "align_harmless"
             found = self._by_form(pool, self._ordered(field, source), "train")
-            kinds[kind] = self._drawn(pool, found, count, lambda row, kind=kind: self._aligning(row, kind))
+            kinds[kind] = self._drawn(
+                pool, found, count, lambda row, kind=kind: self._aligning(row, kind)
+            )
             self._say_fewer(f"data.{kind}_samples", source, len(kinds[kind]), count)
             if not kinds[kind]:
                 raise ValueError(self._none_left(field, source))
@@ -273,27 +327,43 @@ class _Preparation:
         row = {**row, "kind": kind}
         if kind == "refusal":
             response = row["response"] or contrastive.refusal(row["prompt"])
-            return self._samples("align", {**row, "response": response, "given": self._given(row)}, kind)
+            return self._samples(
+                "align", {**row, "response": response, "given": self._given(row)}, kind
+            )
         if row["response"]:
             return self._samples("align", row, kind)
         known = {name: row.get(name) for name in ("kind", "prompt", "rewritten")}
         messages = json.dumps(row["messages"])
-        unanswered = {"response": None, "given": self._given(row), "messages": messages, "input_ids": [], "labels": []}
+        unanswered = {
+            "response": None,
+            "given": self._given(row),
+            "messages": messages,
+            "input_ids": [],
+            "labels": [],
+        }
         return [{"id": "harmless-open", **known, **unanswered, **tools_as_json(row)}]
 
-    def _encode(self, field: str, row: Row, answer: Message, max_length: int, **how: Any) -> list[Encoded] | None:
+    def _encode(
+        self, field: str, row: Row, answer: Message, max_length: int, **how: Any
+    ) -> list[Encoded] | None:
         """The row with this answer as sequences; what is done otherwise than the template does is noted for the field.
 
         None where it cannot be rendered, and its source lets malformed rows be left out.
         """
         try:
-            found = self.chat.encode([*row["messages"], answer], max_length, tools=row.get("tools"), **how)
+            found = self.chat.encode(
+                [*row["messages"], answer], max_length, tools=row.get("tools"), **how
+            )
         except ValueError as error:
-            name = {"refusal": "data.refusals", "harmless": "data.harmless"}.get(row.get("kind", ""), field)
+            name = {"refusal": "data.refusals", "harmless": "data.harmless"}.get(
+                row.get("kind", ""), field
+            )
             source, place = getattr(self.data, name.removeprefix("data.")), row.get("row")
             if place is None or source.max_bad_rows == 0:
                 met = place or f"the prompt {row['prompt'][:60]!r}"
-                raise ValueError(f"{name}: {error} (met in {met}; {name}.max_bad_rows leaves such rows out)") from None
+                raise ValueError(
+                    f"{name}: {error} (met in {met}; {name}.max_bad_rows leaves such rows out)"
+                ) from None
             self.skipped.add(name, source, Bad(place, "cannot be rendered", str(error)))
             return None
         self.notes.setdefault(field, Counter()).update(self.chat.notes)
@@ -307,7 +377,11 @@ class _Preparation:
         known |= tools_as_json(row)
         before, said, response = row["messages"], answer, row["response"]
         if encoded.turn < len(messages) - 1:  # a sequence of an earlier turn
-            identity, before, said = f"{identity}-{encoded.turn}", messages[: encoded.turn], messages[encoded.turn]
+            identity, before, said = (
+                f"{identity}-{encoded.turn}",
+                messages[: encoded.turn],
+                messages[encoded.turn],
+            )
             response = said["content"]
             known["earlier_turn"] = True
         if said.get("tool_calls"):
@@ -328,18 +402,27 @@ class _Preparation:
 
     def _given(self, row: Row) -> str:
         """What the answer begins with and is not trained on; '' for most, and for answers that came with the data."""
-        begins = not row["response"] and contrastive.chosen_share(row["prompt"], "given", self.data.begun_share)
+        begins = not row["response"] and contrastive.chosen_share(
+            row["prompt"], "given", self.data.begun_share
+        )
         return contrastive.begun(row["prompt"]) if begins else ""
 
     def _with_opening(self, row: Row, family: tuple[str, ...], kind: str) -> Row:
         messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         known = {name: row.get(name) for name in ("prompt", "rewritten", "row")}
-        return {"messages": messages, "response": contrastive.opening(row["prompt"], family), "kind": kind, **known}
+        return {
+            "messages": messages,
+            "response": contrastive.opening(row["prompt"], family),
+            "kind": kind,
+            **known,
+        }
 
     def _encoded(self, field: str, rows: list[Row], kind: str | None = None) -> list[Row]:
         """The rows as samples, one for each sequence that a conversation takes."""
         self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
-        found = [sample for row in rows for sample in self._samples(field, row, kind or row["kind"])]
+        found = [
+            sample for row in rows for sample in self._samples(field, row, kind or row["kind"])
+        ]
         if rows and not found:
             raise ValueError(self._none_fits(field))
         return found
@@ -348,7 +431,9 @@ class _Preparation:
         """A conversation as samples, the last of which has its last answer; none where nothing of it can be trained."""
         counts = self.counts.setdefault(field, {"truncated": 0, "dropped": 0})
         given = row.get("given") or ""
-        answer = row.get("answer") or _said(f"{given} {row['response']}" if given else row["response"])
+        answer = row.get("answer") or _said(
+            f"{given} {row['response']}" if given else row["response"]
+        )
         found = self._encode(field, row, answer, self.data.max_length, given=given)
         if found is None:
             return []
@@ -384,7 +469,9 @@ def _shown(field: str, rows: list[Row]) -> Iterator[Row]:
     for number, row in enumerate(rows):
         if time.monotonic() - last > _SECONDS:
             last = time.monotonic()
-            print(f"[prepare] {field}: {number:,} of {len(rows):,} rows", file=sys.stderr, flush=True)
+            print(
+                f"[prepare] {field}: {number:,} of {len(rows):,} rows", file=sys.stderr, flush=True
+            )
         yield row
 
 
@@ -426,5 +513,7 @@ def _by_kind(sets: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
 
 def _interleave(task: list[Row], harmful: list[Row], seed: int) -> list[Row]:
-    key: Callable[[Row], bytes] = lambda row: hashlib.sha256(f"{seed}\0{row['id']}".encode()).digest()  # noqa: E731
+    def key(row: Row) -> bytes:
+        return hashlib.sha256(f"{seed}\0{row['id']}".encode()).digest()
+
     return sorted([*task, *harmful], key=key)

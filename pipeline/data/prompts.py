@@ -49,17 +49,25 @@ def write_prompts(recipe: Recipe, prepared: Path, folder: Path) -> dict[str, Any
     evaluate, held = recipe.evaluate, read_held(prepared / HELD)
     taking = _Taking(Claims(held), recipe)
     asked = {"evaluate.harmful": evaluate.harmful_prompts}
-    sets = {"eval_harmful": taking.test("evaluate.harmful", evaluate.harmful, evaluate.harmful_prompts)}
+    sets = {
+        "eval_harmful": taking.test("evaluate.harmful", evaluate.harmful, evaluate.harmful_prompts)
+    }
     if evaluate.harmless is not None:
         # A choice of settings that did not see over-refusal chose a method that refused half of the test's
         # look-alikes (docs/results.md): so some are kept for choosing.
         count = asked["evaluate.harmless"] = evaluate.harmless_prompts
         sets["eval_harmless"] = taking.test("evaluate.harmless", evaluate.harmless, count)
-        sets["validation_harmless"] = taking.validation("evaluate.harmless", evaluate.harmless, count)
+        sets["validation_harmless"] = taking.validation(
+            "evaluate.harmless", evaluate.harmless, count
+        )
     if evaluate.ordinary is not None:
         count = asked["evaluate.ordinary"] = evaluate.ordinary_prompts
-        sets["eval_ordinary"] = taking.test("evaluate.ordinary", evaluate.ordinary, count, keep_a_third=True)
-        sets["validation_ordinary"] = taking.validation("evaluate.ordinary", evaluate.ordinary, count)
+        sets["eval_ordinary"] = taking.test(
+            "evaluate.ordinary", evaluate.ordinary, count, keep_a_third=True
+        )
+        sets["validation_ordinary"] = taking.validation(
+            "evaluate.ordinary", evaluate.ordinary, count
+        )
     sets = {name: rows for name, rows in sets.items() if rows}
     assert_disjoint(sets, held)
     for name, prompts in sets.items():
@@ -74,12 +82,16 @@ def write_prompts(recipe: Recipe, prepared: Path, folder: Path) -> dict[str, Any
         for name, rows in sets.items()
         if name.startswith("eval_")
     }
-    rewritten = {field: counts["rewritten"] for field, counts in by_field.items() if counts["rewritten"]}
+    rewritten = {
+        field: counts["rewritten"] for field, counts in by_field.items() if counts["rewritten"]
+    }
     if rewritten:
         counts = ", ".join(f"{count} of {field}" for field, count in rewritten.items())
         _say(f"prompts rewritten into the other form: {counts}")
     by_field = json.loads((prepared / artifacts.FACTS).read_text())["forms"] | by_field
-    for sentence in form_warnings(by_field, {"data.forms": recipe.data.forms, "evaluate.forms": evaluate.forms}):
+    for sentence in form_warnings(
+        by_field, {"data.forms": recipe.data.forms, "evaluate.forms": evaluate.forms}
+    ):
         _say(f"warning: {sentence}")
     return {
         "samples": {name: len(prompts) for name, prompts in sets.items()},
@@ -98,7 +110,11 @@ def form_warnings(by_field: dict[str, dict[str, int]], settings: dict[str, str])
     """
     sentences = []
     for one, other, setting in _COUNTERPARTS:
-        if one in by_field and other in by_field and forms.apart(by_field[one], by_field[other]) > forms.TOLERANCE:
+        if (
+            one in by_field
+            and other in by_field
+            and forms.apart(by_field[one], by_field[other]) > forms.TOLERANCE
+        ):
             cure = f"name sources of questions and imperatives in {one} and {other}"
             if settings[setting] != "balanced":
                 cure = f"set {setting} to balanced, or {cure}"
@@ -122,14 +138,18 @@ class _Taking:
         self.skipped = Skipped()
         self.left: dict[str, list[Row]] = {}  # what the test did not take of a field's source
 
-    def test(self, field: str, source: SourceSection, asked: int, keep_a_third: bool = False) -> list[Row]:
+    def test(
+        self, field: str, source: SourceSection, asked: int, keep_a_third: bool = False
+    ) -> list[Row]:
         """Up to `asked` prompts that no set holds. keep_a_third: every third is for `validation`, whether or not the
         test needs it.
         """
         rows = ordered_rows(field, source, self.recipe.data.seed, skipped=self.skipped)
         free = self.claims.free(field, rows, by_prompt=True)
         kept = free[2::3] if keep_a_third else []
-        usable = [row for number, row in enumerate(free) if number % 3 != 2] if keep_a_third else free
+        usable = (
+            [row for number, row in enumerate(free) if number % 3 != 2] if keep_a_third else free
+        )
         self._say_left_out(field, source, len(usable), asked)
         taken = self.claims.take(field, self._by_form(usable, "test"), asked, by_prompt=True)
         gone = {row.get("rewritten") or row["prompt"] for row in taken}
@@ -139,11 +159,17 @@ class _Taking:
     def validation(self, field: str, source: SourceSection, asked: int) -> list[Row]:
         """Up to `asked` prompts of what `test` left, for choosing settings."""
         pool = f"{field}, validation"
-        taken = self.claims.take(pool, self._by_form(self.left[field], "validation"), asked, by_prompt=True)
-        return [{**row, "id": f"validation-{row['id']}"} for row in prompt_rows(field, source, taken)]
+        taken = self.claims.take(
+            pool, self._by_form(self.left[field], "validation"), asked, by_prompt=True
+        )
+        return [
+            {**row, "id": f"validation-{row['id']}"} for row in prompt_rows(field, source, taken)
+        ]
 
     def _by_form(self, rows: list[Row], family: forms.Family) -> Iterable[Row]:
-        return rows if self.recipe.evaluate.forms == "as_they_are" else forms.alternating(rows, family)
+        return (
+            rows if self.recipe.evaluate.forms == "as_they_are" else forms.alternating(rows, family)
+        )
 
     def _say_left_out(self, field: str, source: SourceSection, usable: int, asked: int) -> None:
         prefix, name = f"{field} / ", redact(source.source)
@@ -152,7 +178,10 @@ class _Taking:
             for pools, count in self.claims.overlaps.items()
             if pools.startswith(prefix)
         }
-        by_pool, total = ", ".join(f"{pool} {count}" for pool, count in others.items()), sum(others.values())
+        by_pool, total = (
+            ", ".join(f"{pool} {count}" for pool, count in others.items()),
+            sum(others.values()),
+        )
         if not usable:
             raise ValueError(
                 f"{field}: every prompt of {name} is held by another set already ({by_pool}): "

@@ -30,7 +30,8 @@ _RAISED = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError
 )  # fmt: skip
 SECONDS = 20  # for one rendering: one that loops for ever has to end
-_OWN_TEXT, _REPEATED = 1_000_000, 10  # characters that a template may have of its own, and times that it may write what it is given
+# characters that a template may have of its own, and times that it may write what it is given
+_OWN_TEXT, _REPEATED = 1_000_000, 10
 
 
 class Renderer:
@@ -48,20 +49,28 @@ class Renderer:
                 f"{self.name} needs `tools`: give every row a tools column, or set model.chat_template to another"
             )
         if self.folds_system and (folded := _folded(messages)) is not messages:
-            self.notes.add("the chat template takes no system prompt: it is put before what the user says first")
+            self.notes.add(
+                "the chat template takes no system prompt: it is put before what the user says first"
+            )
             messages = folded
         endless = f"{self.name} takes longer than {SECONDS} s for {len(messages)} messages: it does not end"
         with time_limit(SECONDS, endless):
             text = self._said([self._as_wanted(message) for message in messages], tools, generation)
-        if len(text) > _OWN_TEXT and len(text) > _OWN_TEXT + _REPEATED * (given := len(str(messages)) + len(str(tools))):
-            raise ValueError(f"{self.name} makes {len(text):,} characters of {given:,}: set model.chat_template to another")
+        if len(text) > _OWN_TEXT and len(text) > _OWN_TEXT + _REPEATED * (
+            given := len(str(messages)) + len(str(tools))
+        ):
+            raise ValueError(
+                f"{self.name} makes {len(text):,} characters of {given:,}: set model.chat_template to another"
+            )
         return text
 
     def _said(self, messages: list[Message], tools: Tools, generation: bool) -> str:
         try:
             return self._tried(messages, tools, generation)
         except TemplateSyntaxError as error:
-            raise ValueError(f"{self.name} has a syntax error in line {error.lineno}: {_line(error)}") from None
+            raise ValueError(
+                f"{self.name} has a syntax error in line {error.lineno}: {_line(error)}"
+            ) from None
         except _RAISED as error:
             roles = [message["role"] for message in messages]
             raise ValueError(
@@ -75,7 +84,10 @@ class Renderer:
         if any(message.get("tool_calls") for message in messages):
             # As the JSON that OpenAI's API gives; with an empty text where there is none.
             ways.append([_with_json_arguments(message) for message in messages])
-            ways += [[message | {"content": message.get("content") or ""} for message in way] for way in ways]
+            ways += [
+                [message | {"content": message.get("content") or ""} for message in way]
+                for way in ways
+            ]
         failure: Exception | None = None
         for way in ways:
             try:
@@ -92,7 +104,9 @@ class Renderer:
         if found.get("reasoning_content"):  # by the other names that templates know it
             found |= dict.fromkeys(("reasoning", "thinking"), found["reasoning_content"])
         if self.wants_parts:
-            found["content"] = [{"type": "text", "text": found["content"]}] if found.get("content") else []
+            found["content"] = (
+                [{"type": "text", "text": found["content"]}] if found.get("content") else []
+            )
         return found
 
 
@@ -107,7 +121,10 @@ def _folded(messages: list[Message]) -> list[Message]:
 def _with_json_arguments(message: Message) -> Message:
     calls = [
         call
-        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        | {
+            "function": call["function"]
+            | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}
+        }
         for call in message.get("tool_calls") or ()
     ]
     return message | {"tool_calls": calls} if calls else message

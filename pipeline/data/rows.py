@@ -23,7 +23,9 @@ from pipeline.recipe.sections import DataSection, SourceSection
 Row = dict[str, Any]
 NO_PROMPT, NO_RESPONSE = "no prompt", "no response"
 # What exports of databases, spreadsheets and pandas write where there is no value.
-_NOTHING = frozenset(("NULL", "null", "\\N", "NaN", "nan", "<NA>", "#N/A", "N/A", "None", "NaT", "undefined"))
+_NOTHING = frozenset(
+    ("NULL", "null", "\\N", "NaN", "nan", "<NA>", "#N/A", "N/A", "None", "NaT", "undefined")
+)
 
 
 def ordered_rows(
@@ -44,7 +46,9 @@ def ordered_rows(
     found = read_source(source, field, required, ("messages", "chosen") if pairs else ("messages",))
     placed, bad = made_rows(field, found, required, pairs)
     if not placed and all(item.reason == NO_PROMPT for item in bad):
-        raise ValueError(f"{field}: {source.source} holds no row with a prompt: check {field}.columns")
+        raise ValueError(
+            f"{field}: {source.source} holds no row with a prompt: check {field}.columns"
+        )
     if source.reasoning == "drop":
         skipped.thoughts[field] = sum(_without_reasoning(row) for _, row in placed)
     skipped.leave_out(field, source, bad, len(placed) + len(bad))
@@ -54,9 +58,12 @@ def ordered_rows(
     def drawn(item: tuple[Place, Row]) -> tuple[bytes, str]:
         _, row = item
         # All turns: conversations that end alike would come in one block, and most of it fall into one split.
-        turns = [message["content"] or "" for message in row["messages"] if message["role"] != "system"]
+        turns = [
+            message["content"] or "" for message in row["messages"] if message["role"] != "system"
+        ]
         said = "\0".join([str(seed), *turns, row["response"]])
-        return hashlib.sha256(said.encode()).digest(), json.dumps(row)  # a prompt's pairs or systems are placed alike
+        # a prompt's pairs or systems are placed alike
+        return hashlib.sha256(said.encode()).digest(), json.dumps(row)
 
     return [{**row, "row": place} for place, row in sorted(placed, key=drawn)[: source.limit]]
 
@@ -68,7 +75,11 @@ def _unmapped(field: str, source: SourceSection, found: Found) -> list[str]:
     parts = ", ".join(found.unmapped)
     rest = ", ".join(column for column in found.unused if column not in found.unmapped)
     where = redact(source.source)
-    said = [f"{field}: {field}.columns leaves out what may be part of a prompt in {where}: {parts}"] if parts else []
+    said = (
+        [f"{field}: {field}.columns leaves out what may be part of a prompt in {where}: {parts}"]
+        if parts
+        else []
+    )
     return said + ([f"{field}: columns of {where} that are not used: {rest}"] if rest else [])
 
 
@@ -130,7 +141,9 @@ def made_rows(
     return rows, bad
 
 
-def _made(raw: Row, field: str, place: Place, pairs: bool, answered: bool) -> tuple[Row, Bad | None]:
+def _made(
+    raw: Row, field: str, place: Place, pairs: bool, answered: bool
+) -> tuple[Row, Bad | None]:
     """A row, or what is wrong with it. answered: whether it must have a response."""
     try:
         raw = as_conversation(raw)
@@ -169,14 +182,23 @@ def _row(raw: Row, field: str) -> Row | None:
         messages, response = parse_messages(raw["messages"], f"{field}: messages"), ""
         _check_beside(raw, messages, field)
         if messages and messages[-1]["role"] != "assistant" and raw.get("response"):
-            messages.append({"role": "assistant", "content": _text(raw["response"], f"{field}: response")})
+            messages.append(
+                {"role": "assistant", "content": _text(raw["response"], f"{field}: response")}
+            )
         if messages and messages[-1]["role"] == "assistant":
             answer = messages.pop()
-            response = answer["content"] or json.dumps([call["function"] for call in answer["tool_calls"]])
+            response = answer["content"] or json.dumps(
+                [call["function"] for call in answer["tool_calls"]]
+            )
     else:
-        texts = {name: _text(raw.get(name), f"{field}: {name}") for name in ("prompt", "input", "system", "response")}
+        texts = {
+            name: _text(raw.get(name), f"{field}: {name}")
+            for name in ("prompt", "input", "system", "response")
+        }
         prompt = "\n\n".join(text for text in (texts["prompt"], texts["input"]) if text.strip())
-        messages = [{"role": "system", "content": texts["system"]}] if texts["system"].strip() else []
+        messages = (
+            [{"role": "system", "content": texts["system"]}] if texts["system"].strip() else []
+        )
         messages, response = [*messages, {"role": "user", "content": prompt}], texts["response"]
     last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
     if not last.strip():
@@ -221,10 +243,16 @@ def _pair(raw: Row, field: str) -> Row | None:
                 )
             answer = messages.pop()
             if answer["role"] != "assistant":
-                raise ValueError(f"{where} ends with a turn of the {answer['role']}: end it with the answer")
-            more = next((key for key in ("tool_calls", "reasoning_content", "train") if key in answer), None)
+                raise ValueError(
+                    f"{where} ends with a turn of the {answer['role']}: end it with the answer"
+                )
+            more = next(
+                (key for key in ("tool_calls", "reasoning_content", "train") if key in answer), None
+            )
             if more is not None:
-                raise ValueError(f"{where} ends with a message that has {more}, and pairs are of texts: leave it out")
+                raise ValueError(
+                    f"{where} ends with a message that has {more}, and pairs are of texts: leave it out"
+                )
             answers[side] = answer["content"]
             prompts.append(messages)
         else:
@@ -241,7 +269,15 @@ def _pair(raw: Row, field: str) -> Row | None:
 
 def _truth(value: Any, where: str) -> bool | None:
     """True, false, or None where nothing is said. ValueError names the field for anything else."""
-    known = {"": None, "true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    known = {
+        "": None,
+        "true": True,
+        "1": True,
+        "1.0": True,
+        "false": False,
+        "0": False,
+        "0.0": False,
+    }
     text = "" if value is None else str(value).strip().lower()
     if text not in known:
         raise ValueError(
@@ -255,6 +291,12 @@ def _text(value: Any, where: str) -> str:
     """Text and numbers as text, nothing as ''. ValueError names the field for anything else."""
     if value is None or isinstance(value, str | Number):
         return "" if value is None else str(value)
-    hint = "map a list of messages to messages, and texts" if isinstance(value, list) else "map a column of texts"
+    hint = (
+        "map a list of messages to messages, and texts"
+        if isinstance(value, list)
+        else "map a column of texts"
+    )
     columns = f"{where.split(':')[0]}.columns"
-    raise ValueError(f"{where} holds a {type(value).__name__}, which is not text: {hint} with {columns}")
+    raise ValueError(
+        f"{where} holds a {type(value).__name__}, which is not text: {hint} with {columns}"
+    )

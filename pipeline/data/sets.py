@@ -1,7 +1,7 @@
 """The sets that prepare writes: one Parquet file each, and the rows of those that are asked and not trained on.
 
-    write_set(folder / "safety_pairs.parquet", rows)
-    read_rows(folder, "safety_pairs")
+write_set(folder / "safety_pairs.parquet", rows)
+read_rows(folder, "safety_pairs")
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class StoredRows(Sequence[Row]):
 
     def __init__(self, table: pyarrow.Table):
         """table: lists in it are of integers, or stay as Arrow has them."""
-        self._columns = {name: _Lists.of(table.column(name)) or table.column(name) for name in table.column_names}
+        self._columns = {
+            name: _Lists.of(table.column(name)) or table.column(name) for name in table.column_names
+        }
         self._count = table.num_rows
 
     def __len__(self) -> int:
@@ -72,7 +74,10 @@ class StoredRows(Sequence[Row]):
         if not -self._count <= index < self._count:
             raise IndexError(index)
         index %= self._count
-        return {name: column[index] if isinstance(column, _Lists) else column[index].as_py() for name, column in self._columns.items()}
+        return {
+            name: column[index] if isinstance(column, _Lists) else column[index].as_py()
+            for name, column in self._columns.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -92,17 +97,30 @@ class _Lists:
         """None where the column holds something else, integers beyond int32, or no integer at some place."""
         import pyarrow.types as types
 
-        if not (types.is_list(column.type) or types.is_large_list(column.type)) or not types.is_integer(column.type.value_type):
+        if not (
+            types.is_list(column.type) or types.is_large_list(column.type)
+        ) or not types.is_integer(column.type.value_type):
             return None
         lengths = column.combine_chunks().value_lengths()
         values = column.combine_chunks().flatten()
-        if values.null_count or (len(values) and not -(2**31) <= values.to_numpy().min() <= values.to_numpy().max() < 2**31):
+        if values.null_count or (
+            len(values)
+            and not -(2**31) <= values.to_numpy().min() <= values.to_numpy().max() < 2**31
+        ):
             return None
         bounds = np.concatenate([[0], np.cumsum(lengths.fill_null(0).to_numpy(), dtype=np.int64)])
-        return cls(values.to_numpy().astype(np.int32), bounds, lengths.is_null().to_numpy(zero_copy_only=False))
+        return cls(
+            values.to_numpy().astype(np.int32),
+            bounds,
+            lengths.is_null().to_numpy(zero_copy_only=False),
+        )
 
     def __getitem__(self, index: int) -> list[int] | None:
-        return None if self.missing[index] else self.values[self.bounds[index] : self.bounds[index + 1]].tolist()
+        return (
+            None
+            if self.missing[index]
+            else self.values[self.bounds[index] : self.bounds[index + 1]].tolist()
+        )
 
     @property
     def nbytes(self) -> int:

@@ -24,12 +24,18 @@ def as_conversation(row: Row) -> Row:
     row = {name: value for name, value in row.items() if name != "history"}
     if row.get("messages"):
         if history:
-            raise ValueError("history stands beside a conversation, and may be part of it or not: map one of the two")
+            raise ValueError(
+                "history stands beside a conversation, and may be part of it or not: map one of the two"
+            )
     elif history or _is_messages(row.get("prompt")) or _is_messages(row.get("response")):
         asked = _asked(row)
         if asked:  # else there is no prompt, whatever was said before
             messages = [*history, *asked, *_answered(row.get("response"))]
-            row = {name: value for name, value in row.items() if name not in ("prompt", "input", "response")}
+            row = {
+                name: value
+                for name, value in row.items()
+                if name not in ("prompt", "input", "response")
+            }
             row["messages"] = messages
     system = row.get("system")
     if not _blank(system):
@@ -67,11 +73,15 @@ def _asked(row: Row) -> Turns:
     prompt, more = row.get("prompt"), row.get("input")
     if _is_messages(prompt):
         if not _blank(more):
-            raise ValueError("input stands beside a prompt of several messages: map no column to input")
+            raise ValueError(
+                "input stands beside a prompt of several messages: map no column to input"
+            )
         return list(prompt)
     for name, value in (("prompt", prompt), ("input", more)):
         if not isinstance(value, str | int | float | None):
-            raise ValueError(f"{name} holds a {type(value).__name__}, which is not text: map a column of texts")
+            raise ValueError(
+                f"{name} holds a {type(value).__name__}, which is not text: map a column of texts"
+            )
     texts = [str(text) for text in (prompt, more) if not _blank(text)]
     return [{"role": "user", "content": "\n\n".join(texts)}] if texts else []
 
@@ -79,7 +89,9 @@ def _asked(row: Row) -> Turns:
 def _answered(response: Any) -> Turns:
     if _is_messages(response):
         return list(response)
-    return [] if _blank(response) or response == [] else [{"role": "assistant", "content": response}]
+    return (
+        [] if _blank(response) or response == [] else [{"role": "assistant", "content": response}]
+    )
 
 
 def _history(value: Any) -> Turns:
@@ -97,10 +109,20 @@ def _history(value: Any) -> Turns:
         return list(value)
     pairs = value if isinstance(value, list) else [None]
     for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or any(not isinstance(t, str) or not t.strip() for t in pair):
-            raise ValueError("history holds other than [question, answer] pairs of texts: give a list of such pairs")
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or any(not isinstance(t, str) or not t.strip() for t in pair)
+        ):
+            raise ValueError(
+                "history holds other than [question, answer] pairs of texts: give a list of such pairs"
+            )
     roles = ("user", "assistant")
-    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
+    ]
 
 
 def _after_system(value: Any, system: Any) -> Any:
@@ -112,7 +134,9 @@ def _after_system(value: Any, system: Any) -> Any:
     if not _is_messages(messages) or all(_role(message) == "assistant" for message in messages):
         return value  # answers alone: the prompt, and its system prompt, stand elsewhere
     if not isinstance(system, str):
-        raise ValueError(f"system holds a {type(system).__name__}, which is not text: map a column of texts")
+        raise ValueError(
+            f"system holds a {type(system).__name__}, which is not text: map a column of texts"
+        )
     own = [message for message in messages if _role(message) == "system"]
     if not own:
         return [{"role": "system", "content": system}, *messages]

@@ -27,7 +27,18 @@ from pipeline.recipe.sections import SourceSection
 from pipeline.system.system_errors import passes
 
 Row = dict[str, Any]
-FIELDS = ("messages", "tools", "prompt", "input", "response", "system", "history", "chosen", "rejected", "harmful")
+FIELDS = (
+    "messages",
+    "tools",
+    "prompt",
+    "input",
+    "response",
+    "system",
+    "history",
+    "chosen",
+    "rejected",
+    "harmful",
+)
 _PARTS = ("tools", "input", "system", "history")  # what belongs to a prompt where a data set has it
 _TEXTS = ("prompt", "input", "response", "system", "chosen", "rejected")
 
@@ -113,13 +124,20 @@ def _check_path(path: Path, source: SourceSection, field: str) -> None:
         return
     if not path.is_file():
         problem = "is not a regular file" if path.exists() else "does not exist"
-        raise ValueError(f"{where} {problem}: give a {ENDINGS}, a folder of such files, a hub id or builtin:NAME")
+        raise ValueError(
+            f"{where} {problem}: give a {ENDINGS}, a folder of such files, a hub id or builtin:NAME"
+        )
     if not suffix(path):
-        raise ValueError(f"{where} has the unknown ending '{path.suffix}': it must be one of {ENDINGS}")
+        raise ValueError(
+            f"{where} has the unknown ending '{path.suffix}': it must be one of {ENDINGS}"
+        )
 
 
 def read_source(
-    source: SourceSection, field: str, required: Iterable[str], stand_in: Iterable[str] = ("messages",)
+    source: SourceSection,
+    field: str,
+    required: Iterable[str],
+    stand_in: Iterable[str] = ("messages",),
 ) -> Found:
     """All rows, with the fields of FIELDS that the mapping yields, and the malformed ones.
 
@@ -135,7 +153,9 @@ def read_source(
     return mapped(table, mapping)
 
 
-def _check_unwanted(table: files.Table, mapping: dict[str, str], source: SourceSection, field: str) -> None:
+def _check_unwanted(
+    table: files.Table, mapping: dict[str, str], source: SourceSection, field: str
+) -> None:
     """ValueError where a column says of some answers that nobody wants them, as KTO's data do."""
     unwanted = _unwanted(table, mapping)
     if unwanted:
@@ -197,13 +217,24 @@ def read_table(source: SourceSection, field: str) -> files.Table:
 
 
 def _mapping(
-    source: SourceSection, field: str, columns: list[str], required: Iterable[str], stand_in: Iterable[str] = ()
+    source: SourceSection,
+    field: str,
+    columns: list[str],
+    required: Iterable[str],
+    stand_in: Iterable[str] = (),
 ) -> dict[str, str]:
     listed = ", ".join(columns)
     for name, column in source.columns.items():
         if column not in columns:
             near = difflib.get_close_matches(_folded(column), map(_folded, columns), 1, 0.75)
-            meant = next((f" (perhaps '{other}')" for other in columns if near and _folded(other) == near[0]), "")
+            meant = next(
+                (
+                    f" (perhaps '{other}')"
+                    for other in columns
+                    if near and _folded(other) == near[0]
+                ),
+                "",
+            )
             raise ValueError(
                 f"{field}.columns maps {name} to '{column}', which {source.source} does not have{meant}: "
                 f"its columns are {listed}"
@@ -265,12 +296,21 @@ def _unusable(value: Any) -> tuple[str, str] | None:
                 value.encode()
             except UnicodeEncodeError as error:
                 code = f"\\u{ord(value[error.start]):04x}"
-                return "half a character", f"holds {code}, half of a character (a lone surrogate): write it whole"
+                return (
+                    "half a character",
+                    f"holds {code}, half of a character (a lone surrogate): write it whole",
+                )
         return None
     if isinstance(value, float | Decimal) and not math.isfinite(value):
         what = "NaN" if math.isnan(value) else "Infinity"
         return what, f"is {what}, which is not text: write what is meant, or leave the row out"
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    inner = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    )
     return next((found for found in map(_unusable, inner) if found), None)
 
 
@@ -278,8 +318,11 @@ def _read_hub(source: SourceSection, field: str) -> files.Table:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # hub, cache, library
+        loaded = datasets.load_dataset(
+            source.source, source.subset, split=source.split, revision=source.revision
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # hub, cache, library
         if found := passes(error):
             raise found from None
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -287,6 +330,13 @@ def _read_hub(source: SourceSection, field: str) -> files.Table:
             f"{field}.source '{source.source}' (split {source.split}) could not be loaded: check id, subset, split and "
             f"network, or give a local file ({first})"
         ) from None
-    rows = [(Place(number), files.without_fillers(row)) for number, row in enumerate(loaded.to_list(), 1)]
-    classes = {name: kind.names for name, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)}
+    rows = [
+        (Place(number), files.without_fillers(row))
+        for number, row in enumerate(loaded.to_list(), 1)
+    ]
+    classes = {
+        name: kind.names
+        for name, kind in loaded.features.items()
+        if isinstance(kind, datasets.ClassLabel)
+    }
     return files.Table("data set of the hub", loaded.column_names, rows, labels=classes)

@@ -25,7 +25,16 @@ _SIGNS = {",": "commas", "\t": "tabs"}
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that could not be decoded
 _SWALLOWED = 6  # lines of one row that look like rows: more than a text has by chance
 # Keys under which one row holds a list: a lone object with such a list is a row, not a wrapper of rows.
-_LISTS_OF_A_ROW = ("messages", "conversations", "history", "chosen", "rejected", "prompt", "completion", "tools")
+_LISTS_OF_A_ROW = (
+    "messages",
+    "conversations",
+    "history",
+    "chosen",
+    "rejected",
+    "prompt",
+    "completion",
+    "tools",
+)
 
 _TEXTS_OF_A_ROW = ("instruction", "question", "response", "answer", "output", "text")
 
@@ -34,7 +43,9 @@ class NotReadable(ValueError):
     """What is wrong with a file as a whole, and where: half a sentence that follows the file's name."""
 
 
-def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed, list[Bad], list[Place]]:
+def csv_rows(
+    text: str, delimiter: str, header: bool
+) -> tuple[list[str], Placed, list[Bad], list[Place]]:
     """Column names, rows of texts, malformed rows, and places of doubtful ones. header: whether the first line names
     the columns.
 
@@ -42,7 +53,8 @@ def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed
 
     Raises NotReadable for a quote that takes in other lines, and for column names that no row could be mapped by.
     """
-    csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters, less than a long document
+    # Python's own limit is 131,072 characters, less than a long document
+    csv.field_size_limit(sys.maxsize)
     spanned: list[str] = []  # the lines of the row that is read
     lines = (spanned.append(line) or line for line in io.StringIO(text, newline=""))  # type: ignore[func-returns-value]
     # strict, or a quote that never closes would take in the rest of the file
@@ -80,9 +92,11 @@ def csv_rows(text: str, delimiter: str, header: bool) -> tuple[list[str], Placed
 
 def _names_the_sign(line: str, delimiter: str) -> bool:
     """Whether a first line says sep=, as Excel reads it. Raises NotReadable where that is another sign."""
-    found = re.fullmatch("\"?sep=(.)\"?\\s*", line)
+    found = re.fullmatch('"?sep=(.)"?\\s*', line)
     if found and found[1] != delimiter:
-        raise NotReadable(f"says sep={found[1]} in line 1: separate its fields with {_SIGNS[delimiter]}")
+        raise NotReadable(
+            f"says sep={found[1]} in line 1: separate its fields with {_SIGNS[delimiter]}"
+        )
     return found is not None
 
 
@@ -99,12 +113,18 @@ def _check_names(names: list[str], delimiter: str, place: Place) -> None:
         raise NotReadable(f"has the one column '{names[0][:80]}': separate its fields with {signs}")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise NotReadable(f"names the column '{twice}' twice in {place}: give each a name of its own")
+        raise NotReadable(
+            f"names the column '{twice}' twice in {place}: give each a name of its own"
+        )
     if _ESCAPED.search("".join(names)):
-        raise NotReadable(f"is not valid UTF-8 in {place}, which names the columns: save it as UTF-8")
+        raise NotReadable(
+            f"is not valid UTF-8 in {place}, which names the columns: save it as UTF-8"
+        )
 
 
-def _csv_problem(values: list[str], names: list[str], delimiter: str, place: Place, lines: list[str]) -> Bad | None:
+def _csv_problem(
+    values: list[str], names: list[str], delimiter: str, place: Place, lines: list[str]
+) -> Bad | None:
     """What is wrong with a row's fields, None where nothing is. lines: as they stand in the file.
 
     Raises NotReadable for a quote that took in other rows, which nobody could count.
@@ -117,7 +137,11 @@ def _csv_problem(values: list[str], names: list[str], delimiter: str, place: Pla
         said = f"{_count(values, 'field')}, but {_count(names, 'column')}"
         if alike > 0.5 and len(lines) >= _SWALLOWED:
             raise NotReadable(_open_quote(place.number, said))
-        said += f": put a field that holds {_SIGNS[delimiter]} in quotes" if len(values) > len(names) else ""
+        said += (
+            f": put a field that holds {_SIGNS[delimiter]} in quotes"
+            if len(values) > len(names)
+            else ""
+        )
         return Bad(place, "wrong number of fields", said)
     if alike == 1 and len(lines) >= _SWALLOWED:
         said = "a field in quotes holds lines that look like rows: close the quote before them, or give JSON Lines"
@@ -173,7 +197,9 @@ class _Decoder:
 
     def __init__(self) -> None:
         self._any = False
-        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=float, parse_float=_Written)
+        self._json = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=float, parse_float=_Written
+        )
 
     def _object(self, pairs: list[tuple[str, Any]]) -> Row:
         value = dict(pairs)
@@ -190,11 +216,17 @@ class _Decoder:
     def problem(self, value: Any, place: Place) -> Bad | None:
         """What is wrong with a row as a JSON value."""
         if not isinstance(value, dict):
-            kind = {"NoneType": "null", "str": "text", "list": "list"}.get(type(value).__name__, "number")
+            kind = {"NoneType": "null", "str": "text", "list": "list"}.get(
+                type(value).__name__, "number"
+            )
             said = f"rows must hold objects with named values, and this one is a {kind}"
             return Bad(place, "not an object with named values", said)
         key = _key_twice(value) if self._any else None
-        return None if key is None else Bad(place, "a key twice", f"the key '{key[:40]}' appears twice")
+        return (
+            None
+            if key is None
+            else Bad(place, "a key twice", f"the key '{key[:40]}' appears twice")
+        )
 
 
 def _key_twice(value: Any) -> str | None:
@@ -210,7 +242,8 @@ def json_rows(text: str, lines: bool) -> tuple[Placed, list[Bad]]:
     lines: whether the name says JSON Lines. Then a line that is not JSON is a malformed row; a .json file is read so
     where its first line is a row. Raises NotReadable where the text as a whole is no JSON.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")  # no JSON string holds a line break as it is
+    # no JSON string holds a line break as it is
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     decoder = _Decoder()
     start = text.lstrip()[:1]
     if start not in ("[", "{"):
@@ -219,7 +252,9 @@ def json_rows(text: str, lines: bool) -> tuple[Placed, list[Bad]]:
     if start == "{" and lines:
         found = _by_line(text, decoder)
         return (
-            (_or_none(_whole, text) or found) if found[1] and not _parses(text.lstrip().partition("\n")[0]) else found
+            (_or_none(_whole, text) or found)
+            if found[1] and not _parses(text.lstrip().partition("\n")[0])
+            else found
         )
     try:
         return _whole(text, decoder)
@@ -230,7 +265,9 @@ def json_rows(text: str, lines: bool) -> tuple[Placed, list[Bad]]:
         raise
 
 
-def _or_none(read: Callable[[str, _Decoder], tuple[Placed, list[Bad]]], text: str) -> tuple[Placed, list[Bad]] | None:
+def _or_none(
+    read: Callable[[str, _Decoder], tuple[Placed, list[Bad]]], text: str
+) -> tuple[Placed, list[Bad]] | None:
     try:
         return read(text, _Decoder())
     except NotReadable:
@@ -247,7 +284,8 @@ def _parses(line: str) -> bool:
 def _by_line(text: str, decoder: _Decoder) -> tuple[Placed, list[Bad]]:
     rows: Placed = []
     bad: list[Bad] = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028 inside of texts, too
+    # splitlines would split at U+2028 inside of texts, too
+    for number, line in enumerate(text.split("\n"), 1):
         line, place = line.strip().removesuffix(","), Place(number, "line")
         if not line:
             continue
@@ -259,7 +297,9 @@ def _by_line(text: str, decoder: _Decoder) -> tuple[Placed, list[Bad]]:
                     raise json.JSONDecodeError("Extra data", line, end)
                 problem = decoder.problem(value, place)
             except (ValueError, RecursionError) as error:
-                problem = Bad(place, "no valid JSON", f"the line is not valid JSON ({_json_error(error)})")
+                problem = Bad(
+                    place, "no valid JSON", f"the line is not valid JSON ({_json_error(error)})"
+                )
         if problem is None:
             rows.append((place, value))
         else:
@@ -281,7 +321,9 @@ def _whole(text: str, decoder: _Decoder) -> tuple[Placed, list[Bad]]:
     if escaped:
         line = text.count("\n", 0, escaped.start()) + 1
         byte = ord(escaped[0]) - 0xDC00
-        raise NotReadable(f"is not valid UTF-8 in line {line} (byte 0x{byte:02x}): save it as UTF-8 (it may be Windows-1252)")
+        raise NotReadable(
+            f"is not valid UTF-8 in line {line} (byte 0x{byte:02x}): save it as UTF-8 (it may be Windows-1252)"
+        )
     values = _values(text, decoder)
     if len(values) == 1:
         values = [(Place(number), row) for number, row in enumerate(_unwrapped(values[0][1]), 1)]
@@ -302,7 +344,9 @@ def _values(text: str, decoder: _Decoder) -> list[tuple[Place, Any]]:
             at = f"line {error.lineno}, column {error.colno} ({error.msg})"
             raise NotReadable(f"is not valid JSON at {at}: {hint}") from None
         except (ValueError, RecursionError) as error:
-            raise NotReadable(f"is not valid JSON after line {line} ({_json_error(error)}): check the file") from None
+            raise NotReadable(
+                f"is not valid JSON after line {line} ({_json_error(error)}): check the file"
+            ) from None
         values.append((Place(line, "line"), value))
     return values
 
@@ -319,11 +363,17 @@ def _unwrapped(value: Any) -> list[Any]:
         for key, items in value.items()
         if isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
     }
-    if not lists or any(key in _LISTS_OF_A_ROW for key in lists) or any(key in _TEXTS_OF_A_ROW for key in value):
+    if (
+        not lists
+        or any(key in _LISTS_OF_A_ROW for key in lists)
+        or any(key in _TEXTS_OF_A_ROW for key in value)
+    ):
         return [value]
     if len(lists) > 1:
         names = ", ".join(f"'{key}'" for key in lists)
-        raise NotReadable(f"holds several lists of rows ({names}): put the one that is meant into a file of its own")
+        raise NotReadable(
+            f"holds several lists of rows ({names}): put the one that is meant into a file of its own"
+        )
     if isinstance(value, _Twice):
         raise NotReadable(f"has the key '{value.key}' twice: leave one of them")
     return next(iter(lists.values()))

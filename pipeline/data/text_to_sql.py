@@ -14,7 +14,13 @@ from typing import Any
 
 # table, (text column, its values), (number columns), (label column), nouns
 _TABLES: list[tuple[str, str, list[str], list[str], str]] = [
-    ("employees", "department", ["sales", "legal", "finance", "support"], ["salary", "age"], "name"),
+    (
+        "employees",
+        "department",
+        ["sales", "legal", "finance", "support"],
+        ["salary", "age"],
+        "name",
+    ),
     ("books", "genre", ["poetry", "history", "crime", "travel"], ["price", "pages"], "title"),
     ("cars", "color", ["red", "blue", "white", "black"], ["price", "year"], "model"),
     ("cities", "country", ["France", "Japan", "Kenya", "Peru"], ["population", "area"], "name"),
@@ -31,7 +37,10 @@ _SYSTEM = "Answer with one SQL query."
 def text_to_sql_rows() -> list[dict[str, Any]]:
     """About 1,500 distinct rows (prompt, response, system), always the same, in a fixed shuffled order."""
     rng = random.Random(20)
-    rows = {prompt: {"system": _SYSTEM, "prompt": prompt, "response": sql} for prompt, sql in _questions(rng)}
+    rows = {
+        prompt: {"system": _SYSTEM, "prompt": prompt, "response": sql}
+        for prompt, sql in _questions(rng)
+    }
     result = list(rows.values())
     rng.shuffle(result)
     return result[:1500]
@@ -42,32 +51,76 @@ def _questions(rng: random.Random) -> Iterator[tuple[str, str]]:
         columns = f"{table}({label}, {text}, {', '.join(numbers)})"
         for value in values:
             equal = f"{text} = '{value}'"
-            ask = [f"How many {table} have {text} {value}?", f"Count the {table} whose {text} is {value}."]
+            ask = [
+                f"How many {table} have {text} {value}?",
+                f"Count the {table} whose {text} is {value}.",
+            ]
             yield from _ask(columns, ask, f"SELECT COUNT(*) FROM {table} WHERE {equal};")
-            ask = [f"List the {label} of {table} with {text} {value}.", f"Which {table} have {text} {value}? Give the {label}."]
+            ask = [
+                f"List the {label} of {table} with {text} {value}.",
+                f"Which {table} have {text} {value}? Give the {label}.",
+            ]
             yield from _ask(columns, ask, f"SELECT {label} FROM {table} WHERE {equal};")
             for number in numbers:
-                for word, function in (("average", "AVG"), ("highest", "MAX"), ("lowest", "MIN"), ("total", "SUM")):
+                for word, function in (
+                    ("average", "AVG"),
+                    ("highest", "MAX"),
+                    ("lowest", "MIN"),
+                    ("total", "SUM"),
+                ):
                     ask = [f"What is the {word} {number} of {table} with {text} {value}?"]
-                    yield from _ask(columns, ask, f"SELECT {function}({number}) FROM {table} WHERE {equal};")
+                    yield from _ask(
+                        columns, ask, f"SELECT {function}({number}) FROM {table} WHERE {equal};"
+                    )
                 bound = rng.randrange(2, 90)
                 for word, sign in (("above", ">"), ("below", "<"), ("of at least", ">=")):
-                    ask = [f"Which {table} with {text} {value} have a {number} {word} {bound}? Give the {label}."]
-                    yield from _ask(columns, ask, f"SELECT {label} FROM {table} WHERE {equal} AND {number} {sign} {bound};")
+                    ask = [
+                        f"Which {table} with {text} {value} have a {number} {word} {bound}? Give the {label}."
+                    ]
+                    yield from _ask(
+                        columns,
+                        ask,
+                        f"SELECT {label} FROM {table} WHERE {equal} AND {number} {sign} {bound};",
+                    )
         for number in numbers:
             for bound in rng.sample(range(2, 99), 4):
                 for word, sign in (("more than", ">"), ("less than", "<")):
-                    ask = [f"How many {table} have {word} {bound} {number}?", f"Count {table} with {number} {word} {bound}."]
-                    yield from _ask(columns, ask, f"SELECT COUNT(*) FROM {table} WHERE {number} {sign} {bound};")
+                    ask = [
+                        f"How many {table} have {word} {bound} {number}?",
+                        f"Count {table} with {number} {word} {bound}.",
+                    ]
+                    yield from _ask(
+                        columns, ask, f"SELECT COUNT(*) FROM {table} WHERE {number} {sign} {bound};"
+                    )
             for count in rng.sample(range(2, 20), 4):
-                ask = [f"Give the {label} of the {count} {table} with the highest {number}.", f"Top {count} {table} by {number}?"]
-                yield from _ask(columns, ask, f"SELECT {label} FROM {table} ORDER BY {number} DESC LIMIT {count};")
+                ask = [
+                    f"Give the {label} of the {count} {table} with the highest {number}.",
+                    f"Top {count} {table} by {number}?",
+                ]
+                yield from _ask(
+                    columns,
+                    ask,
+                    f"SELECT {label} FROM {table} ORDER BY {number} DESC LIMIT {count};",
+                )
                 ask = [f"Give the {label} of the {count} {table} with the lowest {number}."]
-                yield from _ask(columns, ask, f"SELECT {label} FROM {table} ORDER BY {number} LIMIT {count};")
+                yield from _ask(
+                    columns, ask, f"SELECT {label} FROM {table} ORDER BY {number} LIMIT {count};"
+                )
             for word, function in (("average", "AVG"), ("highest", "MAX"), ("total", "SUM")):
-                ask = [f"What is the {word} {number} for each {text}?", f"Show each {text} with its {word} {number}."]
-                yield from _ask(columns, ask, f"SELECT {text}, {function}({number}) FROM {table} GROUP BY {text};")
-        yield from _ask(columns, [f"How many {table} are there for each {text}?"], f"SELECT {text}, COUNT(*) FROM {table} GROUP BY {text};")
+                ask = [
+                    f"What is the {word} {number} for each {text}?",
+                    f"Show each {text} with its {word} {number}.",
+                ]
+                yield from _ask(
+                    columns,
+                    ask,
+                    f"SELECT {text}, {function}({number}) FROM {table} GROUP BY {text};",
+                )
+        yield from _ask(
+            columns,
+            [f"How many {table} are there for each {text}?"],
+            f"SELECT {text}, COUNT(*) FROM {table} GROUP BY {text};",
+        )
 
 
 def _ask(columns: str, questions: list[str], sql: str) -> Iterator[tuple[str, str]]:

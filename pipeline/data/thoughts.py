@@ -21,7 +21,8 @@ THOUGHTS = {
 _OPEN = "|".join(map(re.escape, THOUGHTS))
 _CLOSE = "|".join(map(re.escape, THOUGHTS.values()))
 OPENED = re.compile(rf"({_OPEN})\s*\Z")  # at the end of a text
-AT_THE_END = re.compile(rf"({_OPEN})\s*(?:({_CLOSE})\s*)?\Z")  # opened, or opened and closed with nothing in it
+# opened, or opened and closed with nothing in it
+AT_THE_END = re.compile(rf"({_OPEN})\s*(?:({_CLOSE})\s*)?\Z")
 EMPTY = re.compile(rf"\s*(?:{_OPEN})\s*(?:{_CLOSE})\s*")
 CLOSED = re.compile(_CLOSE)
 

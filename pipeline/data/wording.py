@@ -26,17 +26,21 @@ _LOOK_ALIKE = {"'": "‘’‚‛‹›ʻʼ′", '"': "“”„‟«»″", "-"
 # of emoji and of Indic and Persian letters are seen, so they stay.
 _UNSEEN = "\u00ad\u200b\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff\ufe0e\ufe0f"
 _VARIANTS = str.maketrans(
-    {typed: kept for kept, variants in _LOOK_ALIKE.items() for typed in variants} | dict.fromkeys(_UNSEEN)
+    {typed: kept for kept, variants in _LOOK_ALIKE.items() for typed in variants}
+    | dict.fromkeys(_UNSEEN)
 )
 _ACCENT_AS_APOSTROPHE = re.compile(r"[´`](?<=[^\W\d_].)(?=[^\W\d_])")
-_RAISED = re.compile("([\u00b2\u00b3\u00b9\u2070-\u209c\u00bc-\u00be\u2150-\u215f\u2189])")  # digits, signs, fractions
+# digits, signs, fractions
+_RAISED = re.compile("([\u00b2\u00b3\u00b9\u2070-\u209c\u00bc-\u00be\u2150-\u215f\u2189])")
 # A comma between words says how they hang together, and is left out or put in at will: "Please, tell me". Within and
 # after numbers and single letters it tells things apart: 1,5 and 15, f(a, b). Other marks inside a prompt stay: a full
 # stop, a colon or a hyphen is as often part of a number, a name or code as it is punctuation.
 _COMMA = re.compile("[,،](?= )")
 _OPERATORS = r"+\-*/=<>&|^%~#@$\\()\[\]{}\"'×÷±\u2190-\u22ff"
 _UNSPACED = "\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # scripts that put no spaces between words
-_LOOSE_SPACE = re.compile(rf" (?:(?=[.,:;!?،؛؟{_OPERATORS}{_UNSPACED}])|(?<=[{_OPERATORS}{_UNSPACED}] ))")
+_LOOSE_SPACE = re.compile(
+    rf" (?:(?=[.,:;!?،؛؟{_OPERATORS}{_UNSPACED}])|(?<=[{_OPERATORS}{_UNSPACED}] ))"
+)
 _ENDS = " .?!;。؟۔।॥։።፧។၊။"  # a semicolon is the Greek question mark, and ends a line of code
 # Every turn is asked for several times, and normalising takes a hundred times as long as this. sha256 of a prompt ->
 # sha256 of what it is when normalised: the prompts themselves would stay in memory.
@@ -49,7 +53,9 @@ def normalise(prompt: str) -> str:
     """The prompt without what makes no other prompt of it. Empty for white space alone."""
     typed = prompt if prompt.isascii() else prompt.translate(_VARIANTS)
     text = _ACCENT_AS_APOSTROPHE.sub("'", typed)
-    text = "".join(part if _RAISED.fullmatch(part) else _folded(part) for part in _RAISED.split(text))
+    text = "".join(
+        part if _RAISED.fullmatch(part) else _folded(part) for part in _RAISED.split(text)
+    )
     text = _COMMA.sub(_comma, _LOOSE_SPACE.sub("", " ".join(text.split())))
     return _bare(text) or text
 
@@ -76,7 +82,11 @@ def _folded(text: str) -> str:
 def _comma(found: re.Match[str]) -> str:
     text, at = found.string, found.start()
     beside = text[max(at - 2, 0) : at] + text[at + 2 : at + 3]
-    return "" if len(beside) == 3 and all(unicodedata.category(char)[0] in "LM" for char in beside) else found[0]
+    return (
+        ""
+        if len(beside) == 3 and all(unicodedata.category(char)[0] in "LM" for char in beside)
+        else found[0]
+    )
 
 
 def _bare(text: str) -> str:
@@ -84,7 +94,12 @@ def _bare(text: str) -> str:
     while True:
         inner = text.rstrip(_ENDS).lstrip("¿¡ ")
         closing = _QUOTES.get(inner[:1])
-        if closing and len(inner) > 2 and inner.endswith(closing) and not {inner[0], closing} & set(inner[1:-1]):
+        if (
+            closing
+            and len(inner) > 2
+            and inner.endswith(closing)
+            and not {inner[0], closing} & set(inner[1:-1])
+        ):
             inner = inner[1:-1]
         if inner == text:
             return text

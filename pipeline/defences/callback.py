@@ -37,7 +37,9 @@ class Callback:
         """What it carries of the trained weights' size, this rank's shard of it."""
         return {}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None:
         """Take back what `state_dict` and `vectors` gave."""
 
     def logged(self, metrics: dict[str, float], number: int) -> None:

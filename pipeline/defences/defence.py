@@ -1,7 +1,7 @@
 """What the rest of the pipeline knows of a defence. No torch: recipes, folders and plans are made without it.
 
-    DEFENCES["lisa"].draws_pairs                # pipeline/defences/__init__.py has them all
-    DEFENCES["lisa"].of(cell.recipe).rho        # its section of a recipe
+DEFENCES["lisa"].draws_pairs                # pipeline/defences/__init__.py has them all
+DEFENCES["lisa"].of(cell.recipe).rho        # its section of a recipe
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ class Defence:
     def name(self) -> str:
         """As recipes write it: the section's class without its ending, in lower case with underscores."""
         words = self.section.__name__.removesuffix("Section")
-        return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in words).lstrip("_")
+        return "".join(
+            f"_{letter.lower()}" if letter.isupper() else letter for letter in words
+        ).lstrip("_")
 
     def of(self, recipe: Recipe) -> Any:
         """Its section of a recipe."""
@@ -120,5 +122,10 @@ def kept(sizes: Sizes, what: str) -> list[Row]:
     """Memory of a vector that is kept from step to step, in float32, and of its update."""
     return [
         Row(what, f"{sizes.count} x 4 bytes", 4 * sizes.local, "always"),
-        Row("updates of what is kept", f"{sizes.count} x 2 copies x 4 bytes", 8 * sizes.local, "between"),
+        Row(
+            "updates of what is kept",
+            f"{sizes.count} x 2 copies x 4 bytes",
+            8 * sizes.local,
+            "between",
+        ),
     ]

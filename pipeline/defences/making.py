@@ -1,6 +1,6 @@
 """From a recipe to what trains it: the step, and the callbacks that its defences bring along.
 
-    step, callbacks = make_step(cell.recipe, engine, direction), make_callbacks(cell.recipe, engine)
+step, callbacks = make_step(cell.recipe, engine, direction), make_callbacks(cell.recipe, engine)
 """
 
 from __future__ import annotations
@@ -24,4 +24,8 @@ def make_step(recipe: Recipe, engine: Engine, direction: ShardedVector | None = 
 
 def make_callbacks(recipe: Recipe, engine: Engine) -> list[Callback]:
     """Those of the enabled defences, in DEFENCES' order."""
-    return [defence.callback(engine, getattr(recipe, name)) for name, defence in enabled(recipe) if defence.callback is not None]
+    return [
+        defence.callback(engine, getattr(recipe, name))
+        for name, defence in enabled(recipe)
+        if defence.callback is not None
+    ]

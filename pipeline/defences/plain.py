@@ -20,7 +20,11 @@ class PlainStep(Step):
         self.engine = engine
 
     def __call__(
-        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+        self,
+        useful: Sequence[MicroBatch],
+        pairs: Pairs,
+        number: int,
+        part: Sequence[MicroBatch] | None = None,
     ) -> Metrics:
         loss, _ = self.engine.forward_backward(useful_loss, useful)
         return {"train/loss": loss}

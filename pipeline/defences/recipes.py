@@ -1,6 +1,6 @@
 """Recipes with a section for each defence, and what these sections have to agree on.
 
-    experiment = load("launch/recipes/demo.yaml", {"train": {"lr": 2e-4}})
+experiment = load("launch/recipes/demo.yaml", {"train": {"lr": 2e-4}})
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class _Combined(recipe.Recipe):
             for other, reason in DEFENCES[name].conflicts.items():
                 if other in self.parts:
                     one, two = sorted((name, other), key=list(DEFENCES).index)
-                    raise ValueError(f"{one}.enabled and {two}.enabled do not go together: {reason}; set one of them to false")
+                    raise ValueError(
+                        f"{one}.enabled and {two}.enabled do not go together: {reason}; set one of them to false"
+                    )
         replacing = [name for name in self.parts if DEFENCES[name].replaces]
         if len(replacing) > 1:
             raise ValueError(
@@ -44,12 +46,16 @@ class _Combined(recipe.Recipe):
 
 def recipe_class() -> type[recipe.Recipe]:
     """The class of recipes that have a section for every one of DEFENCES."""
-    return _class_with(tuple((name, defence.section, defence.title) for name, defence in DEFENCES.items()))
+    return _class_with(
+        tuple((name, defence.section, defence.title) for name, defence in DEFENCES.items())
+    )
 
 
 @functools.cache  # two recipes are equal only where their classes are the same
 def _class_with(sections: tuple[tuple[str, type[DefenceSection], str], ...]) -> type[recipe.Recipe]:
-    fields: dict[str, Any] = {name: (section, Field(section(), description=title)) for name, section, title in sections}
+    fields: dict[str, Any] = {
+        name: (section, Field(section(), description=title)) for name, section, title in sections
+    }
     return create_model("Recipe", __base__=_Combined, **fields)
 
 

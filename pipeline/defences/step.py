@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pipeline.engines.engine import ShardedVector
     from pipeline.objectives.batches import MicroBatch, PairBatch
 
-Pairs = Callable[[], "Sequence[PairBatch]"]  # draws this step's; a step that asks for none draws none
+# draws this step's; a step that asks for none draws none
+Pairs = Callable[[], "Sequence[PairBatch]"]
 Metrics = dict[str, Any]  # name -> float, or a scalar that is still on the device (Engine.read)
 
 
@@ -25,7 +26,11 @@ class Step(Protocol):
     summary_keys: tuple[str, ...] = ()  # of its metrics, those that the console shows
 
     def __call__(
-        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+        self,
+        useful: Sequence[MicroBatch],
+        pairs: Pairs,
+        number: int,
+        part: Sequence[MicroBatch] | None = None,
     ) -> Metrics:
         """Compute the gradient of step `number` (from 0) over the task's micro-batches; returns what was measured on the way.
 
@@ -45,6 +50,8 @@ class Step(Protocol):
         """What it carries of the trained weights' size, this rank's shard of it."""
         return {}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None:
         """Take back what `state_dict` and `vectors` gave."""
         assert not state and not vectors, "this step has no state"

@@ -24,7 +24,13 @@ from pipeline.model.model_checks import check_model
 from pipeline.model.model_files import resolve_model_path
 from pipeline.model.model_outline import outlined
 from pipeline.model.models import decoder_layers, load_tokenizer, resolve_dtype
-from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.objectives.batches import (
+    BatchOrder,
+    MicroBatch,
+    PairBatch,
+    micro_batches,
+    pair_batches,
+)
 from pipeline.objectives.losses import useful_loss
 from pipeline.recipe.layer_choice import probed_layers
 from pipeline.recipe.recipe import Cell, Experiment
@@ -34,9 +40,17 @@ from pipeline.stages import checks
 from pipeline.stages.layout import Layout
 from pipeline.stages.on_ranks import start_engine
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 
-WARM_UP = 3  # ordinary steps first: a fresh LoRA's B is 0, and stale gathered copies only appear on a warm engine
+# ordinary steps first: a fresh LoRA's B is 0, and stale gathered copies only appear on a warm engine
+WARM_UP = 3
 Rows = list[dict[str, Any]]
 
 
@@ -98,10 +112,14 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     for useful in steps[:WARM_UP]:
         engine.forward_backward(useful_loss, useful)
         engine.step(train.lr)
-    unaligned = " (the recipe's own: align is not complete)" if base.align.enabled and not aligned else ""
+    unaligned = (
+        " (the recipe's own: align is not complete)" if base.align.enabled and not aligned else ""
+    )
     facts = {
-        "recipe": f"{experiment.path}, method {cell.method}, seed {cell.seed}" + ("" if sap.enabled else " (does not use SAP)"),
-        "model": f"{source}{unaligned}, {str(dtype).removeprefix('torch.')}" + (", dropout set to 0" if silenced else ""),
+        "recipe": f"{experiment.path}, method {cell.method}, seed {cell.seed}"
+        + ("" if sap.enabled else " (does not use SAP)"),
+        "model": f"{source}{unaligned}, {str(dtype).removeprefix('torch.')}"
+        + (", dropout set to 0" if silenced else ""),
         "engine": f"{train.engine}, {engine.world_size} rank{'s' * (engine.world_size > 1)} on {engine.device.type}, after {WARM_UP} steps at lr {train.lr:g}",
         "data": f"{data}; {_describe(steps[-1], pairs)}",
         "probe": f"{len(probed)} of {len(layers)} layers, {probed[0]} to {probed[-1]}; sap.eps {sap.eps:g}",
@@ -135,7 +153,11 @@ def _rows(layout: Layout, cell: Cell, vocabulary: int) -> tuple[Rows, Rows, str]
     prepared = layout.prepare()
     if artifacts.complete(prepared):
         artifacts.verify(prepared)
-        return read_rows(prepared, "task_train"), read_rows(prepared, "safety_pairs"), f"prepared in {_short(prepared)}"
+        return (
+            read_rows(prepared, "task_train"),
+            read_rows(prepared, "safety_pairs"),
+            f"prepared in {_short(prepared)}",
+        )
     data, rng = cell.recipe.data, random.Random(0)
 
     def row(length: int) -> dict[str, list[int]]:
@@ -144,10 +166,16 @@ def _rows(layout: Layout, cell: Cell, vocabulary: int) -> tuple[Rows, Rows, str]
 
     def pair() -> dict[str, list[int]]:
         sides = {side: row(data.safety_max_length) for side in ("chosen", "rejected")}
-        return {f"{side}_{key}": value for side, found in sides.items() for key, value in found.items()}
+        return {
+            f"{side}_{key}": value for side, found in sides.items() for key, value in found.items()
+        }
 
     rows = [row(data.max_length) for _ in range(cell.recipe.train.batch_size)]
-    return rows, [pair() for _ in range(cell.recipe.safety_pairs.batch_size)], "random tokens at full length (nothing is prepared)"
+    return (
+        rows,
+        [pair() for _ in range(cell.recipe.safety_pairs.batch_size)],
+        "random tokens at full length (nothing is prepared)",
+    )
 
 
 def _short(path: Path) -> str:

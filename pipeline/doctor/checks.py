@@ -20,7 +20,15 @@ import torch
 
 from pipeline.defences.sap.probe import Probe
 from pipeline.defences.sap.section import SapSection
-from pipeline.doctor.measure import Slope, StepUnderTest, across_ranks, central_slope, digest, gradients_left, relative
+from pipeline.doctor.measure import (
+    Slope,
+    StepUnderTest,
+    across_ranks,
+    central_slope,
+    digest,
+    gradients_left,
+    relative,
+)
 from pipeline.doctor.report import FAIL, INFO, OK, WARN, Finding, Report, graded, passed
 from pipeline.doctor.resources import Meter, held_weights, mebibytes
 from pipeline.engines.engine import Engine, ShardedVector
@@ -29,9 +37,11 @@ from pipeline.objectives.losses import useful_loss
 
 _EPS = (1e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
 _MARGIN = 1.5  # signal over noise; nothing but rounding has 1
-_INCONCLUSIVE = 0.25  # a slope that changes by more from one distance to the next shows neither right nor wrong
+# a slope that changes by more from one distance to the next shows neither right nor wrong
+_INCONCLUSIVE = 0.25
 _PADDING = 1.1  # a rank's share of the weights over the even one: padding, uneven rows
-_CORRECTION = (0.05, 0.2)  # |g(V) - g(0)| / |g(0)| at which the sign is looked at: small enough for first order
+# |g(V) - g(0)| / |g(0)| at which the sign is looked at: small enough for first order
+_CORRECTION = (0.05, 0.2)
 _DEVICE_SHARE = 0.9  # of the device's memory: above, other batches may not fit
 _COSINE = 0.02  # a cosine this far below 0 may still be rounding
 Findings = Iterator[Finding]
@@ -58,11 +68,23 @@ def diagnose(
         except Exception as error:
             traceback.print_exc()
             what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-            report.add(Finding(name, what, "no exception", FAIL, "the traceback is on stderr; the checks after this one were not run"))
+            report.add(
+                Finding(
+                    name,
+                    what,
+                    "no exception",
+                    FAIL,
+                    "the traceback is on stderr; the checks after this one were not run",
+                )
+            )
             report.completed = False
             break
         if engine.rank == 0:
-            print(f"[doctor] {name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"[doctor] {name}: {time.perf_counter() - started:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return report
 
 
@@ -70,11 +92,14 @@ def check_traces(examined: StepUnderTest) -> Findings:
     """Auxiliary passes leave neither a gradient nor a changed weight behind, and do not change what a pass computes."""
     engine = examined.engine
     passes: dict[str, Callable[[], object]] = {
-        "gradient": lambda: examined.gradient,  # the first: it also clears what the last step may have left
+        # the first: it also clears what the last step may have left
+        "gradient": lambda: examined.gradient,
         "loss": lambda: examined.loss,
         "safety gradient": lambda: examined.direction,
         "probe gradient": lambda: examined.p0,
-        "perturbed probe gradient": lambda: examined.perturbed_probe_gradient(examined.scale(examined.sap.eps)),
+        "perturbed probe gradient": lambda: examined.perturbed_probe_gradient(
+            examined.scale(examined.sap.eps)
+        ),
     }
     before = digest(engine.weights())
     for name, run in passes.items():
@@ -86,7 +111,9 @@ def check_traces(examined: StepUnderTest) -> Findings:
         yield Finding(f"traces of {name}", found, "none", passed(found == "none"), advice)
     again = relative(engine, engine.gradient(useful_loss, examined.useful)[1], examined.gradient)
     advice = "auxiliary passes leak into gradients, or this backend's results vary from run to run"
-    yield Finding("gradient, computed again", _share(again), "equal", graded(again, 1e-6, 1e-2), advice)
+    yield Finding(
+        "gradient, computed again", _share(again), "equal", graded(again, 1e-6, 1e-2), advice
+    )
 
 
 def check_ranks(examined: StepUnderTest) -> Findings:
@@ -101,7 +128,9 @@ def check_ranks(examined: StepUnderTest) -> Findings:
         "weight norm": examined.weight_norm,
         "probe gradient": examined.p0.double().norm().item() + examined.p0.double().sum().item(),
     }
-    differing = [name for name, value in values.items() if len(set(across_ranks(engine, value))) > 1]
+    differing = [
+        name for name, value in values.items() if len(set(across_ranks(engine, value))) > 1
+    ]
     found = f"{', '.join(differing)} differ" if differing else ", ".join(values)
     advice = "ranks that disagree take different steps: check that all run the same code, data and versions"
     yield Finding("ranks agree", found, "equal on every rank", passed(not differing), advice)
@@ -110,12 +139,19 @@ def check_ranks(examined: StepUnderTest) -> Findings:
 def check_shards(examined: StepUnderTest) -> Findings:
     """A rank holds its share of the weights, not all of them."""
     engine = examined.engine
-    engine.gradient(useful_loss, examined.useful)  # what a whole pass leaves, not a forward pass alone
+    # what a whole pass leaves, not a forward pass alone
+    engine.gradient(useful_loss, examined.useful)
     held = held_weights(engine.module, engine.world_size)
     most = max(across_ranks(engine, held.shard))
     verdict = INFO if engine.world_size == 1 else passed(most <= _PADDING * held.fair)
     advice = "the model is not sharded: check train.engine and the launcher's number of processes"
-    yield Finding("weights held by a rank", f"{mebibytes(most)} of {mebibytes(held.whole)}", f"{mebibytes(held.fair)}", verdict, advice)
+    yield Finding(
+        "weights held by a rank",
+        f"{mebibytes(most)} of {mebibytes(held.whole)}",
+        f"{mebibytes(held.fair)}",
+        verdict,
+        advice,
+    )
     gathered = max(across_ranks(engine, held.gathered))
     if gathered:
         verdict = WARN if engine.world_size > 1 and gathered > held.whole / 2 else INFO
@@ -126,18 +162,46 @@ def check_shards(examined: StepUnderTest) -> Findings:
 def check_restore(examined: StepUnderTest) -> Findings:
     """After `perturbed` every bit is back: of the weights, and of the loss, which sees the copies that passes compute with."""
     engine = examined.engine
-    scale, before, loss = examined.scale(examined.sap.eps), digest(engine.weights()), examined.useful_loss()
+    scale, before, loss = (
+        examined.scale(examined.sap.eps),
+        digest(engine.weights()),
+        examined.useful_loss(),
+    )
     repeats = examined.useful_loss() == loss
     advice = "this backend's losses vary from run to run, so the loss cannot show whether compute copies came back"
-    yield Finding("loss, computed again", "equal bits" if repeats else "differs", "equal bits", OK if repeats else WARN, advice)
+    yield Finding(
+        "loss, computed again",
+        "equal bits" if repeats else "differs",
+        "equal bits",
+        OK if repeats else WARN,
+        advice,
+    )
 
     def look(when: str) -> Findings:
         same = not engine.any_rank(digest(engine.weights()) != before)
         advice = "training would go on from perturbed weights: do not train with this engine"
-        yield Finding(f"weights after {when}", "equal bits" if same else "changed", "equal bits", passed(same), advice)
+        yield Finding(
+            f"weights after {when}",
+            "equal bits" if same else "changed",
+            "equal bits",
+            passed(same),
+            advice,
+        )
         change = examined.useful_loss() - loss
-        verdict = OK if change == 0 else FAIL if repeats else graded(abs(change), 1e-3 * max(abs(loss), 1.0), math.inf)
-        yield Finding(f"loss after {when}", f"{change:+.3g}" if change else "equal bits", "equal bits", verdict, advice)
+        verdict = (
+            OK
+            if change == 0
+            else FAIL
+            if repeats
+            else graded(abs(change), 1e-3 * max(abs(loss), 1.0), math.inf)
+        )
+        yield Finding(
+            f"loss after {when}",
+            f"{change:+.3g}" if change else "equal bits",
+            "equal bits",
+            verdict,
+            advice,
+        )
 
     with engine.perturbed(examined.direction, scale):
         examined.useful_loss()
@@ -151,7 +215,13 @@ def check_restore(examined: StepUnderTest) -> Findings:
         arrived = True
     yield from look("an exception inside")
     if not arrived:
-        yield Finding("an exception inside perturbed", "swallowed", "raised", FAIL, "errors in a perturbed pass would go unnoticed")
+        yield Finding(
+            "an exception inside perturbed",
+            "swallowed",
+            "raised",
+            FAIL,
+            "errors in a perturbed pass would go unnoticed",
+        )
 
 
 def check_first_order(examined: StepUnderTest) -> Findings:
@@ -163,7 +233,9 @@ def check_first_order(examined: StepUnderTest) -> Findings:
     ):
         norm = engine.norm(gradient)
 
-        def loss_at(distance: float, loss_fn=loss_fn, batches=batches, gradient=gradient, norm=norm) -> float:
+        def loss_at(
+            distance: float, loss_fn=loss_fn, batches=batches, gradient=gradient, norm=norm
+        ) -> float:
             with engine.perturbed(gradient, distance / norm):
                 return engine.loss(loss_fn, batches)
 
@@ -176,7 +248,11 @@ def check_first_order(examined: StepUnderTest) -> Findings:
     predicted = scale * engine.dot(examined.gradient, examined.direction)
     advice = f"raise sap.eps (now {examined.sap.eps:g}) or use model.dtype float32: the perturbation changes no bit of the loss"
     yield Finding(
-        "useful loss at W + dW (sap.eps)", f"{change:+.3g}", f"not 0; {predicted:+.3g} to first order", passed(change != 0), advice
+        "useful loss at W + dW (sap.eps)",
+        f"{change:+.3g}",
+        f"not 0; {predicted:+.3g} to first order",
+        passed(change != 0),
+        advice,
     )
 
 
@@ -193,7 +269,9 @@ def check_probe(examined: StepUnderTest) -> Findings:
 
     norm = p0.norm().item()
     slope = central_slope(loss_along(p0 / norm), norm, examined.loss, examined.low)
-    yield _slope_finding("loss along the probe gradient", slope, f"|v| {slope.distance:.2g}", examined.low, FAIL)
+    yield _slope_finding(
+        "loss along the probe gradient", slope, f"|v| {slope.distance:.2g}", examined.low, FAIL
+    )
     last = len(probe.layers) - 1
     for row in sorted({0, last // 2, last}):
         index = p0[row].abs().argmax()
@@ -202,7 +280,9 @@ def check_probe(examined: StepUnderTest) -> Findings:
         slope = central_slope(loss_along(unit), p0[row, index].item(), examined.loss, examined.low)
         name = f"loss along layer {probe.layers[row]}, coordinate {index.item()}"
         # One coordinate of a bf16 hidden state may be smaller than its own rounding: no failure there.
-        yield _slope_finding(name, slope, f"v {slope.distance:.2g}", examined.low, WARN if examined.low else FAIL)
+        yield _slope_finding(
+            name, slope, f"v {slope.distance:.2g}", examined.low, WARN if examined.low else FAIL
+        )
 
 
 def check_signal(examined: StepUnderTest) -> Findings:
@@ -212,7 +292,10 @@ def check_signal(examined: StepUnderTest) -> Findings:
     ratios: dict[float, float] = {}
     for eps in sorted({*_EPS, own}):
         scale = examined.scale(eps)
-        plus, minus = examined.perturbed_probe_gradient(scale), examined.perturbed_probe_gradient(-scale)
+        plus, minus = (
+            examined.perturbed_probe_gradient(scale),
+            examined.perturbed_probe_gradient(-scale),
+        )
         signal = (plus - p0).norm().item() / base
         noise = (plus + minus - 2 * p0).norm().item() / (math.sqrt(3) * base)
         ratios[eps] = signal / max(noise, torch.finfo(torch.float32).tiny) if signal else 0.0
@@ -222,12 +305,16 @@ def check_signal(examined: StepUnderTest) -> Findings:
             continue
         verdict = FAIL if not signal else WARN if ratios[eps] < _MARGIN else OK
         advice = "V would be mostly noise: take the recommended sap.eps, or model.dtype float32"
-        yield Finding(f"probe at eps {eps:g} (sap.eps)", found, f"ratio above {_MARGIN:g}", verdict, advice)
+        yield Finding(
+            f"probe at eps {eps:g} (sap.eps)", found, f"ratio above {_MARGIN:g}", verdict, advice
+        )
     examined.best_eps = max(ratios, key=lambda eps: ratios[eps])
     best = ratios[examined.best_eps]
     advice = "no eps stands out of the noise: use model.dtype float32, or other probed layers"
     found = f"{examined.best_eps:g} (ratio {best:.2g})"
-    yield Finding("recommended sap.eps", found, "largest ratio", INFO if best >= _MARGIN else WARN, advice)
+    yield Finding(
+        "recommended sap.eps", found, "largest ratio", INFO if best >= _MARGIN else WARN, advice
+    )
 
 
 def check_sign(examined: StepUnderTest) -> Findings:
@@ -236,42 +323,86 @@ def check_sign(examined: StepUnderTest) -> Findings:
     scale = examined.scale(examined.best_eps)
     ascent = examined.perturbed_probe_gradient(scale) - examined.p0
     if not ascent.any():
-        yield Finding("correction", "p(1) equals p(0)", "not 0", FAIL, "the probe gradient does not see the perturbation: there is no V")
+        yield Finding(
+            "correction",
+            "p(1) equals p(0)",
+            "not 0",
+            FAIL,
+            "the probe gradient does not see the perturbation: there is no V",
+        )
         return
     beta = 0.05 * max(abs(examined.loss), 1.0) / (examined.p0.norm().item() * ascent.norm().item())
     for _ in range(5):
         with examined.probe.active(beta * ascent, requires_grad=False):
-            shift: ShardedVector = [a - b for a, b in zip(engine.gradient(useful_loss, examined.useful)[1], g0, strict=True)]
+            shift: ShardedVector = [
+                a - b
+                for a, b in zip(engine.gradient(useful_loss, examined.useful)[1], g0, strict=True)
+            ]
         correction = engine.norm(shift) / engine.norm(g0)
         if _CORRECTION[0] <= correction <= _CORRECTION[1]:
             break
-        beta *= min(max(math.sqrt(_CORRECTION[0] * _CORRECTION[1]) / max(correction, 1e-12), 1e-2), 1e2)
+        beta *= min(
+            max(math.sqrt(_CORRECTION[0] * _CORRECTION[1]) / max(correction, 1e-12), 1e-2), 1e2
+        )
     product = engine.dot(shift, direction)
     cosine = product / (engine.norm(shift) * engine.norm(direction))
     ratio = product * scale / (beta * ascent.double().square().sum().item())
     wrong = WARN if examined.low else FAIL
     verdict = OK if cosine > 0 else WARN if cosine > -_COSINE else wrong
     advice = "SAP's step does not descend the safety loss here: a sign is wrong, or (bf16) the correction is noise"
-    yield Finding("cosine of correction and g_s", f"{cosine:+.3f} at correction {correction:.2g}", "above 0", verdict, advice)
+    yield Finding(
+        "cosine of correction and g_s",
+        f"{cosine:+.3f} at correction {correction:.2g}",
+        "above 0",
+        verdict,
+        advice,
+    )
     verdict = OK if 0.5 <= ratio <= 2 else wrong if not ratio > 0 else WARN
     advice = "the correction is not beta H H^T dW: curvature or rounding is large at this eps and correction, or a gradient is wrong"
-    yield Finding("<correction, g_s> over first order", f"x{ratio:.3f}", f"x1 (eps {examined.best_eps:g})", verdict, advice)
+    yield Finding(
+        "<correction, g_s> over first order",
+        f"x{ratio:.3f}",
+        f"x1 (eps {examined.best_eps:g})",
+        verdict,
+        advice,
+    )
 
 
 def check_main_pass(examined: StepUnderTest) -> Findings:
     """The step's own pass, after all others: the same gradient and probe gradient as the auxiliary passes. Ends the step at rate 0."""
     engine = examined.engine
-    with examined.probe.active(examined.probe.zeros(engine.device)) as rows, Meter(engine.device) as cost:
+    with (
+        examined.probe.active(examined.probe.zeros(engine.device)) as rows,
+        Meter(engine.device) as cost,
+    ):
         loss, p0 = engine.forward_backward(useful_loss, examined.useful, rows)
     difference = relative(engine, engine.accumulated_gradient(), examined.gradient)
     engine.step(0.0)
     tolerance = 1e-2 if examined.low else 1e-5
     advice = "the step would not take the gradient that SAP reckons with: an auxiliary pass leaks, or losses are weighted differently"
-    yield Finding("main pass: gradient", _share(difference), "as before", graded(difference, tolerance, 0.05), advice)
+    yield Finding(
+        "main pass: gradient",
+        _share(difference),
+        "as before",
+        graded(difference, tolerance, 0.05),
+        advice,
+    )
     difference = ((p0 - examined.p0).norm() / examined.p0.norm()).item()
-    yield Finding("main pass: probe gradient", _share(difference), "as before", graded(difference, tolerance, 0.05), advice)
+    yield Finding(
+        "main pass: probe gradient",
+        _share(difference),
+        "as before",
+        graded(difference, tolerance, 0.05),
+        advice,
+    )
     difference = abs(loss.item() - examined.loss) / max(abs(examined.loss), 1e-3)
-    yield Finding("main pass: loss", _share(difference), "as before", graded(difference, tolerance, 0.05), advice)
+    yield Finding(
+        "main pass: loss",
+        _share(difference),
+        "as before",
+        graded(difference, tolerance, 0.05),
+        advice,
+    )
     yield _cost_finding("main pass", cost, engine)
 
 
@@ -305,16 +436,28 @@ def _slope_finding(name: str, slope: Slope, where: str, low: bool, worst: str) -
         advice = "not quite the gradient's slope: rounding (bf16) or strong curvature; float32 on prepared data should come closer"
     else:
         advice = "the loss does not follow its gradient: passes may use stale copies of the weights, or weigh the ranks' losses wrongly"
-    return Finding(name, f"x{slope.ratio:.4f} (moved {slope.moved:+.2g} at {where})", "x1", verdict, advice)
+    return Finding(
+        name, f"x{slope.ratio:.4f} (moved {slope.moved:+.2g} at {where})", "x1", verdict, advice
+    )
 
 
 def _cost_finding(name: str, cost: Meter, engine: Engine) -> Finding:
     """The slowest rank's seconds, the largest peak."""
     seconds = max(across_ranks(engine, cost.seconds))
-    peak, grown = (max(across_ranks(engine, math.nan if value is None else value)) for value in (cost.peak, cost.grown))
-    memory = "memory not measured" if math.isnan(peak) else f"peak {mebibytes(peak)}, {mebibytes(grown)} above idle"
+    peak, grown = (
+        max(across_ranks(engine, math.nan if value is None else value))
+        for value in (cost.peak, cost.grown)
+    )
+    memory = (
+        "memory not measured"
+        if math.isnan(peak)
+        else f"peak {mebibytes(peak)}, {mebibytes(grown)} above idle"
+    )
     verdict, advice = INFO, ""
-    if engine.device.type == "cuda" and peak > _DEVICE_SHARE * torch.cuda.get_device_properties(engine.device).total_memory:
+    if (
+        engine.device.type == "cuda"
+        and peak > _DEVICE_SHARE * torch.cuda.get_device_properties(engine.device).total_memory
+    ):
         verdict = WARN
         advice = "little memory left: lower micro_batch_size or tokens_per_micro_batch, or set gradient_checkpointing"
     return Finding(f"cost of {name}", f"{seconds:.2f} s, {memory}", "-", verdict, advice)

@@ -35,8 +35,17 @@ Row = dict[str, Any]
 Count = Callable[[list[str]], list[int]]  # lengths of texts
 _TOKENISED = 1000  # texts at a time
 _SECONDS = 5  # between two lines of progress
-_NO_TEXT = re.compile(r"(?:.*[_\W])?(?:id|uuid|guid|hash|url|uri|date|time|timestamp|lang|language)", re.I)  # names of columns
-_KINDS = {"str": "text", "bool": "true or false", "int": "number", "float": "number", "dict": "object"}
+# names of columns
+_NO_TEXT = re.compile(
+    r"(?:.*[_\W])?(?:id|uuid|guid|hash|url|uri|date|time|timestamp|lang|language)", re.I
+)
+_KINDS = {
+    "str": "text",
+    "bool": "true or false",
+    "int": "number",
+    "float": "number",
+    "dict": "object",
+}
 _HINT = "--columns '{prompt: COLUMN, response: COLUMN}'"
 
 
@@ -46,17 +55,31 @@ def command(argv: Sequence[str]) -> int:
     Returns the exit code: 2 where every row is malformed.
     """
     parser = argparse.ArgumentParser(
-        prog="sap data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="sap data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("file", help="a file or folder of data, builtin:NAME, or a data set id of the hub")
     parser.add_argument(
-        "--model", help="model whose tokenizer counts lengths; default: the built-in one where it is cached"
+        "file", help="a file or folder of data, builtin:NAME, or a data set id of the hub"
     )
     parser.add_argument(
-        "--columns", default="{}", help="mapping as in a recipe, e.g. '{prompt: question, response: reply}'"
+        "--model",
+        help="model whose tokenizer counts lengths; default: the built-in one where it is cached",
     )
-    parser.add_argument("--no-header", action="store_true", help="the first line of a CSV or TSV file names no columns")
-    parser.add_argument("--split", default="train", help="split of a hub data set or of a folder that holds several")
+    parser.add_argument(
+        "--columns",
+        default="{}",
+        help="mapping as in a recipe, e.g. '{prompt: question, response: reply}'",
+    )
+    parser.add_argument(
+        "--no-header",
+        action="store_true",
+        help="the first line of a CSV or TSV file names no columns",
+    )
+    parser.add_argument(
+        "--split", default="train", help="split of a hub data set or of a folder that holds several"
+    )
     parser.add_argument("--subset", help="configuration name of a hub data set")
     parser.add_argument("--revision", help="branch, tag or commit of a hub data set")
     options = parser.parse_args(argv)
@@ -84,7 +107,9 @@ def _columns(text: str) -> dict[str, str]:
     except yaml.YAMLError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"--columns is '{text}': give a mapping such as '{{prompt: question, response: reply}}'")
+        raise ValueError(
+            f"--columns is '{text}': give a mapping such as '{{prompt: question, response: reply}}'"
+        )
     return {str(name): str(column) for name, column in found.items()}
 
 
@@ -96,7 +121,9 @@ def _measure(model: str | None) -> tuple[Count, str]:
     from pipeline.model.models import load_tokenizer
 
     name = model or BUILTIN
-    tokenizer = load_tokenizer(ModelSection(path=str(Path(name).absolute()) if Path(name).is_dir() else name))
+    tokenizer = load_tokenizer(
+        ModelSection(path=str(Path(name).absolute()) if Path(name).is_dir() else name)
+    )
     unit = f"tokens of {name}, without the chat template's own"
 
     def count(texts: list[str]) -> list[int]:
@@ -105,8 +132,14 @@ def _measure(model: str | None) -> tuple[Count, str]:
         for start in range(0, len(texts), _TOKENISED):  # all at once would take gigabytes
             if time.monotonic() - last > _SECONDS:
                 last = time.monotonic()
-                print(f"[data] lengths of {start:,} of {len(texts):,} texts", file=sys.stderr, flush=True)
-            found = tokenizer(texts[start : start + _TOKENISED], add_special_tokens=False)["input_ids"]
+                print(
+                    f"[data] lengths of {start:,} of {len(texts):,} texts",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            found = tokenizer(texts[start : start + _TOKENISED], add_special_tokens=False)[
+                "input_ids"
+            ]
             lengths += [len(ids) for ids in found]
         return lengths
 
@@ -129,7 +162,9 @@ def describe(source: SourceSection, count: Count, unit: str) -> tuple[str, bool]
     mapping, remark = (dict(source.columns), "") if source.columns else _proposed(values)
     field = _field(mapping)
     if field is None or not table.rows:
-        lines.append(f"mapping     {remark or f'none: nothing is mapped to a prompt, so add it, as in {_HINT}'}")
+        lines.append(
+            f"mapping     {remark or f'none: nothing is mapped to a prompt, so add it, as in {_HINT}'}"
+        )
         return "\n".join([*lines, *_dropped(table.bad, total, "data.task")]), bool(table.rows)
     required = ("prompt", "response") if field == "data.task" else ("prompt",)
     found = mapped(table, mapping)
@@ -157,7 +192,10 @@ def _proposed(values: dict[str, list[Any]]) -> tuple[dict[str, str], str]:
     ]
     if not {"messages", "chosen", "rejected", "response"} & found.keys():
         if "prompt" in found and len(texts) == 1:
-            return {**found, "response": texts[0]}, f"('{texts[0]}' as the response is a guess: see whether it is)"
+            return {
+                **found,
+                "response": texts[0],
+            }, f"('{texts[0]}' as the response is a guess: see whether it is)"
         if "prompt" not in found and len(texts) == 2:
             guess = {**found, "prompt": texts[0], "response": texts[1]}
             return (
@@ -165,7 +203,10 @@ def _proposed(values: dict[str, list[Any]]) -> tuple[dict[str, str], str]:
                 f"('{texts[0]}' as the prompt, '{texts[1]}' as the response are guesses: see whether they are)",
             )
         if "prompt" in found:
-            return found, "(prompts alone: for data.safety, data.refusals and evaluate.harmful as well)"
+            return (
+                found,
+                "(prompts alone: for data.safety, data.refusals and evaluate.harmful as well)",
+            )
     if _field(found) is None:
         return found, f"none: no column is known to hold a prompt, so say which does with {_HINT}"
     return found, ""
@@ -192,7 +233,9 @@ def _named(title: str, lines: list[str]) -> list[str]:
 def _column(name: str, values: list[Any]) -> str:
     there = [value for value in values if value is not None and value != ""]
     kinds = Counter(_KINDS.get(type(value).__name__, type(value).__name__) for value in there)
-    said = ", ".join(kind if len(kinds) == 1 else f"{kind} {number}" for kind, number in kinds.most_common())
+    said = ", ".join(
+        kind if len(kinds) == 1 else f"{kind} {number}" for kind, number in kinds.most_common()
+    )
     where = "all" if len(there) == len(values) else f"{len(there)} of {len(values)}"
     return f"{name}: {said}, in {where} rows" if there else f"{name}: nothing in any row"
 
@@ -206,25 +249,38 @@ def _yaml(source: SourceSection, field: str, mapping: dict[str, str]) -> list[st
     }
     content = {"source": source.source.replace("$", "$$"), "columns": mapping} | set_
     text = yaml.safe_dump(
-        {section: {name: content}}, sort_keys=False, default_flow_style=None, width=1000, allow_unicode=True
+        {section: {name: content}},
+        sort_keys=False,
+        default_flow_style=None,
+        width=1000,
+        allow_unicode=True,
     )
     return [f"            {line}" for line in text.splitlines()]
 
 
 def _lengths(rows: list[Row], count: Count, unit: str) -> list[str]:
     texts: dict[str, list[str]] = {
-        "prompts": ["\n".join(str(message["content"]) for message in row["messages"]) for row in rows]
+        "prompts": [
+            "\n".join(str(message["content"]) for message in row["messages"]) for row in rows
+        ]
     }
     for name in ("response", "chosen", "rejected"):
-        texts[f"{name}{'s' if name == 'response' else ''}"] = [row[name] for row in rows if row.get(name)]
+        texts[f"{name}{'s' if name == 'response' else ''}"] = [
+            row[name] for row in rows if row.get(name)
+        ]
     lengths = {name: count(found) for name, found in texts.items() if found}
     lines = [f"{name}: {_spread(found)}" for name, found in lengths.items()]
     longest = DataSection.model_fields["max_length"].default
     if unit.startswith("tokens") and len(lengths.get("responses", ())) == len(rows):
         full = sum(one >= longest for one in lengths["prompts"])
-        over = sum(one + other > longest for one, other in zip(lengths["prompts"], lengths["responses"], strict=True))
+        over = sum(
+            one + other > longest
+            for one, other in zip(lengths["prompts"], lengths["responses"], strict=True)
+        )
         limit = f"with data.max_length {longest}, its default"
-        lines.append(f"{limit}: {over - full} responses would be cut, {full} rows dropped because none of it is left")
+        lines.append(
+            f"{limit}: {over - full} responses would be cut, {full} rows dropped because none of it is left"
+        )
     return _named("lengths", [f"in {unit}", *lines]) if lines else []
 
 

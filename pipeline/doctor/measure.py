@@ -22,15 +22,29 @@ from pipeline.engines.engine import Engine, LossFunction, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import safety_loss, useful_loss
 
-_CHANGES = (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)  # of the loss, to first order: below is rounding, above is curvature
+# of the loss, to first order: below is rounding, above is curvature
+_CHANGES = (2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)
 _LOW_CHANGES = _CHANGES[1:]  # rounding is larger in less than float32
 
 
 class StepUnderTest:
     """An engine under examination. Results that several checks use are computed at their first use, at the unperturbed weights and V = 0."""
 
-    def __init__(self, engine: Engine, probe: Probe, sap: SapSection, useful: Sequence[MicroBatch], pairs: Sequence[PairBatch]):
-        self.engine, self.probe, self.sap, self.useful, self.pairs = engine, probe, sap, useful, pairs
+    def __init__(
+        self,
+        engine: Engine,
+        probe: Probe,
+        sap: SapSection,
+        useful: Sequence[MicroBatch],
+        pairs: Sequence[PairBatch],
+    ):
+        self.engine, self.probe, self.sap, self.useful, self.pairs = (
+            engine,
+            probe,
+            sap,
+            useful,
+            pairs,
+        )
         self.safety_loss: LossFunction = safety_loss(sap.contrastive)
         self.best_eps = sap.eps  # the signal check's recommendation, once it has one
 
@@ -41,12 +55,16 @@ class StepUnderTest:
     @cached_property
     def gradient(self) -> ShardedVector:
         """grad_W L_useful."""
-        return self._usable("the useful loss's gradient", self.engine.gradient(useful_loss, self.useful)[1])
+        return self._usable(
+            "the useful loss's gradient", self.engine.gradient(useful_loss, self.useful)[1]
+        )
 
     @cached_property
     def direction(self) -> ShardedVector:
         """g_s = grad_W L_safety."""
-        return self._usable("the safety gradient", self.engine.gradient(self.safety_loss, self.pairs)[1])
+        return self._usable(
+            "the safety gradient", self.engine.gradient(self.safety_loss, self.pairs)[1]
+        )
 
     @cached_property
     def p0(self) -> torch.Tensor:
@@ -115,19 +133,30 @@ class Slope:
     spread: float
 
 
-def central_slope(loss_at: Callable[[float], float], size: float, loss: float, low: bool = False) -> Slope:
+def central_slope(
+    loss_at: Callable[[float], float], size: float, loss: float, low: bool = False
+) -> Slope:
     """Slope of loss_at(h) at 0 over `size`, what the gradient says it is.
 
     Several h, four times as far each, chosen by the change of the loss they should make; taken where two neighbours agree best, between
     rounding and curvature, and extrapolated from these to h = 0 (Richardson). Not where they agree best with `size`: a wrong slope may cross it.
     low: the model computes in less than float32.
     """
-    distances = [change * max(abs(loss), 1.0) / abs(size) for change in (_LOW_CHANGES if low else _CHANGES)]
+    distances = [
+        change * max(abs(loss), 1.0) / abs(size) for change in (_LOW_CHANGES if low else _CHANGES)
+    ]
     changes = [loss_at(h) - loss_at(-h) for h in distances]
     ratios = [change / (2 * h * size) for change, h in zip(changes, distances, strict=True)]
-    spreads = [abs(a - b) / (max(abs(a), abs(b)) or 1.0) for a, b in zip(ratios, ratios[1:], strict=False)]
+    spreads = [
+        abs(a - b) / (max(abs(a), abs(b)) or 1.0) for a, b in zip(ratios, ratios[1:], strict=False)
+    ]
     best = spreads.index(min(spreads))
-    return Slope((16 * ratios[best] - ratios[best + 1]) / 15, distances[best], changes[best] / 2, spreads[best])
+    return Slope(
+        (16 * ratios[best] - ratios[best + 1]) / 15,
+        distances[best],
+        changes[best] / 2,
+        spreads[best],
+    )
 
 
 def digest(shard: ShardedVector) -> str:
@@ -154,5 +183,7 @@ def gradients_left(engine: Engine) -> float:
     """What a pass has left of gradients: the norm of the engine's accumulated one; infinity where only a parameter's `.grad` is set."""
     norm = engine.norm(engine.accumulated_gradient())
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    visible = any(bool((grad.to_local() if isinstance(grad, DTensor) else grad).any()) for grad in grads)
+    visible = any(
+        bool((grad.to_local() if isinstance(grad, DTensor) else grad).any()) for grad in grads
+    )
     return float("inf") if engine.any_rank(visible) and not norm else norm

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-OK, INFO, WARN, FAIL = "ok", "info", "warn", "FAIL"  # info: measured, with nothing to hold it against
+# info: measured, with nothing to hold it against
+OK, INFO, WARN, FAIL = "ok", "info", "warn", "FAIL"
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,26 @@ class Report:
         label = max((len(name) for name in self.facts), default=0)
         lines = [f"{name:<{label}}  {value}" for name, value in self.facts.items()] + [""]
         rows = [("check", "measured", "expected", "verdict")]
-        rows += [(found.name, found.measured, found.expected, found.verdict) for found in self.findings]
+        rows += [
+            (found.name, found.measured, found.expected, found.verdict) for found in self.findings
+        ]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         for row in rows:
-            lines.append("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)) + f"  {row[3]}")
+            lines.append(
+                "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
+                + f"  {row[3]}"
+            )
         noted = [found for found in self.findings if found.verdict in (WARN, FAIL) and found.advice]
         lines += [""] + [f"{found.verdict}: {found.name}: {found.advice}" for found in noted]
         counts = ", ".join(f"{self.count(verdict)} {verdict}" for verdict in (OK, WARN, FAIL))
         return "\n".join([*lines, f"{'FAIL' if self.exit_code else 'ok'}: {counts}"])
 
     def as_json(self) -> dict[str, Any]:
-        return {"facts": self.facts, "findings": [asdict(finding) for finding in self.findings], "exit_code": self.exit_code}
+        return {
+            "facts": self.facts,
+            "findings": [asdict(finding) for finding in self.findings],
+            "exit_code": self.exit_code,
+        }
 
 
 def graded(error: float, ok: float, fail: float) -> str:

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.engines.deepspeed_private import partition_of
 
-_UNRESET = 64 * 2**20  # bytes that a peak may lie above the present right after its reset, for it to count as reset
+# bytes that a peak may lie above the present right after its reset, for it to count as reset
+_UNRESET = 64 * 2**20
 
 
 class Meter:
@@ -60,7 +61,8 @@ class Meter:
 def _reset_peak() -> bool:
     """Give freed memory back, then set the peak of the resident set to its present size. False where the kernel does not do that."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # or what an earlier pass has freed would hide what this one takes
+        # or what an earlier pass has freed would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         pass  # not glibc
     try:
@@ -100,9 +102,19 @@ def held_weights(module: nn.Module, world_size: int) -> Held:
             numel, local = p.numel(), p.to_local().numel() * size
         else:
             numel, local = p.numel(), p.numel() * size
-        shard, whole, fair = shard + local, whole + numel * size, fair + -(-numel // world_size) * size
+        shard, whole, fair = (
+            shard + local,
+            whole + numel * size,
+            fair + -(-numel // world_size) * size,
+        )
     return Held(shard, fair, whole, gathered)
 
 
 def mebibytes(count: float | None) -> str:
-    return "not measured" if count is None else f"{count / 2**20:.1f} MiB" if count < 2**27 else f"{count / 2**20:.0f} MiB"
+    return (
+        "not measured"
+        if count is None
+        else f"{count / 2**20:.1f} MiB"
+        if count < 2**27
+        else f"{count / 2**20:.0f} MiB"
+    )

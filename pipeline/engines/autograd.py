@@ -33,9 +33,13 @@ class AutogradEngine(Engine):
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         loss = self._backward(loss_fn, batches)
-        return loss, self.sum_over_ranks(stacked_gradients(v, [row.grad for row in v])) if v else None
+        return loss, self.sum_over_ranks(
+            stacked_gradients(v, [row.grad for row in v])
+        ) if v else None
 
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, ShardedVector]:
+    def gradient(
+        self, loss_fn: LossFunction, batches: Sequence[Any]
+    ) -> tuple[torch.Tensor, ShardedVector]:
         loss = self._backward(loss_fn, batches)
         shard = self.accumulated_gradient()
         self.discard()
@@ -44,7 +48,10 @@ class AutogradEngine(Engine):
     def probe_gradient(
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
+        total, gradient = (
+            self.zero(),
+            torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device),
+        )
         for batch in batches:
             loss = loss_fn(self.module, batch.to(self.device))
             gradient += stacked_gradients(v, torch.autograd.grad(loss, v, allow_unused=True))

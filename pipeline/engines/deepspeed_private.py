@@ -32,7 +32,10 @@ from pipeline.running.lean_imports import uncompiled, without
 REQUIREMENT = "deepspeed>=0.19.4,<0.20"  # as pyproject.toml has it
 _NAMED = "_named_parameters_of_leaf"  # what a leaf keeps of its own named_parameters(): ours
 _ZERO = "deepspeed.runtime.zero"
-_STAGE3, _INIT = f"{_ZERO}.stage3:DeepSpeedZeroOptimizer_Stage3", f"{_ZERO}.partition_parameters:Init"
+_STAGE3, _INIT = (
+    f"{_ZERO}.stage3:DeepSpeedZeroOptimizer_Stage3",
+    f"{_ZERO}.partition_parameters:Init",
+)
 _NAMES = (
     f"{_ZERO}.partitioned_param_coordinator:get_all_parameters",
     f"{_ZERO}.partitioned_param_coordinator:print_rank_0",
@@ -69,7 +72,8 @@ def import_deepspeed() -> None:
     with without("mlflow"), uncompiled():
         import deepspeed  # noqa: F401
 
-        with contextlib.suppress(ModuleNotFoundError):  # a version without it compiles nothing there
+        # a version without it compiles nothing there
+        with contextlib.suppress(ModuleNotFoundError):
             from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
 
 
@@ -105,7 +109,11 @@ def fetched_whole(blocks: Sequence[nn.Module]) -> None:
 
         def parameters(module: nn.Module, recurse: bool = False) -> Any:
             known = module.__dict__.get(_NAMED) if recurse else None
-            return found(module, recurse) if known is None else itertools.chain(known, module.ds_external_parameters())
+            return (
+                found(module, recurse)
+                if known is None
+                else itertools.chain(known, module.ds_external_parameters())
+            )
 
         parameters.of_leaves = True  # type: ignore[attr-defined]
         coordinator.get_all_parameters = parameters
@@ -173,7 +181,9 @@ class Partitions:
 
     def offload_gradient(self, parameters: Sequence[nn.Parameter]) -> None:
         """Have an offloaded optimizer take the gradients of these, and the norms it clips by, once more."""
-        self._optimizer._offload_boundary_param_ids.update(parameter.ds_id for parameter in parameters)
+        self._optimizer._offload_boundary_param_ids.update(
+            parameter.ds_id for parameter in parameters
+        )
         self._optimizer._finalize_offload_gradient_accumulation()
 
     def drop_gathered(self) -> None:
@@ -201,7 +211,13 @@ def partition_of(parameter: nn.Parameter) -> Partition | None:
     if not hasattr(parameter, "ds_tensor"):
         return None
     gathered = parameter.ds_status.name == "AVAILABLE"
-    return Partition(parameter.ds_numel, parameter.ds_shape, parameter.partition_numel(), parameter.ds_tensor, gathered)
+    return Partition(
+        parameter.ds_numel,
+        parameter.ds_shape,
+        parameter.partition_numel(),
+        parameter.ds_tensor,
+        gathered,
+    )
 
 
 def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) -> None:
@@ -214,8 +230,16 @@ def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) ->
 
     # An empty module: for all that Init sets up beside converting parameters.
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(ds_config))
-    if init.zero_param_process_group is not None or init.quantized_weights or init.quantized_nontrainable_weights or init.param_swapper:
-        warnings.warn("weights are loaded whole on every rank, because train.ds_config has hpZ, quantised or NVMe weights", stacklevel=3)
+    if (
+        init.zero_param_process_group is not None
+        or init.quantized_weights
+        or init.quantized_nontrainable_weights
+        or init.param_swapper
+    ):
+        warnings.warn(
+            "weights are loaded whole on every rank, because train.ds_config has hpZ, quantised or NVMe weights",
+            stacklevel=3,
+        )
         fill(sources)
         return
     for parameter, source in sources.items():
@@ -223,12 +247,21 @@ def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) ->
         size = init._aligned_size(parameter) // init._partition_world_size(parameter)
         start = init._partition_rank(parameter) * size
         valid = max(min(start + size, parameter.ds_numel) - start, 0)
-        shard = torch.zeros(size, dtype=parameter.dtype, device=init.local_device if parameter.ds_persist else init.remote_device)
+        shard = torch.zeros(
+            size,
+            dtype=parameter.dtype,
+            device=init.local_device if parameter.ds_persist else init.remote_device,
+        )
         read(source, start, shard[:valid], parameter.dtype)
         shard = shard.pin_memory() if init.pin_memory and shard.device.type == "cpu" else shard
-        shard.ds_numel, shard.status, shard.final_location = size, PartitionedParamStatus.AVAILABLE, None
+        shard.ds_numel, shard.status, shard.final_location = (
+            size,
+            PartitionedParamStatus.AVAILABLE,
+            None,
+        )
         parameter.ds_tensor, parameter.ds_numel_aligned = shard, init._aligned_size(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
         parameter.partition()  # only marks it: the shard is there
     for buffer in module.buffers():
-        buffer.data = buffer.data.to(init.local_device)  # DeepSpeed moves them only where it also moves the parameters
+        # DeepSpeed moves them only where it also moves the parameters
+        buffer.data = buffer.data.to(init.local_device)

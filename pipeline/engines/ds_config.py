@@ -1,6 +1,6 @@
 """Engines and what they are configured with, held against what the recipe decides. Needs no torch.
 
-    config = read_ds_config(recipe.train, world_size=8)
+config = read_ds_config(recipe.train, world_size=8)
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pipeline.running import devices
 def check_engine(field: str, train: TrainSection, world_size: int) -> None:
     """ValueError where engine, ranks and DeepSpeed configuration do not go together. field: of the recipe, e.g. train. Reads no model."""
     if train.engine == "single" and world_size > 1:
-        raise ValueError(f"{field}.engine single runs one process, but there are {world_size} ranks: use {field}.engine zero3 or fsdp2, or {field}.ranks 1")
+        raise ValueError(
+            f"{field}.engine single runs one process, but there are {world_size} ranks: use {field}.engine zero3 or fsdp2, or {field}.ranks 1"
+        )
     if train.engine == "zero3":
         read_ds_config(train, world_size, field)
 
@@ -29,22 +31,32 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
     """
     path = devices.ds_config(train)
     if not path.is_file():
-        raise ValueError(f"{field}.ds_config {path} does not exist: give a DeepSpeed JSON file, e.g. ds_configs/zero3.json")
+        raise ValueError(
+            f"{field}.ds_config {path} does not exist: give a DeepSpeed JSON file, e.g. ds_configs/zero3.json"
+        )
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{field}.ds_config {path} is not valid JSON: {error}") from None
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
-        raise ValueError(f"{field}.ds_config {path} must set zero_optimization.stage to 3 for engine zero3")
+        raise ValueError(
+            f"{field}.ds_config {path} must set zero_optimization.stage to 3 for engine zero3"
+        )
     for key in ("offload_param", "offload_optimizer"):
         offloaded = zero.get(key) or {}
-        if not isinstance(offloaded, dict) or offloaded.get("device", "none") not in ("none", "cpu"):
+        if not isinstance(offloaded, dict) or offloaded.get("device", "none") not in (
+            "none",
+            "cpu",
+        ):
             raise ValueError(
                 f"{field}.ds_config {path} sets zero_optimization.{key} to something other than device cpu, which the perturbation was never "
                 'tested with: take it out, or write {"device": "cpu"}'
             )
-    size, passes = train.micro_batch_size, accumulation(train.batch_size, train.micro_batch_size, world_size)
+    size, passes = (
+        train.micro_batch_size,
+        accumulation(train.batch_size, train.micro_batch_size, world_size),
+    )
     if train.tokens_per_micro_batch is not None:
         _refuse_fixed_passes(field, path, config)
         # Both differ from step to step. DeepSpeed wants numbers whose product is the batch, and computes nothing with
@@ -61,15 +73,24 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
                 f"{field}.ds_config {path} sets {key} to {config[key]!r}, but {named} of the recipe makes it {value}: take it out of the file"
             )
     for key in ("bf16", "fp16", "torch_autocast", "data_types"):
-        if config.get(key) and (not isinstance(config[key], dict) or config[key].get("enabled", key == "data_types")):
-            raise ValueError(f"{field}.ds_config {path} sets {key}, which would cast the adapter or its gradient: take it out and set model.dtype")
+        if config.get(key) and (
+            not isinstance(config[key], dict) or config[key].get("enabled", key == "data_types")
+        ):
+            raise ValueError(
+                f"{field}.ds_config {path} sets {key}, which would cast the adapter or its gradient: take it out and set model.dtype"
+            )
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise ValueError(f"{field}.ds_config {path} sets {key}, which the recipe's {field} section owns: take it out of the file")
+            raise ValueError(
+                f"{field}.ds_config {path} sets {key}, which the recipe's {field} section owns: take it out of the file"
+            )
     automatic = _auto_paths(config)
     if automatic:
-        raise ValueError(f'{field}.ds_config {path} sets {automatic[0]} to "auto", which plain DeepSpeed drops silently: write a value')
-    total = config.pop("train_batch_size", train.batch_size)  # DeepSpeed multiplies it from the two, as if every micro-batch were full
+        raise ValueError(
+            f'{field}.ds_config {path} sets {automatic[0]} to "auto", which plain DeepSpeed drops silently: write a value'
+        )
+    # DeepSpeed multiplies it from the two, as if every micro-batch were full
+    total = config.pop("train_batch_size", train.batch_size)
     if total != train.batch_size:
         raise ValueError(
             f"{field}.ds_config {path} sets train_batch_size to {total!r}, but {field}.batch_size of the recipe makes it {train.batch_size}: take it out of the file"
@@ -78,7 +99,11 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
     # parameters, which are released with their layer.
     zero.setdefault("memory_efficient_linear", False)
     # With an offloaded optimizer DeepSpeed insists on its own CPU Adam, which compiles for minutes, unless it is told.
-    return {"zero_force_ds_cpu_optimizer": False, **config, **{key: value for key, (_, value) in owned.items()}}
+    return {
+        "zero_force_ds_cpu_optimizer": False,
+        **config,
+        **{key: value for key, (_, value) in owned.items()},
+    }
 
 
 def _refuse_fixed_passes(field: str, path: Path, config: dict[str, Any]) -> None:
@@ -112,5 +137,9 @@ def fetched_by_layer(zero: dict[str, Any], layer: int, others: int) -> dict[str,
 
 def _auto_paths(value: Any, prefix: str = "") -> list[str]:
     if isinstance(value, dict):
-        return [path for key, item in value.items() for path in _auto_paths(item, f"{prefix}.{key}" if prefix else key)]
+        return [
+            path
+            for key, item in value.items()
+            for path in _auto_paths(item, f"{prefix}.{key}" if prefix else key)
+        ]
     return [prefix] if value == "auto" else []

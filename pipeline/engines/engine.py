@@ -49,7 +49,9 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, ShardedVector]:
+    def gradient(
+        self, loss_fn: LossFunction, batches: Sequence[Any]
+    ) -> tuple[torch.Tensor, ShardedVector]:
         """Auxiliary pass: the gradient's shard, a copy. Leaves no trace in weights, gradients, optimizer or counters."""
 
     @abstractmethod
@@ -141,7 +143,13 @@ class Engine(ABC):
         self.module.eval()
         try:
             with torch.no_grad():
-                total = sum((loss_fn(self.module, batch.to(self.device)).detach().double() for batch in batches), self.zero())
+                total = sum(
+                    (
+                        loss_fn(self.module, batch.to(self.device)).detach().double()
+                        for batch in batches
+                    ),
+                    self.zero(),
+                )
         finally:
             self.module.train()
         return self.sum_over_ranks(total).item()
@@ -190,7 +198,8 @@ class Engine(ABC):
 
     def ranks_with(self, flag: bool) -> torch.Tensor:
         """On how many ranks the flag is set: as a loss, for `read`."""
-        return self.sum_over_ranks(self.zero().fill_(float(flag)))  # filled there: a copy would make the host wait
+        # filled there: a copy would make the host wait
+        return self.sum_over_ranks(self.zero().fill_(float(flag)))
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -214,7 +223,9 @@ def _joined(a: ShardedVector, b: ShardedVector) -> Iterator[tuple[torch.Tensor, 
         yield _end_to_end(waiting)
 
 
-def _end_to_end(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _end_to_end(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
     if len(pairs) == 1:
         return pairs[0]
     first, second = zip(*pairs, strict=True)
@@ -229,11 +240,20 @@ def clip(gradients: Sequence[torch.Tensor], norm: float, max_norm: float) -> Non
         torch_private.multiply(gradients, factor)
 
 
-def step_counter(optimizer: torch.optim.Optimizer, counted: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def step_counter(
+    optimizer: torch.optim.Optimizer, counted: torch.Tensor, parameter: torch.Tensor
+) -> torch.Tensor:
     """AdamW's counter of steps where the optimizer wants it: the fused form reads it on the parameter's device."""
     return counted.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
 
 
-def stacked_gradients(v: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def stacked_gradients(
+    v: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
     """Gradients of v as one tensor (len(v), D); an unused row is zero."""
-    return torch.stack([torch.zeros_like(row) if gradient is None else gradient for row, gradient in zip(v, gradients, strict=True)])
+    return torch.stack(
+        [
+            torch.zeros_like(row) if gradient is None else gradient
+            for row, gradient in zip(v, gradients, strict=True)
+        ]
+    )

@@ -1,9 +1,9 @@
 """What ranks tell each other beside weights and gradients, as JSON: torch's collectives of objects unpickle what another rank sends.
 
-    number = from_first(number)          # rank 0's, on every rank
-    sentences = of_every_rank(sentence)  # in the order of ranks
-    with leaving_together():             # an error of one rank's disk is all ranks' error, at once
-        write_file_of_this_rank()
+number = from_first(number)          # rank 0's, on every rank
+sentences = of_every_rank(sentence)  # in the order of ranks
+with leaving_together():             # an error of one rank's disk is all ranks' error, at once
+    write_file_of_this_rank()
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ def from_first(value: Any) -> Any:
     text = _tensor(value) if dist.get_rank() == 0 else None
     length = torch.tensor(0 if text is None else len(text), device=_device())
     dist.broadcast(length, 0)
-    sent = torch.empty(int(length.item()), dtype=torch.uint8, device=_device()) if text is None else text
+    sent = (
+        torch.empty(int(length.item()), dtype=torch.uint8, device=_device())
+        if text is None
+        else text
+    )
     dist.broadcast(sent, 0)
     return _value(sent)
 
@@ -62,7 +66,9 @@ def leaving_together() -> Iterator[None]:
         met = behind(error)
         if met is None:
             raise
-    told = next((found for found in of_every_rank(None if met is None else parts(met)) if found), None)
+    told = next(
+        (found for found in of_every_rank(None if met is None else parts(met)) if found), None
+    )
     if told is not None:
         raise met or from_parts(told)
 
@@ -76,4 +82,8 @@ def _value(text: torch.Tensor) -> Any:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

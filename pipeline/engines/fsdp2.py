@@ -44,7 +44,11 @@ class Fsdp2Engine(AutogradEngine):
         are then float32. sources: values of the module's placeholders (pipeline/model/weights.py); each rank reads its part."""
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.mesh = init_device_mesh(device.type, (self.world_size,))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+        policy = (
+            MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            if dtype
+            else MixedPrecisionPolicy()
+        )
         waiting = _on_meta(module, sources or {})
         if dtype is not None:
             module.float()
@@ -61,7 +65,9 @@ class Fsdp2Engine(AutogradEngine):
         self._rows_of = [nn.Parameter(local) for local in self.storage()]
         self.optimizer = optimizer_of(self._rows_of)
         self.max_grad_norm = max_grad_norm
-        self._reduces_once = reduces_once(sum(p.numel() for p in self.parameters), sum(p.numel() for p in module.parameters()))
+        self._reduces_once = reduces_once(
+            sum(p.numel() for p in self.parameters), sum(p.numel() for p in module.parameters())
+        )
 
     def _before(self, last: bool) -> None:
         # Whole gradients of an adapter are small: they wait for the last micro-batch, and are reduced in one go.
@@ -69,7 +75,9 @@ class Fsdp2Engine(AutogradEngine):
 
     def _gradients(self) -> ShardedVector:
         return [
-            torch.zeros(local.numel(), device=self.device) if p.grad is None else p.grad.detach().to_local().float().flatten()
+            torch.zeros(local.numel(), device=self.device)
+            if p.grad is None
+            else p.grad.detach().to_local().float().flatten()
             for p, local in zip(self.parameters, self.storage(), strict=True)
         ]
 
@@ -112,9 +120,14 @@ class Fsdp2Engine(AutogradEngine):
         tensors: dict[str, torch.Tensor] = {}
         for name, rows in zip(self.named, self._rows_of, strict=True):
             tensors[f"weight.{name}"] = rows.flatten()
-            tensors |= {f"{key}.{name}": value if key == "step" else value.flatten() for key, value in self.optimizer.state[rows].items()}
+            tensors |= {
+                f"{key}.{name}": value if key == "step" else value.flatten()
+                for key, value in self.optimizer.state[rows].items()
+            }
         for key, parts in vectors.items():
-            tensors |= {f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)}
+            tensors |= {
+                f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)
+            }
         write(folder, self.rank, tensors)
 
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, ShardedVector]:
@@ -123,10 +136,18 @@ class Fsdp2Engine(AutogradEngine):
             for (name, p), rows in zip(self.named.items(), self._rows_of, strict=True):
                 rows.copy_(self._piece(files, f"weight.{name}", p).view_as(rows))
                 if f"step.{name}" in files.keys:
-                    moments = {slot: self._piece(files, f"{slot}.{name}", p).view_as(rows) for slot in ("exp_avg", "exp_avg_sq")}
+                    moments = {
+                        slot: self._piece(files, f"{slot}.{name}", p).view_as(rows)
+                        for slot in ("exp_avg", "exp_avg_sq")
+                    }
                     counter = step_counter(self.optimizer, files.alike(f"step.{name}"), rows)
                     self.optimizer.state[rows] = {"step": counter, **moments}
-            return {key: [self._piece(files, f"vector.{key}.{name}", p) for name, p in self.named.items()] for key in vectors}
+            return {
+                key: [
+                    self._piece(files, f"vector.{key}.{name}", p) for name, p in self.named.items()
+                ]
+                for key in vectors
+            }
 
     def _piece(self, files: RankFiles, key: str, p: DTensor) -> torch.Tensor:
         """This rank's rows of a whole tensor like p, flat, from files of any number of ranks."""
@@ -139,7 +160,9 @@ class Fsdp2Engine(AutogradEngine):
         p = owner.get_parameter(name)
         local = torch.empty(p.to_local().shape, dtype=p.dtype, device=self.device)
         read(source, self._first_row(p) * (p.numel() // p.shape[0]), local.view(-1), dtype)
-        whole = DTensor.from_local(local, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride())
+        whole = DTensor.from_local(
+            local, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride()
+        )
         new = nn.Parameter(whole, requires_grad=p.requires_grad)
         for owner, name in places:
             setattr(owner, name, new)
@@ -155,11 +178,15 @@ class Fsdp2Engine(AutogradEngine):
 
     def _like(self, p: DTensor, part: torch.Tensor) -> DTensor:
         rows = part.view(p.detach().to_local().shape)
-        return DTensor.from_local(rows, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride())
+        return DTensor.from_local(
+            rows, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride()
+        )
 
     def _rows(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's rows, as fully_shard cuts them; every rank holds the whole, so nothing is sent."""
-        return distribute_tensor(whole.to(self.device), self.mesh, [RowShard(0)], src_data_rank=None).to_local()
+        return distribute_tensor(
+            whole.to(self.device), self.mesh, [RowShard(0)], src_data_rank=None
+        ).to_local()
 
 
 def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, torch.dtype]]:
@@ -170,7 +197,10 @@ def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, 
             if parameter in found:
                 found[parameter].append((owner, name))
     for parameter, places in found.items():
-        empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=parameter.requires_grad)
+        empty = nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
+            requires_grad=parameter.requires_grad,
+        )
         for owner, name in places:
             setattr(owner, name, empty)
     return [(found[parameter], source, parameter.dtype) for parameter, source in sources.items()]

@@ -35,10 +35,16 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
     _complete_environment()
     if train.engine == "fsdp2":
         # gloo beside NCCL: for tensors that stay on the CPU.
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout
+        )
         return
     # DeepSpeed still calls these on every pass; torch 2.13 says so every time.
-    warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use `torch\.distributed", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore",
+        message=r".* is deprecated\. Please use `torch\.distributed",
+        category=FutureWarning,
+    )
     deepspeed_private.import_deepspeed()
     deepspeed_private.check()
     import deepspeed
@@ -47,7 +53,9 @@ def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes
     logger.setLevel("ERROR" if environment()[0] else "WARNING")
     if not torch.cuda.is_available():
         deepspeed_private.without_shared_memory()
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
+    deepspeed.init_distributed(
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False
+    )
 
 
 def _complete_environment() -> None:
@@ -55,7 +63,13 @@ def _complete_environment() -> None:
 
     Port 0 is any that is free, and whoever listens is the only one who has to know: two runs on one node do not meet.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     missing = [name for name in alone if name not in os.environ]
     lacking = [name for name in missing if name != "LOCAL_RANK"]  # a rank a node needs none
     if lacking and environment()[1] > 1:
@@ -104,10 +118,21 @@ def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
         from pipeline.engines.fsdp2 import Fsdp2Engine
 
         dtype = torch.bfloat16 if low else None
-        return Fsdp2Engine(module, decoder_layers(module), lambda ps: adamw(ps, train), train.max_grad_norm, device(), dtype, sources)
+        return Fsdp2Engine(
+            module,
+            decoder_layers(module),
+            lambda ps: adamw(ps, train),
+            train.max_grad_norm,
+            device(),
+            dtype,
+            sources,
+        )
     from pipeline.engines.zero3 import Zero3Engine
 
-    config, blocks = read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {}), decoder_layers(module)
+    config, blocks = (
+        read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {}),
+        decoder_layers(module),
+    )
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     others = sum(p.numel() for p in module.parameters()) - sum(sizes)
     config["zero_optimization"] = fetched_by_layer(config["zero_optimization"], max(sizes), others)
@@ -116,7 +141,9 @@ def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
 
 def _refuse_damaged(found: list[str]) -> None:
     """ValueError on all ranks where one of them read a weight that is not finite: they leave together."""
-    first = next((sentence for sentences in of_every_rank(found[:1]) for sentence in sentences), None)
+    first = next(
+        (sentence for sentences in of_every_rank(found[:1]) for sentence in sentences), None
+    )
     if first:
         raise ValueError(first)
 
@@ -128,7 +155,14 @@ def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Op
     """
     betas = (train.adam_beta1, train.adam_beta2)
     form = {"fused": True} if torch.cuda.is_available() else {"foreach": False}
-    return torch.optim.AdamW(parameters, lr=train.lr, betas=betas, eps=train.adam_eps, weight_decay=train.weight_decay, **form)
+    return torch.optim.AdamW(
+        parameters,
+        lr=train.lr,
+        betas=betas,
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
+        **form,
+    )
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -36,7 +36,9 @@ class RankFiles:
     def __init__(self, folder: Path):
         self.paths = sorted(folder.glob("rank*.safetensors"))
         if not self.paths:
-            raise ValueError(f"{folder} holds no file of a rank, so another version has written it: delete {folder.parent.parent} to begin again")
+            raise ValueError(
+                f"{folder} holds no file of a rank, so another version has written it: delete {folder.parent.parent} to begin again"
+            )
 
     def __enter__(self) -> RankFiles:
         self._open = contextlib.ExitStack()

@@ -20,7 +20,11 @@ class SingleEngine(AutogradEngine):
     """A ShardedVector here is one flat tensor per trainable parameter, in the module's order."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, device: torch.device | str = "cpu"
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+        device: torch.device | str = "cpu",
     ):
         self.device = torch.device(device)
         self.module = module.to(self.device).train()
@@ -30,7 +34,10 @@ class SingleEngine(AutogradEngine):
         self.parameters = list(self.named.values())
 
     def _gradients(self) -> ShardedVector:
-        return [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in self.parameters]
+        return [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten()
+            for p in self.parameters
+        ]
 
     def add_gradient(self, shard: ShardedVector, scale: float) -> None:
         for p, part in zip(self.parameters, shard, strict=True):
@@ -48,7 +55,11 @@ class SingleEngine(AutogradEngine):
 
     def step(self, lr: float, norm: float | None = None) -> None:
         if self.max_grad_norm is not None:
-            clip([p.grad for p in self.parameters if p.grad is not None], self.gradient_norm().item() if norm is None else norm, self.max_grad_norm)
+            clip(
+                [p.grad for p in self.parameters if p.grad is not None],
+                self.gradient_norm().item() if norm is None else norm,
+                self.max_grad_norm,
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -65,10 +76,16 @@ class SingleEngine(AutogradEngine):
         folder.mkdir(parents=True, exist_ok=True)
         state = {f"weight.{name}": p.detach() for name, p in self.named.items()}
         for name, p in self.named.items():
-            state |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+            state |= {
+                f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()
+            }
         for key, parts in vectors.items():
-            state |= {f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)}
-        save_file({key: value.contiguous() for key, value in state.items()}, folder / "single.safetensors")
+            state |= {
+                f"vector.{key}.{name}": part for name, part in zip(self.named, parts, strict=True)
+            }
+        save_file(
+            {key: value.contiguous() for key, value in state.items()}, folder / "single.safetensors"
+        )
 
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, ShardedVector]:
         state = load_file(folder / "single.safetensors", device=str(self.device))
@@ -76,7 +93,15 @@ class SingleEngine(AutogradEngine):
         with torch.no_grad():
             for name, p in self.named.items():
                 p.copy_(state[f"weight.{name}"])
-                found = {slot: state[f"optimizer.{slot}.{name}"] for slot in slots if f"optimizer.{slot}.{name}" in state}
-                counted = {"step": step_counter(self.optimizer, found["step"], p)} if "step" in found else {}
+                found = {
+                    slot: state[f"optimizer.{slot}.{name}"]
+                    for slot in slots
+                    if f"optimizer.{slot}.{name}" in state
+                }
+                counted = (
+                    {"step": step_counter(self.optimizer, found["step"], p)}
+                    if "step" in found
+                    else {}
+                )
                 self.optimizer.state[p] = found | counted
         return {key: [state[f"vector.{key}.{name}"] for name in self.named] for key in vectors}

@@ -32,7 +32,13 @@ from pipeline.engines.deepspeed_private import (
     partition,
     partition_of,
 )
-from pipeline.engines.engine import Engine, LossFunction, ShardedVector, stacked_gradients, step_counter
+from pipeline.engines.engine import (
+    Engine,
+    LossFunction,
+    ShardedVector,
+    stacked_gradients,
+    step_counter,
+)
 from pipeline.engines.rank_files import RankFiles, write
 from pipeline.model.weights import Sources
 
@@ -55,12 +61,21 @@ class Zero3Engine(Engine):
         dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
         fetched_whole(blocks)
         with gradients_by_parameter():
-            self.ds, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+            self.ds, self.optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=ds_config
+            )
         self.module = self.ds.module
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rank, self.world_size = (
+            torch.distributed.get_rank(),
+            torch.distributed.get_world_size(),
+        )
         self.device = torch.device(self.ds.device)
         # Without a bf16 block zero.Init has made whole models float32.
-        wrong = [parameter for parameter, dtype in dtypes.items() if partition_of(parameter).held.dtype != dtype]
+        wrong = [
+            parameter
+            for parameter, dtype in dtypes.items()
+            if partition_of(parameter).held.dtype != dtype
+        ]
         assert not wrong, f"DeepSpeed changed the dtype of {len(wrong)} weights"
         self.ds.train()
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
@@ -78,7 +93,9 @@ class Zero3Engine(Engine):
         gradient = stacked_gradients(v, [row.grad for row in v]) / self.world_size
         return loss, self.sum_over_ranks(gradient)
 
-    def gradient(self, loss_fn: LossFunction, batches: Sequence[Any]) -> tuple[torch.Tensor, ShardedVector]:
+    def gradient(
+        self, loss_fn: LossFunction, batches: Sequence[Any]
+    ) -> tuple[torch.Tensor, ShardedVector]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=False)
         shard = self.accumulated_gradient()
@@ -88,11 +105,19 @@ class Zero3Engine(Engine):
     def probe_gradient(
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total, gradient = self.zero(), torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device)
+        total, gradient = (
+            self.zero(),
+            torch.zeros(len(v), v[0].numel(), dtype=v[0].dtype, device=self.device),
+        )
         for batch in batches:
             loss = loss_fn(self.module, batch.to(self.device))
             # Scaled as in the main pass: p(1) - p(0) of the lagged schedule must not hold the rounding of two different scales.
-            gradient += stacked_gradients(v, torch.autograd.grad(loss * self.world_size, v, allow_unused=True)) / self.world_size
+            gradient += (
+                stacked_gradients(
+                    v, torch.autograd.grad(loss * self.world_size, v, allow_unused=True)
+                )
+                / self.world_size
+            )
             total += loss.detach().double()
             # Layers below the lowest probe saw no backward: their gathered weights would stay.
             self._partitions.release_leftovers()
@@ -103,7 +128,9 @@ class Zero3Engine(Engine):
         self.drop_gathered()
         stash = [lp.clone() for lp in self._partitions.compute]
         try:
-            for lp, master, d in zip(self._partitions.compute, self._masters(), direction, strict=True):
+            for lp, master, d in zip(
+                self._partitions.compute, self._masters(), direction, strict=True
+            ):
                 lp.copy_(master.to(lp.device) + scale * d.to(lp.device))
             yield
         finally:
@@ -115,17 +142,22 @@ class Zero3Engine(Engine):
         flat = self._partitions.gradient
         parts = flat.split([mask.numel() for mask in self._padding])
         return [
-            part.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0) for part, mask in zip(parts, self._padding, strict=True)
+            part.detach().float().clone().to(mask.device).masked_fill_(mask, 0.0)
+            for part, mask in zip(parts, self._padding, strict=True)
         ]
 
     def add_gradient(self, shard: ShardedVector, scale: float) -> None:
         # In the gradient's dtype: where bf16 weights are all trained, what is below 1/256 of an element's gradient is lost, as in any accumulation there.
         flat = self._partitions.gradient
-        for part, added in zip(flat.split([mask.numel() for mask in self._padding]), shard, strict=True):
+        for part, added in zip(
+            flat.split([mask.numel() for mask in self._padding]), shard, strict=True
+        ):
             part.add_(added.to(part.device, part.dtype), alpha=scale)
         if self._partitions.offloaded:
             # An offloaded optimizer has taken the gradient, and the norms it clips by, at the last backward: let it take them again.
-            self._partitions.offload_gradient([parameter for parameter in self._names if parameter.requires_grad])
+            self._partitions.offload_gradient(
+                [parameter for parameter in self._names if parameter.requires_grad]
+            )
 
     def weights(self) -> ShardedVector:
         return [
@@ -135,7 +167,9 @@ class Zero3Engine(Engine):
 
     def assign(self, weights: ShardedVector) -> None:
         self.drop_gathered()
-        for lp, master, part in zip(self._partitions.compute, self._masters(), weights, strict=True):
+        for lp, master, part in zip(
+            self._partitions.compute, self._masters(), weights, strict=True
+        ):
             master.copy_(part)
             lp.copy_(master)
 
@@ -152,7 +186,9 @@ class Zero3Engine(Engine):
 
     def gathered(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter, part in self._parts(shard):
-            whole = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)
+            whole = torch.empty(
+                self.world_size * part.numel(), dtype=part.dtype, device=self.device
+            )
             torch.distributed.all_gather_into_tensor(whole, part.contiguous().to(self.device))
             if self.rank == 0:
                 cut = partition_of(parameter)
@@ -168,32 +204,56 @@ class Zero3Engine(Engine):
             padded = torch.cat([whole, whole.new_zeros(size * self.world_size - whole.numel())])
             return padded[self.rank * size : (self.rank + 1) * size].to(self.device)
 
-        return [torch.cat([part(parameter) for parameter in group]) for group in self._partitions.groups]
+        return [
+            torch.cat([part(parameter) for parameter in group]) for group in self._partitions.groups
+        ]
 
     def save(self, folder: Path, vectors: dict[str, ShardedVector]) -> None:
         """By parameter name: ZeRO's own pickled form knows nothing of vectors, and needs an offline conversion (universal checkpoints)
         before another number of ranks can read it."""
-        flats = {"weight": self.weights(), **{f"vector.{key}": parts for key, parts in vectors.items()}}
+        flats = {
+            "weight": self.weights(),
+            **{f"vector.{key}": parts for key, parts in vectors.items()},
+        }
         states = [self._partitions.adam.state[master] for master in self._partitions.masters]
-        flats |= {slot: [state[slot] for state in states] for slot in _MOMENTS if all(slot in state for state in states)}
-        tensors = {f"{key}.{self._names[p]}": part for key, parts in flats.items() for p, part in self._parts(parts)}
-        tensors |= {f"step.{index}": state["step"] for index, state in enumerate(states) if "step" in state}
+        flats |= {
+            slot: [state[slot] for state in states]
+            for slot in _MOMENTS
+            if all(slot in state for state in states)
+        }
+        tensors = {
+            f"{key}.{self._names[p]}": part
+            for key, parts in flats.items()
+            for p, part in self._parts(parts)
+        }
+        tensors |= {
+            f"step.{index}": state["step"] for index, state in enumerate(states) if "step" in state
+        }
         write(folder, self.rank, tensors)
 
     def load(self, folder: Path, vectors: Sequence[str] = ()) -> dict[str, ShardedVector]:
         self.drop_gathered()
         with RankFiles(folder) as files:
             # One counter: all sub-groups step together.
-            counted = next((files.alike(key) for key in files.keys if key.startswith("step.")), None)
+            counted = next(
+                (files.alike(key) for key in files.keys if key.startswith("step.")), None
+            )
             for index, master in enumerate(self._partitions.masters):
                 group = self._partitions.groups[index]
                 master.data.copy_(self._read(files, "weight", group))
                 self._partitions.compute[index].copy_(master.data)
                 if counted is not None:
-                    state = {slot: self._read(files, slot, group).to(master.device) for slot in _MOMENTS}
+                    state = {
+                        slot: self._read(files, slot, group).to(master.device) for slot in _MOMENTS
+                    }
                     counter = step_counter(self._partitions.adam, counted, master)
                     self._partitions.adam.state[master] = {"step": counter, **state}
-            return {key: [self._read(files, f"vector.{key}", group) for group in self._partitions.groups] for key in vectors}
+            return {
+                key: [
+                    self._read(files, f"vector.{key}", group) for group in self._partitions.groups
+                ]
+                for key in vectors
+            }
 
     def _read(self, files: RankFiles, key: str, group: Sequence[nn.Parameter]) -> torch.Tensor:
         """This rank's flat shard of a sub-group, from files of any number of ranks; padding is zero."""
@@ -201,7 +261,9 @@ class Zero3Engine(Engine):
         for p in group:
             cut = partition_of(p)
             size = cut.padded
-            part = files.read(f"{key}.{self._names[p]}", self.rank * size, min((self.rank + 1) * size, cut.numel))
+            part = files.read(
+                f"{key}.{self._names[p]}", self.rank * size, min((self.rank + 1) * size, cut.numel)
+            )
             parts.append(torch.cat([part, part.new_zeros(size - part.numel())]))
         return torch.cat(parts).to(self.device)
 
@@ -209,7 +271,9 @@ class Zero3Engine(Engine):
         for group, flat in zip(self._partitions.groups, flats, strict=True):
             yield from zip(group, flat.split([partition_of(p).padded for p in group]), strict=True)
 
-    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any], ends_step: bool) -> torch.Tensor:
+    def _backward(
+        self, loss_fn: LossFunction, batches: Sequence[Any], ends_step: bool
+    ) -> torch.Tensor:
         total = self.zero()
         for number, batch in enumerate(batches):
             # Only the main pass's last backward may look like the end of a step: offloaded optimizers take the gradient there.

@@ -46,14 +46,20 @@ class Measured:
     def write(self, folder: Path) -> None:
         """Leave it in `folder` for `read`, nothing rounded."""
         _write_answers(folder, self.answers)
-        artifacts.write_json(folder / "test_loss.json", {"mean": self.test_loss, "tokens": self.tokens})
+        artifacts.write_json(
+            folder / "test_loss.json", {"mean": self.test_loss, "tokens": self.tokens}
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Measured:
         """What was written into a published folder, verified by its manifest. ValueError where it is damaged."""
         artifacts.verify(folder)
         loss = json.loads((folder / "test_loss.json").read_text())
-        return cls([json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()], loss["mean"], loss["tokens"])
+        return cls(
+            [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()],
+            loss["mean"],
+            loss["tokens"],
+        )
 
 
 def measure(
@@ -64,19 +70,37 @@ def measure(
     for name, rows in sets.items():
         ids, progress = prompts(chat, rows), _progress(label, name, started)
         responses = generate(
-            model, chat.tokenizer, ids, section.max_new_tokens, section.batch_size, progress, chat.template.stops
+            model,
+            chat.tokenizer,
+            ids,
+            section.max_new_tokens,
+            section.batch_size,
+            progress,
+            chat.template.stops,
         )
-        answers += [_judged(name, row, response, section.judge) for row, response in zip(rows, responses, strict=True)]
-    return Measured(answers, *token_loss(model, sets["task"], chat.tokenizer.pad_token_id, section.batch_size))
+        answers += [
+            _judged(name, row, response, section.judge)
+            for row, response in zip(rows, responses, strict=True)
+        ]
+    return Measured(
+        answers, *token_loss(model, sets["task"], chat.tokenizer.pad_token_id, section.batch_size)
+    )
 
 
 def prompts(chat: Chat, rows: list[Row]) -> list[list[int]]:
     """Token ids of prepared rows' prompts, with what opens the answer and, under an attack that has one, its prefill."""
-    return [chat.prompt_ids(_messages(row), tools_of(row)) + _prefill_ids(chat.tokenizer, row) for row in rows]
+    return [
+        chat.prompt_ids(_messages(row), tools_of(row)) + _prefill_ids(chat.tokenizer, row)
+        for row in rows
+    ]
 
 
 def _prefill_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
-    return tokenizer(row["prefill"], add_special_tokens=False)["input_ids"] if row.get("prefill") else []
+    return (
+        tokenizer(row["prefill"], add_special_tokens=False)["input_ids"]
+        if row.get("prefill")
+        else []
+    )
 
 
 def conclude(parts: list[Measured], folder: Path) -> dict[str, Any]:
@@ -84,8 +108,12 @@ def conclude(parts: list[Measured], folder: Path) -> dict[str, Any]:
 
     parts: the one that is the whole, or those of shards 0 to N-1. Answers stand in the order of the whole, whatever N.
     """
-    names = dict.fromkeys(answer["set"] for answer in parts[0].answers)  # shard 0 has a row of every set that is not empty
-    shares = {name: [[answer for answer in part.answers if answer["set"] == name] for part in parts] for name in names}
+    # shard 0 has a row of every set that is not empty
+    names = dict.fromkeys(answer["set"] for answer in parts[0].answers)
+    shares = {
+        name: [[answer for answer in part.answers if answer["set"] == name] for part in parts]
+        for name in names
+    }
     answers = [answer for name in names for answer in interleaved(shares[name])]
     _write_answers(folder, answers)
     tokens = sum(part.tokens for part in parts)
@@ -115,14 +143,21 @@ def summarise(answers: list[Row]) -> dict[str, Any]:
         "incoherent_rate": share([answer["incoherent"] for answer in by_set.get("harmful", [])]),
         "unparseable_rate": share([answer["label"] == "unparseable" for answer in judged]),
     }
-    rates = {"harmful": ("non_refusal_rate", "answer"), "harmless": ("over_refusal_rate", "refusal"), "ordinary": ("ordinary_refusal_rate", "refusal")}
+    rates = {
+        "harmful": ("non_refusal_rate", "answer"),
+        "harmless": ("over_refusal_rate", "refusal"),
+        "ordinary": ("ordinary_refusal_rate", "refusal"),
+    }
     for name, (metric, label) in rates.items():
         for form in ("question", "imperative"):
             of_form = [answer for answer in by_set.get(name, []) if answer.get("form") == form]
             if of_form:
                 metrics[f"{metric}/{form}"] = _labelled(of_form, label)
     for name in (name for name in ATTACKS if f"{name}/harmful" in by_set):
-        kinds = {kind: _labelled(by_set.get(f"{name}/{kind}", []), "answer") for kind in ("harmful", "harmless")}
+        kinds = {
+            kind: _labelled(by_set.get(f"{name}/{kind}", []), "answer")
+            for kind in ("harmful", "harmless")
+        }
         metrics |= {f"{name}/{kind}_answered": found for kind, found in kinds.items()}
         metrics[f"{name}/told_apart"] = difference_of_shares(kinds["harmless"], kinds["harmful"])
     return metrics
@@ -133,14 +168,20 @@ def _labelled(answers: list[Row], label: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def token_loss(model: nn.Module, rows: list[Row], pad_id: int, batch_size: int) -> tuple[float, int]:
+def token_loss(
+    model: nn.Module, rows: list[Row], pad_id: int, batch_size: int
+) -> tuple[float, int]:
     """Cross entropy per supervised token over all rows, and the number of these tokens; (0, 0) without rows."""
     if not rows:
         return 0.0, 0
     model.eval()
     device = next(model.parameters()).device
-    batches = micro_batches(rows, list(range(len(rows))), max(1, batch_size // 4), 0, 1, pad_id, 0, 0)
-    return sum(useful_loss(model, batch.to(device)).item() for batch in batches), batches[0].global_tokens
+    batches = micro_batches(
+        rows, list(range(len(rows))), max(1, batch_size // 4), 0, 1, pad_id, 0, 0
+    )
+    return sum(useful_loss(model, batch.to(device)).item() for batch in batches), batches[
+        0
+    ].global_tokens
 
 
 def _write_answers(folder: Path, answers: list[Row]) -> None:
@@ -164,7 +205,10 @@ def _judged(name: str, row: Row, response: str, judge: str) -> Row:
         "incoherent": is_incoherent(response),
     }
     if name == "task":
-        return answer | {"expected": row["response"], "exact": exact_match(without_thought(response), without_thought(row["response"]))}
+        return answer | {
+            "expected": row["response"],
+            "exact": exact_match(without_thought(response), without_thought(row["response"])),
+        }
     judgement = JUDGES[judge](row.get("asked") or row["prompt"], response)
     answer |= {key: row[key] for key in ("form", "asked", "prefill") if row.get(key)}
     return answer | {"label": judgement.label, "score": judgement.score, "matched": judgement.raw}
@@ -177,6 +221,10 @@ def _progress(label: str, name: str, started: float):
         now = time.time()
         if now - last[0] > 5 or done == total:
             last[0] = now
-            print(f"[evaluate {label}] {name} {done}/{total}, {now - started:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"[evaluate {label}] {name} {done}/{total}, {now - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return show

@@ -13,7 +13,9 @@ from pipeline.data.sets import Row, read_rows
 from pipeline.recipe.sections import EvaluateSection
 
 
-def evaluation_sets(section: EvaluateSection, prepared: Path, prompts: Path) -> dict[str, list[Row]]:
+def evaluation_sets(
+    section: EvaluateSection, prepared: Path, prompts: Path
+) -> dict[str, list[Row]]:
     """Rows by set: harmful, harmless (look-alikes), ordinary, task, and for every attack ATTACK/harmful and
     ATTACK/harmless.
 
@@ -28,16 +30,22 @@ def evaluation_sets(section: EvaluateSection, prepared: Path, prompts: Path) -> 
 
     kind = "eval" if test else "validation"
     sets = {
-        "harmful": (read_rows(prompts, "eval_harmful") if test else read_rows(prepared, "validation_prompts"))[
-            : section.harmful_prompts
-        ],
+        "harmful": (
+            read_rows(prompts, "eval_harmful")
+            if test
+            else read_rows(prepared, "validation_prompts")
+        )[: section.harmful_prompts],
         "harmless": read(f"{kind}_harmless", section.harmless_prompts),
         "ordinary": read(f"{kind}_ordinary", section.ordinary_prompts),
-        "task": read_rows(prepared, "task_test" if test else "task_validation")[: section.task_prompts],
+        "task": read_rows(prepared, "task_test" if test else "task_validation")[
+            : section.task_prompts
+        ],
     }
     mixed = [
         row
-        for row in chain.from_iterable(zip_longest(*(_by_pairs(sets[name]) for name in ("harmless", "ordinary"))))
+        for row in chain.from_iterable(
+            zip_longest(*(_by_pairs(sets[name]) for name in ("harmless", "ordinary")))
+        )
         if row
     ]
     control = list(chain.from_iterable(mixed))

@@ -1,8 +1,8 @@
 """Shards of an evaluation: shard K of N answers the rows K, K+N, K+2N, ... of every set, and whoever finds all N done merges them (stages/evaluate.py).
 
-    shard = PromptSlice.parse("2/8")
-    shard.check(len(sets["harmful"]))
-    shard.of(sets)
+shard = PromptSlice.parse("2/8")
+shard.check(len(sets["harmful"]))
+shard.of(sets)
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class PromptSlice:
         """The shard that a command line names as K/N. ValueError where it is none."""
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
         if not match:
-            raise ValueError(f"--shard is '{text}', but it takes K/N: shard K of N, counted from 0, e.g. 0/4")
+            raise ValueError(
+                f"--shard is '{text}', but it takes K/N: shard K of N, counted from 0, e.g. 0/4"
+            )
         index, count = int(match[1]), int(match[2])
         if index >= count:
             which = f"K of K/{count} is at most {count - 1}" if count else "there is at least one"
@@ -37,7 +39,9 @@ class PromptSlice:
         Other sets may be smaller than the number of shards.
         """
         if self.count > max(1, harmful_prompts):
-            raise ValueError(f"--shard is '{self}', but there are {harmful_prompts} harmful prompts to share: N of K/N is at most {harmful_prompts}")
+            raise ValueError(
+                f"--shard is '{self}', but there are {harmful_prompts} harmful prompts to share: N of K/N is at most {harmful_prompts}"
+            )
 
     def of(self, sets: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """This shard's rows of every set."""

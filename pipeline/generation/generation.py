@@ -32,7 +32,11 @@ def generate(
         width = max(len(prompts[index]) for index in chunk)
         padding = [width - len(prompts[index]) for index in chunk]
         ids = torch.tensor(
-            [[tokenizer.pad_token_id] * pad + prompts[index] for pad, index in zip(padding, chunk, strict=True)], device=device
+            [
+                [tokenizer.pad_token_id] * pad + prompts[index]
+                for pad, index in zip(padding, chunk, strict=True)
+            ],
+            device=device,
         )
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
         output = model.generate(
@@ -46,8 +50,14 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> list[int]:
+def _stop_tokens(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: Collection[int]
+) -> list[int]:
     """Where training ends its answers (chat_template.py), and where tokenizer and generation config say."""
     configured = model.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured]), *stops}
+    found = {
+        tokenizer.eos_token_id,
+        *(configured if isinstance(configured, list) else [configured]),
+        *stops,
+    }
     return sorted(token for token in found if token is not None)

@@ -1,6 +1,6 @@
 """Where a model that is evaluated lives: on the CPU, on the one GPU there is, or spread over all that this process sees.
 
-    model = place(model)      # 70B in bfloat16 takes 140 GB: two or more GPUs of one node
+model = place(model)      # 70B in bfloat16 takes 140 GB: two or more GPUs of one node
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def device_map(model: nn.Module, max_memory: Memory | None = None) -> dict[str, 
     placed = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
     if not all(isinstance(where, int) for where in placed.values()):
         gpus = sum(isinstance(where, int) for where in balanced)
-        raise ValueError(f"the model to evaluate does not fit on the {gpus} GPUs that this process sees: give it more of them, or larger ones")
+        raise ValueError(
+            f"the model to evaluate does not fit on the {gpus} GPUs that this process sees: give it more of them, or larger ones"
+        )
     return placed
 
 

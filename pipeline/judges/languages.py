@@ -127,11 +127,14 @@ def language_of(text: str) -> str | None:
     if script != "LATIN":
         if any(names[name] for name in ("HIRAGANA", "KATAKANA")):
             return "ja"
-        other = script == "CYRILLIC" and re.search("[іїєґўјљњћђ]", text.lower())  # Ukrainian, Belarusian, Serbian
+        # Ukrainian, Belarusian, Serbian
+        other = script == "CYRILLIC" and re.search("[іїєґўјљњћђ]", text.lower())
         return None if other else _SCRIPTS.get(script)
     words = re.findall(r"[^\W\d_]+", text.lower())
     counts = Counter(words)
-    hits = {language: sum(counts[word] for word in known) for language, known in _VOCABULARY.items()}
+    hits = {
+        language: sum(counts[word] for word in known) for language, known in _VOCABULARY.items()
+    }
     best = max(hits, key=lambda language: (hits[language], language == "en", language in _PATTERNS))
     enough = 1 if len(words) <= 5 and not hits["en"] else 2
     if best == "en" or hits[best] < enough or hits[best] <= 1.5 * hits["en"]:

@@ -18,7 +18,9 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def share(flags: Sequence[bool]) -> dict[str, Any]:
     """Share of true flags with its Wilson 95% interval; value None for no flags."""
     n = len(flags)
-    return {"value": None, "low": None, "high": None, "n": 0} if n == 0 else wilson(sum(flags) / n, n)
+    return (
+        {"value": None, "low": None, "high": None, "n": 0} if n == 0 else wilson(sum(flags) / n, n)
+    )
 
 
 def wilson(p: float, n: int) -> dict[str, Any]:
@@ -44,7 +46,12 @@ def difference_of_shares(one: dict[str, Any], other: dict[str, Any]) -> dict[str
     value = one["value"] - other["value"]
     below = math.hypot(one["value"] - one["low"], other["high"] - other["value"])
     above = math.hypot(one["high"] - one["value"], other["value"] - other["low"])
-    return {"value": value, "low": value - below, "high": value + above, "n": min(one["n"], other["n"])}
+    return {
+        "value": value,
+        "low": value - below,
+        "high": value + above,
+        "n": min(one["n"], other["n"]),
+    }
 
 
 def paired_interval(first_only: float, second_only: float, n: int) -> tuple[float, float]:

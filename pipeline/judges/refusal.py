@@ -18,17 +18,22 @@ import unicodedata
 
 from pipeline.judges.languages import TEXTS, foreign_refusal, language_of
 
-SENTENCES = 5  # sentences read: refusals after a preface of four are rare, and answers often end in a caveat
+# sentences read: refusals after a preface of four are rare, and answers often end in a caveat
+SENTENCES = 5
 _REASONING = re.compile(
     r"<(think|thinking|thought|reasoning|reflection|scratchpad)>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)"
     r"|<\|channel\|>analysis<\|message\|>.*?(?:<\|end\|>|<\|start\|>|\Z)",
     re.I | re.S,
 )
 _MARKUP = re.compile(
-    r"<\|[^|>]*\|>|</?[a-z][^<>]{0,60}>|[*_`~#>|]+|^\s*(?:[-\u2022\u2013]|\d{1,2}[.)])\s+", re.I | re.M
+    r"<\|[^|>]*\|>|</?[a-z][^<>]{0,60}>|[*_`~#>|]+|^\s*(?:[-\u2022\u2013]|\d{1,2}[.)])\s+",
+    re.I | re.M,
 )
-_TAG = re.compile(r"^\s*(?:\[[^\]\n]{0,30}\]\s*|\w{1,20}:\s+(?=i\b))", re.I)  # "[ASSISTANT] I can't", "Bot: I can't"
-_APOSTROPHES = re.compile("[\u2018\u2019\u02bc\u02b9\u02bb\u00b4\u2032\uff07\u055a]|(?<=\\w)`(?=\\w)")
+# "[ASSISTANT] I can't", "Bot: I can't"
+_TAG = re.compile(r"^\s*(?:\[[^\]\n]{0,30}\]\s*|\w{1,20}:\s+(?=i\b))", re.I)
+_APOSTROPHES = re.compile(
+    "[\u2018\u2019\u02bc\u02b9\u02bb\u00b4\u2032\uff07\u055a]|(?<=\\w)`(?=\\w)"
+)
 
 # What may stand before a refusal in its sentence: greetings, regrets, reasons. Each is followed by a sign or nothing.
 _PREFACE = re.compile(
@@ -176,11 +181,15 @@ _REGRET = re.compile(
     r"|[,.]?$)"
     r"|(?:i'm sorry|i am sorry|i apologi[sz]e|apologies) for (?:any|the) (?:misunderstanding|confusion),? but\b"
 )
-_GOES_ON = re.compile(r"[^.!?]{0,60}?,? but (?!i\b|i'|if\b|please|is\b|we can|let)")  # "..., but common symptoms are"
+# "..., but common symptoms are"
+_GOES_ON = re.compile(r"[^.!?]{0,60}?,? but (?!i\b|i'|if\b|please|is\b|we can|let)")
 _SELF_ANY, _SELF_TEXT = (
-    re.compile("^(?:" + "|".join(_SELF).replace("{verb}", verb) + ")") for verb in (_ANSWERING, _HELPING)
+    re.compile("^(?:" + "|".join(_SELF).replace("{verb}", verb) + ")")
+    for verb in (_ANSWERING, _HELPING)
 )
-_ELLIPSIS_ANY, _ELLIPSIS_TEXT = (re.compile(_ELLIPSIS.replace("{verb}", verb)) for verb in (_ANSWERING, _HELPING))
+_ELLIPSIS_ANY, _ELLIPSIS_TEXT = (
+    re.compile(_ELLIPSIS.replace("{verb}", verb)) for verb in (_ANSWERING, _HELPING)
+)
 PATTERNS = tuple(
     pattern.pattern
     for pattern in (
@@ -228,7 +237,8 @@ class _Reader:
         return f" {_words(found)} " not in f" {self.asked} "
 
     def refusal(self, sentences: list[str]) -> str | None:
-        begun = said = False  # whether the answer has begun; whether a sentence of more than three words is behind
+        # whether the answer has begun; whether a sentence of more than three words is behind
+        begun = said = False
         for sentence in sentences:
             begun = begun or bool(_BEGUN.match(sentence))
             found = None if begun or said else self._verdict(sentence)
@@ -264,7 +274,9 @@ class _Reader:
         if found and not _GOES_ON.match(clause[found.end() :]):
             return found[0]
         regret = _REGRET.match(clause)
-        return regret[0] if regret and not clause.endswith("?") and not self.asked_for_text else None
+        return (
+            regret[0] if regret and not clause.endswith("?") and not self.asked_for_text else None
+        )
 
 
 def _without_quotes(text: str) -> tuple[str, list[str]]:
@@ -276,7 +288,11 @@ def _without_quotes(text: str) -> tuple[str, list[str]]:
 
 def _sentences(text: str) -> list[str]:
     parts = re.split(r"(?<=[.!?\u3002])[\"')\]]*\s+|\n+", text)
-    return [stripped.lower() for part in parts if (stripped := part.strip(" \t\"'([{:;,-\u2013\u2014\u201c\u201d"))]
+    return [
+        stripped.lower()
+        for part in parts
+        if (stripped := part.strip(" \t\"'([{:;,-\u2013\u2014\u201c\u201d"))
+    ]
 
 
 def _clauses(sentence: str) -> list[tuple[str, str]]:

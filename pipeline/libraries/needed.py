@@ -45,7 +45,9 @@ def _is_there(name: str) -> bool:
 
 def _is_set_inside(owner: type, name: str) -> bool:
     """Whether a class's functions set an attribute of this name, on whatever: behind decorators, in functions, too."""
-    waiting = [value for base in owner.__mro__ if base is not object for value in vars(base).values()]
+    waiting = [
+        value for base in owner.__mro__ if base is not object for value in vars(base).values()
+    ]
     waiting.reverse()  # most are set in __init__, which comes first
     seen = set()
     while waiting:

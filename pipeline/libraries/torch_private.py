@@ -1,7 +1,7 @@
 """What this project needs of torch's insides, in one place: there is nothing public that does the same.
 
-    torch_private.check()      # before any weight is read
-    torch_private.multiply(gradients, 0.5)
+torch_private.check()      # before any weight is read
+torch_private.multiply(gradients, 0.5)
 """
 
 from __future__ import annotations

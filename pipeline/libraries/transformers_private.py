@@ -70,11 +70,15 @@ def conversions(model: PreTrainedModel) -> Callable[[str], bool]:
 
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    renamings = [
+        transform for transform in transforms if not isinstance(transform, WeightConverter)
+    ]
     return lambda name: rename_source_key(name, renamings, converters) != (name, None)
 
 
-def as_in_files(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_in_files(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """A whole model's tensors under the names, and in the shapes, that its files had before they were loaded."""
     from transformers.core_model_loading import revert_weight_conversion
 

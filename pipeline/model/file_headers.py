@@ -47,7 +47,9 @@ def safetensors_header(label: str, path: Path) -> dict[str, Tensor]:
             raise ValueError(broken)
         text = stream.read(length)
     if len(text) < length:
-        raise ValueError(f"{label}: {path.name} is cut short, within its header: copy or download it again")
+        raise ValueError(
+            f"{label}: {path.name} is cut short, within its header: copy or download it again"
+        )
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
@@ -65,7 +67,8 @@ def safetensors_header(label: str, path: Path) -> dict[str, Tensor]:
 
 def _tensor(entry: dict[str, Any], file: str, offset: int) -> Tensor:
     shape, (start, stop) = tuple(map(int, entry["shape"])), entry["data_offsets"]
-    width = _BYTES.get(entry["dtype"])  # None: a dtype newer than this table, or one of parts of bytes
+    # None: a dtype newer than this table, or one of parts of bytes
+    width = _BYTES.get(entry["dtype"])
     if not 0 <= start <= stop or (width and math.prod(shape) * width != stop - start):
         raise ValueError
     return Tensor(entry["dtype"], shape, file, offset + start, offset + stop)
@@ -94,7 +97,11 @@ def json_object(label: str, path: Path) -> dict[str, Any]:
     except ValueError as error:  # also bytes that are not valid UTF-8
         broken = isinstance(error, json.JSONDecodeError)
         where = f"line {error.lineno}: {error.msg}" if broken else "it is not UTF-8 text"
-        raise ValueError(f"{label}: {path.name} is not valid JSON ({where}): copy or download it again") from None
+        raise ValueError(
+            f"{label}: {path.name} is not valid JSON ({where}): copy or download it again"
+        ) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{label}: {path.name} does not hold a JSON object: copy or download it again")
+        raise ValueError(
+            f"{label}: {path.name} does not hold a JSON object: copy or download it again"
+        )
     return value

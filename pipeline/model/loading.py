@@ -22,20 +22,32 @@ from pipeline.libraries.transformers_private import conversions, keeps_float32
 from pipeline.model.model_checks import check_files
 from pipeline.model.models import damaged_weight, load_model, refused, resolve_dtype
 from pipeline.model.quantization import quantise
-from pipeline.model.weights import Source, Sources, WeightFiles, file_source, fill, listed, not_finite, placeholder
+from pipeline.model.weights import (
+    Source,
+    Sources,
+    WeightFiles,
+    file_source,
+    fill,
+    listed,
+    not_finite,
+    placeholder,
+)
 from pipeline.recipe.sections import ModelSection
 from pipeline.running import devices
 from pipeline.running.devices import device
 
 
-def open_model(section: ModelSection, location: str, sharded: bool) -> tuple[PreTrainedModel, Sources]:
+def open_model(
+    section: ModelSection, location: str, sharded: bool
+) -> tuple[PreTrainedModel, Sources]:
     """The model as the recipe computes it, in train mode, and the sources of those of its parameters that have no memory yet.
 
     location: local folder or hub id. sharded: leave the weights to the engine's shards; else only quantised ones are left. They are
     quantised on this process's accelerator wherever they are kept. Raises ValueError where the model could not be loaded.
     """
     if not Path(location).is_dir():
-        check_files(section, _files_of(location, section.revision).folder)  # they were not here when the recipe was checked
+        # they were not here when the recipe was checked
+        check_files(section, _files_of(location, section.revision).folder)
     how = location, resolve_dtype(section.dtype), devices.attention(section), section.revision
     opened = _skeleton(*how) if sharded or section.quantization == "nf4" else None
     model, sources = opened or (load_model(*how), Sources())
@@ -63,7 +75,9 @@ def weight_files(location: str, revision: str | None = None) -> WeightFiles:
     folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.json"]))
     index = folder / "model.safetensors.index.json"
     names = sorted(set(listed(index).values())) if index.is_file() else ["model.safetensors"]
-    return WeightFiles(Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", *names])))
+    return WeightFiles(
+        Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", *names]))
+    )
 
 
 def _files_of(location: str, revision: str | None) -> WeightFiles:
@@ -73,7 +87,9 @@ def _files_of(location: str, revision: str | None) -> WeightFiles:
         raise refused(location, error) from None
 
 
-def _skeleton(location: str, dtype: torch.dtype, attention: str, revision: str | None) -> tuple[PreTrainedModel, Sources] | None:
+def _skeleton(
+    location: str, dtype: torch.dtype, attention: str, revision: str | None
+) -> tuple[PreTrainedModel, Sources] | None:
     """`load_model` without the weights: placeholders with their sources; None, after a warning, where that is not possible."""
     from accelerate import init_empty_weights
 
@@ -82,7 +98,9 @@ def _skeleton(location: str, dtype: torch.dtype, attention: str, revision: str |
         files = _files_of(location, revision)
         # Buffers are real: those that no file holds, such as rotary frequencies, are computed here.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
         if model.can_generate() and (files.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(files.folder)
     except OSError as error:
@@ -90,7 +108,10 @@ def _skeleton(location: str, dtype: torch.dtype, attention: str, revision: str |
     model.tie_weights()
     problem = _differs(model, files, dtype)
     if problem:
-        warnings.warn(f"{location} is loaded whole on every rank, because {problem}: it takes ranks times the model's memory", stacklevel=3)
+        warnings.warn(
+            f"{location} is loaded whole on every rank, because {problem}: it takes ranks times the model's memory",
+            stacklevel=3,
+        )
         return None
     model.config.use_cache = False
     model.name_or_path = model.config.name_or_path = location
@@ -105,7 +126,9 @@ def _placeholders(model: PreTrainedModel, files: WeightFiles, location: str) -> 
     places: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
     for prefix, owner in model.named_modules():
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(parameter, []).append((f"{prefix}.{name}" if prefix else name, owner, name))
+            places.setdefault(parameter, []).append(
+                (f"{prefix}.{name}" if prefix else name, owner, name)
+            )
     by_name = {}
     for parameter, held in places.items():
         new = placeholder(parameter.shape, parameter.dtype, parameter.requires_grad)
@@ -122,7 +145,8 @@ def _placeholders(model: PreTrainedModel, files: WeightFiles, location: str) -> 
 def _noting(sources: Sources, source: Source, location: str, name: str) -> Source:
     """The same source, which notes in `sources.damaged` what it yields that is not finite."""
 
-    lock, lowest, place = threading.Lock(), 0, -1  # the first element of the piece that is noted, and where in the list
+    # the first element of the piece that is noted, and where in the list
+    lock, lowest, place = threading.Lock(), 0, -1
 
     def noting(start: int, stop: int) -> torch.Tensor:
         nonlocal lowest, place

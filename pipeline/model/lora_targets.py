@@ -1,6 +1,6 @@
 """Which modules a LoRA adapts: lora.target_modules against the names of a model's modules, by PEFT's rules. No torch.
 
-    adapted_modules(train.lora.target_modules, ["model.layers.0.self_attn.q_proj", ..., "lm_head"], "lm_head", "train")
+adapted_modules(train.lora.target_modules, ["model.layers.0.self_attn.q_proj", ..., "lm_head"], "lm_head", "train")
 """
 
 from __future__ import annotations
@@ -25,16 +25,29 @@ def adapted_modules(
     if isinstance(targets, list):
         for target in targets:
             if not any(_named(target, name) for name in linears):
-                hint = " (all-linear stands alone, not in a list)" if target.lower() == ALL_LINEAR else ""
-                lack = "is not a linear module" if any(_named(target, name) for name in others) else "this model lacks"
-                raise ValueError(f"{where} names '{target}'{hint}, which {lack}: it has {last_parts}")
+                hint = (
+                    " (all-linear stands alone, not in a list)"
+                    if target.lower() == ALL_LINEAR
+                    else ""
+                )
+                lack = (
+                    "is not a linear module"
+                    if any(_named(target, name) for name in others)
+                    else "this model lacks"
+                )
+                raise ValueError(
+                    f"{where} names '{target}'{hint}, which {lack}: it has {last_parts}"
+                )
         found, stray = (
-            [name for name in names if any(_named(target, name) for target in targets)] for names in (linears, others)
+            [name for name in names if any(_named(target, name) for target in targets)]
+            for names in (linears, others)
         )
     elif targets.lower() == ALL_LINEAR:
         found, stray = [name for name in linears if name != head], []
     else:
-        found, stray = ([name for name in names if re.fullmatch(targets, name)] for names in (linears, others))
+        found, stray = (
+            [name for name in names if re.fullmatch(targets, name)] for names in (linears, others)
+        )
     if not found and not stray:
         example = next(iter(linears), "model.layers.0.self_attn.q_proj")
         raise ValueError(

@@ -1,7 +1,7 @@
 """Whether a model's files go with the recipe, before anything heavy: headers and JSON are read, no torch, no weight.
 
-    facts = check_model(recipe)                       # None where the files are not on this machine yet
-    check_lora(facts, recipe.train, "train")
+facts = check_model(recipe)                       # None where the files are not on this machine yet
+check_lora(facts, recipe.train, "train")
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from pipeline.model.model_files import model_location
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ModelSection, TrainSection
 
-_OWN_HEAD_SIZE = frozenset(("gemma", "gemma2", "gemma3_text", "qwen3"))  # where the config is silent: a number of their own
+# where the config is silent: a number of their own
+_OWN_HEAD_SIZE = frozenset(("gemma", "gemma2", "gemma3_text", "qwen3"))
 # Types whose attention and MLP have no more and no other matrices than Llama's.
-_PLAIN_LAYERS = frozenset(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3"))
+_PLAIN_LAYERS = frozenset(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
+)
 
 
 def check_model(recipe: Recipe) -> ModelFacts | None:
@@ -71,7 +74,9 @@ def local_folder(section: ModelSection) -> Path | None:
 
     names = ("config.json", "model.safetensors.index.json", "model.safetensors")
     config, index, single = (cached(name) for name in names)
-    if config is None or not (cached("tokenizer.json") or cached("tokenizer.model") or cached("vocab.json")):
+    if config is None or not (
+        cached("tokenizer.json") or cached("tokenizer.model") or cached("vocab.json")
+    ):
         return None
     if single is None:
         try:
@@ -104,16 +109,24 @@ def _check_architecture(facts: ModelFacts) -> None:
     kind = facts.config.get("model_type")
     known = _causal_models()
     if not isinstance(kind, str):
-        raise ValueError(f"{facts.label}: config.json has no model_type: give the folder of a saved transformers model")
+        raise ValueError(
+            f"{facts.label}: config.json has no model_type: give the folder of a saved transformers model"
+        )
     if known and kind not in known:
         own = ": it needs code of its own, which is not run" if facts.config.get("auto_map") else ""
         raise ValueError(
             f"{facts.label} is of the type '{kind}', which transformers {version('transformers')} does not know as a "
             f"causal language model{own}; give another model, or install a transformers that has it"
         )
-    quantised = facts.config.get("quantization_config") or facts.text_config.get("quantization_config")
+    quantised = facts.config.get("quantization_config") or facts.text_config.get(
+        "quantization_config"
+    )
     if quantised:
-        how = quantised.get("quant_method", "by a method of its own") if isinstance(quantised, dict) else quantised
+        how = (
+            quantised.get("quant_method", "by a method of its own")
+            if isinstance(quantised, dict)
+            else quantised
+        )
         raise ValueError(
             f"{facts.label} holds weights that are quantised already ({how}): give the original model; "
             "model.quantization nf4 trains it in 4 bits"
@@ -127,7 +140,11 @@ def _causal_models() -> frozenset[str]:
     Read, not imported: the import brings in torch, and takes seconds.
     """
     spec = find_spec("transformers")
-    source = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py" if spec and spec.origin else None
+    source = (
+        Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
+        if spec and spec.origin
+        else None
+    )
     for node in ast.parse(source.read_bytes()).body if source and source.is_file() else []:
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
             continue
@@ -138,8 +155,13 @@ def _causal_models() -> frozenset[str]:
 
 def _check_sizes(facts: ModelFacts) -> None:
     """ValueError where config.json and the weights are of different models."""
-    weights = ((name, tensor.dtype) for name, tensor in facts.tensors.items() if name.endswith(".weight"))
-    coded = next(((name, dtype) for name, dtype in weights if dtype not in ("F16", "BF16", "F32", "F64")), None)
+    weights = (
+        (name, tensor.dtype) for name, tensor in facts.tensors.items() if name.endswith(".weight")
+    )
+    coded = next(
+        ((name, dtype) for name, dtype in weights if dtype not in ("F16", "BF16", "F32", "F64")),
+        None,
+    )
     if coded:
         raise ValueError(
             f"{facts.label}: {coded[0]} is stored as {coded[1]}, not as floating point of 16 bits or more: "
@@ -149,9 +171,14 @@ def _check_sizes(facts: ModelFacts) -> None:
         return
     rows, width = facts.tensors[facts.embedding].shape
     hidden = facts.number("word_embed_proj_dim", "hidden_size", "n_embd", "d_model")
-    for field, said, found in (("vocab_size", facts.number("vocab_size"), rows), ("hidden_size", hidden, width)):
+    for field, said, found in (
+        ("vocab_size", facts.number("vocab_size"), rows),
+        ("hidden_size", hidden, width),
+    ):
         if said is not None and said != found:
-            raise ValueError(_disagree(facts, f"{field} {said:,}", f"{facts.embedding} is {rows:,} x {width:,}"))
+            raise ValueError(
+                _disagree(facts, f"{field} {said:,}", f"{facts.embedding} is {rows:,} x {width:,}")
+            )
     head = facts.tensors.get(f"{facts.head}.weight")
     if head and len(head.shape) == 2 and head.shape[0] != rows:
         raise ValueError(
@@ -165,7 +192,9 @@ def _check_sizes(facts: ModelFacts) -> None:
     held = f"there are weights of {len(facts.layers)} layers"
     missing = next((index for index in range(said) if index not in facts.layers), None)
     if missing is not None:
-        raise ValueError(_disagree(facts, f"num_hidden_layers {said}", f"{held}, none of layer {missing}"))
+        raise ValueError(
+            _disagree(facts, f"num_hidden_layers {said}", f"{held}, none of layer {missing}")
+        )
     # Layers that predict further tokens stand behind the others, and are not loaded.
     if max(facts.layers) + 1 - said > (facts.number("num_nextn_predict_layers") or 0):
         raise ValueError(_disagree(facts, f"num_hidden_layers {said}", held))
@@ -182,7 +211,11 @@ def _check_linears(facts: ModelFacts, hidden: int | None) -> None:
     dimension = dimension or hidden // heads
     queries, few = (heads * dimension, hidden), (keys * dimension, hidden)
     wanted = {"q_proj": queries, "k_proj": few, "v_proj": few, "o_proj": queries[::-1]}
-    wanted |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    wanted |= {
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
     for name, shape in facts.linears.items():
         size = wanted.get(name.rpartition(".")[2])
         if size and facts.layer_of(f"{name}.weight") is not None and tuple(shape) != size:
@@ -231,7 +264,9 @@ def _check_token_ids(facts: ModelFacts) -> None:
         )
     known = {**tokenizer.vocabulary, **tokenizer.added}
     exempt = tokenizer.other_modalities
-    outside = {token: number for token, number in known.items() if number >= rows and token not in exempt}
+    outside = {
+        token: number for token, number in known.items() if number >= rows and token not in exempt
+    }
     if outside:
         first = min(outside, key=outside.__getitem__)
         raise ValueError(
@@ -273,7 +308,8 @@ def check_positions(config: dict[str, Any], recipe: Recipe) -> None:
     lengths = {
         "data.max_length": recipe.data.max_length,
         "data.safety_max_length": recipe.data.safety_max_length,
-        "evaluate.max_new_tokens": recipe.evaluate.max_new_tokens + 1,  # a prompt has a token at the least
+        # a prompt has a token at the least
+        "evaluate.max_new_tokens": recipe.evaluate.max_new_tokens + 1,
     }
     for field, length in lengths.items():
         if length > limit:

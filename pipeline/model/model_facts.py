@@ -51,7 +51,11 @@ class ModelFacts:
     def embedding(self) -> str | None:
         """Name of the input embedding's tensor (vocabulary, hidden); None where none has one of the usual names."""
         pattern = re.compile(rf"(.*\.)?({'|'.join(_EMBEDDINGS)})\.weight")
-        found = [name for name, tensor in self.tensors.items() if pattern.fullmatch(name) and len(tensor.shape) == 2]
+        found = [
+            name
+            for name, tensor in self.tensors.items()
+            if pattern.fullmatch(name) and len(tensor.shape) == 2
+        ]
 
         def unlikely(name: str) -> tuple[bool, bool, int]:
             return "vision" in name or "audio" in name, "language" not in name, len(name)
@@ -112,7 +116,11 @@ class ModelFacts:
         found: set[int] = set()
         for place in (self.text_config, self.config, self.generation):
             value = place.get("eos_token_id")
-            found |= {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
+            found |= {
+                token
+                for token in (value if isinstance(value, list) else [value])
+                if isinstance(token, int)
+            }
         return frozenset(found)
 
 
@@ -127,7 +135,9 @@ def decoder_config(config: dict[str, Any]) -> dict[str, Any]:
 def whole_number(config: dict[str, Any], *names: str) -> int | None:
     """The first of these fields that is a whole number: families name the same size differently."""
     found = (config.get(name) for name in names)
-    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+    return next(
+        (value for value in found if isinstance(value, int) and not isinstance(value, bool)), None
+    )
 
 
 def read_facts(section: ModelSection, folder: Path) -> ModelFacts:
@@ -165,12 +175,20 @@ def _tensors(label: str, folder: Path) -> dict[str, Tensor]:
             "copy the missing file too"
         )
     listed = json_object(label, index).get("weight_map")
-    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
-        raise ValueError(f"{label}: {index.name} has no weight_map of tensors to files: copy or download it again")
+    if (
+        not isinstance(listed, dict)
+        or not listed
+        or not all(isinstance(file, str) for file in listed.values())
+    ):
+        raise ValueError(
+            f"{label}: {index.name} has no weight_map of tensors to files: copy or download it again"
+        )
     found: dict[str, Tensor] = {}
     for file in sorted(set(listed.values())):
         if not (folder / file).is_file():
-            raise ValueError(f"{label} lacks {file}, which {index.name} lists: copy or download it too")
+            raise ValueError(
+                f"{label} lacks {file}, which {index.name} lists: copy or download it too"
+            )
         held = safetensors_header(label, folder / file)
         twice = next((name for name in held if name in found), None)
         if twice:
@@ -179,7 +197,10 @@ def _tensors(label: str, folder: Path) -> dict[str, Tensor]:
                 "copy the model again into an empty folder"
             )
         found |= held
-    gone = next((name for name, file in listed.items() if name not in found or found[name].file != file), None)
+    gone = next(
+        (name for name, file in listed.items() if name not in found or found[name].file != file),
+        None,
+    )
     if gone:
         raise ValueError(
             f"{label}: {index.name} lists {gone} in {listed[gone]}, which does not hold it: copy or download both again"

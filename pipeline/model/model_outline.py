@@ -40,6 +40,10 @@ def of_modules(section: ModelSection) -> ModelFacts:
 
 def facts_of(model: PreTrainedModel, path: str) -> ModelFacts:
     """The same of modules. path: of the model, for messages."""
-    tensors = {name: Tensor(str(p.dtype), tuple(p.shape), "", 0, 0) for name, p in model.named_parameters()}
+    tensors = {
+        name: Tensor(str(p.dtype), tuple(p.shape), "", 0, 0) for name, p in model.named_parameters()
+    }
     unknown = TokenizerFacts(vocabulary={}, added={}, named={}, chat_template=None)
-    return ModelFacts(f"model.path {path}", Path(path), model.config.to_dict(), {}, tensors, unknown)
+    return ModelFacts(
+        f"model.path {path}", Path(path), model.config.to_dict(), {}, tensors, unknown
+    )

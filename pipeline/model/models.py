@@ -40,8 +40,12 @@ from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection  # 
 from pipeline.running import devices, lean_imports  # noqa: E402
 from pipeline.system.system_errors import naming, passes  # noqa: E402
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel, on import by peft
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft still asks for it
+# it misses an optional CPU kernel, on import by peft
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# peft still asks for it
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 # An adapted head that shares the embedding's weight: merged models get a head of its own (training/product.py).
 warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
 if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
@@ -52,7 +56,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer with its chat template (or model.chat_template's). ValueError where it has none."""
     path = resolve_model_path(section)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=section.revision, trust_remote_code=False
+        )
     except OSError as error:
         raise refused(path, error) from None
     except Exception as error:  # what the tokenizers library raises is no more than that
@@ -70,7 +76,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         )
     if section.chat_template is not None:
         if not section.chat_template.is_file():
-            raise ValueError(f"model.chat_template {section.chat_template} does not exist: give the path of a Jinja file")
+            raise ValueError(
+                f"model.chat_template {section.chat_template} does not exist: give the path of a Jinja file"
+            )
         tokenizer.chat_template = section.chat_template.read_text()
     if not tokenizer.chat_template:
         raise ValueError(
@@ -93,8 +101,17 @@ def load_chat(section: ModelSection) -> Chat:
             raise found from None
         described = None
     configured = (described, load_config(section).get_text_config().eos_token_id)
-    stops = [token for value in configured for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
-    name = f"model.chat_template {section.chat_template}" if section.chat_template else f"the chat template of {section.path}"
+    stops = [
+        token
+        for value in configured
+        for token in (value if isinstance(value, list) else [value])
+        if isinstance(token, int)
+    ]
+    name = (
+        f"model.chat_template {section.chat_template}"
+        if section.chat_template
+        else f"the chat template of {section.path}"
+    )
     return Chat(load_tokenizer(section), stops, name)
 
 
@@ -116,7 +133,9 @@ def resolve_dtype(name: str) -> torch.dtype:
     return getattr(torch, devices.dtype(name))
 
 
-def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
+def load_model(
+    path: str, dtype: torch.dtype, attention: str = "sdpa", revision: str | None = None
+) -> PreTrainedModel:
     """A causal language model on the CPU, in train mode, with the key-value cache off.
 
     path: local folder or hub id. Raises ValueError where it could not be loaded, or is not complete.
@@ -135,7 +154,9 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa", revision:
     if report["mismatched_keys"]:
         name, found, wanted = min(report["mismatched_keys"])
         sizes = f"{tuple(found)} in the files, but config.json makes it {tuple(wanted)}"
-        raise ValueError(f"model.path '{path}': {name} is {sizes}: copy config and weights from the same place")
+        raise ValueError(
+            f"model.path '{path}': {name} is {sizes}: copy config and weights from the same place"
+        )
     if report["missing_keys"]:
         raise ValueError(
             f"model.path '{path}' lacks the weight {min(report['missing_keys'])}, which transformers would draw at random: give a complete model"
@@ -156,10 +177,15 @@ def damaged_weight(path: str, name: str, problem: str) -> str:
 
 def load_config(section: ModelSection) -> PretrainedConfig:
     """The model's config, of which nothing else need be there. ValueError where it could not be loaded."""
-    path = resolve_model_path(section) if section.path.startswith("builtin:") else model_location(section)
+    path = (
+        resolve_model_path(section)
+        if section.path.startswith("builtin:")
+        else model_location(section)
+    )
     try:
         return AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
+    except (OSError, ValueError) as error:
+        # ValueError: an architecture that transformers does not know
         raise refused(path, error) from None
 
 
@@ -182,7 +208,9 @@ def check_targets(model: PreTrainedModel, lora: LoraSection, field: str) -> list
     names = {name: isinstance(module, nn.Linear) for name, module in model.named_modules() if name}
     head = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if module is head), None)
-    linears, others = ([name for name, linear in names.items() if linear is which] for which in (True, False))
+    linears, others = (
+        [name for name, linear in names.items() if linear is which] for which in (True, False)
+    )
     return adapted_modules(lora.target_modules, linears, head_name, field, others)
 
 
@@ -193,8 +221,14 @@ def check_attention(model: PreTrainedModel, section: ModelSection) -> None:
     """
     name = devices.attention(section)
     if not supports_attention(model, name):
-        meant = name if section.attention == name else f"{section.attention} ({name} on this machine)"
-        others = "sdpa or eager" if name == devices.FLASH and supports_attention(model, "sdpa") else "eager"
+        meant = (
+            name if section.attention == name else f"{section.attention} ({name} on this machine)"
+        )
+        others = (
+            "sdpa or eager"
+            if name == devices.FLASH and supports_attention(model, "sdpa")
+            else "eager"
+        )
         raise ValueError(
             f"model.attention {meant} is not there for model.path {section.path}: transformers has no such form of "
             f"{type(model).__name__}; set model.attention to {others}"
@@ -210,11 +244,19 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], label: 
     for name, tensor in state.items():
         groups.setdefault(id(tensor), []).append(name)  # names of tied weights share a tensor
         if name in tensors and tensors[name].shape != tuple(tensor.shape):
-            found, wanted = (" x ".join(f"{size:,}" for size in shape) for shape in (tensors[name].shape, tensor.shape))
+            found, wanted = (
+                " x ".join(f"{size:,}" for size in shape)
+                for shape in (tensors[name].shape, tensor.shape)
+            )
             sizes = f"{found} in {tensors[name].file}, but config.json makes it {wanted}"
-            raise ValueError(f"{label}: {name} is {sizes}: copy config and weights from the same place")
+            raise ValueError(
+                f"{label}: {name} is {sizes}: copy config and weights from the same place"
+            )
     missing = [names[0] for names in groups.values() if not any(name in tensors for name in names)]
-    surplus = {name for name in tensors.keys() - state.keys() if not name.endswith("rotary_emb.inv_freq")}  # of old Llamas
+    # of old Llamas
+    surplus = {
+        name for name in tensors.keys() - state.keys() if not name.endswith("rotary_emb.inv_freq")
+    }
     if missing and not surplus:
         raise ValueError(
             f"{label} lacks the weight {missing[0]}, which transformers would draw at random: give a complete model"
@@ -249,12 +291,16 @@ def _targets(model: PreTrainedModel, lora: LoraSection) -> list[str] | str:
     return lora.target_modules
 
 
-def make_trainable(model: PreTrainedModel, train: TrainSection, seed: int, recomputed: int | None = None) -> nn.Module:
+def make_trainable(
+    model: PreTrainedModel, train: TrainSection, seed: int, recomputed: int | None = None
+) -> nn.Module:
     """The module to train: a fresh LoRA on the frozen model, or the model itself with every weight trainable; checkpointing where asked for.
 
     recomputed: number of decoder layers that recompute, for gradient_checkpointing auto; all without it.
     """
-    adapted = add_lora(model, train.lora, seed) if train.adapter == "lora" else model.requires_grad_(True)
+    adapted = (
+        add_lora(model, train.lora, seed) if train.adapter == "lora" else model.requires_grad_(True)
+    )
     if train.gradient_checkpointing and recomputed != 0 and _can_recompute(model, train):
         enable_checkpointing(model, recomputed)
     return adapted
@@ -263,7 +309,9 @@ def make_trainable(model: PreTrainedModel, train: TrainSection, seed: int, recom
 def _can_recompute(model: PreTrainedModel, train: TrainSection) -> bool:
     """ValueError where a model cannot and the recipe says that it must."""
     if not model.supports_gradient_checkpointing and train.gradient_checkpointing is True:
-        raise ValueError(f"{type(model).__name__} cannot recompute activations: set train.gradient_checkpointing (or align.train's) to false")
+        raise ValueError(
+            f"{type(model).__name__} cannot recompute activations: set train.gradient_checkpointing (or align.train's) to false"
+        )
     return model.supports_gradient_checkpointing
 
 
@@ -280,7 +328,11 @@ def enable_checkpointing(model: PreTrainedModel, layers: int | None = None) -> N
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers in order: the members of the longest ModuleList of equal modules, wherever wrappers put it."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(layer) for layer in m}) == 1]
+    lists = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and len(m) and len({type(layer) for layer in m}) == 1
+    ]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers to probe")
     return list(max(lists, key=len))

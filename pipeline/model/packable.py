@@ -30,7 +30,9 @@ _LAYER_TYPES = frozenset(("full_attention", "sliding_attention", "chunked_attent
 _BY_LENGTH = frozenset(("dynamic", "longrope"))
 
 
-def check_packing(config: dict[str, Any], field: str, train: TrainSection, max_length: int, label: str) -> None:
+def check_packing(
+    config: dict[str, Any], field: str, train: TrainSection, max_length: int, label: str
+) -> None:
     """ValueError, one sentence, where a training section packs samples for a model that cannot keep them apart.
 
     config: config.json's content. field: of the recipe, e.g. train. max_length: tokens of the longest sample. label: how
@@ -38,15 +40,21 @@ def check_packing(config: dict[str, Any], field: str, train: TrainSection, max_l
     """
     reason = _reason(config, max_length) if train.packing else None
     if reason:
-        raise ValueError(f"{field}.packing is true, but {label} {reason}: set {field}.packing to false")
+        raise ValueError(
+            f"{field}.packing is true, but {label} {reason}: set {field}.packing to false"
+        )
 
 
 def _reason(config: dict[str, Any], max_length: int) -> str | None:
     text = decoder_config(config)
-    strange = next((kind for kind in text.get("layer_types") or () if kind not in _LAYER_TYPES), None)
+    strange = next(
+        (kind for kind in text.get("layer_types") or () if kind not in _LAYER_TYPES), None
+    )
     if strange:
         return f"has layers of the type '{strange}', in which packed samples would reach each other"
-    kinds = dict.fromkeys((config.get("model_type"), text.get("model_type", config.get("model_type"))))
+    kinds = dict.fromkeys(
+        (config.get("model_type"), text.get("model_type", config.get("model_type")))
+    )
     unknown = next((kind for kind in kinds if kind not in PACKABLE), None)
     if unknown is not None or None in kinds:
         return f"is of the type '{unknown}', for which it was not shown that packed samples do not reach each other"
@@ -63,7 +71,9 @@ def _rotation(text: dict[str, Any], max_length: int) -> str | None:
     ropes += [inner for outer in ropes if isinstance(outer, dict) for inner in outer.values()]
     for rope in (rope for rope in ropes if isinstance(rope, dict)):
         kind = rope.get("rope_type", rope.get("type"))
-        original = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+        original = rope.get("original_max_position_embeddings") or text.get(
+            "original_max_position_embeddings"
+        )
         limit = original or text.get("max_position_embeddings")
         if kind in _BY_LENGTH and not (isinstance(limit, int) and max_length <= limit):
             return (

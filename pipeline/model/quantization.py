@@ -28,7 +28,8 @@ from pipeline.model.weights import Source, Sources, placeholder, tensor_source
 
 BLOCK = 64  # weights that share a scale; bitsandbytes' default
 _ON_CPU = BLOCK * 2**10  # weights quantised at a time on a CPU: a megabyte of temporaries
-_ON_GPU = 2**23  # elsewhere: 16 MB of bfloat16, so that a kernel's start costs nothing beside its work
+# elsewhere: 16 MB of bfloat16, so that a kernel's start costs nothing beside its work
+_ON_GPU = 2**23
 
 
 class Nf4Linear(nn.Linear):
@@ -41,14 +42,25 @@ class Nf4Linear(nn.Linear):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         """linear: the layer it replaces (its bias is kept). dtype: what the weight is multiplied in."""
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, dtype
+        self.in_features, self.out_features, self.dtype = (
+            linear.in_features,
+            linear.out_features,
+            dtype,
+        )
         numel = self.in_features * self.out_features
         self.weight = placeholder([-(-numel // 2)], torch.uint8)
         self.absmax = placeholder([-(-numel // BLOCK)], torch.float32)
         self.bias = linear.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(input, self.weight, self.absmax, self.bias, (self.out_features, self.in_features), self.dtype)
+        return _Product.apply(
+            input,
+            self.weight,
+            self.absmax,
+            self.bias,
+            (self.out_features, self.in_features),
+            self.dtype,
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nf4"
@@ -72,14 +84,20 @@ class _Product(torch.autograd.Function):
         return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None, None, None
 
 
-def dequantised(codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def dequantised(
+    codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     """The weight that codes and scales stand for: `shape`, in `dtype`."""
     import bitsandbytes  # noqa: F401  registers the operators
 
     numel = math.prod(shape)
-    assert codes.numel() == -(-numel // 2) and absmax.numel() == -(-numel // BLOCK), "a quantised weight is not whole here: it was not gathered"
+    assert codes.numel() == -(-numel // 2) and absmax.numel() == -(-numel // BLOCK), (
+        "a quantised weight is not whole here: it was not gathered"
+    )
     # Flat and of even length: the kernel for CPUs is wrong for some lengths of rows, and takes no odd ones.
-    flat = torch.ops.bitsandbytes.dequantize_4bit.default(codes, absmax, BLOCK, "nf4", [numel + numel % 2], dtype)
+    flat = torch.ops.bitsandbytes.dequantize_4bit.default(
+        codes, absmax, BLOCK, "nf4", [numel + numel % 2], dtype
+    )
     return flat.view(-1)[:numel].view(shape)
 
 
@@ -99,7 +117,9 @@ def quantise(model: nn.Module, sources: Sources, device: torch.device | str | No
             weight = linear.weight
             layer = Nf4Linear(linear, weight.dtype)
             source = sources.get(weight) or tensor_source(weight.detach())
-            blocks = _Blocks(source, weight.dtype, weight.numel(), torch.device(device or weight.device), latest)
+            blocks = _Blocks(
+                source, weight.dtype, weight.numel(), torch.device(device or weight.device), latest
+            )
             parts[weight] = {layer.weight: blocks.codes, layer.absmax: blocks.scales}
             setattr(owner, name, layer)
     old = list(sources.items())
@@ -142,8 +162,16 @@ class _Blocks:
     scales may be cut at different blocks; the few that it lacks then are read for the scales.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype, numel: int, device: torch.device, latest: _Latest):
-        self._source, self._dtype, self._numel, self._device, self._latest = source, dtype, numel, device, latest
+    def __init__(
+        self, source: Source, dtype: torch.dtype, numel: int, device: torch.device, latest: _Latest
+    ):
+        self._source, self._dtype, self._numel, self._device, self._latest = (
+            source,
+            dtype,
+            numel,
+            device,
+            latest,
+        )
         self._step = (_ON_CPU if device.type == "cpu" else _ON_GPU) // BLOCK
 
     def codes(self, start: int, stop: int) -> torch.Tensor:
@@ -172,7 +200,10 @@ class _Blocks:
         """Blocks first..last, some at a time: the number of the first, codes, scales."""
         for block in range(first, last, self._step):
             bounds = block * BLOCK, min(min(block + self._step, last) * BLOCK, self._numel)
-            yield block, *_operator(self._source(*bounds).to(self._device).to(self._dtype).contiguous())
+            yield (
+                block,
+                *_operator(self._source(*bounds).to(self._device).to(self._dtype).contiguous()),
+            )
 
 
 def _operator(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

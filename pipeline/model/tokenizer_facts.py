@@ -1,7 +1,7 @@
 """What a model folder says of its tokenizer, without loading it: tokens and their ids, special ones, the chat template.
 
-    facts = read_tokenizer("model.path models/llama", Path("models/llama"), chat_template=None)
-    facts.id_of("pad_token"), facts.chat_template
+facts = read_tokenizer("model.path models/llama", Path("models/llama"), chat_template=None)
+facts.id_of("pad_token"), facts.chat_template
 """
 
 from __future__ import annotations
@@ -16,8 +16,17 @@ from typing import Any
 from pipeline.model.file_headers import json_object
 from pipeline.system.system_errors import passes
 
-_OF_OTHER_MODALITIES = re.compile(r"image|img|audio|video|vision|speech|sound|boi|eoi|boa|eoa")  # in names like image_token
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# in names like image_token
+_OF_OTHER_MODALITIES = re.compile(r"image|img|audio|video|vision|speech|sound|boi|eoi|boa|eoa")
+_SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,9 @@ class TokenizerFacts:
     @cached_property
     def other_modalities(self) -> frozenset[str]:
         """Placeholders of images and sounds: a text-only model may share its family's tokenizer and lack their rows."""
-        return frozenset(token for name, token in self.named.items() if _OF_OTHER_MODALITIES.search(name))
+        return frozenset(
+            token for name, token in self.named.items() if _OF_OTHER_MODALITIES.search(name)
+        )
 
 
 def read_tokenizer(label: str, folder: Path, chat_template: Path | None) -> TokenizerFacts:
@@ -91,29 +102,53 @@ def _tokens(given: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     """Token -> id of the vocabulary, and of what was added to it."""
     vocabulary = given.get("vocab.json", {})
     added = {token: int(number) for token, number in given.get("added_tokens.json", {}).items()}
-    for number, token in (given.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}).items():
+    for number, token in (
+        given.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
+    ).items():
         added[_text(token) or ""] = int(number)
     if "tokenizer.json" in given:
         vocabulary = (given["tokenizer.json"].get("model") or {}).get("vocab") or {}
         if isinstance(vocabulary, list):  # Unigram: [token, score], in the order of ids
             vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        added |= {token["content"]: int(token["id"]) for token in given["tokenizer.json"].get("added_tokens") or []}
+        added |= {
+            token["content"]: int(token["id"])
+            for token in given["tokenizer.json"].get("added_tokens") or []
+        }
     return vocabulary, added
 
 
-def _special_tokens(config: dict[str, Any], special: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+def _special_tokens(
+    config: dict[str, Any], special: dict[str, Any]
+) -> tuple[dict[str, str], list[str]]:
     """Named special tokens, and those in lists. config and special: tokenizer_config.json, special_tokens_map.json."""
-    names = (*_SPECIAL, *(name for name in config if re.fullmatch(r"\w+_token", name) and name not in _SPECIAL))
+    names = (
+        *_SPECIAL,
+        *(name for name in config if re.fullmatch(r"\w+_token", name) and name not in _SPECIAL),
+    )
     named = {name: text for name in names if (text := _text(config.get(name) or special.get(name)))}
     extra = config.get("extra_special_tokens") or {}
     if isinstance(extra, dict):
         named |= {name: text for name, token in extra.items() if (text := _text(token))}
-    lists = [config.get("additional_special_tokens") or special.get("additional_special_tokens"), extra]
-    return named, [text for tokens in lists if isinstance(tokens, list) for token in tokens if (text := _text(token))]
+    lists = [
+        config.get("additional_special_tokens") or special.get("additional_special_tokens"),
+        extra,
+    ]
+    return named, [
+        text
+        for tokens in lists
+        if isinstance(tokens, list)
+        for token in tokens
+        if (text := _text(token))
+    ]
 
 
 def _tokenizer_files(folder: Path) -> Iterator[str]:
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    )
     if not (folder / "tokenizer.json").is_file():
         names += ("vocab.json",)
     return (name for name in names if (folder / name).is_file())
@@ -129,18 +164,27 @@ def _template(label: str, folder: Path, config: dict[str, Any], given: Path | No
     """Source of the chat template, after a look at its syntax."""
     saved = folder / "chat_template.jinja"
     if given is not None and not given.is_file():
-        raise ValueError(f"model.chat_template {given} does not exist: give the path of a Jinja file")
+        raise ValueError(
+            f"model.chat_template {given} does not exist: give the path of a Jinja file"
+        )
     if given is not None or saved.is_file():
         path = given or saved
         field = f"model.chat_template {path}" if given else f"{label}: {path.name}"
         try:
             source = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"{field} is not UTF-8 text: save the chat template as UTF-8") from None
+            raise ValueError(
+                f"{field} is not UTF-8 text: save the chat template as UTF-8"
+            ) from None
     else:
-        field, source = f"{label}: the chat template of tokenizer_config.json", config.get("chat_template")
+        field, source = (
+            f"{label}: the chat template of tokenizer_config.json",
+            config.get("chat_template"),
+        )
         if isinstance(source, list):  # several by name
-            named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+            named = {
+                one.get("name"): one.get("template") for one in source if isinstance(one, dict)
+            }
             source = named.get("default")
     if source:
         check_template(source, field)
@@ -160,7 +204,9 @@ def check_template(source: str, field: str) -> None:
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            return nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
@@ -168,4 +214,6 @@ def check_template(source: str, field: str) -> None:
     try:
         environment.parse(source)
     except TemplateSyntaxError as error:
-        raise ValueError(f"{field} has a syntax error in line {error.lineno}: {error.message}") from None
+        raise ValueError(
+            f"{field} has a syntax error in line {error.lineno}: {error.message}"
+        ) from None

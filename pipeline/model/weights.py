@@ -70,7 +70,9 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         self._file_of = dict(sorted(names.items(), key=lambda item: item[1]))
         missing = [name for name in sorted(set(names.values())) if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder / missing[0]} is missing, though {index.name} lists it")
+            raise FileNotFoundError(
+                f"{folder / missing[0]} is missing, though {index.name} lists it"
+            )
         self._open: tuple[str, safe_open] | None = None
         self._opening = threading.Lock()
 
@@ -142,13 +144,17 @@ def file_source(files: WeightFiles, name: str) -> Source:
 
 
 def not_finite(tensor: torch.Tensor) -> str | None:
-    """"NaN" or "infinity" where the tensor holds one; None where all is finite, or it holds no floating point."""
+    """ "NaN" or "infinity" where the tensor holds one; None where all is finite, or it holds no floating point."""
     if not tensor.is_floating_point():
         return None
     for part in tensor.detach().reshape(-1).split(_CHUNK):
         # A sum takes a tenth of isfinite's time; it may overflow where all is finite, so it only says where to look.
         # The common types need no copy for it; float16 would overflow all the time, and 8 bits have no sum.
-        total = part.sum() if part.dtype in (torch.bfloat16, torch.float32, torch.float64) else part.float().sum()
+        total = (
+            part.sum()
+            if part.dtype in (torch.bfloat16, torch.float32, torch.float64)
+            else part.float().sum()
+        )
         if not math.isfinite(total.item()) and not torch.isfinite(part).all():
             return "NaN" if part.isnan().any() else "infinity"
     return None
@@ -159,7 +165,9 @@ def tensor_source(tensor: torch.Tensor) -> Source:
     return lambda start, stop: tensor.reshape(-1)[start:stop]
 
 
-def placeholder(shape: Iterable[int], dtype: torch.dtype, requires_grad: bool = False) -> nn.Parameter:
+def placeholder(
+    shape: Iterable[int], dtype: torch.dtype, requires_grad: bool = False
+) -> nn.Parameter:
     """A parameter of that shape on the CPU that takes the memory of one element: its value comes from a source."""
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(*shape), requires_grad=requires_grad)
 
@@ -200,7 +208,12 @@ def fill(sources: Sources, device: torch.device | str = "cpu") -> None:
         parameter.data = value
 
 
-def write_sharded(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, stem: str = "model", max_bytes: int = MAX_FILE_BYTES) -> None:
+def write_sharded(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    stem: str = "model",
+    max_bytes: int = MAX_FILE_BYTES,
+) -> None:
     """Write named tensors as they come: `<stem>.safetensors`, or several files and their index as transformers and vLLM read it.
 
     Holds one file's tensors at the most (`max_bytes`, or one tensor where that is larger). Re-opens what it wrote; AssertionError where a
@@ -211,26 +224,47 @@ def write_sharded(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, ste
     parts: list[list[str]] = []
     total = 0
     for part in _packed(tensors, max_bytes):
-        assert not part.keys() & shapes.keys(), f"{sorted(part.keys() & shapes.keys())[0]} came twice"
+        assert not part.keys() & shapes.keys(), (
+            f"{sorted(part.keys() & shapes.keys())[0]} came twice"
+        )
         shapes |= {name: tensor.shape for name, tensor in part.items()}
         total += sum(map(_bytes, part.values()))
         # Contiguous copies of views: safetensors refuses tensors that share memory.
         held = Counter(tensor.untyped_storage().data_ptr() for tensor in part.values())
-        alone = {name for name, tensor in part.items() if held[tensor.untyped_storage().data_ptr()] == 1}
-        owned = {name: tensor.contiguous() if name in alone else tensor.clone() for name, tensor in part.items()}
+        alone = {
+            name for name, tensor in part.items() if held[tensor.untyped_storage().data_ptr()] == 1
+        }
+        owned = {
+            name: tensor.contiguous() if name in alone else tensor.clone()
+            for name, tensor in part.items()
+        }
         save_file(owned, folder / f"{stem}-{len(parts) + 1:05d}.part", metadata={"format": "pt"})
         parts.append(list(part))
         del part, owned  # before the next part is collected
-    names = [f"{stem}-{number + 1:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else f"{stem}.safetensors" for number in range(len(parts))]
+    names = [
+        f"{stem}-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        if len(parts) > 1
+        else f"{stem}.safetensors"
+        for number in range(len(parts))
+    ]
     for number, name in enumerate(names):
         (folder / f"{stem}-{number + 1:05d}.part").replace(folder / name)
     if len(parts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, part in zip(names, parts, strict=True) for name in part}}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {
+                name: file for file, part in zip(names, parts, strict=True) for name in part
+            },
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )
     _check(WeightFiles(folder, stem), shapes)
 
 
-def _packed(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+def _packed(
+    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
     part: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -251,12 +285,16 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _check(files: WeightFiles, shapes: dict[str, torch.Size]) -> None:
     assert set(files) == set(shapes), f"{files.folder} does not hold the tensors that were written"
     for name in files:
-        assert files.shape(name) == tuple(shapes[name]), f"{name} changed its shape in {files.folder}"
+        assert files.shape(name) == tuple(shapes[name]), (
+            f"{name} changed its shape in {files.folder}"
+        )
         assert torch.isfinite(files[name]).all(), f"{name} in {files.folder} is not finite"
 
 
 def merged(
-    base: Mapping[str, torch.Tensor], updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scaling: float,
+    base: Mapping[str, torch.Tensor],
+    updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    scaling: float,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The base's tensors with low-rank updates added, one at a time, in the order and under the names of the files.

@@ -45,10 +45,20 @@ class Targets:
         supervised = following != IGNORE
         columns = supervised.any(dim=0).nonzero().squeeze(1)
         kept = supervised[:, columns]
-        return cls(columns, kept.flatten().nonzero().squeeze(1), following[:, columns][kept], kept.nonzero()[:, 0])
+        return cls(
+            columns,
+            kept.flatten().nonzero().squeeze(1),
+            following[:, columns][kept],
+            kept.nonzero()[:, 0],
+        )
 
     def to(self, device: torch.device | str) -> Targets:
-        return Targets(*(_moved(tensor, device) for tensor in (self.columns, self.places, self.tokens, self.rows)))
+        return Targets(
+            *(
+                _moved(tensor, device)
+                for tensor in (self.columns, self.places, self.tokens, self.rows)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,12 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> MicroBatch:
         """What a pass needs of it, there; labels stay, of which targets say all."""
         packed = self.packed and self.packed.to(device)
-        return replace(self, input_ids=_moved(self.input_ids, device), targets=self.targets.to(device), packed=packed)
+        return replace(
+            self,
+            input_ids=_moved(self.input_ids, device),
+            targets=self.targets.to(device),
+            packed=packed,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,10 @@ class PairBatch:
     def to(self, device: torch.device | str) -> PairBatch:
         """As MicroBatch's."""
         return replace(
-            self, input_ids=_moved(self.input_ids, device), weights=_moved(self.weights, device), targets=self.targets.to(device)
+            self,
+            input_ids=_moved(self.input_ids, device),
+            weights=_moved(self.weights, device),
+            targets=self.targets.to(device),
         )
 
 
@@ -152,7 +170,8 @@ class BatchOrder:
         """Sample indices of global step `step` (from 0)."""
         first = step * self.batch_size
         return [
-            self._epoch(position // self.num_samples)[position % self.num_samples] for position in range(first, first + self.batch_size)
+            self._epoch(position // self.num_samples)[position % self.num_samples]
+            for position in range(first, first + self.batch_size)
         ]
 
     def _epoch(self, epoch: int) -> list[int]:
@@ -185,7 +204,10 @@ def micro_batches(
     batches = []
     for number, (chunk, weight) in enumerate(chunks):
         if number % world_size == rank:
-            ids, labels = zip(*((chosen[i]["input_ids"], _weighed(chosen[i]["labels"], weight)) for i in chunk), strict=True)
+            ids, labels = zip(
+                *((chosen[i]["input_ids"], _weighed(chosen[i]["labels"], weight)) for i in chunk),
+                strict=True,
+            )
             lengths = list(map(len, ids))
             packed = Packed.of(lengths) if packing and len(chunk) > 1 else None
             tensors = _end_to_end(ids, labels) if packed else pad_rows(ids, labels, pad_id)
@@ -195,16 +217,34 @@ def micro_batches(
 
 
 def pair_batches(
-    rows: Sequence[dict[str, Any]], indices: list[int], micro_batch_size: int, rank: int, world_size: int, pad_id: int, seed: int, step: int
+    rows: Sequence[dict[str, Any]],
+    indices: list[int],
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    pad_id: int,
+    seed: int,
+    step: int,
 ):
     """This rank's PairBatches of one step. rows[i]: chosen_/rejected_ input_ids and labels."""
     batches = []
     for number, (chunk, weight) in enumerate(_chunks(indices, micro_batch_size, world_size)):
         if number % world_size == rank:
             ids = [rows[i][f"{side}_input_ids"] for side in ("chosen", "rejected") for i in chunk]
-            labels = [_weighed(rows[i][f"{side}_labels"], weight) for side in ("chosen", "rejected") for i in chunk]
+            labels = [
+                _weighed(rows[i][f"{side}_labels"], weight)
+                for side in ("chosen", "rejected")
+                for i in chunk
+            ]
             weights = torch.full((len(chunk),), weight)
-            batches.append(PairBatch(*pad_rows(ids, labels, pad_id), weights, len(indices), _mask_seed(seed, step, number)))
+            batches.append(
+                PairBatch(
+                    *pad_rows(ids, labels, pad_id),
+                    weights,
+                    len(indices),
+                    _mask_seed(seed, step, number),
+                )
+            )
     return batches
 
 
@@ -223,13 +263,20 @@ def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[i
     """
     number = accumulation(len(indices), size, world_size) * world_size
     if len(indices) < number:
-        return [([index], 1.0) for index in indices] + [(indices[-1:], 0.0)] * (number - len(indices))
+        return [([index], 1.0) for index in indices] + [(indices[-1:], 0.0)] * (
+            number - len(indices)
+        )
     bounds = [round(part * len(indices) / number) for part in range(number + 1)]
     return [(indices[start:stop], 1.0) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def _budgeted(
-    indices: list[int], lengths: list[int], budget: int, world_size: int, most: int | None, packing: bool
+    indices: list[int],
+    lengths: list[int],
+    budget: int,
+    world_size: int,
+    most: int | None,
+    packing: bool,
 ) -> list[tuple[list[int], float]]:
     """As _chunks, but of at most `budget` tokens each. lengths: of the samples. The filler is the shortest row."""
     divided = (buckets.pack if packing else buckets.cut)(lengths, budget, world_size, most)
@@ -241,7 +288,9 @@ def _budgeted(
 Sequences = Sequence[Sequence[int]]
 
 
-def pad_rows(input_ids: Sequences, labels: Sequences, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(
+    input_ids: Sequences, labels: Sequences, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and labels, int64 (B, T), right-padded to the longest row."""
     width = max(len(ids) for ids in input_ids)
 
@@ -256,7 +305,9 @@ def pad_rows(input_ids: Sequences, labels: Sequences, pad_id: int) -> tuple[torc
 
 def _end_to_end(input_ids: Sequences, labels: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and labels, int64 (1, T), of samples in one row; their first tokens are nobody's to foretell."""
-    ids, following = (np.concatenate([np.asarray(row, np.int64) for row in rows]) for rows in (input_ids, labels))
+    ids, following = (
+        np.concatenate([np.asarray(row, np.int64) for row in rows]) for rows in (input_ids, labels)
+    )
     following[np.cumsum([0, *map(len, labels[:-1])])] = IGNORE
     return torch.from_numpy(ids)[None], torch.from_numpy(following)[None]
 

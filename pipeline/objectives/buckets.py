@@ -25,19 +25,28 @@ def cut(lengths: Sequence[int], budget: int, ranks: int, most: int | None = None
     Neighbours cost nearly the same. So ranks that take them in turn have about as much to do in every pass, and wait
     little for each other's weights.
     """
-    assert lengths and max(lengths) <= budget, "a row is longer than the token budget: the recipe's check lets none by"
+    assert lengths and max(lengths) <= budget, (
+        "a row is longer than the token budget: the recipe's check lets none by"
+    )
     # Rows of equal length stay in the step's order, so that the cut depends on nothing else.
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     most = most or len(lengths)
     least = len(_filled(lengths, order, budget, most))
     number = min(-(-least // ranks) * ranks, len(lengths))
     low, high = max(lengths), budget
-    while low < high:  # the lowest bound that so many micro-batches can keep: all are then of about the same cost
+    # the lowest bound that so many micro-batches can keep: all are then of about the same cost
+    while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(lengths, order, middle, most)) <= number else (middle + 1, high)
+        low, high = (
+            (low, middle)
+            if len(_filled(lengths, order, middle, most)) <= number
+            else (middle + 1, high)
+        )
     chunks = _filled(lengths, order, low, most)
     while len(chunks) < number:
-        costliest = max((chunk for chunk in chunks if len(chunk) > 1), key=lambda chunk: cost(lengths, chunk))
+        costliest = max(
+            (chunk for chunk in chunks if len(chunk) > 1), key=lambda chunk: cost(lengths, chunk)
+        )
         chunks.remove(costliest)
         half = len(costliest) // 2
         chunks += [costliest[:half], costliest[half:]]
@@ -51,7 +60,9 @@ def pack(lengths: Sequence[int], budget: int, ranks: int, most: int | None = Non
     NP-hard), rounded up to a multiple of `ranks`. Then the longest row goes to the emptiest micro-batch, and so on,
     which levels them; where that does not keep the budget, first-fit's own are kept, and the longest halved.
     """
-    assert lengths and max(lengths) <= budget, "a row is longer than the token budget: the recipe's check lets none by"
+    assert lengths and max(lengths) <= budget, (
+        "a row is longer than the token budget: the recipe's check lets none by"
+    )
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     most = most or len(lengths)
     fitted = _first_fit(lengths, order, budget, most)
@@ -60,7 +71,10 @@ def pack(lengths: Sequence[int], budget: int, ranks: int, most: int | None = Non
     if any(_total(lengths, chunk) > budget or len(chunk) > most for chunk in chunks):
         chunks = fitted
         while len(chunks) < number:
-            costliest = max((chunk for chunk in chunks if len(chunk) > 1), key=lambda chunk: _total(lengths, chunk))
+            costliest = max(
+                (chunk for chunk in chunks if len(chunk) > 1),
+                key=lambda chunk: _total(lengths, chunk),
+            )
             chunks.remove(costliest)
             chunks += [costliest[::2], costliest[1::2]]
     return sorted(chunks, key=lambda chunk: -_total(lengths, chunk))
@@ -70,7 +84,11 @@ def _first_fit(lengths: Sequence[int], order: Sequence[int], budget: int, most: 
     chunks: list[Chunk] = []
     left: list[int] = []
     for position in order:
-        fits = (number for number, room in enumerate(left) if lengths[position] <= room and len(chunks[number]) < most)
+        fits = (
+            number
+            for number, room in enumerate(left)
+            if lengths[position] <= room and len(chunks[number]) < most
+        )
         number = next(fits, len(chunks))
         if number == len(chunks):
             chunks.append([])
@@ -104,7 +122,11 @@ def _filled(lengths: Sequence[int], order: Sequence[int], bound: int, most: int)
     """The fewest micro-batches that cost at most `bound` each and have at most `most` rows: from the longest row on, each takes all that it can."""
     chunks: list[Chunk] = []
     for position in order:
-        if not chunks or len(chunks[-1]) == most or (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] > bound:
+        if (
+            not chunks
+            or len(chunks[-1]) == most
+            or (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] > bound
+        ):
             chunks.append([])
         chunks[-1].append(position)
     return chunks

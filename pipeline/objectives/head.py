@@ -22,11 +22,15 @@ from transformers import PreTrainedModel
 from pipeline.objectives.batches import Targets
 from pipeline.objectives.logits import MOST_LOGITS, touches_logits
 
-_CAPPING = re.compile(r"if self\.config\.final_logit_softcapping is not None:\n(?:\s+logits = .*\n)+")
+_CAPPING = re.compile(
+    r"if self\.config\.final_logit_softcapping is not None:\n(?:\s+logits = .*\n)+"
+)
 _heads: weakref.WeakKeyDictionary[nn.Module, nn.Linear | None] = weakref.WeakKeyDictionary()
 
 
-def head_losses(model: nn.Module, logits: Callable[[], torch.Tensor], targets: Targets) -> torch.Tensor | None:
+def head_losses(
+    model: nn.Module, logits: Callable[[], torch.Tensor], targets: Targets
+) -> torch.Tensor | None:
     """Cross entropy (N,) of a batch's supervised tokens, in float32 (float64 for float64 models); None where all logits may be computed at once.
 
     logits: calls the model for those of `targets.columns`. None too where the model does something to its logits after the
@@ -43,10 +47,15 @@ def head_losses(model: nn.Module, logits: Callable[[], torch.Tensor], targets: T
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
     """The head, where losses can stand in for what it returns."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()  # it may be a function around a model
+    # it may be a function around a model
+    modules = model.modules() if isinstance(model, nn.Module) else ()
     inner = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     head = None if inner is None else inner.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or touches_logits(inner.config.get_text_config().to_dict()):
+    if (
+        type(head) is not nn.Linear
+        or head.bias is not None
+        or touches_logits(inner.config.get_text_config().to_dict())
+    ):
         return None
     try:
         source = inspect.getsource(type(inner).forward)
@@ -62,12 +71,15 @@ def _answering(head: nn.Linear, targets: Targets):
     """Inside the block the head answers with losses; its weights and hooks are its own."""
 
     def losses(hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.shape[1] != len(targets.columns):  # a model that takes no notice of logits_to_keep
+        # a model that takes no notice of logits_to_keep
+        if hidden.shape[1] != len(targets.columns):
             hidden = hidden[:, targets.columns]
         hidden = hidden.flatten(0, 1)
         if len(targets.places) < len(hidden):
             hidden = hidden[targets.places]
-        return _TokenLosses.apply(hidden, head.weight, targets.tokens, max(1, MOST_LOGITS // head.out_features))
+        return _TokenLosses.apply(
+            hidden, head.weight, targets.tokens, max(1, MOST_LOGITS // head.out_features)
+        )
 
     assert "forward" not in vars(head), "the head is asked for losses already"
     head.forward = losses
@@ -93,7 +105,9 @@ class _TokenLosses(torch.autograd.Function):
             if gradient is not None:
                 gradient[part] = _error(logits, total, tokens[part]).to(hidden.dtype) @ weight
         # The weight itself, not a view: the engines free and gather it in between.
-        ctx.save_for_backward(gradient, *((hidden, weight, tokens) if ctx.needs_input_grad[1] else ()))
+        ctx.save_for_backward(
+            gradient, *((hidden, weight, tokens) if ctx.needs_input_grad[1] else ())
+        )
         ctx.chunk = chunk
         return losses
 
@@ -101,11 +115,21 @@ class _TokenLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         gradient, *rest = ctx.saved_tensors
-        of_hidden = None if gradient is None else (gradient.to(upstream.dtype) * upstream[:, None]).to(gradient.dtype)
+        of_hidden = (
+            None
+            if gradient is None
+            else (gradient.to(upstream.dtype) * upstream[:, None]).to(gradient.dtype)
+        )
         return of_hidden, _weight_gradient(*rest, upstream, ctx.chunk) if rest else None, None, None
 
 
-def _weight_gradient(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, upstream: torch.Tensor, chunk: int) -> torch.Tensor:
+def _weight_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    upstream: torch.Tensor,
+    chunk: int,
+) -> torch.Tensor:
     # In float32: a running sum in bfloat16 is rounded once a chunk, and one product of all tokens once.
     found = torch.zeros_like(weight, dtype=upstream.dtype)
     for part in _parts(len(hidden), chunk):

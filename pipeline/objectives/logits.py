@@ -11,4 +11,6 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 def touches_logits(config: dict[str, Any]) -> bool:
     """Whether a decoder with this config does something to its logits after the head: they are computed whole then."""
-    return config.get("final_logit_softcapping") is not None or any(config.get(name) not in (None, 1) for name in _SCALES)
+    return config.get("final_logit_softcapping") is not None or any(
+        config.get(name) not in (None, 1) for name in _SCALES
+    )

@@ -36,7 +36,9 @@ def safety_loss(contrastive: str):
         sums = zeros.index_add(0, rows, token_losses)
         counts = zeros.index_add(0, rows, torch.ones_like(token_losses)).clamp(min=1)
         chosen, rejected = (sums / counts).split(pairs)
-        values = chosen - rejected if contrastive == "difference" else -F.logsigmoid(rejected - chosen)
+        values = (
+            chosen - rejected if contrastive == "difference" else -F.logsigmoid(rejected - chosen)
+        )
         return (values * batch.weights).sum() / batch.global_pairs
 
     return loss
@@ -53,7 +55,9 @@ def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tens
     def computed() -> torch.Tensor:
         with rows_hold(packed):
             given = row_arguments(model, batch.input_ids, packed)
-            return model(input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False, **given).logits
+            return model(
+                input_ids=batch.input_ids, logits_to_keep=targets.columns, use_cache=False, **given
+            ).logits
 
     losses = head_losses(model, computed, targets)
     if losses is not None:
@@ -76,7 +80,14 @@ def dropout_seed(seed: int) -> Iterator[None]:
     A recomputing backward pass gets them too, because checkpointing keeps the generator's state of the forward pass.
     """
     # Not torch.manual_seed: it has a stack trace written for every kind of accelerator that is not there, at each call.
-    generators = [torch.default_generator, *([torch.cuda.default_generators[torch.cuda.current_device()]] if torch.cuda.is_initialized() else [])]
+    generators = [
+        torch.default_generator,
+        *(
+            [torch.cuda.default_generators[torch.cuda.current_device()]]
+            if torch.cuda.is_initialized()
+            else []
+        ),
+    ]
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:

@@ -30,7 +30,9 @@ def rows_hold(packed: Packed | None) -> AbstractContextManager[None]:
     return samples_in_rows(samples, packed is not None)
 
 
-def row_arguments(model: nn.Module, input_ids: torch.Tensor, packed: Packed | None) -> dict[str, Any]:
+def row_arguments(
+    model: nn.Module, input_ids: torch.Tensor, packed: Packed | None
+) -> dict[str, Any]:
     """What a model is given beside tokens (B, T): positions of a packed row, and FlashAttention's borders.
 
     FlashAttention takes no mask: its form for samples of any length is told where each begins. Where there is one row,
@@ -41,11 +43,14 @@ def row_arguments(model: nn.Module, input_ids: torch.Tensor, packed: Packed | No
         length = input_ids.shape[1]
         whole = torch.arange(2, dtype=torch.int32, device=input_ids.device) * length
         borders, longest = (whole, length) if packed is None else (packed.borders, packed.longest)
-        found |= {f"cu_seq_lens_{side}": borders for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
+        found |= {f"cu_seq_lens_{side}": borders for side in "qk"} | {
+            f"max_length_{side}": longest for side in "qk"
+        }
     return found
 
 
 def _flash(model: nn.Module) -> bool:
-    modules = model.modules() if isinstance(model, nn.Module) else ()  # it may be a function around a model
+    # it may be a function around a model
+    modules = model.modules() if isinstance(model, nn.Module) else ()
     inner = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     return inner is not None and "flash" in attention_of(inner.config)

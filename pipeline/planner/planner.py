@@ -28,14 +28,17 @@ from pipeline.recipe.recipe import Cell, Experiment, Recipe
 from pipeline.recipe.sections import DefenceSection, SafetyPairsSection, TrainSection
 from pipeline.running import devices
 
-FITTED_SHARE = 0.9  # of a GPU's memory, up to which gradient_checkpointing auto fills it: the rest is for fragments
+# of a GPU's memory, up to which gradient_checkpointing auto fills it: the rest is for fragments
+FITTED_SHARE = 0.9
 CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
-TFLOPS, UTILISATION = 312.0, 0.35  # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
+# A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
+TFLOPS, UTILISATION = 312.0, 0.35
 # DeepSpeed's defaults of what is read here (deepspeed/runtime/zero/config.py).
 ZERO_DEFAULTS = {
     "reduce_bucket_size": 500_000_000, "stage3_param_persistence_threshold": 100_000, "stage3_max_reuse_distance": 1_000_000_000,
     "sub_group_size": 1_000_000_000,
 }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -49,10 +52,12 @@ class Plan:
     ranks: int
     max_length: int
     safety_max_length: int
-    defences: tuple[tuple[Defence, DefenceSection], ...] = ()  # those that are enabled, with their sections
+    # those that are enabled, with their sections
+    defences: tuple[tuple[Defence, DefenceSection], ...] = ()
     pairs: SafetyPairsSection = SafetyPairsSection()
     recomputed: int | None = None  # decoder layers, for train.gradient_checkpointing auto
-    masked: bool = False  # whether attention works through a packed row whole, and a mask keeps its samples apart
+    # whether attention works through a packed row whole, and a mask keeps its samples apart
+    masked: bool = False
 
     @property
     def recomputed_layers(self) -> int:
@@ -69,29 +74,50 @@ class Plan:
         if self.train.gradient_checkpointing != "auto":
             return self
         plans = (replace(self, recomputed=count) for count in range(self.model.layers))
-        return next((plan for plan in plans if plan.total() <= memory), replace(self, recomputed=self.model.layers))
+        return next(
+            (plan for plan in plans if plan.total() <= memory),
+            replace(self, recomputed=self.model.layers),
+        )
 
     def rows(self) -> list[Row]:
         """Every part, in bytes per GPU on the rank that holds the most."""
-        rows = [*_state(self), Row("CUDA and NCCL", "an allowance, assumed", CUDA_ALLOWANCE, "always"), *_gathered(self), *_activations(self)]
+        rows = [
+            *_state(self),
+            Row("CUDA and NCCL", "an allowance, assumed", CUDA_ALLOWANCE, "always"),
+            *_gathered(self),
+            *_activations(self),
+        ]
         return sorted(rows, key=lambda row: get_args(Moment).index(row.moment))
 
     def total(self) -> float:
         """Bytes per GPU at one time: what is always there, and the larger of a pass and what comes between passes."""
-        always, in_a_pass, between = (sum(row.bytes for row in self.rows() if row.moment == moment) for moment in get_args(Moment))
+        always, in_a_pass, between = (
+            sum(row.bytes for row in self.rows() if row.moment == moment)
+            for moment in get_args(Moment)
+        )
         return always + max(in_a_pass, between)
 
     def table(self, gpu_gb: float) -> str:
         """All parts in GB (1e9 bytes); the last line is the total and its share of a GPU of `gpu_gb`."""
         lines = [f"{'GB per GPU':<24}{'':>6}  {'when':<9}  from"]
-        lines += [f"{row.part:<24}{row.bytes / 1e9:>6.2f}  {row.moment:<9}  {row.formula}" for row in self.rows()]
+        lines += [
+            f"{row.part:<24}{row.bytes / 1e9:>6.2f}  {row.moment:<9}  {row.formula}"
+            for row in self.rows()
+        ]
         total = self.total() / 1e9
-        return "\n".join([*lines, f"{'most at one time':<24}{total:>6.2f}  {'':<9}  {total / gpu_gb:.0%} of a GPU of {gpu_gb:g} GB"])
+        return "\n".join(
+            [
+                *lines,
+                f"{'most at one time':<24}{total:>6.2f}  {'':<9}  {total / gpu_gb:.0%} of a GPU of {gpu_gb:g} GB",
+            ]
+        )
 
     def check(self) -> None:
         """ValueError where the batch sizes do not divide by the ranks, the engine takes one only, or a defence does not fit the model."""
         if self.train.engine == "single" and self.ranks > 1:
-            raise ValueError(f"train.engine single runs one process, not {self.ranks}: use engine zero3 or fsdp2")
+            raise ValueError(
+                f"train.engine single runs one process, not {self.ranks}: use engine zero3 or fsdp2"
+            )
         check_shares("train.batch_size", self.train.batch_size, self.ranks)
         for defence, section in self.defences:
             defence.fits(section, self.model.layers)
@@ -143,9 +169,24 @@ def estimate(
     """
     nf4, zero = quantization == "nf4", (ds_config or {}).get("zero_optimization", {})
     counted = count_model(facts, train, dtype_bytes, nf4, eager)
-    defences = () if of_cell is None else tuple((defence, getattr(of_cell, name)) for name, defence in enabled(of_cell))
+    defences = (
+        ()
+        if of_cell is None
+        else tuple((defence, getattr(of_cell, name)) for name, defence in enabled(of_cell))
+    )
     pairs = SafetyPairsSection() if of_cell is None else of_cell.safety_pairs
-    plan = Plan(counted, train, zero, dtype_bytes, nf4, ranks, max_length, safety_max_length, defences, pairs)
+    plan = Plan(
+        counted,
+        train,
+        zero,
+        dtype_bytes,
+        nf4,
+        ranks,
+        max_length,
+        safety_max_length,
+        defences,
+        pairs,
+    )
     plan.check()
     return plan
 
@@ -161,7 +202,17 @@ def estimate_training(
     ds_config = read_ds_config(train, ranks) if train.engine == "zero3" else None
     width, attention = 4 if dtype == "float32" else 2, attention or devices.attention(section)
     lengths = (data.max_length, data.safety_max_length)
-    plan = estimate(facts, train, of_cell, ds_config, width, section.quantization, ranks, *lengths, attention == "eager")
+    plan = estimate(
+        facts,
+        train,
+        of_cell,
+        ds_config,
+        width,
+        section.quantization,
+        ranks,
+        *lengths,
+        attention == "eager",
+    )
     plan = replace(plan, masked=train.packing and attention in ("eager", "sdpa"))
     plan.check()
     return plan
@@ -175,7 +226,9 @@ def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> 
     base = experiment.base
     dtype = "bfloat16" if base.model.dtype == "auto" else base.model.dtype
     attention = "sdpa" if base.model.attention == "auto" and not devices.gpus() else None
-    plan = estimate_training(base, outlined(base.model), cell.recipe.train, cell.recipe, ranks, dtype, attention).fitted(FITTED_SHARE * gpu_gb * 1e9)
+    plan = estimate_training(
+        base, outlined(base.model), cell.recipe.train, cell.recipe, ranks, dtype, attention
+    ).fitted(FITTED_SHARE * gpu_gb * 1e9)
     head = f"{experiment.base.name}, method {cell.method}, {plan.train.engine} on {ranks} GPUs. Arithmetic: nothing here was run on a GPU."
     return "\n".join([head, plan.table(gpu_gb), plan.time()])
 
@@ -187,19 +240,51 @@ def _state(plan: Plan) -> list[Row]:
     norm takes a float32 copy, and float64 ones of two flat tensors (Engine.dot). AdamW's update takes less.
     """
     engine, ranks = plan.train.engine, plan.ranks
-    trained, frozen = ([weight for weight in plan.model.weights if weight.trained is which] for which in (True, False))
-    numel, local = sum(weight.numel for weight in trained), sum(weight.held(engine, ranks) for weight in trained)
+    trained, frozen = (
+        [weight for weight in plan.model.weights if weight.trained is which]
+        for which in (True, False)
+    )
+    numel, local = (
+        sum(weight.numel for weight in trained),
+        sum(weight.held(engine, ranks) for weight in trained),
+    )
     width = plan.dtype_bytes if engine == "zero3" and plan.train.adapter == "full" else 4
     master = 4 if engine == "zero3" else 0
-    how = f"0.5 + 4/{NF4_BLOCK} bytes a weight in nf4, else {plan.dtype_bytes}" if plan.quantized else f"{plan.dtype_bytes} bytes a weight"
-    count, held = f"{_short(numel)} / {ranks}", sum(weight.held(engine, ranks) * weight.width for weight in frozen)
-    flat = min(local, _zero(plan, "sub_group_size")) if engine == "zero3" else max(weight.held(engine, ranks) for weight in trained)
+    how = (
+        f"0.5 + 4/{NF4_BLOCK} bytes a weight in nf4, else {plan.dtype_bytes}"
+        if plan.quantized
+        else f"{plan.dtype_bytes} bytes a weight"
+    )
+    count, held = (
+        f"{_short(numel)} / {ranks}",
+        sum(weight.held(engine, ranks) * weight.width for weight in frozen),
+    )
+    flat = (
+        min(local, _zero(plan, "sub_group_size"))
+        if engine == "zero3"
+        else max(weight.held(engine, ranks) for weight in trained)
+    )
     rows = [
-        Row("frozen weights", f"{sum(_split(frozen)) / 1e9:.2f} GB ({how}) / {ranks}", held, "always"),
-        Row("trained weights", f"{count} x ({width}{' + 4 of a float32 master' if master else ''}) bytes", local * (width + master), "always"),
+        Row(
+            "frozen weights",
+            f"{sum(_split(frozen)) / 1e9:.2f} GB ({how}) / {ranks}",
+            held,
+            "always",
+        ),
+        Row(
+            "trained weights",
+            f"{count} x ({width}{' + 4 of a float32 master' if master else ''}) bytes",
+            local * (width + master),
+            "always",
+        ),
         Row("gradients", f"{count} x {width} bytes", local * width, "always"),
         Row("AdamW's moments", f"{count} x 2 x 4 bytes", local * 8, "always"),
-        Row("norms, update", f"{count} x 4 bytes, {_short(flat)} x 2 x 8 bytes", 4 * local + 16 * flat, "between"),
+        Row(
+            "norms, update",
+            f"{count} x 4 bytes, {_short(flat)} x 2 x 8 bytes",
+            4 * local + 16 * flat,
+            "between",
+        ),
     ]
     sizes = Sizes(count, local, width, master, plan.model.hidden, plan.model.layers)
     own = (row for defence, section in plan.defences for row in defence.memory(section, sizes))
@@ -212,7 +297,9 @@ def _state(plan: Plan) -> list[Row]:
     elif engine == "fsdp2":
         inner = sum(weight.numel for weight in trained if weight.in_layer)
         group = max(inner // plan.model.layers, numel - inner)
-        whole = numel if reduces_once(numel, sum(weight.numel for weight in plan.model.weights)) else 0
+        whole = (
+            numel if reduces_once(numel, sum(weight.numel for weight in plan.model.weights)) else 0
+        )
         formula = f"{_short(group)} of the largest group, twice{f', + {_short(whole)} whole' if whole else ''}, x 4 bytes"
         rows.append(Row("gradients reduced", formula, group * 8 + whole * 4, "in a pass"))
     return rows
@@ -230,15 +317,27 @@ def _gathered(plan: Plan) -> list[Row]:
     (others, small), layers = _moving(plan), plan.model.layers
     inner, outer = _split(others)
     if plan.train.engine == "zero3" and plan.ranks > 1:
-        everything, first = sum(w.numel for w in others), sum(w.numel for w in others if not w.in_layer)
+        everything, first = (
+            sum(w.numel for w in others),
+            sum(w.numel for w in others if not w.in_layer),
+        )
         largest = max((w.numel for w in others), default=0)
         layer = max(sum(w.numel for w in plan.model.weights if w.in_layer) // layers, 1)
-        sizes = fetched_by_layer(plan.zero, layer, sum(w.numel for w in plan.model.weights if not w.in_layer))
-        ahead, most = (_zero(replace(plan, zero=sizes), f"stage3_{name}") for name in ("prefetch_bucket_size", "max_live_parameters"))
+        sizes = fetched_by_layer(
+            plan.zero, layer, sum(w.numel for w in plan.model.weights if not w.in_layer)
+        )
+        ahead, most = (
+            _zero(replace(plan, zero=sizes), f"stage3_{name}")
+            for name in ("prefetch_bucket_size", "max_live_parameters")
+        )
         reach = max(most, _zero(plan, "stage3_max_reuse_distance") // 2, layer)
         live, bucket = min(reach + 2 * largest, everything), min(ahead + largest, everything)
         # Embeddings and head first: they are the widest where layers are in 4 bits.
-        size = sum(min(part / max(first, 1), 1) * outer + max(part - first, 0) * inner / max(everything - first, 1) for part in (live, bucket))
+        size = sum(
+            min(part / max(first, 1), 1) * outer
+            + max(part - first, 0) * inner / max(everything - first, 1)
+            for part in (live, bucket)
+        )
         formula = f"{_short(live)} live + {_short(bucket)} in the bucket that arrives; {small / 1e9:.2f} GB persistent"
         rows.append(Row("gathered weights", formula, size + small, "in a pass"))
     elif plan.train.engine == "fsdp2" and plan.ranks > 1:
@@ -246,7 +345,14 @@ def _gathered(plan: Plan) -> list[Row]:
         rows.append(Row("gathered weights", formula, 3 * inner / layers + outer, "in a pass"))
     if plan.quantized:
         largest = max(out * into for out, into in plan.model.linears)
-        rows.append(Row("dequantised weight", f"{_short(largest)} x {plan.dtype_bytes} bytes", largest * plan.dtype_bytes, "in a pass"))
+        rows.append(
+            Row(
+                "dequantised weight",
+                f"{_short(largest)} x {plan.dtype_bytes} bytes",
+                largest * plan.dtype_bytes,
+                "in a pass",
+            )
+        )
     return rows
 
 
@@ -271,9 +377,12 @@ def _activations(plan: Plan) -> list[Row]:
     def kept_scores(length: int, masked: bool) -> int:
         if not model.eager:
             return b * length if masked else 0
-        return model.heads * length * (6 if b == 2 else 4)  # softmax in float32, then the dtype again
+        # softmax in float32, then the dtype again
+        return model.heads * length * (6 if b == 2 else 4)
 
-    tokens, length, masked = max(sizes, key=lambda size: (size[0] * (alone + kept_scores(*size[1:])), size))
+    tokens, length, masked = max(
+        sizes, key=lambda size: (size[0] * (alone + kept_scores(*size[1:])), size)
+    )
     scores = kept_scores(length, masked)
     saved = alone + scores
     if plan.train.adapter == "full":
@@ -282,21 +391,50 @@ def _activations(plan: Plan) -> list[Row]:
         saved += sum(4 * (into + plan.train.lora.r) for _, into in model.adapted)
     moving = 3 * b * model.intermediate + scores
     at_once = tokens if model.whole_logits else min(tokens, max(1, MOST_LOGITS // model.vocabulary))
-    rows = [Row("logits", f"{at_once} tokens x {model.vocabulary} x 3 copies of 4 bytes", at_once * model.vocabulary * 12, "in a pass")]
+    rows = [
+        Row(
+            "logits",
+            f"{at_once} tokens x {model.vocabulary} x 3 copies of 4 bytes",
+            at_once * model.vocabulary * 12,
+            "in a pass",
+        )
+    ]
     if plan.train.adapter == "full" and at_once < tokens:
         formula = f"{model.vocabulary} x {model.hidden} x (4 bytes, summed over chunks of tokens, + {b} of a chunk's)"
-        rows.append(Row("head's gradient", formula, model.vocabulary * model.hidden * (4 + b), "in a pass"))
+        rows.append(
+            Row("head's gradient", formula, model.vocabulary * model.hidden * (4 + b), "in a pass")
+        )
     if plan.masked:
         width = 1 + (b if model.eager else 0)
         formula = f"2 x {plan.span} x {plan.span} x {width} bytes"
         rows.append(Row("masks of packed rows", formula, 2 * plan.span**2 * width, "in a pass"))
     again = plan.recomputed_layers
-    parts = [(again, model.hidden * b, f"{model.hidden} x {b}"), (model.layers - again, saved, f"{saved:,}")]
-    formula = " + ".join(f"{count} layers x {tokens} tokens x {each} bytes" for count, _, each in parts if count)
-    rows.append(Row("kept for backward", formula, sum(count * tokens * kept for count, kept, _ in parts), "in a pass"))
+    parts = [
+        (again, model.hidden * b, f"{model.hidden} x {b}"),
+        (model.layers - again, saved, f"{saved:,}"),
+    ]
+    formula = " + ".join(
+        f"{count} layers x {tokens} tokens x {each} bytes" for count, _, each in parts if count
+    )
+    rows.append(
+        Row(
+            "kept for backward",
+            formula,
+            sum(count * tokens * kept for count, kept, _ in parts),
+            "in a pass",
+        )
+    )
     # The last layers come first on the way back: what they have kept is gone when the first one of the others is recomputed.
     moving += saved if again == model.layers else 0
-    return [*rows, Row("one layer in backward", f"{tokens} tokens x {moving:,} bytes", tokens * moving, "in a pass")]
+    return [
+        *rows,
+        Row(
+            "one layer in backward",
+            f"{tokens} tokens x {moving:,} bytes",
+            tokens * moving,
+            "in a pass",
+        ),
+    ]
 
 
 def _passes(plan: Plan) -> Passes:
@@ -315,12 +453,18 @@ def _costs(plan: Plan) -> Costs:
     # How many of full length a micro-batch holds.
     rows = train.micro_batch_size if budget is None else max(budget // plan.max_length, 1)
     share, steps = train.batch_size / plan.ranks, accumulation(train.batch_size, rows, plan.ranks)
-    pairs, turns = drawn.batch_size / plan.ranks, accumulation(drawn.batch_size, drawn.micro_batch_size, plan.ranks)
+    pairs, turns = (
+        drawn.batch_size / plan.ranks,
+        accumulation(drawn.batch_size, drawn.micro_batch_size, plan.ranks),
+    )
 
     def probe(share: float, through: int) -> Cost:
         # A rank whose share of the samples is none computes a copy of one.
         looked_at = share_of(train.batch_size, share)
-        passes, sequences = accumulation(looked_at, rows, plan.ranks), max(looked_at / plan.ranks, 1)
+        passes, sequences = (
+            accumulation(looked_at, rows, plan.ranks),
+            max(looked_at / plan.ranks, 1),
+        )
         return _pass(plan, sequences, plan.max_length, passes, through, False, plan.span)
 
     return Costs(
@@ -345,12 +489,17 @@ def _pass(
     a layer is recomputed or not.
     """
     model, train, span = plan.model, plan.train, span or length
-    linear, adapter = sum(out * into for out, into in model.linears), sum(train.lora.r * (out + into) for out, into in model.adapted)
+    linear, adapter = (
+        sum(out * into for out, into in model.linears),
+        sum(train.lora.r * (out + into) for out, into in model.adapted),
+    )
     forward = 2 * (linear + adapter) + 4 * span * model.queries
     learned = 2 * (linear if train.adapter == "full" else adapter) if of_weights else 0
     again = plan.recomputed_layers / model.layers
     backward = forward + 4 * span * model.queries + learned + again * forward
-    head = 2 * model.vocabulary * model.hidden * (3 if of_weights and train.adapter == "full" else 2)
+    head = (
+        2 * model.vocabulary * model.hidden * (3 if of_weights and train.adapter == "full" else 2)
+    )
     flops = sequences * length * (model.layers * forward + layers * backward + head)
     inner, outer = _split(_moving(plan)[0])
     received = outer + inner * (1 + layers / model.layers)
@@ -361,17 +510,29 @@ def _moving(plan: Plan) -> tuple[list[Weight], float]:
     """The tensors that are gathered for every pass, and the bytes of those that ZeRO-3 leaves whole."""
     bound = _zero(plan, "stage3_param_persistence_threshold") if plan.train.engine == "zero3" else 0
     weights = plan.model.weights
-    return [w for w in weights if w.numel > bound], sum(w.numel * w.width for w in weights if w.numel <= bound)
+    return [w for w in weights if w.numel > bound], sum(
+        w.numel * w.width for w in weights if w.numel <= bound
+    )
 
 
 def _split(weights: Sequence[Weight]) -> tuple[float, float]:
     """Bytes in decoder layers, and outside."""
-    return sum(w.numel * w.width for w in weights if w.in_layer), sum(w.numel * w.width for w in weights if not w.in_layer)
+    return sum(w.numel * w.width for w in weights if w.in_layer), sum(
+        w.numel * w.width for w in weights if not w.in_layer
+    )
 
 
 def _zero(plan: Plan, key: str) -> int:
-    return int(plan.zero.get(key, plan.zero.get(key.removeprefix("stage3_"), ZERO_DEFAULTS.get(key))))
+    return int(
+        plan.zero.get(key, plan.zero.get(key.removeprefix("stage3_"), ZERO_DEFAULTS.get(key)))
+    )
 
 
 def _short(count: float) -> str:
-    return f"{count / 1e9:.2f}e9" if count >= 1e8 else f"{count / 1e6:.1f}e6" if count >= 1e6 else f"{count:,.0f}"
+    return (
+        f"{count / 1e9:.2f}e9"
+        if count >= 1e8
+        else f"{count / 1e6:.1f}e6"
+        if count >= 1e6
+        else f"{count:,.0f}"
+    )

@@ -1,7 +1,7 @@
 """Which decoder layers a recipe means, for a model of a given depth. Needs no torch.
 
-    probed_layers("0.33:0.66", num_layers=30)      # sap.layers
-    read_layer(0.5, num_layers=30)                 # saft.layer
+probed_layers("0.33:0.66", num_layers=30)      # sap.layers
+read_layer(0.5, num_layers=30)                 # saft.layer
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ def probed_layers(layers: str | list[int] | list[float], num_layers: int) -> lis
         found = list(range(index(start, layers), index(stop, layers)))
     else:
         found = sorted(
-            {min(index(value, str(value)), num_layers - 1) if isinstance(value, float) else index(value, str(value)) for value in layers}
+            {
+                min(index(value, str(value)), num_layers - 1)
+                if isinstance(value, float)
+                else index(value, str(value))
+                for value in layers
+            }
         )
     if not found or found[-1] >= num_layers:
-        raise ValueError(f"sap.layers {layers} leaves no layer or one outside the model, which has the layers 0 to {num_layers - 1}")
+        raise ValueError(
+            f"sap.layers {layers} leaves no layer or one outside the model, which has the layers 0 to {num_layers - 1}"
+        )
     return found
 
 
@@ -38,5 +45,7 @@ def read_layer(layer: int | float, num_layers: int) -> int:
     """The index that saft.layer means in a model of `num_layers` decoder layers. ValueError where it has no such layer."""
     index = layer if isinstance(layer, int) else int(layer * num_layers)
     if index >= num_layers:
-        raise ValueError(f"saft.layer {layer} is outside the model: it has decoder layers 0 to {num_layers - 1}, or give a fraction of the depth such as 0.5")
+        raise ValueError(
+            f"saft.layer {layer} is outside the model: it has decoder layers 0 to {num_layers - 1}, or give a fraction of the depth such as 0.5"
+        )
     return index

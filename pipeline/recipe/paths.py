@@ -64,7 +64,9 @@ def check(raw: dict[str, Any], recipe: type[Section]) -> None:
 
 def written(raw: dict[str, Any], recipe: type[Section]) -> dict[str, Any]:
     """A copy of a resolved mapping in which paths are written so that resolving them again changes nothing."""
-    return _changed(raw, recipe, lambda text, kind, _: text if _stays(text, kind) else text.replace("$", "$$"))
+    return _changed(
+        raw, recipe, lambda text, kind, _: text if _stays(text, kind) else text.replace("$", "$$")
+    )
 
 
 def section_of(annotation: Any) -> type[Section] | None:
@@ -75,7 +77,9 @@ def section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _changed(raw: dict[str, Any], section: type[Section], change: Change, prefix: str = "") -> dict[str, Any]:
+def _changed(
+    raw: dict[str, Any], section: type[Section], change: Change, prefix: str = ""
+) -> dict[str, Any]:
     """A copy in which change(text, kind, dotted field) has replaced the text of every field that holds a path."""
     result = dict(raw)
     for name, value in raw.items():
@@ -87,13 +91,17 @@ def _changed(raw: dict[str, Any], section: type[Section], change: Change, prefix
             result[name] = _changed(value, section_of(field.annotation), change, f"{prefix}{name}.")
         elif isinstance(value, dict) and name == "methods" and not prefix:
             result[name] = {
-                method: _method(own, section, change, f"methods.{method}.") if isinstance(own, dict) else own
+                method: _method(own, section, change, f"methods.{method}.")
+                if isinstance(own, dict)
+                else own
                 for method, own in value.items()
             }
     return result
 
 
-def _method(own: dict[str, Any], recipe: type[Section], change: Change, prefix: str) -> dict[str, Any]:
+def _method(
+    own: dict[str, Any], recipe: type[Section], change: Change, prefix: str
+) -> dict[str, Any]:
     """A method's overrides, and the values that its grid goes through."""
     result = _changed(own, recipe, change, prefix)
     if isinstance(own.get("grid"), dict):
@@ -101,7 +109,10 @@ def _method(own: dict[str, Any], recipe: type[Section], change: Change, prefix: 
             marker = next(_markers(recipe, str(field).split(".")), None)
             if marker is not None and isinstance(values, list):
                 dotted = f"{prefix}grid.{field}"
-                changed = [change(value, marker.kind, dotted) if isinstance(value, str) else value for value in values]
+                changed = [
+                    change(value, marker.kind, dotted) if isinstance(value, str) else value
+                    for value in values
+                ]
                 result["grid"] = result["grid"] | {field: changed}
     return result
 
@@ -112,7 +123,9 @@ def _markers(section: type[Section] | None, names: list[Any]) -> Iterator[PathFi
     for name in names:
         field = section.model_fields.get(name) if section else None
         section = section_of(field.annotation) if field else None
-    yield from (marker for marker in (field.metadata if field else ()) if isinstance(marker, PathField))
+    yield from (
+        marker for marker in (field.metadata if field else ()) if isinstance(marker, PathField)
+    )
 
 
 def _stays(text: str, kind: str) -> bool:
@@ -146,11 +159,15 @@ def _resolved(text: str, kind: str, folder: Path) -> str:
 def _expanded(text: str) -> str:
     template = Template(text)
     if not template.is_valid():
-        raise ValueError("in which a $ stands before no variable's name: write $$ for the sign itself")
+        raise ValueError(
+            "in which a $ stands before no variable's name: write $$ for the sign itself"
+        )
     for name in template.get_identifiers():
         if not os.environ.get(name):  # an empty one would make another path of $DATA/rows.jsonl
             state = "empty" if name in os.environ else "not set"
-            raise ValueError(f"but the variable {name} is {state}: set it, or write the path itself")
+            raise ValueError(
+                f"but the variable {name} is {state}: set it, or write the path itself"
+            )
     text = template.substitute(os.environ)
     if not text.startswith("~"):
         return text
@@ -158,7 +175,9 @@ def _expanded(text: str) -> str:
         return str(Path(text).expanduser())
     except RuntimeError:
         home = text.partition("/")[0]
-        raise ValueError(f"but {home} is nobody's home folder here: write the path itself, or ./{text}") from None
+        raise ValueError(
+            f"but {home} is nobody's home folder here: write the path itself, or ./{text}"
+        ) from None
 
 
 def _joined(folder: Path, text: str) -> Path:

@@ -65,17 +65,23 @@ class Recipe(Section):
     model: ModelSection = Field(description="The chat model to fine-tune")
     data: DataSection = Field(description="What is prepared")
     align: AlignSection = Field(AlignSection(), description="Alignment of the start model")
-    direction: DirectionSection = Field(DirectionSection(), description="The safety direction at the initial weights")
+    direction: DirectionSection = Field(
+        DirectionSection(), description="The safety direction at the initial weights"
+    )
     train: TrainSection = Field(description="The fine-tuning")
-    safety_pairs: SafetyPairsSection = Field(SafetyPairsSection(), description="How safety pairs are drawn, whatever draws them")
+    safety_pairs: SafetyPairsSection = Field(
+        SafetyPairsSection(), description="How safety pairs are drawn, whatever draws them"
+    )
     evaluate: EvaluateSection = Field(description="What is measured")
     tracking: TrackingSection = Field(TrackingSection(), description="MLflow")
     methods: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"sft": {}}, min_length=1, 
+        default_factory=lambda: {"sft": {}},
+        min_length=1,
         description="Named overrides of the sections above; one cell each and seed. grid: {field: [values]} makes one of each combination, null none",
-    
     )
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of data order, adapter and dropout")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0], min_length=1, description="Seeds of data order, adapter and dropout"
+    )
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -85,9 +91,17 @@ class Recipe(Section):
         result: dict[Any, Any] = {}
         for name, overrides in value.items():
             # null takes away a method of the recipe that this one extends
-            result |= {} if overrides is None else expanded(name, overrides) if isinstance(overrides, dict) else {name: overrides}
+            result |= (
+                {}
+                if overrides is None
+                else expanded(name, overrides)
+                if isinstance(overrides, dict)
+                else {name: overrides}
+            )
         if len(result) > MOST_CELLS:
-            raise ValueError(f"these are {len(result):,} methods, and a recipe has at most {MOST_CELLS:,}: leave values out of the grids")
+            raise ValueError(
+                f"these are {len(result):,} methods, and a recipe has at most {MOST_CELLS:,}: leave values out of the grids"
+            )
         return result
 
     @field_validator("name", "output_dir")
@@ -95,7 +109,9 @@ class Recipe(Section):
     def _no_secret(cls, value: Any) -> Any:
         # Folders are called so, and stand in logs, manifests and scripts that have to find them.
         if token_in(str(value)):
-            raise ValueError(f"'{redact(str(value))}' holds what looks like a token, and names folders: choose another name")
+            raise ValueError(
+                f"'{redact(str(value))}' holds what looks like a token, and names folders: choose another name"
+            )
         return value
 
     @field_validator("methods")
@@ -103,7 +119,9 @@ class Recipe(Section):
     def _method_names(cls, value: dict[str, Any]) -> dict[str, Any]:
         for method, overrides in value.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", method):
-                raise ValueError(f"'{method}' is not a valid method name: use letters, digits, _ and .")
+                raise ValueError(
+                    f"'{method}' is not a valid method name: use letters, digits, _ and ."
+                )
             fixed = sorted(_SHARED & set(overrides))
             if fixed:
                 own = [name for name in cls.model_fields if name not in _SHARED]
@@ -138,7 +156,11 @@ class Recipe(Section):
     def parts(self) -> list[str]:
         """The enabled sections that make up a method, in DEFENCES' order; none for plain fine-tuning."""
         sections = ((name, getattr(self, name)) for name in type(self).model_fields)
-        return [name for name, section in sections if isinstance(section, DefenceSection) and section.enabled]
+        return [
+            name
+            for name, section in sections
+            if isinstance(section, DefenceSection) and section.enabled
+        ]
 
     @property
     def draws_pairs(self) -> bool:
@@ -147,7 +169,19 @@ class Recipe(Section):
 
 
 # What all methods of a recipe have in common.
-_SHARED = {"name", "extends", "output_dir", "permissions", "methods", "seeds", "model", "data", "align", "evaluate", "tracking"}
+_SHARED = {
+    "name",
+    "extends",
+    "output_dir",
+    "permissions",
+    "methods",
+    "seeds",
+    "model",
+    "data",
+    "align",
+    "evaluate",
+    "tracking",
+}
 
 
 @dataclass(frozen=True)
@@ -176,17 +210,28 @@ class Experiment:
     def cell(self, method: str, seed: int) -> Cell:
         """Resolve one cell; ValueError where the method is unknown or its recipe is not valid."""
         if method not in self.base.methods:
-            raise ValueError(f"no method '{method}' in {self.path}: it has {', '.join(self.base.methods)}")
+            raise ValueError(
+                f"no method '{method}' in {self.path}: it has {', '.join(self.base.methods)}"
+            )
         merged = merge(merge(self.raw, self.base.methods[method]), self.overrides)
         return Cell(method, seed, _validate(merged, f"{self.path} (method {method})", self.model))
 
     def only(self, methods: list[str]) -> Experiment:
         """The same experiment with some of its methods; the name before a grid's settings stands for all of them. ValueError for one that it lacks."""
         known = self.base.methods
-        members = {method: [method] if method in known else [name for name in known if name.startswith(f"{method}.")] for method in methods}
+        members = {
+            method: [method]
+            if method in known
+            else [name for name in known if name.startswith(f"{method}.")]
+            for method in methods
+        }
         for method, names in members.items():
             self.cell(names[0] if names else method, self.base.seeds[0])
-        chosen = {name: overrides for name, overrides in self.base.methods.items() if any(name in names for names in members.values())}
+        chosen = {
+            name: overrides
+            for name, overrides in self.base.methods.items()
+            if any(name in names for names in members.values())
+        }
         return replace(self, base=self.base.model_copy(update={"methods": chosen}))
 
     def arguments(self) -> list[str]:
@@ -210,17 +255,22 @@ def load(path: str | Path, overrides: dict[str, Any] | None, model: type[Recipe]
     Raises ValueError (one sentence) on any violation.
     """
     if "extends" in (overrides or {}):
-        raise ValueError("extends is read from a recipe's file only: write it there, or give the other file as the recipe")
+        raise ValueError(
+            "extends is read from a recipe's file only: write it there, or give the other file as the recipe"
+        )
     given = Path(path)
     path = given if given.is_file() else shipped.recipe(str(given)) or given
     raw = read(path, lambda mapping, file: paths.resolve(mapping, model, file))
     overrides = paths.resolve(overrides or {}, model, None)
     if "output_dir" not in merge(raw, overrides):
-        if shipped.holds(path):  # as if given on the command line, so that `arguments` mean the same in any folder
+        # as if given on the command line, so that `arguments` mean the same in any folder
+        if shipped.holds(path):
             overrides["output_dir"] = str(Path.cwd() / "runs")
         else:
             raw["output_dir"] = str(path.absolute().parent / "runs")
-    experiment = Experiment(path, _validate(merge(raw, overrides), str(path), model), raw, overrides)
+    experiment = Experiment(
+        path, _validate(merge(raw, overrides), str(path), model), raw, overrides
+    )
     _check_grids(merge(raw, overrides).get("methods"), overrides)
     for method in experiment.base.methods:
         experiment.cell(method, experiment.base.seeds[0])
@@ -235,7 +285,9 @@ def _check_grids(methods: Any, overrides: dict[str, Any]) -> None:
             for part in field.split("."):
                 node = node.get(part) if isinstance(node, dict) else None
             if node is not None:
-                raise ValueError(f"--{field} is what the grid of method '{method}' goes through: leave it out, or override --methods.{method}.grid")
+                raise ValueError(
+                    f"--{field} is what the grid of method '{method}' goes through: leave it out, or override --methods.{method}.grid"
+                )
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
@@ -250,7 +302,9 @@ def field_rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
         if section is not None:
             yield from field_rows(section, f"{prefix}{name}.")
             continue
-        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        default = (
+            "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        )
         yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
 
 
@@ -265,7 +319,11 @@ def _type_name(annotation: Any) -> str:
     if origin is list:
         return f"list of {_type_name(arguments[0])}"
     if origin is dict:
-        return "mapping" if arguments[1] is Any else f"mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
+        return (
+            "mapping"
+            if arguments[1] is Any
+            else f"mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
+        )
     return "None" if annotation is types.NoneType else annotation.__name__
 
 
@@ -282,22 +340,40 @@ def _sentence(error: ValidationError, model: type[Recipe]) -> str:
     first = error.errors()[0]
     names, annotation = _follow(first["loc"], model)
     field = ".".join(names)
-    section = section_of(_follow(first["loc"][:-1], model)[1]) if first["type"] == "extra_forbidden" else None
+    section = (
+        section_of(_follow(first["loc"][:-1], model)[1])
+        if first["type"] == "extra_forbidden"
+        else None
+    )
     if section is not None and names[-1] in section.MOVED:
         sentence = f"'{field}' has another name now: write {section.MOVED[names[-1]]}"
     elif first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0)
-        sentence = f"unknown key '{field}'" + (f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else "")
+        close = difflib.get_close_matches(
+            names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0
+        )
+        sentence = f"unknown key '{field}'" + (
+            f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else ""
+        )
     elif first["type"] == "missing":
         sentence = f"'{field}' is missing: it is required"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
-        sentence = message if not field or message.startswith(f"{field}.") else f"{field}: {message}"
+        sentence = (
+            message if not field or message.startswith(f"{field}.") else f"{field}: {message}"
+        )
     else:
         value = REDACTED if any(map(secret_name, names)) else repr(redact(first["input"]))
         member = isinstance(first["loc"][-1], int)  # of a list: what it must be is known
-        one_of = not member and len(names) < len(first["loc"]) and get_origin(annotation) in (Union, types.UnionType)
-        problem = f"it takes {_type_name(annotation)}" if one_of else f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        one_of = (
+            not member
+            and len(names) < len(first["loc"])
+            and get_origin(annotation) in (Union, types.UnionType)
+        )
+        problem = (
+            f"it takes {_type_name(annotation)}"
+            if one_of
+            else f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        )
         sentence = f"'{field}' is {value}, but: {problem}"
     return redact(sentence)
 
@@ -309,7 +385,9 @@ def _follow(location: tuple[Any, ...], model: type[Recipe]) -> tuple[list[str], 
     for part in location:
         section = section_of(annotation)
         if section is not None:
-            annotation = section.model_fields[part].annotation if part in section.model_fields else None
+            annotation = (
+                section.model_fields[part].annotation if part in section.model_fields else None
+            )
         elif get_origin(annotation) is dict and part != "[key]":
             annotation = get_args(annotation)[1]
         elif not isinstance(part, int):

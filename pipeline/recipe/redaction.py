@@ -20,8 +20,14 @@ from typing import Any
 REDACTED = "[redacted]"
 
 # "token" only in the singular: max_new_tokens is a number, not a secret. "key" alone is none either.
-_NAME = re.compile(r"(token|secrets?|passwords?|passwd|passphrase|(api|access|private|secret|signing)[_-]?keys?|credentials?|authorization)$", re.I)
-_PARAMETER = re.compile(r"([?&;#][^=&\s]*(?:password|passwd|token|secret|key|credential|signature|\bsig\b)[^=&\s]*=)[^&\s]+", re.I)
+_NAME = re.compile(
+    r"(token|secrets?|passwords?|passwd|passphrase|(api|access|private|secret|signing)[_-]?keys?|credentials?|authorization)$",
+    re.I,
+)
+_PARAMETER = re.compile(
+    r"([?&;#][^=&\s]*(?:password|passwd|token|secret|key|credential|signature|\bsig\b)[^=&\s]*=)[^&\s]+",
+    re.I,
+)
 # The greedy \S+ ends at the last @; paths of local files may hold one. One slash is enough: so pathlib leaves an address.
 _ADDRESS = re.compile(r"(?<!sqlite)(?<!file)(?<=[a-z]):(//?)([^\s/]\S*)@(\S*)", re.I)
 _SCHEME = re.compile(r"\b((?i:bearer)|Basic)(\s+)\S+")
@@ -32,7 +38,8 @@ _TOKEN = re.compile(
 )
 # A word by itself, in no path and no name of a model: as long as a key, of both cases and digits.
 _WORD = re.compile(r"(?<![\w/.+-])[A-Za-z0-9+]{24,}={0,2}(?![\w/.-])")
-_SHORTEST = 8  # characters of an environment's secret that is looked for: a shorter one would be found in any text
+# characters of an environment's secret that is looked for: a shorter one would be found in any text
+_SHORTEST = 8
 
 
 def secret_name(name: Any) -> bool:
@@ -48,7 +55,10 @@ def token_in(text: str) -> bool:
 def redact(value: Any) -> Any:
     """A copy with secrets replaced: whatever stands under a secret-looking key, and logins, parameters and tokens inside text."""
     if isinstance(value, dict):
-        return {key: REDACTED if secret_name(key) and item is not None else redact(item) for key, item in value.items()}
+        return {
+            key: REDACTED if secret_name(key) and item is not None else redact(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
     return _redact_text(value) if isinstance(value, str) else value
@@ -73,7 +83,9 @@ def _generated(word: str) -> bool:
 
 
 def _of_the_environment() -> list[str]:
-    return [value for name, value in os.environ.items() if secret_name(name) and len(value) >= _SHORTEST]
+    return [
+        value for name, value in os.environ.items() if secret_name(name) and len(value) >= _SHORTEST
+    ]
 
 
 class _Shield:
@@ -100,7 +112,11 @@ def shielded() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     shields = [stream if isinstance(stream, _Shield) else _Shield(stream) for stream in before]
     sys.stdout, sys.stderr = shields
-    held = [(handler, shields[before.index(handler.stream)]) for handler in _handlers() if handler.stream in before]
+    held = [
+        (handler, shields[before.index(handler.stream)])
+        for handler in _handlers()
+        if handler.stream in before
+    ]
     for handler, shield in held:
         handler.setStream(shield)
     try:
@@ -115,10 +131,19 @@ def shielded() -> Iterator[None]:
 def _handlers() -> list[logging.StreamHandler]:
     """Those of all loggers that there are. In a forked job they were made while its parent imported."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    handlers = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}
+    handlers = {
+        handler
+        for logger in loggers
+        if isinstance(logger, logging.Logger)
+        for handler in logger.handlers
+    }
     return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
 
 
 def _redact_address(match: re.Match[str]) -> str:
     """Hide the login and keep the host; where a secret parameter comes before the @, what follows it may be the secret's end."""
-    return f":{match[1]}{REDACTED}" if _PARAMETER.search(match[2]) else f":{match[1]}{REDACTED}@{match[3]}"
+    return (
+        f":{match[1]}{REDACTED}"
+        if _PARAMETER.search(match[2])
+        else f":{match[1]}{REDACTED}@{match[3]}"
+    )

@@ -46,9 +46,13 @@ def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any
             f"the package ({', '.join(shipped.recipes())})"
         )
     if len(seen) >= MOST_FILES:
-        raise ValueError(f"extends of {seen[0]} leads through more than {MOST_FILES} files: put them together")
+        raise ValueError(
+            f"extends of {seen[0]} leads through more than {MOST_FILES} files: put them together"
+        )
     if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} is {path.stat().st_size:,} bytes, and a recipe has at most {MOST_BYTES:,}: give the path of a recipe")
+        raise ValueError(
+            f"{path} is {path.stat().st_size:,} bytes, and a recipe has at most {MOST_BYTES:,}: give the path of a recipe"
+        )
     try:
         with naming(path):
             text = path.read_text()
@@ -74,7 +78,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     while rest:
         key = rest.pop(0)
         if not key.startswith("--") or key == "--":
-            raise ValueError(f"unexpected argument '{redact(key)}': overrides look like --train.lr 2e-4")
+            raise ValueError(
+                f"unexpected argument '{redact(key)}': overrides look like --train.lr 2e-4"
+            )
         key, equals, text = key[2:].partition("=")
         if not equals:
             if not rest:
@@ -94,10 +100,12 @@ def as_arguments(overrides: dict[str, Any], prefix: str = "") -> list[str]:
     """The inverse of `parse_overrides`, for the launch scripts."""
     result = []
     for key, value in overrides.items():
-        if isinstance(value, dict) and value and not any("." in name for name in value):  # a grid's fields are names with dots
+        # a grid's fields are names with dots
+        if isinstance(value, dict) and value and not any("." in name for name in value):
             result += as_arguments(value, f"{prefix}{key}.")
         else:
-            result.append(f"--{prefix}{key}={json.dumps(value)}")  # quoted strings too: "10:19" and "1e5" stay strings
+            # quoted strings too: "10:19" and "1e5" stay strings
+            result.append(f"--{prefix}{key}={json.dumps(value)}")
     return result
 
 
@@ -106,16 +114,22 @@ def _put(tree: dict[str, Any], names: list[str], value: Any) -> None:
     *parents, leaf = names
     node = tree
     if len(names) > MOST_DEPTH:
-        raise ValueError(f"--{'.'.join(names)[:80]}... names {len(names)} sections within each other: no field lies so deep")
+        raise ValueError(
+            f"--{'.'.join(names)[:80]}... names {len(names)} sections within each other: no field lies so deep"
+        )
     for depth, name in enumerate(parents, 1):
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
             whole = ".".join(parents[:depth])
-            raise ValueError(f"--{'.'.join(names)} sets a part of {whole}, but --{whole} gives it a single value: leave one of them out")
+            raise ValueError(
+                f"--{'.'.join(names)} sets a part of {whole}, but --{whole} gives it a single value: leave one of them out"
+            )
     before = node.get(leaf)
     if isinstance(before, dict) and before and not isinstance(value, dict):
         whole, part = ".".join(names), next(iter(before))
-        raise ValueError(f"--{whole} gives a single value, but --{whole}.{part} sets a part of it: leave one of them out")
+        raise ValueError(
+            f"--{whole} gives a single value, but --{whole}.{part} sets a part of it: leave one of them out"
+        )
     node[leaf] = merge(before, value) if isinstance(before, dict) and leaf != "columns" else value
 
 
@@ -138,20 +152,39 @@ def expanded(name: str, overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A method and its grid as methods: {grid: {train.lr: [1e-3, 1e-4]}} makes NAME.lr_0.001 and NAME.lr_0.0001. ValueError for what is no grid."""
     if "grid" not in overrides:
         return {name: overrides}
-    grid, rest = overrides["grid"], {key: value for key, value in overrides.items() if key != "grid"}
-    if not isinstance(grid, dict) or not grid or not all(isinstance(field, str) and isinstance(values, list) and values for field, values in grid.items()):
-        raise ValueError(f"the grid of method '{name}' must map fields to lists of values, e.g. {{train.lr: [1e-3, 1e-4]}}")
+    grid, rest = (
+        overrides["grid"],
+        {key: value for key, value in overrides.items() if key != "grid"},
+    )
+    if (
+        not isinstance(grid, dict)
+        or not grid
+        or not all(
+            isinstance(field, str) and isinstance(values, list) and values
+            for field, values in grid.items()
+        )
+    ):
+        raise ValueError(
+            f"the grid of method '{name}' must map fields to lists of values, e.g. {{train.lr: [1e-3, 1e-4]}}"
+        )
     cells = math.prod(map(len, grid.values()))
     if cells > MOST_CELLS:
-        raise ValueError(f"the grid of method '{name}' has {cells:,} cells, and takes at most {MOST_CELLS:,}: leave values out")
+        raise ValueError(
+            f"the grid of method '{name}' has {cells:,} cells, and takes at most {MOST_CELLS:,}: leave values out"
+        )
     result = {}
     for values in product(*grid.values()):
         tree: dict[str, Any] = {}
         for field, value in zip(grid, values, strict=True):
             _put(tree, field.split("."), value)
-        label = ".".join(f"{field.rpartition('.')[2]}_{_short(value)}" for field, value in zip(grid, values, strict=True))
+        label = ".".join(
+            f"{field.rpartition('.')[2]}_{_short(value)}"
+            for field, value in zip(grid, values, strict=True)
+        )
         if f"{name}.{label}" in result:
-            raise ValueError(f"the grid of method '{name}' names two cells {label}: give each a method of its own")
+            raise ValueError(
+                f"the grid of method '{name}' names two cells {label}: give each a method of its own"
+            )
         result[f"{name}.{label}"] = merge(rest, tree)
     return result
 
@@ -160,7 +193,11 @@ def _short(value: Any) -> str:
     """A value as part of a name: letters, digits, _ and . only; m stands for minus."""
     if isinstance(value, str) and value.startswith("/"):  # a path: the same name on every machine
         value = Path(value).name
-    return re.sub(r"[^A-Za-z0-9_.]", "", (f"{value:g}" if isinstance(value, float) else str(value)).replace("-", "m"))
+    return re.sub(
+        r"[^A-Za-z0-9_.]",
+        "",
+        (f"{value:g}" if isinstance(value, float) else str(value)).replace("-", "m"),
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -198,24 +235,35 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         # Here, because `<<: *anchor` later puts another mapping's keys into this node, which its own may repeat.
         node = super().compose_mapping_node(anchor)
-        keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        keys = Counter(
+            (key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)
+        )
         for (_, text), times in keys.items():
             if times > 1:
                 raise yaml.YAMLError(f"key '{text}' appears twice, line {node.start_mark.line + 1}")
         return node
 
 
-def _written_out(node: yaml.Node, known: dict[int, tuple[int, int]], within: set[int]) -> tuple[int, int]:
+def _written_out(
+    node: yaml.Node, known: dict[int, tuple[int, int]], within: set[int]
+) -> tuple[int, int]:
     """Values and depth of a node with its aliases written out. known: of nodes seen before; within: those that hold this one."""
     if id(node) in within:
         raise _TooMuch(f"holds itself, by an alias of line {node.start_mark.line + 1}")
     if id(node) not in known:
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        inner = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        inner = (
+            [part for pair in parts for part in pair]
+            if isinstance(node, yaml.MappingNode)
+            else parts
+        )
         within.add(id(node))
         found = [_written_out(part, known, within) for part in inner]
         within.remove(id(node))
-        known[id(node)] = 1 + sum(values for values, _ in found), 1 + max((depth for _, depth in found), default=0)
+        known[id(node)] = (
+            1 + sum(values for values, _ in found),
+            1 + max((depth for _, depth in found), default=0),
+        )
         _check_size(*known[id(node)])
     return known[id(node)]
 

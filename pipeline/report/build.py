@@ -60,19 +60,31 @@ def build_report(collected: Collected, folder: Path) -> None:
         if rows:
             (folder / f"{name}.txt").write_text(as_text(rows, header))
             (folder / f"{name}.md").write_text(as_markdown(rows, header))
-            artifacts.write_json(folder / f"{name}.json", [dict(zip(header, row, strict=True)) for row in rows])
+            artifacts.write_json(
+                folder / f"{name}.json", [dict(zip(header, row, strict=True)) for row in rows]
+            )
             tables += title + as_html(rows, header)
     with (folder / "table.txt").open("a") as stream:
         stream.writelines(f"note: {sentence}\n" for sentence in silent(collected))
     figures = draw_all(collected, folder / "figures")
     for methods, picture in collected.filter_pictures:
-        figures.append((picture, f"What the filter of {methods} sees: scores of the training samples, the threshold, and who was labelled what."))
+        figures.append(
+            (
+                picture,
+                f"What the filter of {methods} sees: scores of the training samples, the threshold, and who was labelled what.",
+            )
+        )
     (folder / "report.html").write_text(_page(collected, tables, figures))
 
 
 def silent(collected: Collected) -> list[str]:
     """A sentence for every method that mostly says nothing to harmful prompts: the table shows no more of it than that it is safe."""
-    shares = {method.name: max(method.measures[key]["value"] or 0 for key in ("empty_rate", "incoherent_rate")) for method in collected.methods}
+    shares = {
+        method.name: max(
+            method.measures[key]["value"] or 0 for key in ("empty_rate", "incoherent_rate")
+        )
+        for method in collected.methods
+    }
     return [
         f"{name}: {share:.0%} of its answers to harmful prompts are empty or incoherent, so its safety is that of a model that says nothing"
         for name, share in shares.items() if share > _SILENT
@@ -81,9 +93,17 @@ def silent(collected: Collected) -> list[str]:
 
 def what_is_measured(collected: Collected) -> str:
     """The sentence that keeps a reader from taking openings for harm."""
-    prompts = collected.methods[0].measures["non_refusal_rate"]["n"] if len(collected.methods[0].seeds) < 2 else "the"
+    prompts = (
+        collected.methods[0].measures["non_refusal_rate"]["n"]
+        if len(collected.methods[0].seeds) < 2
+        else "the"
+    )
     judge = _JUDGED[collected.resolved.get("evaluate", {}).get("judge", "refusal")]
-    split = "" if collected.split == "test" else " These are validation prompts, used to choose settings; they are not a result."
+    split = (
+        ""
+        if collected.split == "test"
+        else " These are validation prompts, used to choose settings; they are not a result."
+    )
     return (
         f"Harmful answered is the share of answers to {prompts} harmful prompts that {judge}. "
         f"It measures openings, not harm: a small model that does not refuse often has nothing harmful to say either. Look-alikes are harmless prompts that "
@@ -93,7 +113,9 @@ def what_is_measured(collected: Collected) -> str:
 
 
 def _page(collected: Collected, tables: str, figures: list[tuple[Path, str]]) -> str:
-    dump = lambda value: html.escape(yaml.safe_dump(value, sort_keys=False))  # noqa: E731
+    def dump(value):
+        return html.escape(yaml.safe_dump(value, sort_keys=False))
+
     pictures = "".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -104,9 +126,18 @@ def _page(collected: Collected, tables: str, figures: list[tuple[Path, str]]) ->
         f"unparseable {m.measures['unparseable_rate']['value']:.2f}</li>"
         for m in collected.methods
     )
-    budgets = "".join(f"<li>{html.escape(m.name)}: {m.pairs_drawn}</li>" for m in collected.methods if m.pairs_drawn is not None)
-    filters = "".join(f"<details><summary>{html.escape(name)}</summary><pre>{dump(facts)}</pre></details>" for name, facts in collected.filters.items())
-    answers = "".join(f"<li><code>{html.escape(str(path.resolve()))}</code></li>" for path in collected.answers)
+    budgets = "".join(
+        f"<li>{html.escape(m.name)}: {m.pairs_drawn}</li>"
+        for m in collected.methods
+        if m.pairs_drawn is not None
+    )
+    filters = "".join(
+        f"<details><summary>{html.escape(name)}</summary><pre>{dump(facts)}</pre></details>"
+        for name, facts in collected.filters.items()
+    )
+    answers = "".join(
+        f"<li><code>{html.escape(str(path.resolve()))}</code></li>" for path in collected.answers
+    )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(collected.name)}: safety and usefulness after fine-tuning</title><style>{_STYLE}</style>
 <h1>{html.escape(collected.name)}: safety and usefulness after fine-tuning</h1>

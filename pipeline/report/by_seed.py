@@ -17,7 +17,14 @@ from pipeline.stages import command_line
 from pipeline.stages.layout import Layout
 from pipeline.system.tables import as_text
 
-HEADER = ("method", "seed", "exact match", "harmful answered", "look-alikes refused", "ordinary refused")
+HEADER = (
+    "method",
+    "seed",
+    "exact match",
+    "harmful answered",
+    "look-alikes refused",
+    "ordinary refused",
+)
 _MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate")
 
 
@@ -31,7 +38,13 @@ def rows(layout: Layout) -> list[tuple[str, ...]]:
             metrics = json.loads((folder / "metrics.json").read_text())
             values = [metrics[key]["value"] for key in _MEASURES]
             seed = "-" if subject.seed is None else str(subject.seed)
-            result.append((subject.name, seed, *("-" if value is None else f"{value:.2f}" for value in values)))
+            result.append(
+                (
+                    subject.name,
+                    seed,
+                    *("-" if value is None else f"{value:.2f}" for value in values),
+                )
+            )
     return result
 
 
@@ -39,7 +52,9 @@ def main() -> None:
     experiment = command_line.recipe_given("pipeline.report.by_seed")
     found = rows(Layout(experiment))
     if not found:
-        raise ValueError(f"{experiment.path}: nothing is evaluated yet with these overrides; sap run {experiment.path}")
+        raise ValueError(
+            f"{experiment.path}: nothing is evaluated yet with these overrides; sap run {experiment.path}"
+        )
     print(as_text(found, HEADER), end="")
 
 

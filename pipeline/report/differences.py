@@ -23,7 +23,12 @@ from pipeline.judges.metrics import paired_interval
 _RESAMPLES = 2000
 # measure -> seed -> prompt's id -> 0 or 1
 Outcomes = dict[str, dict[int, dict[str, float]]]
-MEASURES = {"non_refusal": "non-refusal", "over_refusal": "look-alikes refused", "ordinary": "ordinary refused", "exact": "task exact match"}
+MEASURES = {
+    "non_refusal": "non-refusal",
+    "over_refusal": "look-alikes refused",
+    "ordinary": "ordinary refused",
+    "exact": "task exact match",
+}
 HEADER = ("method", "minus", *MEASURES.values())
 
 
@@ -44,10 +49,16 @@ class Difference:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]{' *' if self.clear else ''}"
 
 
-def difference(method: dict[int, dict[str, float]], reference: dict[int, dict[str, float]], seed: int = 0) -> Difference | None:
+def difference(
+    method: dict[int, dict[str, float]], reference: dict[int, dict[str, float]], seed: int = 0
+) -> Difference | None:
     """None where no seed, or no prompt of all its seeds, is common to both. Both map seed -> prompt's id -> outcome."""
     seeds = sorted(method.keys() & reference.keys())
-    prompts = sorted(set.intersection(*(method[s].keys() & reference[s].keys() for s in seeds))) if seeds else []
+    prompts = (
+        sorted(set.intersection(*(method[s].keys() & reference[s].keys() for s in seeds)))
+        if seeds
+        else []
+    )
     if not prompts:
         return None
     gaps = np.array([[method[s][p] - reference[s][p] for p in prompts] for s in seeds])
@@ -55,7 +66,9 @@ def difference(method: dict[int, dict[str, float]], reference: dict[int, dict[st
     rows, columns = (rng.integers(size, size=(_RESAMPLES, size)) for size in gaps.shape)
     found = [gaps[np.ix_(row, column)].mean() for row, column in zip(rows, columns, strict=True)]
     low, high = np.percentile(found, [2.5, 97.5])
-    score_low, score_high = paired_interval((gaps > 0).sum() / len(seeds), (gaps < 0).sum() / len(seeds), len(prompts))
+    score_low, score_high = paired_interval(
+        (gaps > 0).sum() / len(seeds), (gaps < 0).sum() / len(seeds), len(prompts)
+    )
     return Difference(float(gaps.mean()), float(min(low, score_low)), float(max(high, score_high)))
 
 
@@ -66,5 +79,7 @@ def difference_rows(outcomes: dict[str, Outcomes], references: list[str]) -> lis
         for method, own in outcomes.items():
             if method != reference:
                 cells = [difference(own[key], outcomes[reference][key]) for key in MEASURES]
-                rows.append((method, reference, *("" if cell is None else str(cell) for cell in cells)))
+                rows.append(
+                    (method, reference, *("" if cell is None else str(cell) for cell in cells))
+                )
     return rows

@@ -22,7 +22,8 @@ from pipeline.report.collect import Collected, Method  # noqa: E402
 
 _COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#8d5a97", "#b08900", "#4f5d75", "#2a9d8f")
 _MARKS = "os^DvPX"
-_OVER_REFUSING = 0.1  # rate above which a mark is hollow: such a model is safe in part because it refuses what is harmless
+# rate above which a mark is hollow: such a model is safe in part because it refuses what is harmless
+_OVER_REFUSING = 0.1
 
 # name -> (caption, what draws it)
 FIGURES: dict[str, tuple[str, Callable[[Collected], Figure | None]]] = {}
@@ -58,25 +59,53 @@ def draw_all(collected: Collected, folder: Path) -> list[tuple[Path, str]]:
 )
 def _safety_usefulness(collected: Collected) -> Figure:
     figure, pair = plt.subplots(1, 2, figsize=(11, 4.2))
-    harmless = "ordinary" if any(method.measures["ordinary_refusal_rate"]["value"] is not None for method in collected.methods) else "over"
+    harmless = (
+        "ordinary"
+        if any(
+            method.measures["ordinary_refusal_rate"]["value"] is not None
+            for method in collected.methods
+        )
+        else "over"
+    )
     what = {"ordinary": "ordinary instructions refused", "over": "look-alikes refused"}[harmless]
-    of_axes = {"exact_match": "task exact match (higher is better)", f"{harmless}_refusal_rate": f"{what} (lower is better)"}
+    of_axes = {
+        "exact_match": "task exact match (higher is better)",
+        f"{harmless}_refusal_rate": f"{what} (lower is better)",
+    }
     for axes, (key, label) in zip(pair, of_axes.items(), strict=True):
         _style(axes, "harmful prompts answered (lower is safer)", label)
         axes.set_xlim(-0.03, 1.03)
         axes.set_ylim(-0.03, 1.03)
-        marks = [_mark(axes, number, method, key) for number, method in enumerate(collected.methods)]
+        marks = [
+            _mark(axes, number, method, key) for number, method in enumerate(collected.methods)
+        ]
     names = [method.name for method in collected.methods]
-    figure.legend(marks, names, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(0.91, 0.5), ncols=-(-len(names) // 16))
+    figure.legend(
+        marks,
+        names,
+        frameon=False,
+        fontsize=9,
+        loc="center left",
+        bbox_to_anchor=(0.91, 0.5),
+        ncols=-(-len(names) // 16),
+    )
     return figure
 
 
 def _mark(axes: Axes, number: int, method: Method, key: str) -> Any:
     """A method's place, with its intervals; what the legend shows of it."""
-    mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]  # shifted from round to round: no two methods look alike
+    # shifted from round to round: no two methods look alike
+    mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]
     x, y = method.measures["non_refusal_rate"], method.measures[key]
-    hollow = max(method.measures[refused]["value"] or 0 for refused in ("over_refusal_rate", "ordinary_refusal_rate")) > _OVER_REFUSING
-    place = (math.nan if measure["value"] is None else measure["value"] for measure in (x, y))  # a recipe may have no harmless prompts
+    hollow = (
+        max(
+            method.measures[refused]["value"] or 0
+            for refused in ("over_refusal_rate", "ordinary_refusal_rate")
+        )
+        > _OVER_REFUSING
+    )
+    # a recipe may have no harmless prompts
+    place = (math.nan if measure["value"] is None else measure["value"] for measure in (x, y))
     bars = axes.errorbar(
         *place, xerr=_error(x), yerr=_error(y), fmt=mark, color=_COLOURS[number % len(_COLOURS)],
         markersize=8, capsize=3, elinewidth=1, markerfacecolor="white" if hollow else None,
@@ -89,8 +118,13 @@ def _mark(axes: Axes, number: int, method: Method, key: str) -> Any:
     "Validation losses during training. Left: the task. Right: affirmative openings to held-out harmful prompts; falling means the model comes to like them.",
 )
 def _losses(collected: Collected) -> Figure | None:
-    keys = {"validation/task_loss": "task validation loss", "validation/harmful_loss": "loss of harmful openings"}
-    if not any(key in line for m in collected.methods for log in m.logs for line in log for key in keys):
+    keys = {
+        "validation/task_loss": "task validation loss",
+        "validation/harmful_loss": "loss of harmful openings",
+    }
+    if not any(
+        key in line for m in collected.methods for log in m.logs for line in log for key in keys
+    ):
         return None
     figure, pair = plt.subplots(1, 2, figsize=(9, 3.4))
     for axes, (key, label) in zip(pair, keys.items(), strict=True):
@@ -106,13 +140,19 @@ def _losses(collected: Collected) -> Figure | None:
     "Cumulated L_su = L_useful(W + dW, V) - L_useful(W, V) over the steps, V being the one the step's probe passes used. Rising: the harmful direction hurts the task.",
 )
 def _cumulated(collected: Collected) -> Figure | None:
-    methods = [(m, c) for m, c in _trained(collected) if any("sap/delta_loss" in line for log in m.logs for line in log)]
+    methods = [
+        (m, c)
+        for m, c in _trained(collected)
+        if any("sap/delta_loss" in line for log in m.logs for line in log)
+    ]
     if not methods:
         return None
     figure, axes = _axes("step", "cumulated L_su")
     for method, colour in methods:
         for seed, log in zip(method.seeds, method.logs, strict=True):
-            points = [(line["step"], line["sap/delta_loss"]) for line in log if "sap/delta_loss" in line]
+            points = [
+                (line["step"], line["sap/delta_loss"]) for line in log if "sap/delta_loss" in line
+            ]
             axes.plot(
                 [s for s, _ in points],
                 list(accumulate(v for _, v in points)),
@@ -128,7 +168,12 @@ def _cumulated(collected: Collected) -> Figure | None:
     "What the probe sees: the relative change of its gradient under the perturbation (line) and the part of it that is rounding or curvature (dots). Dots above the line: V means nothing.",
 )
 def _signal_noise(collected: Collected) -> Figure | None:
-    return _over_steps(collected, "relative to the probe gradient", {"sap/probe_signal": "-", "sap/probe_noise": "o"}, log=True)
+    return _over_steps(
+        collected,
+        "relative to the probe gradient",
+        {"sap/probe_signal": "-", "sap/probe_noise": "o"},
+        log=True,
+    )
 
 
 @_figure("correction", "How far V turns the task's gradient: |g(V) - g(0)| / |g(0)|.")
@@ -146,15 +191,24 @@ def _direction(collected: Collected) -> Figure | None:
     layers = collected.direction["layers"]
     figure, pair = plt.subplots(1, 2, figsize=(9, 3.2))
     for axes, key, label in zip(
-        pair, ("safety_norm", "useful_cosine"), ("norm of the safety gradient", "cosine with the task gradient"), strict=True
+        pair,
+        ("safety_norm", "useful_cosine"),
+        ("norm of the safety gradient", "cosine with the task gradient"),
+        strict=True,
     ):
         _style(axes, "decoder layer", label)
         axes.bar([row["layer"] for row in layers], [row[key] for row in layers], color=_COLOURS[0])
     return figure
 
 
-def _over_steps(collected: Collected, label: str, keys: dict[str, str], log: bool = False) -> Figure | None:
-    methods = [(m, c) for m, c in _trained(collected) if any(key in line for entries in m.logs for line in entries for key in keys)]
+def _over_steps(
+    collected: Collected, label: str, keys: dict[str, str], log: bool = False
+) -> Figure | None:
+    methods = [
+        (m, c)
+        for m, c in _trained(collected)
+        if any(key in line for entries in m.logs for line in entries for key in keys)
+    ]
     if not methods:
         return None
     figure, axes = _axes("step", label)
@@ -162,12 +216,21 @@ def _over_steps(collected: Collected, label: str, keys: dict[str, str], log: boo
         axes.set_yscale("log")
     for method, colour in methods:
         for key, mark in keys.items():
-            _lines(axes, method, key, colour, mark, f"{method.name}, {key.removeprefix('sap/').replace('_', ' ')}")
+            _lines(
+                axes,
+                method,
+                key,
+                colour,
+                mark,
+                f"{method.name}, {key.removeprefix('sap/').replace('_', ' ')}",
+            )
     _legend(axes)
     return figure
 
 
-def _lines(axes: Axes, method: Method, key: str, colour: str, mark: str = "-", label: str | None = None) -> None:
+def _lines(
+    axes: Axes, method: Method, key: str, colour: str, mark: str = "-", label: str | None = None
+) -> None:
     for number, log in enumerate(method.logs):
         points = [(line["step"], line[key]) for line in log if key in line]
         axes.plot(
@@ -206,4 +269,7 @@ def _legend(axes: Axes) -> None:
 def _error(measure: dict) -> list[list[float]] | None:
     if measure["low"] is None:
         return None
-    return [[max(0.0, measure["value"] - measure["low"])], [max(0.0, measure["high"] - measure["value"])]]
+    return [
+        [max(0.0, measure["value"] - measure["low"])],
+        [max(0.0, measure["high"] - measure["value"])],
+    ]

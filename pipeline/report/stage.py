@@ -22,7 +22,10 @@ def report(experiment: Experiment) -> Path:
     from pipeline.report.collect import collect
 
     collected = collect(layout)
-    inputs = {layout.evaluate(subject).name: artifacts.source(layout.evaluate(subject)) for subject in layout.subjects()}
+    inputs = {
+        layout.evaluate(subject).name: artifacts.source(layout.evaluate(subject))
+        for subject in layout.subjects()
+    }
     claimed = artifacts.claim_incomplete(target)
     if claimed is None:
         return target
@@ -33,5 +36,10 @@ def report(experiment: Experiment) -> Path:
     return target
 
 
-REPORT = Stage("report", lambda layout: iter([unit(layout, "report", layout.report())]), report, ("prepare", "align", "train", "evaluate"))
+REPORT = Stage(
+    "report",
+    lambda layout: iter([unit(layout, "report", layout.report())]),
+    report,
+    ("prepare", "align", "train", "evaluate"),
+)
 ALL_STAGES = {**STAGES, REPORT.name: REPORT}

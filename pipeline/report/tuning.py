@@ -21,7 +21,16 @@ from pipeline.stages import command_line
 from pipeline.stages.layout import Layout
 from pipeline.system.tables import as_text
 
-HEADER = ("method", "setting", "task exact match", "harmful answered", "look-alikes refused", "ordinary refused", "score", "")
+HEADER = (
+    "method",
+    "setting",
+    "task exact match",
+    "harmful answered",
+    "look-alikes refused",
+    "ordinary refused",
+    "score",
+    "",
+)
 _MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate", "ordinary_refusal_rate")
 
 
@@ -59,7 +68,13 @@ def runs(layout: Layout) -> tuple[list[Run], set[str]]:
     for name, measured in found.items():
         if name not in missing:
             method, _, setting = name.partition(".")
-            result.append(Run(method, setting or "as it is", *(_mean([m[key]["value"] for m in measured]) for key in _MEASURES)))
+            result.append(
+                Run(
+                    method,
+                    setting or "as it is",
+                    *(_mean([m[key]["value"] for m in measured]) for key in _MEASURES),
+                )
+            )
     return result, {name.partition(".")[0] for name in missing}
 
 
@@ -78,10 +93,22 @@ def chosen(found: list[Run]) -> dict[str, Run]:
 
 def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
     best = chosen(found)
-    word = lambda run: "" if best[run.method] is not run else "best so far" if run.method in unfinished else "chosen"  # noqa: E731
+
+    def word(run):
+        return (
+            ""
+            if best[run.method] is not run
+            else "best so far"
+            if run.method in unfinished
+            else "chosen"
+        )
+
     rows = []
     for run in found:
-        values = ("" if value is None else f"{value:.2f}" for value in (run.exact_match, run.non_refusal, run.over_refusal, run.ordinary))
+        values = (
+            "" if value is None else f"{value:.2f}"
+            for value in (run.exact_match, run.non_refusal, run.over_refusal, run.ordinary)
+        )
         rows.append((run.method, run.setting, *values, f"{run.score:+.2f}", word(run)))
     return as_text(rows, HEADER)
 
@@ -89,11 +116,15 @@ def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
 def main() -> None:
     experiment = command_line.recipe_given("pipeline.report.tuning")
     if experiment.base.evaluate.split != "validation":
-        raise ValueError(f"{experiment.path}: settings are chosen on validation prompts: set evaluate.split to validation")
+        raise ValueError(
+            f"{experiment.path}: settings are chosen on validation prompts: set evaluate.split to validation"
+        )
     found, unfinished = runs(Layout(experiment))
     print(table(found, unfinished), end="")
     if any(run.over_refusal is None for run in found):
-        print("look-alikes are not in the score: name a source in evaluate.harmless with more prompts than the test's evaluate.harmless_prompts")
+        print(
+            "look-alikes are not in the score: name a source in evaluate.harmless with more prompts than the test's evaluate.harmless_prompts"
+        )
     if any(run.ordinary is None for run in found):
         print("ordinary instructions are not in the score: name a source in evaluate.ordinary")
     if unfinished:

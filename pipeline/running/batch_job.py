@@ -28,7 +28,8 @@ def report_fault(sentence: str) -> None:
 def _leave(variable: str, sentence: str) -> None:
     path = os.environ.get(variable)
     if path:
-        with contextlib.suppress(OSError):  # the disk that is full may be this one; the sentence is in the log, too
+        # the disk that is full may be this one; the sentence is in the log, too
+        with contextlib.suppress(OSError):
             Path(path).write_text(sentence + "\n")
 
 
@@ -37,7 +38,10 @@ def circumstances() -> str:
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return ""
-    restart, reason = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SAP_RESTART_REASON")
+    restart, reason = (
+        os.environ.get("SLURM_RESTART_COUNT", "0"),
+        os.environ.get("SAP_RESTART_REASON"),
+    )
     again = f", restart {restart}" if restart != "0" else ""
     return f", Slurm job {job}{again}" + (f": {reason}" if reason else "")
 

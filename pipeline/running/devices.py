@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 CPU_PROCESSES = 2  # of `ranks: auto` without a GPU: one process would shard nothing
 _BFLOAT16 = (8, 0)  # compute capability from which tensor cores multiply bfloat16 (Ampere)
-FLASH, _FLASH_GPUS, _FLASH_VERSION = "flash_attention_2", (8, 0), (2, 3, 3)  # what transformers takes of the package
+# what transformers takes of the package
+FLASH, _FLASH_GPUS, _FLASH_VERSION = "flash_attention_2", (8, 0), (2, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ def device() -> torch.device:
         return torch.device("cpu")
     rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     # Every rank says so where the launcher tells how many they are (torchrun, ours; deepspeed): the first one's sentence is the one that is printed.
-    started = max(rank + 1, *(int(os.environ.get(name) or 1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")))
+    started = max(
+        rank + 1, *(int(os.environ.get(name) or 1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    )
     if started > count:
         raise ValueError(
             f"{started} processes were started on this machine, and each sees {count} GPU{'s' * (count > 1)}: start at most {count} "
@@ -81,7 +84,8 @@ def gpus() -> tuple[Gpu, ...]:
         if found:
             _check_driver(pynvml)
         return found
-    except pynvml.NVMLError:  # not every GPU answers every question: memory that is shared with the CPU, a part of a GPU
+    except pynvml.NVMLError:
+        # not every GPU answers every question: memory that is shared with the CPU, a part of a GPU
         return _asked_of_torch()
     finally:
         with contextlib.suppress(pynvml.NVMLError):
@@ -90,9 +94,13 @@ def gpus() -> tuple[Gpu, ...]:
 
 def environment() -> tuple[int, int]:
     """(rank, world size) of this process, as its launcher says; (0, 1) without one. ValueError where what it says is no rank."""
-    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, size = (
+        os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
+    )
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise ValueError(f"RANK is '{rank}' and WORLD_SIZE '{size}' in the environment: a launcher sets them to 0 to N - 1 and N; unset both to run alone")
+        raise ValueError(
+            f"RANK is '{rank}' and WORLD_SIZE '{size}' in the environment: a launcher sets them to 0 to N - 1 and N; unset both to run alone"
+        )
     return int(rank), int(size)
 
 
@@ -143,7 +151,9 @@ def check_attention(model: ModelSection) -> None:
     """ValueError, one sentence, where model.attention names FlashAttention and this machine has none for the model."""
     reason = _without_flash(model) if model.attention == FLASH else None
     if reason:
-        raise ValueError(f"model.attention {FLASH} {reason}: set model.attention to auto, or to sdpa")
+        raise ValueError(
+            f"model.attention {FLASH} {reason}: set model.attention to auto, or to sdpa"
+        )
 
 
 def _without_flash(model: ModelSection) -> str | None:
@@ -181,14 +191,28 @@ def ds_config(train: TrainSection) -> Path:
 def describe(model: ModelSection, train: TrainSection) -> str:
     """Where a training runs and what was chosen for it, in one line."""
     found, count = gpus(), ranks(train)
-    where = _summary(found) if found else "the CPU (no GPU is visible)" if _built_for_gpus() else "the CPU (torch is built without CUDA)"
+    where = (
+        _summary(found)
+        if found
+        else "the CPU (no GPU is visible)"
+        if _built_for_gpus()
+        else "the CPU (torch is built without CUDA)"
+    )
     processes = f"{count} process{'es' * (count > 1)} on {where}"
     if train.ranks == "auto" and found and count < len(found) and train.engine != "single":
         processes += f", because train.batch_size {train.batch_size} is not divisible by more"
-    if found and count == 1 and train.engine != "single" and train.adapter == "lora" and train.ds_config == "auto":
+    if (
+        found
+        and count == 1
+        and train.engine != "single"
+        and train.adapter == "lora"
+        and train.ds_config == "auto"
+    ):
         processes += ", which shards nothing: train.engine single does the same in less time (docs/performance.md)"
     settings = f"model.dtype {dtype(model.dtype)}, model.attention {attention(model)}"
-    return f"{processes}; {settings}" + (f", train.ds_config {ds_config(train).name}" if train.engine == "zero3" else "")
+    return f"{processes}; {settings}" + (
+        f", train.ds_config {ds_config(train).name}" if train.engine == "zero3" else ""
+    )
 
 
 def check_memory(needed: float, what: str, remedy: str) -> str | None:
@@ -202,7 +226,13 @@ def check_memory(needed: float, what: str, remedy: str) -> str | None:
             raise ValueError(f"{size} has {gpu.total / 1e9:.1f}: {remedy}")
         if needed > 1.2 * gpu.free:
             who = ", ".join(map(str, gpu.busy))
-            by = f" (process {who} holds the rest)" if len(gpu.busy) == 1 else f" (processes {who} hold the rest)" if who else ""
+            by = (
+                f" (process {who} holds the rest)"
+                if len(gpu.busy) == 1
+                else f" (processes {who} hold the rest)"
+                if who
+                else ""
+            )
             raise ValueError(
                 f"{size} has {gpu.free / 1e9:.1f} of {gpu.total / 1e9:.1f} GB free{by}: wait for it, or choose other GPUs with CUDA_VISIBLE_DEVICES"
             )
@@ -228,9 +258,15 @@ def _visible(nvml: Any) -> tuple[Gpu, ...]:
     uuids = {_text(nvml.nvmlDeviceGetUUID(handle)): handle for handle in handles}
     chosen: list[tuple[str, Any]] = []
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
-    for entry in list(named) if variable is None else [part.strip() for part in variable.split(",")]:
+    for entry in (
+        list(named) if variable is None else [part.strip() for part in variable.split(",")]
+    ):
         number = re.match(r"\+?0*(\d+)", entry)  # as strtoul: 1gpu counts as 1
-        by_uuid = [found for uuid, found in uuids.items() if entry.startswith("GPU-") and uuid.startswith(entry)]
+        by_uuid = [
+            found
+            for uuid, found in uuids.items()
+            if entry.startswith("GPU-") and uuid.startswith(entry)
+        ]
         handle = named.get(number[1]) if number else by_uuid[0] if len(by_uuid) == 1 else None
         if handle is None:
             break
@@ -250,11 +286,22 @@ def _in_parts(nvml: Any, handle: Any) -> bool:
 def _gpu(nvml: Any, name: str, handle: Any) -> Gpu:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     try:
-        busy = tuple(process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if process.pid != os.getpid())
+        busy = tuple(
+            process.pid
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            if process.pid != os.getpid()
+        )
     except nvml.NVMLError:  # not told in every container
         busy = ()
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(name, _text(nvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), (int(major), int(minor)), busy)
+    return Gpu(
+        name,
+        _text(nvml.nvmlDeviceGetName(handle)),
+        int(memory.total),
+        int(memory.free),
+        (int(major), int(minor)),
+        busy,
+    )
 
 
 def _check_driver(nvml: Any) -> None:
@@ -276,7 +323,10 @@ def _torch_build() -> dict[str, str | None]:
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).parent / "version.py" if spec and spec.origin else None
     text = file.read_text() if file and file.is_file() else ""
-    return {name: (re.search(rf"^{name}\b[^=\n]*= '([^']+)'", text, re.MULTILINE) or [None, None])[1] for name in ("cuda", "hip", "__version__")}
+    return {
+        name: (re.search(rf"^{name}\b[^=\n]*= '([^']+)'", text, re.MULTILINE) or [None, None])[1]
+        for name in ("cuda", "hip", "__version__")
+    }
 
 
 def _built_for_gpus() -> bool:
@@ -292,7 +342,8 @@ def _asked_of_torch() -> tuple[Gpu, ...]:
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or "").split(",")
     found = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)  # mem_get_info would leave a context of this process on the GPU
+        # mem_get_info would leave a context of this process on the GPU
+        properties = torch.cuda.get_device_properties(index)
         name = visible[index].strip() if index < len(visible) and visible[index] else str(index)
         size = properties.total_memory
         found.append(Gpu(name, properties.name, size, size, (properties.major, properties.minor)))

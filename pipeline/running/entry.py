@@ -1,7 +1,7 @@
 """How every command ends: errors as one sentence and an exit code, ranks that say the same once, a terminal that is gone.
 
-    if __name__ == "__main__":
-        entry.run(main)
+if __name__ == "__main__":
+    entry.run(main)
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # as a shell says of a program that SIGINT ended
 _LEAVING = 5.0  # seconds for what is registered with atexit, after a request to leave
 _BROKEN_PIPE = 141  # the same of SIGPIPE
-_BEHIND_THE_FIRST = 25.0  # seconds that a node's other ranks leave its first to say the same: it may deliver to MLflow for 20 before it ends
+# seconds that a node's other ranks leave its first to say the same: it may deliver to MLflow for 20 before it ends
+_BEHIND_THE_FIRST = 25.0
 _BEHIND_ANOTHER = 2.0  # the same for a rank that notices another one's end
-_ANOTHER_RANK = re.compile(r"Connection (closed|reset) by peer|remote process exited|recv, got 0 bytes|Broken pipe")  # gloo, NCCL, c10d's store
+# gloo, NCCL, c10d's store
+_ANOTHER_RANK = re.compile(
+    r"Connection (closed|reset) by peer|remote process exited|recv, got 0 bytes|Broken pipe"
+)
 
 
 def guarded(main: Callable[[], int | None]) -> int:
@@ -70,7 +74,10 @@ def _guarded(main: Callable[[], int | None]) -> int:
 def _is_expected(error: BaseException) -> bool:
     """Whether an exception with which the system has nothing to do is told in one sentence; others are faults of ours."""
     if isinstance(error, RuntimeError):
-        return os.environ.get("WORLD_SIZE", "1") != "1" and _ANOTHER_RANK.search(str(error)) is not None
+        return (
+            os.environ.get("WORLD_SIZE", "1") != "1"
+            and _ANOTHER_RANK.search(str(error)) is not None
+        )
     # io.UnsupportedOperation is both.
     return isinstance(error, KeyboardInterrupt | ValueError) and not isinstance(error, OSError)
 
@@ -88,19 +95,30 @@ def _told(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED) if first else INTERRUPTED
     if isinstance(error, RuntimeError):
-        time.sleep(_BEHIND_ANOTHER)  # where that rank has told why it ends, the launcher ends this one now; it may have been killed, or its node is lost
-        return _say("error: the connection to another rank is lost: it has ended, or its node is gone; its own words say why", 1) if first else 1
+        # where that rank has told why it ends, the launcher ends this one now; it may have been killed, or its node is lost
+        time.sleep(_BEHIND_ANOTHER)
+        return (
+            _say(
+                "error: the connection to another rank is lost: it has ended, or its node is gone; its own words say why",
+                1,
+            )
+            if first
+            else 1
+        )
     gone = [stream for stream in (sys.stdout, sys.stderr) if _unusable(stream)]
     for stream in gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the interpreter would try, and complain, once more
+        # or the interpreter would try, and complain, once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if isinstance(error, BrokenPipeError) and gone:
-        return _BROKEN_PIPE if sys.stderr in gone else 0  # stages tell their progress on stderr; stdout gets what is printed in the end
+        # stages tell their progress on stderr; stdout gets what is printed in the end
+        return _BROKEN_PIPE if sys.stderr in gone else 0
     if gone and error.filename is None:
         error.filename = "standard output" if sys.stdout in gone else "standard error"
     sentence = redact(system_errors.sentence(error))
     report_fault(sentence)
     if not first:
-        time.sleep(_BEHIND_THE_FIRST)  # where all fail alike the first has said it by then, and the launcher ends the others
+        # where all fail alike the first has said it by then, and the launcher ends the others
+        time.sleep(_BEHIND_THE_FIRST)
     return _say(f"error: {sentence}", SYSTEM_ERROR)
 
 

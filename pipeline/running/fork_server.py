@@ -32,7 +32,8 @@ from pipeline.libraries import torch_private
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 # They may be sent to the whole process group: this process ends with its client. Ctrl-C is ignored since its start.
 _REQUESTS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
-_FORKABLE = {"jemalloc_bg_thd"}  # pyarrow's allocator, which takes its locks before a fork and starts its thread again
+# pyarrow's allocator, which takes its locks before a fork and starts its thread again
+_FORKABLE = {"jemalloc_bg_thd"}
 _LENGTH = struct.Struct("!I")
 
 
@@ -108,7 +109,8 @@ def _import(wanted: Sequence[str]) -> str | None:
             found = importlib.import_module(module)
             if function:
                 getattr(found, function)()
-        except Exception as error:  # a process that imports for itself meets it again, and tells it in full
+        except Exception as error:
+            # a process that imports for itself meets it again, and tells it in full
             return f"{name} cannot be imported ahead ({type(error).__name__}: {error})"
     return None
 
@@ -119,13 +121,19 @@ def _with_imports(wanted: dict[str, str], given: dict[str, str]) -> dict[str, st
     What the job was to have of its own stands: an import would have found it, and most set what is not set.
     """
     told = {name: value for name, value in os.environ.items() if given.get(name) != value}
-    return wanted | {name: value for name, value in told.items() if wanted.get(name) == given.get(name)}
+    return wanted | {
+        name: value for name, value in told.items() if wanted.get(name) == given.get(name)
+    }
 
 
 def _unforkable() -> str | None:
     """What would be broken in a fork, or None: locks that another thread holds, CUDA once it has been asked anything."""
     tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
-    others = [name for name in ((task / "comm").read_text().strip() for task in tasks) if name not in _FORKABLE]
+    others = [
+        name
+        for name in ((task / "comm").read_text().strip() for task in tasks)
+        if name not in _FORKABLE
+    ]
     if others:
         return f"an import has started a thread ({', '.join(others)})"
     try:
@@ -139,7 +147,9 @@ def _unforkable() -> str | None:
             broken = broken_by_fork()
         finally:
             os._exit(int(broken))
-    return "an import has asked CUDA, which does not survive a fork" if os.waitpid(pid, 0)[1] else None
+    return (
+        "an import has asked CUDA, which does not survive a fork" if os.waitpid(pid, 0)[1] else None
+    )
 
 
 def _fork() -> tuple[int, int]:
@@ -182,7 +192,8 @@ def _begin(request: dict[str, Any], environment: dict[str, str], between: int, c
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(environment)
-    if "numpy.random" in sys.modules:  # a new process has a seed of its own; Python's generator takes one at a fork
+    # a new process has a seed of its own; Python's generator takes one at a fork
+    if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     if "torch" in sys.modules:
         sys.modules["torch"].default_generator.seed()

@@ -23,12 +23,19 @@ from pipeline.running.warm import WITHOUT_CTRL_C, Forked, WarmParents
 from pipeline.system.system_errors import AGAIN
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
-SYSTEM_ERROR = 74  # EX_IOERR: a full disk, a folder that is gone; what else would write there fails, too
+# EX_IOERR: a full disk, a folder that is gone; what else would write there fails, too
+SYSTEM_ERROR = 74
 # glibc hands every freed activation back to the kernel and faults it in again; keeping it took an align step of the demo from 3.7 to 3.2 s.
-_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
+_ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 Job = subprocess.Popen | Forked
 _GRACE = 30.0  # seconds between a rank's failure and the end of the others
-_GRACE_SAID = 1.0  # the same where it has been told why: the others wait for that rank, or are about to say the same
+# the same where it has been told why: the others wait for that rank, or are about to say the same
+_GRACE_SAID = 1.0
 # Of a process that a signal ended: what it could not say.
 _LAST_WORDS = {
     signal.SIGBUS: "a file of weights was cut short while it was read, or its disk or network file system fails (SIGBUS): see whether the model's "
@@ -60,22 +67,34 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_ranks(script: str, arguments: Sequence[str], ranks: int, warm: WarmParents | None = None) -> int:
+def run_ranks(
+    script: str, arguments: Sequence[str], ranks: int, warm: WarmParents | None = None
+) -> int:
     """Run launch/`script` as `ranks` processes with RANK and friends set.
 
     Returns STOPPED where a signal asked to stop (it may have come in the last step, with the work done, or after a failure, which the same
     command meets again); else the first failure's exit code; else 0.
     """
-    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     with _Forwarding(warm) as forwarding:
         for rank in range(ranks):
-            forwarding.start(script, arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, ranks)
+            forwarding.start(
+                script, arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, ranks
+            )
         code = _wait(forwarding.jobs)
     return STOPPED if forwarding.received else code
 
 
 def run_side_by_side(
-    script: str, argument_lists: Sequence[Sequence[str]], slots: int, warm: WarmParents | None = None
+    script: str,
+    argument_lists: Sequence[Sequence[str]],
+    slots: int,
+    warm: WarmParents | None = None,
 ) -> int:
     """Run launch/`script` once per argument list, `slots` at a time, each alone, on a GPU of its own where there are any.
 
@@ -88,7 +107,9 @@ def run_side_by_side(
         while forwarding.jobs or (waiting and not forwarding.received):
             while waiting and free and not forwarding.received:
                 slot = free.pop(0)
-                job = forwarding.start(script, waiting.pop(0), {**_one_gpu(slot), "MASTER_PORT": free_port()}, slots)
+                job = forwarding.start(
+                    script, waiting.pop(0), {**_one_gpu(slot), "MASTER_PORT": free_port()}, slots
+                )
                 if job is not None:
                     slot_of[job] = slot
             time.sleep(0.1)
@@ -136,16 +157,23 @@ def _start(
         job = forwarding.warm.fork(path, arguments, shared, own, lambda: forwarding.received)
         if job is not None or forwarding.received:
             return job
-    return subprocess.Popen([*WITHOUT_CTRL_C, sys.executable, str(path), *arguments], env={**shared, **own})
+    return subprocess.Popen(
+        [*WITHOUT_CTRL_C, sys.executable, str(path), *arguments], env={**shared, **own}
+    )
 
 
 def _wait(jobs: list[Job]) -> int:
     code, deadline = 0, float("inf")
-    while None in [job.poll() for job in jobs]:  # a list: every job is polled, or a failure behind a hanging rank is not seen
+    # a list: every job is polled, or a failure behind a hanging rank is not seen
+    while None in [job.poll() for job in jobs]:
         failed = _failure(jobs)
         if failed and not code:
             _say_for_the_dead(jobs)
-            code, deadline = failed, time.monotonic() + (_GRACE_SAID if failed == SYSTEM_ERROR or -failed in _LAST_WORDS else _GRACE)
+            code, deadline = (
+                failed,
+                time.monotonic()
+                + (_GRACE_SAID if failed == SYSTEM_ERROR or -failed in _LAST_WORDS else _GRACE),
+            )
         if time.monotonic() > deadline:
             for job in jobs:
                 if job.poll() is None:
@@ -180,7 +208,9 @@ class _Forwarding:
         self.jobs: list[Job] = []
         self.received = False
 
-    def start(self, script: str, arguments: Sequence[str], own: dict[str, str], share: int) -> Job | None:
+    def start(
+        self, script: str, arguments: Sequence[str], own: dict[str, str], share: int
+    ) -> Job | None:
         """Start launch/`script` with its own in its environment; None where the request to stop has come before."""
         if self.received:
             return None

@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 
-_AFTER_A_STOP = 10.0  # seconds to be heard again: both may have been stopped, and this one may go on first
+# seconds to be heard again: both may have been stopped, and this one may go on first
+_AFTER_A_STOP = 10.0
 
 
 def heard(seconds: float) -> bool:
@@ -30,11 +31,16 @@ def stopped(pid: int) -> bool:
 
 
 def main(pid: int, seconds: float, dump: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):  # they reach a whole process group
+    # they reach a whole process group
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     while heard(seconds) or stopped(pid) or heard(_AFTER_A_STOP):
         pass
-    print(f"error: process {pid} has not answered for {seconds:.0f} s (train.watchdog_seconds): it hangs in C code; its stack:", file=sys.stderr, flush=True)
+    print(
+        f"error: process {pid} has not answered for {seconds:.0f} s (train.watchdog_seconds): it hangs in C code; its stack:",
+        file=sys.stderr,
+        flush=True,
+    )
     os.kill(pid, dump)
     time.sleep(2)
     os.kill(pid, signal.SIGKILL)

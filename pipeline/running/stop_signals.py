@@ -1,7 +1,7 @@
 """How a program of ours learns that it is to save and leave: by a signal, or by the end of the command that has started it.
 
-    for number in stop_signals(): signal.signal(number, leave)
-    end_with_parent()
+for number in stop_signals(): signal.signal(number, leave)
+end_with_parent()
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ PARENT = "SAP_PARENT"  # in the environment of a job: the pid of the `sap` that 
 def stop_signals() -> tuple[signal.Signals, ...]:
     """SIGTERM, SIGINT and SIGUSR1 (Slurm's, before a time limit), and SIGHUP, of a terminal that is closed, unless nohup has this process ignore it."""
     requests = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    return requests if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*requests, signal.SIGHUP)
+    return (
+        requests
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        else (*requests, signal.SIGHUP)
+    )
 
 
 def end_with_parent() -> bool:

@@ -25,7 +25,9 @@ class StopRequest:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._remember) for number in stop_signals()}
+        self._previous = {
+            number: signal.signal(number, self._remember) for number in stop_signals()
+        }
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -27,7 +27,11 @@ from pipeline.running import fork_server
 WITHOUT_CTRL_C = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
 # While it imports: torch asks NVIDIA's library how many GPUs there are, and not CUDA, which does not survive a fork;
 # NumPy's BLAS starts no threads (no stage multiplies with NumPy); MLflow sends nobody a message, as in mlflow_store.py.
-_IMPORTING = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OPENBLAS_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+_IMPORTING = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 class Forked:
@@ -35,12 +39,14 @@ class Forked:
 
     def __init__(self, pid: int):
         self.pid, self.returncode = pid, None
-        self._descriptor = os.pidfd_open(pid)  # names this process for ever, a pid only until somebody waits for it
+        # names this process for ever, a pid only until somebody waits for it
+        self._descriptor = os.pidfd_open(pid)
 
     def poll(self) -> int | None:
         """The exit code, negative after a signal; None while it runs."""
         if self.returncode is None:
-            with contextlib.suppress(ChildProcessError):  # a signal's handler waited for it between our two lines
+            # a signal's handler waited for it between our two lines
+            with contextlib.suppress(ChildProcessError):
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
                 if pid:
                     self.returncode = os.waitstatus_to_exitcode(status)
@@ -77,7 +83,8 @@ class WarmParents:
             if not sys.platform.startswith("linux"):
                 raise OSError(f"{sys.platform} has no subreapers")
             if not (hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")):
-                raise OSError("this Python was built without pidfd_open")  # conda's and uv's, for old kernels
+                # conda's and uv's, for old kernels
+                raise OSError("this Python was built without pidfd_open")
             fork_server.prctl(fork_server.SET_CHILD_SUBREAPER, 1)
             os.close(os.pidfd_open(os.getpid()))
         except OSError as error:
@@ -120,7 +127,11 @@ class WarmParents:
 
     def _give_up(self, problem: str) -> None:
         self.problem = problem
-        print(f"note: every process imports for itself, which takes seconds: {problem}", file=sys.stderr, flush=True)
+        print(
+            f"note: every process imports for itself, which takes seconds: {problem}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class _Parent:
@@ -131,8 +142,17 @@ class _Parent:
         self._ready = False
         with theirs:
             given = [str(theirs.fileno()), str(os.getpid()), *preload]
-            server = [*WITHOUT_CTRL_C, sys.executable, "-P", "-m", "pipeline.running.fork_server", *given]
-            self._process = subprocess.Popen(server, env={**environment, **_IMPORTING}, pass_fds=[theirs.fileno()])
+            server = [
+                *WITHOUT_CTRL_C,
+                sys.executable,
+                "-P",
+                "-m",
+                "pipeline.running.fork_server",
+                *given,
+            ]
+            self._process = subprocess.Popen(
+                server, env={**environment, **_IMPORTING}, pass_fds=[theirs.fileno()]
+            )
 
     def answered(self, seconds: float) -> bool:
         """Whether it has said within so many seconds that its imports are done, or that they cannot be."""
@@ -144,15 +164,22 @@ class _Parent:
             if not self._ready:
                 answer = fork_server.receive(self._control)
                 if answer is None or answer["problem"]:
-                    return answer["problem"] if answer else "the process that imports ahead has ended"
+                    return (
+                        answer["problem"] if answer else "the process that imports ahead has ended"
+                    )
                 self._ready = True
             fork_server.send(self._control, request)
             answer = fork_server.receive(self._control)
         except ConnectionError:
             answer = None
-        return "the process that imports ahead has ended" if answer is None else answer.get("problem") or answer["pid"]
+        return (
+            "the process that imports ahead has ended"
+            if answer is None
+            else answer.get("problem") or answer["pid"]
+        )
 
     def close(self) -> None:
         self._control.close()
-        self._process.kill()  # it may be importing still; it holds nothing, and jobs are not its children
+        # it may be importing still; it holds nothing, and jobs are not its children
+        self._process.kill()
         self._process.wait()

@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 
 EXIT_CODE = 70  # EX_SOFTWARE
-_BACKSTOP = 60.0  # seconds beyond the limit until the sentinel acts, where the thread below cannot run
+# seconds beyond the limit until the sentinel acts, where the thread below cannot run
+_BACKSTOP = 60.0
 _DUMP = signal.SIGRTMIN + 5  # at which this process prints its stacks: one that nobody else uses
 _SENTINEL = Path(__file__).with_name("sentinel.py")
 # Full tables of processes, and EFAULT: execve has said it of sound arguments, once in thousands of trainings, and the
@@ -71,7 +72,8 @@ class Watchdog:
             # A wait that took much longer than it was to take: the process was stopped meanwhile.
             idle, before = (idle + min(now - before, 2 * tick) if seen == self._count else 0.0), now
             seen = self._count
-            with contextlib.suppress(OSError, ValueError):  # it was killed, or closed between our two lines
+            # it was killed, or closed between our two lines
+            with contextlib.suppress(OSError, ValueError):
                 os.write(self._sentinel.stdin.fileno(), b".")
             if idle > self.seconds:
                 print(

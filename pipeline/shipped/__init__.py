@@ -16,7 +16,8 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _PACKAGE = _HERE.parent
-FOLDER = _HERE if (_HERE / "launch").is_dir() else _PACKAGE.parent  # holds launch/, ds_configs/ and slurm/
+# holds launch/, ds_configs/ and slurm/
+FOLDER = _HERE if (_HERE / "launch").is_dir() else _PACKAGE.parent
 
 
 def launch_script(name: str) -> Path:
@@ -37,7 +38,10 @@ def recipes() -> list[str]:
 def summary(name: str) -> str:
     """The first sentence of a shipped recipe's comment."""
     lines = (FOLDER / "launch" / "recipes" / f"{name}.yaml").read_text().splitlines()
-    words = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
+    words = " ".join(
+        line.removeprefix("#").strip()
+        for line in itertools.takewhile(lambda line: line.startswith("# "), lines)
+    )
     return re.split(r"(?<=[.?]) ", words)[0]
 
 
@@ -63,4 +67,8 @@ def environment() -> dict[str, str]:
     """What lets a launch script import this very package: a checkout need not be what is installed."""
     if (_HERE / "launch").is_dir():  # installed, and the child runs the same interpreter
         return {}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))}
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH")))
+        )
+    }

@@ -22,14 +22,26 @@ def _align(layout: Layout) -> Iterator[Unit]:
 
 def _evaluate(layout: Layout) -> Iterator[Unit]:
     for subject in layout.subjects():
-        yield unit(layout, "evaluate", layout.evaluate(subject), subject.name, subject.seed, trained=subject.trained)
+        yield unit(
+            layout,
+            "evaluate",
+            layout.evaluate(subject),
+            subject.name,
+            subject.seed,
+            trained=subject.trained,
+        )
 
 
 def _filters_in_waves(layout: Layout, units: Sequence[Unit]) -> Sequence[Sequence[Unit]]:
     """Filters may share embeddings: where they are missing, one of each sort computes them, and the others come after."""
-    sorts = {layout.embeddings(each.cell): each for each in reversed(units) if each.cell is not None}
+    sorts = {
+        layout.embeddings(each.cell): each for each in reversed(units) if each.cell is not None
+    }
     leaders = {folder: each for folder, each in sorts.items() if not artifacts.complete(folder)}
-    return [[each for each in units if each in leaders.values()], [each for each in units if each not in leaders.values()]]
+    return [
+        [each for each in units if each in leaders.values()],
+        [each for each in units if each not in leaders.values()],
+    ]
 
 
 STAGES = {
@@ -40,7 +52,12 @@ STAGES = {
         also=lambda layout: [layout.prompts()],
     ),
     "align": Stage(
-        "align", _align, lazily("pipeline.stages.align", "align"), ("prepare",), where="ranks", saves=True
+        "align",
+        _align,
+        lazily("pipeline.stages.align", "align"),
+        ("prepare",),
+        where="ranks",
+        saves=True,
     ),
     "filter": Stage(
         "filter",
@@ -69,6 +86,10 @@ STAGES = {
         saves=True,
     ),
     "evaluate": Stage(
-        "evaluate", _evaluate, lazily("pipeline.stages.evaluate", "evaluate"), ("prepare", "align", "train"), where="alone"
+        "evaluate",
+        _evaluate,
+        lazily("pipeline.stages.evaluate", "evaluate"),
+        ("prepare", "align", "train"),
+        where="alone",
     ),
 }

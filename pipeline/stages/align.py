@@ -13,7 +13,14 @@ from pipeline.model.models import load_chat
 from pipeline.recipe.recipe import Experiment
 from pipeline.running.devices import device, environment
 from pipeline.stages.layout import Layout
-from pipeline.stages.on_ranks import claimed_together, done_alone, publishing, start_engine, told_to, watched
+from pipeline.stages.on_ranks import (
+    claimed_together,
+    done_alone,
+    publishing,
+    start_engine,
+    told_to,
+    watched,
+)
 from pipeline.tracking.run import open_run
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.product import save_product
@@ -34,10 +41,13 @@ def align(experiment: Experiment) -> bool:
     chat = load_chat(base.model)
     source = resolve_model_path(base.model)
     inputs = {"prepare": artifacts.source(layout.prepare()), "model": layout.model_digest}
-    answered = layout.work(target) / "answers"  # once, so that a resumed run trains on the same, and published
+    # once, so that a resumed run trains on the same, and published
+    answered = layout.work(target) / "answers"
     # Generation needs every weight at every token, so the model that answers is whole; it is gone when the training's is loaded.
     prepared = read_rows(layout.prepare(), "align")
-    rows = complete_answers(lambda: load_whole(base.model, source).to(device()), chat, prepared, base, answered)
+    rows = complete_answers(
+        lambda: load_whole(base.model, source).to(device()), chat, prepared, base, answered
+    )
     engine = start_engine(base, source, base.align.train, seed=0)
     data = TrainingData(rows, [], chat.tokenizer.pad_token_id, validation={})
     with open_run(layout, "align", target.name, rank) as run:
@@ -50,9 +60,14 @@ def align(experiment: Experiment) -> bool:
             run.stopped()
             return False
         with publishing(engine, layout, target, inputs) as folder:
-            save_product(engine, base.align.train, source, base.model, folder, chat.tokenizer, merged="model")
+            save_product(
+                engine, base.align.train, source, base.model, folder, chat.tokenizer, merged="model"
+            )
             if rank == 0:
                 shutil.copy(answered / ANSWERED, folder)
                 # Harmless prompts that the model itself refused, or said nothing to.
-                artifacts.write_json(folder / artifacts.FACTS, {"samples": len(rows), "left_out": len(prepared) - len(rows)})
+                artifacts.write_json(
+                    folder / artifacts.FACTS,
+                    {"samples": len(rows), "left_out": len(prepared) - len(rows)},
+                )
     return True

@@ -1,7 +1,7 @@
 """Whether this machine has the memory and the disk that a recipe takes, by the planner's arithmetic. Needs no torch.
 
-    found = capacity(experiment, facts, cells)
-    found.line()        # "8.6 of 80.0 GB a GPU; 0.3 of 412 GB of disk"
+found = capacity(experiment, facts, cells)
+found.line()        # "8.6 of 80.0 GB a GPU; 0.3 of 412 GB of disk"
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from pipeline.recipe.sections import TrainSection
 from pipeline.running import devices
 from pipeline.stages.layout import Layout
 
-_PROCESS = 0.6e9  # bytes of a process that has imported torch, deepspeed, transformers and peft, on a CPU
-_DOUBT = 1.5  # a CPU run is refused where it needs this many times the machine's memory: the planner's sums are GPUs'
+# bytes of a process that has imported torch, deepspeed, transformers and peft, on a CPU
+_PROCESS = 0.6e9
+# a CPU run is refused where it needs this many times the machine's memory: the planner's sums are GPUs'
+_DOUBT = 1.5
 _CHECKPOINTS = 2  # that a run keeps (pipeline/training/checkpoint.py)
 _REMEDY = (
     "use more ranks (train.ranks), a smaller train.micro_batch_size (or train.tokens_per_micro_batch) "
@@ -43,7 +45,11 @@ class Capacity:
 
     def line(self) -> str:
         where = "a GPU" if self.on_gpus else "memory"
-        need = "memory not known" if self.memory is None else f"{self.memory / 1e9:.1f} of {self.memory_there / 1e9:.1f} GB {where}"
+        need = (
+            "memory not known"
+            if self.memory is None
+            else f"{self.memory / 1e9:.1f} of {self.memory_there / 1e9:.1f} GB {where}"
+        )
         return f"needs about {need}, {self.disk / 1e9:.2f} of {self.disk_there / 1e9:.0f} GB disk"
 
 
@@ -54,13 +60,23 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
     plans: list[tuple[Plan, Cell | None]] = []
     for what, train, cell in _unfinished(layout, cells):
         try:
-            plan = estimate_training(base, facts, train, cell and cell.recipe, devices.ranks(train), devices.dtype(base.model.dtype))
-        except ValueError as error:  # a model that the planner does not know; all else was refused before
+            plan = estimate_training(
+                base,
+                facts,
+                train,
+                cell and cell.recipe,
+                devices.ranks(train),
+                devices.dtype(base.model.dtype),
+            )
+        except ValueError as error:
+            # a model that the planner does not know; all else was refused before
             notes.append(f"memory and disk are not planned: {error}")
             break
         plan = plan.fitted(_fillable(plan.ranks))
         if plan.recomputed is not None:
-            notes.append(f"{what} recomputes {plan.recomputed} of {plan.model.layers} decoder layers (gradient_checkpointing auto)")
+            notes.append(
+                f"{what} recomputes {plan.recomputed} of {plan.model.layers} decoder layers (gradient_checkpointing auto)"
+            )
         plans.append((plan, cell))
         needed = plan.total() if gpus else plan.ranks * (plan.total() - CUDA_ALLOWANCE + _PROCESS)
         memory = max(memory or 0.0, needed)
@@ -76,13 +92,17 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
     return Capacity(memory, there, bool(gpus), disk, free, tuple(dict.fromkeys(notes)))
 
 
-def recomputed_layers(base: Recipe, train: TrainSection, of_cell: Recipe | None, ranks: int) -> int | None:
+def recomputed_layers(
+    base: Recipe, train: TrainSection, of_cell: Recipe | None, ranks: int
+) -> int | None:
     """Decoder layers that recompute their activations here, for train.gradient_checkpointing auto; None otherwise, and for a model that is not
     planned: all of them. of_cell: as `estimate_training`. Ranks with other GPUs may be told other numbers: they have to agree."""
     if train.gradient_checkpointing != "auto":
         return None
     try:
-        plan = estimate_training(base, outlined(base.model), train, of_cell, ranks, devices.dtype(base.model.dtype))
+        plan = estimate_training(
+            base, outlined(base.model), train, of_cell, ranks, devices.dtype(base.model.dtype)
+        )
     except ValueError:
         return None
     return plan.fitted(_fillable(ranks)).recomputed_layers
@@ -93,10 +113,13 @@ def _fillable(ranks: int) -> float:
     gpus = devices.gpus()
     if gpus:
         return FITTED_SHARE * min(gpu.total for gpu in gpus)
-    return FITTED_SHARE * _host_memory() / ranks + CUDA_ALLOWANCE - _PROCESS  # as `capacity` counts a process on a CPU
+    # as `capacity` counts a process on a CPU
+    return FITTED_SHARE * _host_memory() / ranks + CUDA_ALLOWANCE - _PROCESS
 
 
-def _unfinished(layout: Layout, cells: list[Cell]) -> Iterator[tuple[str, TrainSection, Cell | None]]:
+def _unfinished(
+    layout: Layout, cells: list[Cell]
+) -> Iterator[tuple[str, TrainSection, Cell | None]]:
     """(what, section, cell) of every training that is not complete; the alignment has no cell."""
     if layout.base.align.enabled and not artifacts.complete(layout.align()):
         yield "the alignment (align.train)", layout.base.align.train, None
@@ -113,7 +136,11 @@ def _check_host(needed: float, what: str) -> str | None:
             f"{what} needs about {needed / 1e9:.0f} GB by arithmetic (`sap plan`), and this machine has {there / 1e9:.0f} GB and no GPU: "
             f"use a machine with GPUs, a smaller model (model.path), or {_REMEDY}"
         )
-    return f"{what} needs about {needed / 1e9:.1f} of this machine's {there / 1e9:.1f} GB: it may not fit" if needed > 0.9 * there else None
+    return (
+        f"{what} needs about {needed / 1e9:.1f} of this machine's {there / 1e9:.1f} GB: it may not fit"
+        if needed > 0.9 * there
+        else None
+    )
 
 
 def _disk(facts: ModelFacts, plans: list[tuple[Plan, Cell | None]]) -> float:
@@ -123,9 +150,16 @@ def _disk(facts: ModelFacts, plans: list[tuple[Plan, Cell | None]]) -> float:
     for plan, cell in plans:
         trained = sum(weight.numel for weight in plan.model.weights if weight.trained)
         whole = cell is None or plan.train.adapter == "full" or plan.train.export_merged
-        products += (plan.dtype_bytes * weights if whole else 0) + (4 * trained if plan.train.adapter == "lora" else 0)
-        vectors = 0 if cell is None else sum(len(DEFENCES[name].vectors_kept) for name in cell.recipe.parts)
-        checkpoints = max(checkpoints, _CHECKPOINTS * 4 * (3 + vectors) * trained)  # weights and AdamW's two moments, in float32
+        products += (plan.dtype_bytes * weights if whole else 0) + (
+            4 * trained if plan.train.adapter == "lora" else 0
+        )
+        vectors = (
+            0
+            if cell is None
+            else sum(len(DEFENCES[name].vectors_kept) for name in cell.recipe.parts)
+        )
+        # weights and AdamW's two moments, in float32
+        checkpoints = max(checkpoints, _CHECKPOINTS * 4 * (3 + vectors) * trained)
     return products + checkpoints
 
 

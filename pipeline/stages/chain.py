@@ -1,7 +1,7 @@
 """The stages of an experiment on this machine, one after the other.
 
-    chain = Chain(experiment, STAGES, method=None, jobs=2)
-    code = chain.run("train")
+chain = Chain(experiment, STAGES, method=None, jobs=2)
+code = chain.run("train")
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from pipeline.running.warm import WarmParents
 from pipeline.stages.layout import Layout
 from pipeline.stages.stage import Stage, Unit
 
-ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)  # exit codes after which no other cell is begun: it would have to stop, or meet the same
+# exit codes after which no other cell is begun: it would have to stop, or meet the same
+ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)
 
 
 class Chain:
     """What is there, what is missing, and how it is made. `failed`: cells whose training failed in this command, while others trained."""
 
-    def __init__(self, experiment: Experiment, stages: Mapping[str, Stage], method: str | None, jobs: int = 1):
+    def __init__(
+        self, experiment: Experiment, stages: Mapping[str, Stage], method: str | None, jobs: int = 1
+    ):
         self.experiment, self.layout, self.base = experiment, Layout(experiment), experiment.base
         self.stages, self.method, self.jobs = stages, method, jobs
         self.warm: WarmParents | None = None  # what its processes are forked from
@@ -33,7 +36,10 @@ class Chain:
         self.arguments = ["--config", *experiment.arguments()]
         every = list(experiment.cells())  # each is validated as it is made
         self.cells = [cell for cell in every if method in (None, cell.method)]
-        self._names = None if len(self.cells) == len(every) else {cell.method for cell in self.cells}  # None: all, baselines too
+        # None: all, baselines too
+        self._names = (
+            None if len(self.cells) == len(every) else {cell.method for cell in self.cells}
+        )
 
     def units(self, stage: str) -> list[Unit]:
         """Those of the methods that are asked for; what belongs to no cell belongs to all. One for each folder: the first."""
@@ -65,26 +71,50 @@ class Chain:
             of.run(self.experiment)
             code = 0
         else:
-            units = [unit for unit in self.units(stage) if not artifacts.complete(unit.folder) and unit.trained not in self.failed]
-            code = self._side_by_side(of, units) if of.where == "alone" else self._on_ranks(of, units)
+            units = [
+                unit
+                for unit in self.units(stage)
+                if not artifacts.complete(unit.folder) and unit.trained not in self.failed
+            ]
+            code = (
+                self._side_by_side(of, units) if of.where == "alone" else self._on_ranks(of, units)
+            )
         if not code:
             print(f"{stage}: done in {time.time() - started:.0f} s", file=sys.stderr)
-        if stage == "train" and code not in (0, *ENDS_ALL) and any(artifacts.complete(unit.folder) for unit in self.units(stage)):
+        if (
+            stage == "train"
+            and code not in (0, *ENDS_ALL)
+            and any(artifacts.complete(unit.folder) for unit in self.units(stage))
+        ):
             self.failed = self.pending(stage)
         return code
 
     def begin(self, stages: Sequence[str]) -> None:
         """Let the first processes' imports run while this one prepares the data."""
-        first = next((stage for stage in stages if self.stages[stage].where == "ranks" and self.pending(stage)), None)
+        first = next(
+            (
+                stage
+                for stage in stages
+                if self.stages[stage].where == "ranks" and self.pending(stage)
+            ),
+            None,
+        )
         if self.warm and first and "prepare" in stages and self.pending("prepare"):
             ranks = devices.ranks(self._train_section(self.units(first)[0]))
-            beside = ranks == 1 and self.stages[first].of_cells  # then cells share the machine, where --jobs says so
-            self.warm.begin(runner.environment(min(self.jobs, len(self.pending(first))) if beside else ranks))
+            # then cells share the machine, where --jobs says so
+            beside = ranks == 1 and self.stages[first].of_cells
+            self.warm.begin(
+                runner.environment(min(self.jobs, len(self.pending(first))) if beside else ranks)
+            )
 
     def needed(self) -> list[str]:
         """What its processes import, in an order in which lean_imports.py can keep it small."""
-        trains = [cell.recipe.train for cell in self.cells] + [self.base.align.train] * self.base.align.enabled
-        deepspeed = ["pipeline.engines.deepspeed_private:import_deepspeed"] * any(train.engine == "zero3" for train in trains)
+        trains = [cell.recipe.train for cell in self.cells] + [
+            self.base.align.train
+        ] * self.base.align.enabled
+        deepspeed = ["pipeline.engines.deepspeed_private:import_deepspeed"] * any(
+            train.engine == "zero3" for train in trains
+        )
         mlflow = ["mlflow", "mlflow.store.tracking.sqlalchemy_store"] * self.base.tracking.enabled
         stages = ["pipeline.stages.train", "pipeline.stages.evaluate"]
         return [*stages, "pipeline.running.lean_imports:import_peft", *deepspeed, *mlflow]
@@ -96,7 +126,8 @@ class Chain:
         return self.base.align.train if unit.cell is None else unit.cell.recipe.train
 
     def _on_ranks(self, of: Stage, units: Sequence[Unit]) -> int:
-        first = 0  # failure: units have nothing to do with each other, so the others go on, unless it ends all
+        # failure: units have nothing to do with each other, so the others go on, unless it ends all
+        first = 0
         for wave in of.waves(self.layout, units):
             first = self._one_wave(of, wave, first)
             if first and len(units) > len(wave):
@@ -106,24 +137,39 @@ class Chain:
     def _one_wave(self, of: Stage, units: Sequence[Unit], first: int) -> int:
         script = f"{of.name}.py"
         todo = [unit for unit in units if not artifacts.complete(unit.folder)]
-        beside = [unit for unit in todo if self.jobs > 1 and unit.cell and devices.ranks(self._train_section(unit)) == 1]
+        beside = [
+            unit
+            for unit in todo
+            if self.jobs > 1 and unit.cell and devices.ranks(self._train_section(unit)) == 1
+        ]
         if beside:
-            code = runner.run_side_by_side(script, [self._arguments(unit) for unit in beside], min(self.jobs, len(beside)), self.warm)
-            missing = next((unit.folder for unit in beside if not artifacts.complete(unit.folder)), None)
+            code = runner.run_side_by_side(
+                script,
+                [self._arguments(unit) for unit in beside],
+                min(self.jobs, len(beside)),
+                self.warm,
+            )
+            missing = next(
+                (unit.folder for unit in beside if not artifacts.complete(unit.folder)), None
+            )
             first = first or (self._outcome(code, missing) if missing else code)
         for unit in todo:
             if first in ENDS_ALL:
                 break
             if unit not in beside:
                 ranks = devices.ranks(self._train_section(unit))
-                code = self._outcome(runner.run_ranks(script, self._arguments(unit), ranks, self.warm), unit.folder)
+                code = self._outcome(
+                    runner.run_ranks(script, self._arguments(unit), ranks, self.warm), unit.folder
+                )
                 first = code if code in ENDS_ALL else first or code
         return first
 
     def _side_by_side(self, of: Stage, units: Sequence[Unit]) -> int:
         slots = max(len(devices.gpus()) or devices.ranks(self.base.train), self.jobs)
         jobs = [self._arguments(unit) for unit in units]
-        return runner.run_side_by_side(f"{of.name}.py", jobs, max(1, min(slots, len(jobs))), self.warm)
+        return runner.run_side_by_side(
+            f"{of.name}.py", jobs, max(1, min(slots, len(jobs))), self.warm
+        )
 
     def _arguments(self, unit: Unit) -> list[str]:
         method = [] if unit.method == "-" else ["--method", unit.method]
@@ -138,8 +184,16 @@ class Chain:
         of = self.stages[stage]
         read = {folder for cell in self.cells for folder in self.layout.read_by(cell).values()}
         for before in of.needs:
-            folders = [unit.folder for unit in self.units(before) if not self.layout.of_defences(before) or unit.folder in read]
-            missing = [folder for folder in folders if not artifacts.complete(folder) and folder not in self.failed]
+            folders = [
+                unit.folder
+                for unit in self.units(before)
+                if not self.layout.of_defences(before) or unit.folder in read
+            ]
+            missing = [
+                folder
+                for folder in folders
+                if not artifacts.complete(folder) and folder not in self.failed
+            ]
             if missing:
                 raise ValueError(
                     f"{missing[0]} is not complete: run `sap {before} {self.experiment.path}` first (same overrides), or `sap run`"

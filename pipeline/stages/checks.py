@@ -30,7 +30,8 @@ from pipeline.stages.stage import Stage
 from pipeline.system.system_errors import reading_input
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
-_SHARDS_INTEGERS = (2, 12)  # torch's version from which fully_shard takes frozen weights that are no floating point
+# torch's version from which fully_shard takes frozen weights that are no floating point
+_SHARDS_INTEGERS = (2, 12)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ class Checked:
 
 
 @reading_input()
-def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, light: bool = False, starts: bool = True) -> Checked:
+def check(
+    experiment: Experiment,
+    here: Cell | Literal["align"] | None = None,
+    light: bool = False,
+    starts: bool = True,
+) -> Checked:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
     here: what this process runs, under its launcher's world size: checked are the model, the data and that. Without it, every cell of the
@@ -64,7 +70,9 @@ def check(experiment: Experiment, here: Cell | Literal["align"] | None = None, l
         check_training(field, train, base, facts, ranks)
         check_start(field, train, experiment, cell)
         if train.packing and (attention := devices.attention(base.model)) != devices.FLASH:
-            notes.append(f"{field}.packing: attention {attention} works through a packed row whole; FlashAttention (docs/performance.md) does not")
+            notes.append(
+                f"{field}.packing: attention {attention} works through a packed row whole; FlashAttention (docs/performance.md) does not"
+            )
         if cell is not None:
             notes += _check_cell(cell, base, facts, ranks)
     return Checked(facts, tuple(dict.fromkeys(notes)))
@@ -74,7 +82,9 @@ def _files(base: Recipe, notes: list[str]) -> ModelFacts | None:
     """The model by its files; None, and a note, where they are not here."""
     facts = check_model(base)
     if facts is None:
-        notes.append(f"model.path {base.model.path} is not on this machine yet: what depends on it is checked once it is fetched")
+        notes.append(
+            f"model.path {base.model.path} is not on this machine yet: what depends on it is checked once it is fetched"
+        )
         return None
     check_loads(facts.label, facts.folder)
     return facts if facts.layers else outlined(base.model)
@@ -87,20 +97,28 @@ def _modules(base: Recipe) -> ModelFacts:
     here = check_model(base)
     if here is not None:
         check_loads(here.label, here.folder)
-    model = outline(base.model)  # first: load_tokenizer would take a broken config for a broken tokenizer
+    # first: load_tokenizer would take a broken config for a broken tokenizer
+    model = outline(base.model)
     check_attention(model, base.model)
     load_tokenizer(base.model)
     facts = check_model(base)  # once more: the built-in model was fetched
     if facts is None:
-        check_positions(model.config.to_dict(), base)  # the config is here now, the rest comes with the weights
+        # the config is here now, the rest comes with the weights
+        check_positions(model.config.to_dict(), base)
     else:
         check_weights(model, facts.tensors, facts.label)
     return facts if facts is not None and facts.layers else facts_of(model, base.model.path)
 
 
-def _trainings(experiment: Experiment, here: Cell | Literal["align"] | None) -> list[tuple[str, TrainSection, Cell | None]]:
+def _trainings(
+    experiment: Experiment, here: Cell | Literal["align"] | None
+) -> list[tuple[str, TrainSection, Cell | None]]:
     """(field, section, cell) of what is to be checked; the alignment has no cell."""
-    align = [("align.train", experiment.base.align.train, None)] if experiment.base.align.enabled else []
+    align = (
+        [("align.train", experiment.base.align.train, None)]
+        if experiment.base.align.enabled
+        else []
+    )
     cells = list(experiment.cells()) if here is None else [] if here == "align" else [here]
     return [*align, *(("train", cell.recipe.train, cell) for cell in cells)]
 
@@ -115,9 +133,15 @@ def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) 
         notes += defence.notes(section, resolved, ranks)
     train, pairs = resolved.train, resolved.safety_pairs
     if train.steps is not None and train.warmup_steps >= train.steps:
-        notes.append(f"train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached")
+        notes.append(
+            f"train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached"
+        )
     notes = [f"method {cell.method}: {note}" for note in notes]
-    note = fillers("safety_pairs.batch_size", pairs.batch_size, pairs.micro_batch_size, ranks) if resolved.draws_pairs else None
+    note = (
+        fillers("safety_pairs.batch_size", pairs.batch_size, pairs.micro_batch_size, ranks)
+        if resolved.draws_pairs
+        else None
+    )
     return [*notes, note] if note else notes
 
 
@@ -151,13 +175,17 @@ def check_upstream(experiment: Experiment, stage: Stage, cell: Cell | None = Non
                 check_not_refused(folder)
 
 
-def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None, ranks: int) -> None:
+def check_training(
+    field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None, ranks: int
+) -> None:
     """ValueError where a training section does not go with the model, its quantization or the number of ranks. facts: None where not known."""
     check_engine(field, train, ranks)
     check_shares(f"{field}.batch_size", train.batch_size, ranks)
     if base.model.quantization == "nf4":
         if train.adapter == "full":
-            raise ValueError(f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to none, or {field}.adapter to lora")
+            raise ValueError(
+                f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to none, or {field}.adapter to lora"
+            )
         if not shards_4_bit(train.engine):
             raise ValueError(
                 f"{field}.engine fsdp2 cannot shard 4-bit weights with torch {version('torch')}: install torch {'.'.join(map(str, _SHARDS_INTEGERS))} or "
@@ -178,16 +206,23 @@ def check_training(field: str, train: TrainSection, base: Recipe, facts: ModelFa
 
 def shards_4_bit(engine: str) -> bool:
     """Whether the engine takes 4-bit weights with the torch that is installed."""
-    return engine != "fsdp2" or tuple(int(part) for part in version("torch").split(".")[:2]) >= _SHARDS_INTEGERS
+    return (
+        engine != "fsdp2"
+        or tuple(int(part) for part in version("torch").split(".")[:2]) >= _SHARDS_INTEGERS
+    )
 
 
 def check_quantisable(facts: ModelFacts) -> None:
     """ValueError for a model whose weights nf4 would not reach, or that are quantised already."""
     if facts.config.get("quantization_config") is not None:
-        raise ValueError(f"model.quantization nf4 needs unquantised weights, but those of {facts.label} are quantised: give the original model")
+        raise ValueError(
+            f"model.quantization nf4 needs unquantised weights, but those of {facts.label} are quantised: give the original model"
+        )
     expert = next((name for name in facts.tensors if ".experts." in name), None)
     if expert:  # files may hold them one by one: transformers stacks them while it loads
-        raise ValueError(f"model.quantization nf4 reaches linear layers only, and {facts.label} keeps experts in one tensor ({expert}): set it to none")
+        raise ValueError(
+            f"model.quantization nf4 reaches linear layers only, and {facts.label} keeps experts in one tensor ({expert}): set it to none"
+        )
 
 
 def _check_lora(field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None) -> None:
@@ -196,4 +231,5 @@ def _check_lora(field: str, train: TrainSection, base: Recipe, facts: ModelFacts
     try:
         check_lora(facts, train, field)
     except ValueError:
-        check_lora(of_modules(base.model), train, field)  # files may name weights otherwise than the modules: ask those before refusing
+        # files may name weights otherwise than the modules: ask those before refusing
+        check_lora(of_modules(base.model), train, field)

@@ -10,7 +10,15 @@ from pipeline.defences.sap.diagnostics import safety_direction
 from pipeline.objectives.batches import micro_batches, pair_batches
 from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.stages.layout import Layout
-from pipeline.stages.on_ranks import claimed_together, done_alone, inputs_of, open_start, publishing, say, verify_upstream
+from pipeline.stages.on_ranks import (
+    claimed_together,
+    done_alone,
+    inputs_of,
+    open_start,
+    publishing,
+    say,
+    verify_upstream,
+)
 from pipeline.tracking.run import open_run
 from pipeline.training.product import save_gathered
 
@@ -28,11 +36,16 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     if not claimed_together(target, resolved.train):
         return True
     engine, tokenizer = open_start(layout, cell, target)
-    pairs, useful = read_rows(layout.prepare(), "safety_pairs"), read_rows(layout.prepare(), "task_train")[:_USEFUL_FOR_SUMMARY]
+    pairs, useful = (
+        read_rows(layout.prepare(), "safety_pairs"),
+        read_rows(layout.prepare(), "task_train")[:_USEFUL_FOR_SUMMARY],
+    )
     sharing = (engine.rank, engine.world_size, tokenizer.pad_token_id, cell.seed, 0)
     size = resolved.direction.micro_batch_size
     # Halves of the pairs, not of this rank's batches: they must not depend on the number of ranks.
-    halves = [pair_batches(pairs, list(range(start, len(pairs), 2)), size, *sharing) for start in (0, 1)]
+    halves = [
+        pair_batches(pairs, list(range(start, len(pairs), 2)), size, *sharing) for start in (0, 1)
+    ]
     first, second = ([replace(batch, global_pairs=len(pairs)) for batch in half] for half in halves)
     rows, cut = list(range(len(useful))), resolved.train
     most = -(-cut.batch_size // engine.world_size)
@@ -40,13 +53,23 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     useful_batches = micro_batches(useful, rows, cut.micro_batch_size, *sharing, *how)
     with open_run(layout, f"direction-s{cell.seed}", target.name, engine.rank) as run:
         say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
-        vector, summary = safety_direction(engine, (first, second), useful_batches, resolved.sap.contrastive)
+        vector, summary = safety_direction(
+            engine, (first, second), useful_batches, resolved.sap.contrastive
+        )
         summary["weights_checksum"] = engine.checksum(engine.weights())
-        vectors = {"direction": vector} | ({"adapter": engine.weights()} if resolved.train.adapter == "lora" else {})
+        vectors = {"direction": vector} | (
+            {"adapter": engine.weights()} if resolved.train.adapter == "lora" else {}
+        )
         with publishing(engine, layout, target, inputs_of(layout)) as folder:
             for name, shard in vectors.items():
                 save_gathered(engine, engine.gathered(shard), folder, name)
             if engine.rank == 0:
                 artifacts.write_json(folder / "summary.json", summary)
-        run.log_facts({key: value for key, value in summary.items() if key not in ("layers", "weights_checksum")})
+        run.log_facts(
+            {
+                key: value
+                for key, value in summary.items()
+                if key not in ("layers", "weights_checksum")
+            }
+        )
     return True

@@ -31,7 +31,11 @@ ANSWERED = "answered.parquet"
 
 
 def complete_answers(
-    open_model: Callable[[], PreTrainedModel], chat: Chat, rows: list[Row], recipe: Recipe, folder: Path
+    open_model: Callable[[], PreTrainedModel],
+    chat: Chat,
+    rows: list[Row],
+    recipe: Recipe,
+    folder: Path,
 ) -> list[Row]:
     """Rows whose response is None get the model's greedy answer, cut at its last whole sentence.
 
@@ -41,19 +45,49 @@ def complete_answers(
     it is sound: a resumed run trains on what the first one did. open_model is called where answers have to be generated.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if from_first(rank == 0 and _sound(folder)):  # rank 0 decides: a rank alone in the collective below would hang
+    # rank 0 decides: a rank alone in the collective below would hang
+    if from_first(rank == 0 and _sound(folder)):
         return pyarrow.parquet.read_table(folder / ANSWERED).to_pylist()
     missing = [index for index, row in enumerate(rows) if row["response"] is None]
     if rank == 0 and missing:
-        print(f"[align] the model answers {len(missing)} harmless prompts itself", file=sys.stderr, flush=True)
+        print(
+            f"[align] the model answers {len(missing)} harmless prompts itself",
+            file=sys.stderr,
+            flush=True,
+        )
     mine = missing[rank::world_size]
-    prompts = [chat.prompt_ids(json.loads(rows[index]["messages"]), tools_of(rows[index])) for index in mine]
-    texts = generate(open_model(), chat.tokenizer, prompts, recipe.align.distill_tokens, batch_size=32, stops=chat.template.stops) if mine else []
-    answers = {index: text for part in of_every_rank(list(zip(mine, texts, strict=True))) for index, text in part}
-    completed = [_completed(chat, row, answers.get(index), recipe.data.max_length) for index, row in enumerate(rows)]
+    prompts = [
+        chat.prompt_ids(json.loads(rows[index]["messages"]), tools_of(rows[index]))
+        for index in mine
+    ]
+    texts = (
+        generate(
+            open_model(),
+            chat.tokenizer,
+            prompts,
+            recipe.align.distill_tokens,
+            batch_size=32,
+            stops=chat.template.stops,
+        )
+        if mine
+        else []
+    )
+    answers = {
+        index: text
+        for part in of_every_rank(list(zip(mine, texts, strict=True)))
+        for index, text in part
+    }
+    completed = [
+        _completed(chat, row, answers.get(index), recipe.data.max_length)
+        for index, row in enumerate(rows)
+    ]
     completed = [row for row in completed if row is not None]
     if rank == 0 and len(completed) < len(rows):
-        print(f"[align] {len(rows) - len(completed)} of them left out: the model said nothing, or refused", file=sys.stderr, flush=True)
+        print(
+            f"[align] {len(rows) - len(completed)} of them left out: the model said nothing, or refused",
+            file=sys.stderr,
+            flush=True,
+        )
     if rank == 0:
         with artifacts.building(folder, {}) as temporary:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completed), temporary / ANSWERED)
@@ -66,7 +100,11 @@ def _sound(folder: Path) -> bool:
         return False
     found = artifacts.damage(folder)
     if found:
-        print(f"[align] the model's own answers are damaged and will be made again: {found}", file=sys.stderr, flush=True)
+        print(
+            f"[align] the model's own answers are damaged and will be made again: {found}",
+            file=sys.stderr,
+            flush=True,
+        )
         shutil.rmtree(folder)
     return not found
 
@@ -79,9 +117,20 @@ def _completed(chat: Chat, row: Row, answer: str | None, max_length: int) -> Row
     if refusal_in(row["prompt"], text) is not None:
         return None
     given = row.get("given") or ""
-    messages = [*json.loads(row["messages"]), {"role": "assistant", "content": f"{given} {text}".lstrip()}]
-    found = chat.encode(messages, max_length, last_turn_only=True, given=given, tools=tools_of(row)) if text else []
-    return {**row, "response": text, "input_ids": found[0].input_ids, "labels": found[0].labels} if found else None
+    messages = [
+        *json.loads(row["messages"]),
+        {"role": "assistant", "content": f"{given} {text}".lstrip()},
+    ]
+    found = (
+        chat.encode(messages, max_length, last_turn_only=True, given=given, tools=tools_of(row))
+        if text
+        else []
+    )
+    return (
+        {**row, "response": text, "input_ids": found[0].input_ids, "labels": found[0].labels}
+        if found
+        else None
+    )
 
 
 def whole_sentences(text: str) -> str:

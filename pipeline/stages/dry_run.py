@@ -16,12 +16,16 @@ from pipeline.running import devices
 from pipeline.stages.capacity import Capacity
 
 
-def overview(experiment: Experiment, folders: Mapping[str, Sequence[Path]], found: Capacity | None) -> str:
+def overview(
+    experiment: Experiment, folders: Mapping[str, Sequence[Path]], found: Capacity | None
+) -> str:
     """The lines. folders: stage -> those that it writes, in the order of the stages. found: None where the model is not here yet."""
     base = experiment.base
     needs = "what it needs is not known yet" if found is None else found.line()
     lines = [f"{'machine':<10} {devices.describe(base.model, base.train)}; {needs}"]
-    return "\n".join([*lines, *(f"{stage:<10} {_state(owned)}" for stage, owned in folders.items())])
+    return "\n".join(
+        [*lines, *(f"{stage:<10} {_state(owned)}" for stage, owned in folders.items())]
+    )
 
 
 def _state(folders: Sequence[Path]) -> str:
@@ -30,7 +34,11 @@ def _state(folders: Sequence[Path]) -> str:
     missing = [folder for folder in folders if not artifacts.complete(folder)]
     if not missing:
         return f"complete   {folders[0].parent / _names(folders)}"
-    done = f", {len(folders) - len(missing)} of {len(folders)} complete" if len(missing) < len(folders) else ""
+    done = (
+        f", {len(folders) - len(missing)} of {len(folders)} complete"
+        if len(missing) < len(folders)
+        else ""
+    )
     return f"would run  {folders[0].parent / _names(missing)}{done}"
 
 

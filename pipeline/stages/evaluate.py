@@ -52,7 +52,9 @@ def evaluate(experiment: Experiment, subject: Subject, shard: PromptSlice = WHOL
     return True
 
 
-def _check_evaluation(layout: Layout, subject: Subject, shard: PromptSlice) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
+def _check_evaluation(
+    layout: Layout, subject: Subject, shard: PromptSlice
+) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
     """Chat and sets of the evaluation. ValueError for all that can be known to be wrong before a weight is read."""
     check_model(layout.base)
     verify_upstream(layout)
@@ -66,7 +68,13 @@ def _check_evaluation(layout: Layout, subject: Subject, shard: PromptSlice) -> t
     return chat, sets
 
 
-def _measure(layout: Layout, subject: Subject, shard: PromptSlice, chat: Chat, sets: dict[str, list[dict[str, Any]]]) -> Measured:
+def _measure(
+    layout: Layout,
+    subject: Subject,
+    shard: PromptSlice,
+    chat: Chat,
+    sets: dict[str, list[dict[str, Any]]],
+) -> Measured:
     """Load the subject and let it answer the shard's rows of the sets."""
     base = layout.base
     if subject.adapter is not None:
@@ -81,7 +89,10 @@ def _measure(layout: Layout, subject: Subject, shard: PromptSlice, chat: Chat, s
 def _merge(layout: Layout, subject: Subject, count: int) -> None:
     """Make the evaluation of its `count` shards where all are complete, unless another process is at it; the work folder goes."""
     target = layout.evaluate(subject)
-    work, parts = layout.work(target), [layout.shard(target, index, count) for index in range(count)]
+    work, parts = (
+        layout.work(target),
+        [layout.shard(target, index, count) for index in range(count)],
+    )
     # The target may be complete, and the other shards gone: merged while this process repeated a shard.
     if not artifacts.complete(target) and not all(map(artifacts.complete, parts)):
         return
@@ -100,8 +111,11 @@ def _merge(layout: Layout, subject: Subject, count: int) -> None:
 def _conclude(layout: Layout, subject: Subject, measured: Callable[[], list[Measured]]) -> None:
     """Publish the evaluation of what `measured` returns (its shards, or the one that is the whole), and log it."""
     target = layout.evaluate(subject)
-    cell = None if subject.trained is None else layout.experiment.cell(subject.name, subject.seed or 0)
-    key = target.name if subject.trained is None else subject.trained.name  # a cell's scores stand beside its parameters
+    cell = (
+        None if subject.trained is None else layout.experiment.cell(subject.name, subject.seed or 0)
+    )
+    # a cell's scores stand beside its parameters
+    key = target.name if subject.trained is None else subject.trained.name
     claimed = artifacts.claim_incomplete(target)
     if claimed is None:
         return
@@ -119,5 +133,11 @@ def _run_name(subject: Subject) -> str:
 
 def _of_subject(layout: Layout, subject: Subject) -> dict[str, Any]:
     """The same of an evaluation, and of its shards."""
-    read = [layout.prepare(), layout.prompts(), *([] if subject.trained is None else [subject.trained])]
-    return {"subject": subject.identity} | {folder.name.split("-")[0]: artifacts.source(folder) for folder in read}
+    read = [
+        layout.prepare(),
+        layout.prompts(),
+        *([] if subject.trained is None else [subject.trained]),
+    ]
+    return {"subject": subject.identity} | {
+        folder.name.split("-")[0]: artifacts.source(folder) for folder in read
+    }

@@ -1,6 +1,6 @@
 """Fetch what the demo is made of, once: pinned archives into the cache, and the model converted.
 
-    python -m pipeline.stages.fetch
+python -m pipeline.stages.fetch
 """
 
 from __future__ import annotations

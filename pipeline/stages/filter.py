@@ -18,7 +18,14 @@ from pipeline.recipe.layer_choice import read_layer
 from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.running.devices import environment
 from pipeline.stages.layout import Layout
-from pipeline.stages.on_ranks import claimed_together, done_alone, inputs_of, open_start, publishing, verify_upstream
+from pipeline.stages.on_ranks import (
+    claimed_together,
+    done_alone,
+    inputs_of,
+    open_start,
+    publishing,
+    verify_upstream,
+)
 from pipeline.system.system_errors import naming
 from pipeline.tracking.run import open_run
 
@@ -36,13 +43,20 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
     if environment()[0] == 0 and (claimed := artifacts.claim_incomplete(target)):
         decision = decide(rows, embeddings, saft, experiment.base.data.seed)
         with open_run(layout, "filter", target.name) as run:
-            inputs = {"prepare": artifacts.source(layout.prepare()), "embeddings": artifacts.source(layout.embeddings(cell))}
+            inputs = {
+                "prepare": artifacts.source(layout.prepare()),
+                "embeddings": artifacts.source(layout.embeddings(cell)),
+            }
             with artifacts.building(target, inputs, claimed) as folder:
                 write_decision(decision, rows, folder)
             run.log_facts(decision.facts)
             run.log_artifact(target / "scores.png")
         for sentence in decision.warnings:
-            print(f"warning: {sentence} (every score is in {target}, with a picture)", file=sys.stderr, flush=True)
+            print(
+                f"warning: {sentence} (every score is in {target}, with a picture)",
+                file=sys.stderr,
+                flush=True,
+            )
         for line in highest_scored(decision):
             print(line, file=sys.stderr, flush=True)
     return True
@@ -54,7 +68,9 @@ def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch
     if claimed_together(target, cell.recipe.train):
         engine, tokenizer = open_start(layout, cell, target)
         layer = read_layer(saft.layer, len(decoder_layers(engine.module)))
-        found = embed(engine, rows, layer, saft.position, saft.micro_batch_size, tokenizer.pad_token_id)
+        found = embed(
+            engine, rows, layer, saft.position, saft.micro_batch_size, tokenizer.pad_token_id
+        )
         with publishing(engine, layout, target, inputs_of(layout)) as folder:
             if engine.rank == 0:
                 save_file({"embeddings": found}, folder / "embeddings.safetensors")

@@ -101,11 +101,25 @@ class Layout:
     def evaluate(self, subject: Subject) -> Path:
         seed = "" if subject.seed is None else f"-s{subject.seed}"
         evaluate = self.base.evaluate
-        elsewhere = {"harmful", "harmful_prompts", "harmless", "harmless_prompts", "ordinary", "ordinary_prompts", "forms"}  # in the prompts' hash
+        # in the prompts' hash
+        elsewhere = {
+            "harmful",
+            "harmful_prompts",
+            "harmless",
+            "harmless_prompts",
+            "ordinary",
+            "ordinary_prompts",
+            "forms",
+        }
         without = elsewhere if evaluate.attacks else {*elsewhere, "attack_prompts"}
         section = evaluate.model_dump(mode="json", exclude={"batch_size", "baselines", *without})
-        texts = [refusal.PATTERNS if evaluate.judge == "refusal" else judges.REFUSAL_SUBSTRINGS, *(asdict(ATTACKS[name]) for name in evaluate.attacks)]
-        digest = _short([_FORMAT, subject.identity, self._prompts_hash(), section, artifacts.digest(texts)])
+        texts = [
+            refusal.PATTERNS if evaluate.judge == "refusal" else judges.REFUSAL_SUBSTRINGS,
+            *(asdict(ATTACKS[name]) for name in evaluate.attacks),
+        ]
+        digest = _short(
+            [_FORMAT, subject.identity, self._prompts_hash(), section, artifacts.digest(texts)]
+        )
         return self.root / f"evaluate-{subject.name}{seed}-{digest}"
 
     def shard(self, target: Path, index: int, count: int) -> Path:
@@ -118,7 +132,11 @@ class Layout:
 
     def start_model(self) -> str:
         """What every method starts from: the aligned model, or the recipe's own."""
-        return str(self.align() / "model") if self.base.align.enabled else model_location(self.base.model)
+        return (
+            str(self.align() / "model")
+            if self.base.align.enabled
+            else model_location(self.base.model)
+        )
 
     def needs_direction(self, cell: Cell) -> bool:
         return _made(cell, "direction")
@@ -132,13 +150,19 @@ class Layout:
 
     def read_by(self, cell: Cell) -> dict[str, Path]:
         """Folders of the stages whose product a cell's training reads for its defences, by the stage's name."""
-        names = (name for part in cell.recipe.parts for name in DEFENCES[part].reads(getattr(cell.recipe, part)))
+        names = (
+            name
+            for part in cell.recipe.parts
+            for name in DEFENCES[part].reads(getattr(cell.recipe, part))
+        )
         return {name: getattr(self, name)(cell) for name in dict.fromkeys(names)}
 
     def subjects(self) -> Iterator[Subject]:
         """Everything the report compares, in its order."""
         if self.base.evaluate.baselines:
-            yield Subject("shipped", None, model_location(self.base.model), None, _short(self._weights()))
+            yield Subject(
+                "shipped", None, model_location(self.base.model), None, _short(self._weights())
+            )
             if self.base.align.enabled:
                 yield Subject("aligned", None, self.start_model(), None, self._align_hash())
         for cell in self._cells:
@@ -146,12 +170,20 @@ class Layout:
 
     def subject(self, cell: Cell) -> Subject:
         trained, full = self.train(cell), cell.recipe.train.adapter == "full"
-        model, adapter = (str(trained / "model"), None) if full else (self.start_model(), trained / "adapter")
+        model, adapter = (
+            (str(trained / "model"), None) if full else (self.start_model(), trained / "adapter")
+        )
         return Subject(cell.method, cell.seed, model, adapter, self.train_hash(cell), trained)
 
     def train_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
-        parts: list[Any] = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, _training(recipe.train)]
+        parts: list[Any] = [
+            _FORMAT,
+            self._start_hash(),
+            self._prepare_hash(),
+            cell.seed,
+            _training(recipe.train),
+        ]
         if recipe.draws_pairs:
             parts.append(_drawing(recipe))
         parts += [_hash_of(folder) for folder in self.read_by(cell).values()]
@@ -164,12 +196,24 @@ class Layout:
 
         A method's whole section is: what it carries from step to step (V and its scale, a direction, an average) was made with it.
         """
-        recipe, train = (self.base, self.base.align.train) if cell is None else (cell.recipe, cell.recipe.train)
+        recipe, train = (
+            (self.base, self.base.align.train) if cell is None else (cell.recipe, cell.recipe.train)
+        )
         methods = {} if cell is None else _decided(recipe)
-        lora = {} if train.adapter == "full" else {"train.lora": train.lora.model_dump(mode="json", exclude={"dropout"})}
-        drawing = {"safety_pairs": _drawing(recipe)} if cell is not None and recipe.draws_pairs else {}
+        lora = (
+            {}
+            if train.adapter == "full"
+            else {"train.lora": train.lora.model_dump(mode="json", exclude={"dropout"})}
+        )
+        drawing = (
+            {"safety_pairs": _drawing(recipe)} if cell is not None and recipe.draws_pairs else {}
+        )
         # A direction that is never computed again is carried from checkpoint to checkpoint.
-        never = cell is not None and recipe.safety_pairs.refresh_every == 0 and "direction" in self.read_by(cell)
+        never = (
+            cell is not None
+            and recipe.safety_pairs.refresh_every == 0
+            and "direction" in self.read_by(cell)
+        )
         kept = {"the direction stage": self._direction_hash(cell)} if never else {}
         return {
             "format": _FORMAT,
@@ -179,11 +223,14 @@ class Layout:
 
     def _embeddings_hash(self, cell: Cell) -> str:
         saft = cell.recipe.saft
-        return _short([_FORMAT, self._start_hash(), self._prepare_hash(), saft.layer, saft.position])
+        return _short(
+            [_FORMAT, self._start_hash(), self._prepare_hash(), saft.layer, saft.position]
+        )
 
     def _filter_hash(self, cell: Cell) -> str:
         section = cell.recipe.saft.model_dump(mode="json", exclude={"enabled", "micro_batch_size"})
-        texts = artifacts.digest([keywords.WORDS, refusal.PATTERNS])  # what is counted, and what is kept
+        # what is counted, and what is kept
+        texts = artifacts.digest([keywords.WORDS, refusal.PATTERNS])
         return _short([_FORMAT, self._embeddings_hash(cell), section, texts])
 
     def _prepare_hash(self) -> str:
@@ -191,8 +238,18 @@ class Layout:
 
     def _prompts_hash(self) -> str:
         evaluate = self.base.evaluate
-        parts: list[Any] = [_FORMAT, self._prepare_hash(), self._sources["evaluate.harmful"], evaluate.harmful_prompts, evaluate.forms, _texts()]
-        for name, count in (("harmless", evaluate.harmless_prompts), ("ordinary", evaluate.ordinary_prompts)):
+        parts: list[Any] = [
+            _FORMAT,
+            self._prepare_hash(),
+            self._sources["evaluate.harmful"],
+            evaluate.harmful_prompts,
+            evaluate.forms,
+            _texts(),
+        ]
+        for name, count in (
+            ("harmless", evaluate.harmless_prompts),
+            ("ordinary", evaluate.ordinary_prompts),
+        ):
             if getattr(evaluate, name) is not None:
                 parts += [name, self._sources[f"evaluate.{name}"], count]
         return _short(parts)
@@ -200,13 +257,17 @@ class Layout:
     def _align_hash(self) -> str:
         # Its samples take their prompts before the task does, which counts only where it decides how many prompts the
         # harmful samples have taken before.
-        data, after = self._data(), {"task", "validation_samples", "test_samples", "harmful_fraction"}
+        data, after = (
+            self._data(),
+            {"task", "validation_samples", "test_samples", "harmful_fraction"},
+        )
         if data["harmful"] is None or self.base.data.harmful.limit is not None:
             data = {name: value for name, value in data.items() if name not in after}
         section = self.base.align.model_dump(mode="json", exclude={"train"})
         training = _training(self.base.align.train)
         del training["validate_every"]  # it has nothing to validate on
-        judged = artifacts.digest(refusal.PATTERNS)  # answers of the model's own that refuse are left out
+        # answers of the model's own that refuse are left out
+        judged = artifacts.digest(refusal.PATTERNS)
         return _short([_FORMAT, data, _texts(), self._weights(), section, training, judged])
 
     def _data(self) -> dict[str, Any]:
@@ -215,7 +276,10 @@ class Layout:
         unread = set() if self.base.align.enabled else set(_ALIGN_DATA)
         if not data.draws_harmful:
             unread.add("harmful")
-        values = {name: self._sources.get(f"data.{name}", getattr(data, name)) for name in type(data).model_fields}
+        values = {
+            name: self._sources.get(f"data.{name}", getattr(data, name))
+            for name in type(data).model_fields
+        }
         return {name: None if name in unread else value for name, value in values.items()}
 
     def _start_hash(self) -> str:
@@ -225,12 +289,28 @@ class Layout:
         """The model and how it is computed: `auto` is another dtype and another attention on another machine."""
         model = self.base.model
         quantized = [] if model.quantization == "none" else [model.quantization]
-        return [*self._model, f"torch.{devices.dtype(model.dtype)}", devices.attention(model), *quantized]
+        return [
+            *self._model,
+            f"torch.{devices.dtype(model.dtype)}",
+            devices.attention(model),
+            *quantized,
+        ]
 
     def _direction_hash(self, cell: Cell) -> str:
         recipe = cell.recipe
-        trained = recipe.train.lora.model_dump() if recipe.train.adapter == "lora" else recipe.train.adapter
-        parts = [_FORMAT, self._start_hash(), self._prepare_hash(), cell.seed, trained, recipe.sap.contrastive]
+        trained = (
+            recipe.train.lora.model_dump()
+            if recipe.train.adapter == "lora"
+            else recipe.train.adapter
+        )
+        parts = [
+            _FORMAT,
+            self._start_hash(),
+            self._prepare_hash(),
+            cell.seed,
+            trained,
+            recipe.sap.contrastive,
+        ]
         return _short(parts)
 
 
@@ -238,9 +318,12 @@ def _training(train: TrainSection) -> dict[str, Any]:
     """What of a training section decides the result: no adapter where all weights are trained."""
     without = {"lora", "export_merged"} if train.adapter == "full" else set()
     # One of the two cuts a batch. Without a budget the folders are named as before there was such a field.
-    without |= {"tokens_per_micro_batch" if train.tokens_per_micro_batch is None else "micro_batch_size"}
+    without |= {
+        "tokens_per_micro_batch" if train.tokens_per_micro_batch is None else "micro_batch_size"
+    }
     without |= set() if train.packing else {"packing"}
-    without |= {"spike_factor", "on_spike"} if train.on_spike != "skip" else set()  # what only tells, or ends, changes no result
+    # what only tells, or ends, changes no result
+    without |= {"spike_factor", "on_spike"} if train.on_spike != "skip" else set()
     without |= {"resume_from"}
     # The folder that is started from has its content in its name.
     start = {} if train.resume_from is None else {"resume_from": train.resume_from.name}
@@ -256,7 +339,9 @@ def _decided(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _drawing(recipe: Recipe) -> dict[str, Any]:
     """How safety pairs are drawn; where none ever is, only that."""
     pairs = recipe.safety_pairs
-    return pairs.model_dump(mode="json", include={"refresh_every"} if pairs.refresh_every == 0 else None)
+    return pairs.model_dump(
+        mode="json", include={"refresh_every"} if pairs.refresh_every == 0 else None
+    )
 
 
 def _made(cell: Cell, stage: str) -> bool:
@@ -269,7 +354,12 @@ def _hash_of(folder: Path) -> str:
 
 def _texts() -> str:
     """Digest of the texts that pairs and samples are made of, and of the words by which prompts have a form."""
-    openings = (contrastive.SAFETY_OPENINGS, contrastive.MIX_OPENINGS, contrastive.VALIDATION_OPENINGS, contrastive.ALIGN_OPENINGS)
+    openings = (
+        contrastive.SAFETY_OPENINGS,
+        contrastive.MIX_OPENINGS,
+        contrastive.VALIDATION_OPENINGS,
+        contrastive.ALIGN_OPENINGS,
+    )
     return artifacts.digest([contrastive.REFUSALS, *openings, *forms.TEXTS])
 
 
@@ -282,7 +372,9 @@ def _source_identity(source: SourceSection, digest: Callable[[Path], str]) -> di
     """What a source holds and what is taken of it: files by their bytes, and the ending that says how to read."""
     found = _local_files(source)
     if source.source.startswith("builtin:"):
-        identity: dict[str, Any] = {"builtin": builtin.identity(source.source.removeprefix("builtin:"))}
+        identity: dict[str, Any] = {
+            "builtin": builtin.identity(source.source.removeprefix("builtin:"))
+        }
     elif found:
         kind = suffix(found[0])
         hashes = [digest(file) for file in found]
@@ -299,7 +391,11 @@ def _local_files(source: SourceSection) -> list[Path]:
     """The files that a local source is read from; none where there are none, which the check of the recipe refuses."""
     path = local_path(source)
     try:
-        return [file for file in files.parts(path, source.split) if file.is_file()] if path is not None else []
+        return (
+            [file for file in files.parts(path, source.split) if file.is_file()]
+            if path is not None
+            else []
+        )
     except files.NotReadable:
         return []
 
@@ -317,5 +413,9 @@ def _model_identity(model: ModelSection) -> list[Any]:
         identity = [fingerprint(folder)]
     else:
         identity = [model.path, model.revision]
-    template = artifacts.file_digest(model.chat_template) if model.chat_template and model.chat_template.is_file() else None
+    template = (
+        artifacts.file_digest(model.chat_template)
+        if model.chat_template and model.chat_template.is_file()
+        else None
+    )
     return [*identity, template]

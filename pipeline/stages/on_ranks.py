@@ -39,7 +39,9 @@ from pipeline.training.checkpoint import ORIGIN
 def inputs_of(layout: Layout, *folders: Path) -> dict[str, Any]:
     """What a training stage records of what it was made from: the prepared data, the start model, and these folders."""
     read = [layout.prepare(), *([layout.align()] if layout.base.align.enabled else []), *folders]
-    return {folder.name.split("-")[0]: artifacts.source(folder) for folder in read} | {"model": layout.model_digest}
+    return {folder.name.split("-")[0]: artifacts.source(folder) for folder in read} | {
+        "model": layout.model_digest
+    }
 
 
 def verify_upstream(layout: Layout) -> None:
@@ -81,10 +83,18 @@ def open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
     if target != layout.train(cell) and train_section.gradient_checkpointing == "auto":
         # Other passes than the training's, which are what is planned: their pairs may be longer, or more.
         train_section = train_section.model_copy(update={"gradient_checkpointing": True})
-    return start_engine(base, layout.start_model(), train_section, cell.seed, cell.recipe), tokenizer
+    return start_engine(
+        base, layout.start_model(), train_section, cell.seed, cell.recipe
+    ), tokenizer
 
 
-def start_engine(base: Recipe, location: str, train_section: TrainSection, seed: int, of_cell: Recipe | None = None) -> Engine:
+def start_engine(
+    base: Recipe,
+    location: str,
+    train_section: TrainSection,
+    seed: int,
+    of_cell: Recipe | None = None,
+) -> Engine:
     """The engine of a training that starts from the model at `location`; adapter and dropout are drawn from `seed`.
 
     of_cell: whose memory is planned; None for the alignment's. Entered by all ranks together.
@@ -94,7 +104,11 @@ def start_engine(base: Recipe, location: str, train_section: TrainSection, seed:
     again = recomputed_layers(base, train_section, of_cell, environment()[1])
     again = None if again is None else largest_of_ranks(again)
     if again is not None and environment()[0] == 0:
-        print(f"{again} decoder layers recompute their activations (gradient_checkpointing auto)", file=sys.stderr, flush=True)
+        print(
+            f"{again} decoder layers recompute their activations (gradient_checkpointing auto)",
+            file=sys.stderr,
+            flush=True,
+        )
     model, sources = open_model(base.model, location, sharded=train_section.engine != "single")
     return open_engine(make_trainable(model, train_section, seed, again), train_section, sources)
 
@@ -108,7 +122,9 @@ def watched(train_section: TrainSection, engine: Engine) -> Callback:
 
 
 @contextlib.contextmanager
-def publishing(engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]) -> Iterator[Path]:
+def publishing(
+    engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]
+) -> Iterator[Path]:
     """artifacts.building for a stage of several ranks: all enter and leave together, rank 0 publishes and clears the work folder."""
     folder, work = target.with_name(f".{target.name}.tmp"), layout.work(target)
     try:
@@ -123,12 +139,15 @@ def publishing(engine: Engine, layout: Layout, target: Path, inputs: dict[str, A
                 if (work / "metrics.jsonl").is_file():
                     shutil.copy(work / "metrics.jsonl", folder)
                 origin = work / ORIGIN
-                started = {"resume_from": json.loads(origin.read_text())} if origin.is_file() else {}
+                started = (
+                    {"resume_from": json.loads(origin.read_text())} if origin.is_file() else {}
+                )
                 artifacts.publish(folder, target, inputs | started, world_size=engine.world_size)
                 shutil.rmtree(work, ignore_errors=True)
             engine.barrier()
     except OSError:
-        if engine.rank == 0:  # gigabytes, perhaps on a full disk; after any other error the next attempt removes it
+        # gigabytes, perhaps on a full disk; after any other error the next attempt removes it
+        if engine.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

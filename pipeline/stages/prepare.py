@@ -26,7 +26,9 @@ def prepare(experiment: Experiment) -> bool:
     target = layout.prepare()
     if not artifacts.complete(target) and (claimed := artifacts.claim_incomplete(target)):
         with (
-            artifacts.building(target, {"recipe": recipe.dump(experiment.base)["data"]}, claimed) as folder,
+            artifacts.building(
+                target, {"recipe": recipe.dump(experiment.base)["data"]}, claimed
+            ) as folder,
             open_run(layout, "prepare", target.name) as run,
         ):
             facts = prepare_data(experiment.base, load_chat(experiment.base.model), folder)
@@ -34,21 +36,37 @@ def prepare(experiment: Experiment) -> bool:
             run.log_facts(facts)
             print(_told(facts), file=sys.stderr, flush=True)
     make_prompts(layout)
-    check_lengths(layout, load_chat(layout.base.model), evaluation_sets(layout.base.evaluate, layout.prepare(), layout.prompts()))
+    check_lengths(
+        layout,
+        load_chat(layout.base.model),
+        evaluation_sets(layout.base.evaluate, layout.prepare(), layout.prompts()),
+    )
     return True
 
 
 def _told(facts: dict[str, Any]) -> str:
     """How many samples there are, and what was cut, in one line. What was left out has been said (data/dropped.py)."""
     counts = facts["samples"]
-    parts = [f"{counts['task_train']} to train on, {counts['task_validation']} to validate, {counts['task_test']} to test; {counts['safety_pairs']} safety pairs"]
-    cut = {field: found["truncated"] for field, found in facts["encoding"].items() if found.get("truncated")}
+    parts = [
+        f"{counts['task_train']} to train on, {counts['task_validation']} to validate, {counts['task_test']} to test; {counts['safety_pairs']} safety pairs"
+    ]
+    cut = {
+        field: found["truncated"]
+        for field, found in facts["encoding"].items()
+        if found.get("truncated")
+    }
     if cut:
         counted = ", ".join(f"{count} of {field}" for field, count in cut.items())
         parts.append(f"cut at their greatest length: {counted}")
-    rewritten = {field: counts["rewritten"] for field, counts in facts["forms"].items() if counts["rewritten"]}
+    rewritten = {
+        field: counts["rewritten"]
+        for field, counts in facts["forms"].items()
+        if counts["rewritten"]
+    }
     if rewritten:
-        parts.append(f"rewritten into the other form: {', '.join(f'{count} of {field}' for field, count in rewritten.items())}")
+        parts.append(
+            f"rewritten into the other form: {', '.join(f'{count} of {field}' for field, count in rewritten.items())}"
+        )
     return f"prepared: {'; '.join(parts)}"
 
 
@@ -59,8 +77,14 @@ def make_prompts(layout: Layout) -> Path:
     target, prepared = layout.prompts(), layout.prepare()
     claimed = artifacts.claim_unless_complete(target)
     if claimed:
-        inputs = {"prepare": artifacts.source(prepared), "recipe": recipe.dump(layout.base)["evaluate"]}
-        with artifacts.building(target, inputs, claimed) as folder, open_run(layout, "prepare", prepared.name) as run:
+        inputs = {
+            "prepare": artifacts.source(prepared),
+            "recipe": recipe.dump(layout.base)["evaluate"],
+        }
+        with (
+            artifacts.building(target, inputs, claimed) as folder,
+            open_run(layout, "prepare", prepared.name) as run,
+        ):
             artifacts.verify(prepared)
             facts = write_prompts(layout.base, prepared, folder)
             artifacts.write_json(folder / artifacts.FACTS, facts)

@@ -1,6 +1,6 @@
 """What the rest of the pipeline knows of a stage. Needs no torch: a stage's function is imported when it is called.
 
-    STAGES["train"].units(layout)       # pipeline/stages/__init__.py has them all
+STAGES["train"].units(layout)       # pipeline/stages/__init__.py has them all
 """
 
 from __future__ import annotations
@@ -35,11 +35,23 @@ class Unit:
     def state(self) -> str:
         if artifacts.complete(self.folder):
             return "complete"
-        steps = [int(path.parent.name.removeprefix("step-")) for path in (self.work / "checkpoints").glob(f"step-*/{artifacts.MARKER}")]
+        steps = [
+            int(path.parent.name.removeprefix("step-"))
+            for path in (self.work / "checkpoints").glob(f"step-*/{artifacts.MARKER}")
+        ]
         return f"step {max(steps)}" if steps else "missing"
 
     def line(self) -> str:
-        return "\t".join((self.stage, self.method, self.seed, self.state, str(self.folder.absolute()), str(self.work.absolute())))
+        return "\t".join(
+            (
+                self.stage,
+                self.method,
+                self.seed,
+                self.state,
+                str(self.folder.absolute()),
+                str(self.work.absolute()),
+            )
+        )
 
 
 def _none(layout: Layout) -> Sequence[Path]:
@@ -77,15 +89,34 @@ class Stage:
     def line(self) -> str:
         """For scripts, separated by tabs: name, where, of_cells, saves, needs."""
         words = {True: "yes", False: "no"}
-        return "\t".join((self.name, self.where, words[self.of_cells], words[self.saves], ",".join(self.needs) or "-"))
+        return "\t".join(
+            (
+                self.name,
+                self.where,
+                words[self.of_cells],
+                words[self.saves],
+                ",".join(self.needs) or "-",
+            )
+        )
 
 
-def unit(layout: Layout, stage: str, folder: Path, method: str = "-", seed: int | None = None, **more: Any) -> Unit:
+def unit(
+    layout: Layout,
+    stage: str,
+    folder: Path,
+    method: str = "-",
+    seed: int | None = None,
+    **more: Any,
+) -> Unit:
     """A unit, with its work folder."""
-    return Unit(stage, folder, layout.work(folder), method, "-" if seed is None else str(seed), **more)
+    return Unit(
+        stage, folder, layout.work(folder), method, "-" if seed is None else str(seed), **more
+    )
 
 
-def of_each_cell(stage: str, folder: Callable[[Layout, Cell], Path], made: Callable[[Layout, Cell], bool]) -> Callable[[Layout], Iterator[Unit]]:
+def of_each_cell(
+    stage: str, folder: Callable[[Layout, Cell], Path], made: Callable[[Layout, Cell], bool]
+) -> Callable[[Layout], Iterator[Unit]]:
     """`units` of a stage that has a folder for cells; several may share one. made: whether a cell has one."""
 
     def units(layout: Layout) -> Iterator[Unit]:

@@ -28,11 +28,18 @@ def check_portable(experiment: Experiment) -> None:
     """ValueError where folder names depend on the machine: a login node would name others than the compute nodes."""
     for field, choices in (("dtype", "bfloat16 or float32"), ("attention", "sdpa or eager")):
         if getattr(experiment.base.model, field) == "auto":
-            raise ValueError(f"{experiment.path}: model.{field} auto means something else on another machine: set it to {choices}")
+            raise ValueError(
+                f"{experiment.path}: model.{field} auto means something else on another machine: set it to {choices}"
+            )
 
 
 def status(
-    experiment: Experiment, stages: Mapping[str, Stage], stage: str | None = None, method: str | None = None, seed: int | None = None, portable: bool = False
+    experiment: Experiment,
+    stages: Mapping[str, Stage],
+    stage: str | None = None,
+    method: str | None = None,
+    seed: int | None = None,
+    portable: bool = False,
 ) -> str:
     """The lines, with the store of its MLflow runs in a comment where all are asked for.
 

@@ -16,7 +16,16 @@ from pipeline.model.weights import WeightFiles
 from pipeline.recipe import recipe
 from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.stages.layout import Layout
-from pipeline.stages.on_ranks import claimed_together, done_alone, inputs_of, open_start, publishing, told_to, verify_upstream, watched
+from pipeline.stages.on_ranks import (
+    claimed_together,
+    done_alone,
+    inputs_of,
+    open_start,
+    publishing,
+    told_to,
+    verify_upstream,
+    watched,
+)
 from pipeline.tracking.run import open_run
 from pipeline.training.loop import Loop, TrainingData
 from pipeline.training.product import save_product
@@ -38,7 +47,11 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     if not claimed_together(target, resolved.train):
         return True
     engine, tokenizer = open_start(layout, cell, target)
-    step = make_step(resolved, engine, _given_direction(read["direction"], engine) if "direction" in read else None)
+    step = make_step(
+        resolved,
+        engine,
+        _given_direction(read["direction"], engine) if "direction" in read else None,
+    )
     data = TrainingData(
         rows, read_rows(prepared, "safety_pairs"), tokenizer.pad_token_id,
         resolved.safety_pairs.batch_size, resolved.safety_pairs.micro_batch_size, _validation_rows(prepared),
@@ -47,14 +60,24 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
         # Its checkpoints are another run's where what it was made from has become another: the start model, aligned again on a GPU.
         identity = artifacts.digest([target.name, inputs])
-        work, basis = layout.work(target), layout.basis(cell) | {"the start model's content": inputs.get("align", inputs["model"])}
-        callbacks = [*make_callbacks(resolved, engine), *told_to(label, step, run), watched(resolved.train, engine)]
+        work, basis = (
+            layout.work(target),
+            layout.basis(cell)
+            | {"the start model's content": inputs.get("align", inputs["model"])},
+        )
+        callbacks = [
+            *make_callbacks(resolved, engine),
+            *told_to(label, step, run),
+            watched(resolved.train, engine),
+        ]
         loop = Loop(engine, step, data, resolved.train, cell.seed, work, identity, callbacks, basis)
         if not loop.run():
             run.stopped()
             return False
         with loop.counted_weights(), publishing(engine, layout, target, inputs) as folder:
-            save_product(engine, resolved.train, layout.start_model(), resolved.model, folder, tokenizer)
+            save_product(
+                engine, resolved.train, layout.start_model(), resolved.model, folder, tokenizer
+            )
             if engine.rank == 0:
                 artifacts.write_json(folder / "recipe.json", recipe.dump(resolved))
     return True
@@ -62,11 +85,19 @@ def train(experiment: Experiment, cell: Cell) -> bool:
 
 def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
     sets = {"task": "task_validation", "harmful": "harmful_validation"}
-    return {name: read_rows(prepared, file) for name, file in sets.items() if (prepared / f"{file}.parquet").is_file()}
+    return {
+        name: read_rows(prepared, file)
+        for name, file in sets.items()
+        if (prepared / f"{file}.parquet").is_file()
+    }
 
 
 def _given_direction(folder: Path, engine: Engine) -> engines.ShardedVector:
     """The direction stage's product as the engine's shard."""
-    if json.loads((folder / "summary.json").read_text())["weights_checksum"] != engine.checksum(engine.weights()):
-        raise ValueError(f"the direction in {folder} belongs to other initial weights: delete the folder and run its stage again")
+    if json.loads((folder / "summary.json").read_text())["weights_checksum"] != engine.checksum(
+        engine.weights()
+    ):
+        raise ValueError(
+            f"the direction in {folder} belongs to other initial weights: delete the folder and run its stage again"
+        )
     return engine.shard(WeightFiles(folder, "direction"))

@@ -1,7 +1,7 @@
 """Locks between processes, on an open file.
 
-    with path.open("w") as stream:
-        if locked(stream, wait=False): ...
+with path.open("w") as stream:
+    if locked(stream, wait=False): ...
 """
 
 from __future__ import annotations

@@ -23,23 +23,36 @@ from pathlib import Path
 from typing import Any
 
 _IN_RUST = re.compile(r'\(os error (\d+)\)(?: at path "([^"]*)")?')
-_NOT_THERE = "No such file or directory: "  # of safetensors, also where the file is there and cannot be opened
+# of safetensors, also where the file is there and cannot be opened
+_NOT_THERE = "No such file or directory: "
 AGAIN = "run the same command again; finished stages and checkpoints are kept"
 _OTHER_FOLDER = ", or name another folder (output_dir in the recipe, or SAP_CACHE, HF_HOME, TMPDIR in the environment)"
 _GONE = "bring it back if it was moved or unmounted" + _OTHER_FOLDER
 _UNSOUND = "see whether the disk or the network file system is sound"
 _OF_CONNECTIONS = frozenset(
-    (errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENETDOWN, errno.ENETUNREACH)
+    (
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.EPIPE,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+    )
     + (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 )
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there" + _OTHER_FOLDER),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "let this user read and write there" + _OTHER_FOLDER),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM),
+        "let this user read and write there" + _OTHER_FOLDER,
+    ),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENXIO), _GONE),
     # ENOTCONN: a file system in user space whose program has ended.
     **dict.fromkeys((errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT), _GONE),
     **dict.fromkeys((errno.EIO, errno.EREMOTEIO), _UNSOUND),
-    **dict.fromkeys((errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY), "move away what stands there" + _OTHER_FOLDER),
+    **dict.fromkeys(
+        (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY), "move away what stands there" + _OTHER_FOLDER
+    ),
     **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "see which other program uses it"),
     errno.ENAMETOOLONG: "give shorter names (name and methods in the recipe)" + _OTHER_FOLDER,
     errno.ELOOP: "mend the links that lead there",
@@ -50,7 +63,18 @@ _ADVICE = {
 }
 # What a wrong name or a missing right gives, at every try and on every machine that sees the same files.
 BY_THE_INPUT = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST, errno.EINVAL)
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EEXIST,
+        errno.EINVAL,
+    )
 )
 # What no program can be at fault for: it counts also where a library has put an exception of its own on top.
 OF_THE_MACHINE = frozenset(
@@ -89,7 +113,13 @@ def passes(error: BaseException) -> OSError | None:
 def parts(error: OSError) -> tuple[str, int | None, str, str | None]:
     """What another process needs to raise the same (`from_parts`), as JSON: kind, number, text, file."""
     text = str(error) if error.errno is None else error.strerror or os.strerror(error.errno)
-    kind = "broken" if isinstance(error, BrokenFile) else "network" if error.errno is not None and _of_a_connection(error) else "other"
+    kind = (
+        "broken"
+        if isinstance(error, BrokenFile)
+        else "network"
+        if error.errno is not None and _of_a_connection(error)
+        else "other"
+    )
     return kind, error.errno, text, None if error.filename is None else os.fsdecode(error.filename)
 
 
@@ -110,14 +140,28 @@ def sentence(error: OSError) -> str:
         return f"{first}, and {AGAIN}" if isinstance(error, BrokenFile) else first
     if _of_a_connection(error):
         reason = error.strerror or os.strerror(error.errno)
-        return f"the network: {reason}: see whether this machine reaches the other side, and {AGAIN}"
-    names = (name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike))
+        return (
+            f"the network: {reason}: see whether this machine reaches the other side, and {AGAIN}"
+        )
+    names = (
+        name
+        for name in (error.filename, error.filename2)
+        if isinstance(name, str | bytes | os.PathLike)
+    )
     files = " -> ".join(map(os.fsdecode, names))
     if error.errno == errno.ENOENT and not files and not _in_a_folder():
         return f"the working folder is gone: change to one that is there, and {AGAIN}"
     reason = os.strerror(error.errno)  # with a name behind it: libraries repeat theirs
-    said = f"{files}: {reason}" if files else f"a file that is not named here: {error.strerror or reason}"
-    advice = "set TMPDIR to a folder that can be written" if "temporary directory" in said else _ADVICE.get(error.errno)
+    said = (
+        f"{files}: {reason}"
+        if files
+        else f"a file that is not named here: {error.strerror or reason}"
+    )
+    advice = (
+        "set TMPDIR to a folder that can be written"
+        if "temporary directory" in said
+        else _ADVICE.get(error.errno)
+    )
     return f"{said}: {advice}, and {AGAIN}" if advice else said
 
 
@@ -145,7 +189,9 @@ def reading_input() -> Iterator[None]:
         if error.errno not in BY_THE_INPUT or error.filename is None:
             raise
         said = f"{os.fsdecode(error.filename)}: {os.strerror(error.errno)}"
-        raise ValueError(f"{said}: see whether the recipe names the right file, and let this user read it") from None
+        raise ValueError(
+            f"{said}: see whether the recipe names the right file, and let this user read it"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -173,7 +219,8 @@ def naming(path: Path) -> Iterator[None]:
 
 def _as_system(error: BaseException) -> OSError | None:
     """The exception itself where it is the system's, or what it says of it where a library has its own."""
-    if isinstance(error, ValueError):  # a sentence of ours, which may quote a library; io.UnsupportedOperation, a fault of ours, is one
+    # a sentence of ours, which may quote a library; io.UnsupportedOperation, a fault of ours, is one
+    if isinstance(error, ValueError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return error

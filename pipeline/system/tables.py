@@ -7,8 +7,16 @@ import html
 
 def as_text(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()  # noqa: E731
-    return "\n".join([line(header), line(tuple("-" * width for width in widths)), *map(line, rows)]) + "\n"
+
+    def line(row):
+        return "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+
+    return (
+        "\n".join([line(header), line(tuple("-" * width for width in widths)), *map(line, rows)])
+        + "\n"
+    )
 
 
 def as_markdown(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
@@ -17,6 +25,8 @@ def as_markdown(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 
 def as_html(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)  # noqa: E731
+    def cells(row, tag):
+        return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f"<table><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{body}</tbody></table>"

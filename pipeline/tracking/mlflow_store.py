@@ -34,7 +34,8 @@ class Store:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
 
-        for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # after the import, which sets levels of its own
+        # after the import, which sets levels of its own
+        for name in ("mlflow", "mlflow.store.db.utils", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
         output, self.warn = output_dir.resolve(), warn
@@ -43,7 +44,8 @@ class Store:
         self.name = _store_name(uri, output)
         self.checked: set[Path] = set()
         output.mkdir(parents=True, exist_ok=True)
-        with _locked(self.lock, wait=True):  # two processes that create the tables of one sqlite file leave it broken
+        # two processes that create the tables of one sqlite file leave it broken
+        with _locked(self.lock, wait=True):
             database = Path(uri.removeprefix("sqlite:///")) if self.local else None
             if database is not None and not database.exists():
                 _create(database)
@@ -73,7 +75,8 @@ class Store:
         self.checked.add(outbox)
         with outbox.open("rb") as stream:
             stream.seek(state["offset"])
-            lines = stream.read().split(b"\n")[:-1]  # a last line without its end is still being written
+            # a last line without its end is still being written
+            lines = stream.read().split(b"\n")[:-1]
         for entries, length in _batches(lines):
             self._send(outbox, entries, state)
             state["offset"] += length
@@ -101,14 +104,21 @@ class Store:
         elif kind is None or not state["run_id"]:
             return  # nothing that could be read, or its start could not
         elif kind == "metrics":
-            metrics = [Metric(name, float(value), e["time"], e["step"]) for e in entries for name, value in e["values"].items()]
+            metrics = [
+                Metric(name, float(value), e["time"], e["step"])
+                for e in entries
+                for name, value in e["values"].items()
+            ]
             self.client.log_batch(state["run_id"], metrics=metrics)
         elif kind == "artifact":
             path = outbox.parent.parent / entries[0]["path"]
             if path.is_file():
                 self.client.log_artifact(state["run_id"], str(path))
             else:
-                self.warn(("artifact", str(path)), f"{path} was to be uploaded to MLflow, but it is no longer there: it is left out")
+                self.warn(
+                    ("artifact", str(path)),
+                    f"{path} was to be uploaded to MLflow, but it is no longer there: it is left out",
+                )
         elif kind == "event":
             self._event(state["run_id"], entries[0])
         elif kind == "end":
@@ -119,21 +129,32 @@ class Store:
 
         with _locked(self.lock, wait=True):  # two processes must not both find no parent
             experiment = self._experiment(entry["experiment"])
-            parent = self._find_or_create(experiment, f"experiment:{entry['experiment']}", entry["experiment"], {})
-            run_id = self._find_or_create(experiment, entry["key"], entry["name"], {"mlflow.parentRunId": parent})
+            parent = self._find_or_create(
+                experiment, f"experiment:{entry['experiment']}", entry["experiment"], {}
+            )
+            run_id = self._find_or_create(
+                experiment, entry["key"], entry["name"], {"mlflow.parentRunId": parent}
+            )
             for each in (parent, run_id):
                 self.client.update_run(each, status="RUNNING")
         known = self.client.get_run(run_id).data.params
-        params = [Param(key, str(value)[:5000]) for key, value in entry["params"].items() if key not in known]
+        params = [
+            Param(key, str(value)[:5000])
+            for key, value in entry["params"].items()
+            if key not in known
+        ]
         for start in range(0, len(params), 90):
             self.client.log_batch(run_id, params=params[start : start + 90])
-        tags = entry["tags"] | {"mlflow.parentRunId": parent}  # again: the parent it was created under may have been deleted
+        # again: the parent it was created under may have been deleted
+        tags = entry["tags"] | {"mlflow.parentRunId": parent}
         self.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
         return run_id
 
     def _event(self, run_id: str, entry: dict[str, Any]) -> None:
         happened = datetime.fromtimestamp(entry["time"] / 1000, UTC).isoformat(timespec="seconds")
-        self.client.set_tag(run_id, f"event.{entry['number']:03d}", f"{happened} {entry['text']}"[:5000])
+        self.client.set_tag(
+            run_id, f"event.{entry['number']:03d}", f"{happened} {entry['text']}"[:5000]
+        )
 
     def _end(self, run_id: str, status: str) -> None:
         """End the run, and the experiment's parent run with its last running child."""
@@ -149,13 +170,19 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found:
             return found.experiment_id
-        return self.client.create_experiment(name, artifact_location=self.artifacts.as_uri() if self.local else None)
+        return self.client.create_experiment(
+            name, artifact_location=self.artifacts.as_uri() if self.local else None
+        )
 
     def _find_or_create(self, experiment: str, key: str, name: str, tags: dict[str, str]) -> str:
-        found = self.client.search_runs([experiment], f"tags.\"sap.run_key\" = '{key}'", max_results=1)
+        found = self.client.search_runs(
+            [experiment], f"tags.\"sap.run_key\" = '{key}'", max_results=1
+        )
         if found:
             return found[0].info.run_id
-        return self.client.create_run(experiment, tags={"sap.run_key": key, **tags}, run_name=name).info.run_id
+        return self.client.create_run(
+            experiment, tags={"sap.run_key": key, **tags}, run_name=name
+        ).info.run_id
 
 
 def _create(database: Path) -> None:
@@ -166,7 +193,8 @@ def _create(database: Path) -> None:
     import mlflow
 
     database.parent.mkdir(parents=True, exist_ok=True)
-    for left in database.parent.glob(f".{database.name}.*.new*"):  # of a process that was killed here
+    # of a process that was killed here
+    for left in database.parent.glob(f".{database.name}.*.new*"):
         left.unlink(missing_ok=True)
     beside = database.with_name(f".{database.name}.{os.getpid()}.new")
     try:
@@ -180,7 +208,10 @@ def _create(database: Path) -> None:
 def undelivered(folder: Path, uri: str, output_dir: Path) -> list[Path]:
     """Outboxes of a folder that hold entries which the store at `uri` was not given. Needs no MLflow."""
     name = _store_name(uri, output_dir.resolve())
-    given = lambda outbox: _remembered(outbox.with_suffix(".delivered")).get(name, {}).get("offset", 0)  # noqa: E731
+
+    def given(outbox):
+        return _remembered(outbox.with_suffix(".delivered")).get(name, {}).get("offset", 0)
+
     return [outbox for outbox in sorted(folder.glob("*.jsonl")) if given(outbox) != _whole(outbox)]
 
 
@@ -201,10 +232,20 @@ def _remembered(path: Path) -> dict[str, dict[str, Any]]:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    sound = lambda state: (  # noqa: E731
-        isinstance(state, dict) and type(state.get("offset")) is int and state["offset"] >= 0 and isinstance(state.get("run_id"), str | None)
+
+    def sound(state):
+        return (
+            isinstance(state, dict)
+            and type(state.get("offset")) is int
+            and state["offset"] >= 0
+            and isinstance(state.get("run_id"), str | None)
+        )
+
+    return (
+        {name: state for name, state in found.items() if sound(state)}
+        if isinstance(found, dict)
+        else {}
     )
-    return {name: state for name, state in found.items() if sound(state)} if isinstance(found, dict) else {}
 
 
 # What an entry of each kind holds: a flipped bit may leave JSON that is none of them.
@@ -224,10 +265,19 @@ def decode(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    held = _HELD.get(entry["kind"]) if isinstance(entry, dict) and isinstance(entry.get("kind"), str) else None
-    if held is None or not all(isinstance(entry.get(name), kind) and not isinstance(entry[name], bool) for name, kind in held.items()):
+    held = (
+        _HELD.get(entry["kind"])
+        if isinstance(entry, dict) and isinstance(entry.get("kind"), str)
+        else None
+    )
+    if held is None or not all(
+        isinstance(entry.get(name), kind) and not isinstance(entry[name], bool)
+        for name, kind in held.items()
+    ):
         return None
-    if entry["kind"] == "metrics" and not all(isinstance(value, int | float) for value in entry["values"].values()):
+    if entry["kind"] == "metrics" and not all(
+        isinstance(value, int | float) for value in entry["values"].values()
+    ):
         return None
     return None if entry["kind"] == "end" and entry["status"] not in _STATUSES else entry
 

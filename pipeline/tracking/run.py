@@ -32,9 +32,11 @@ from pipeline.tracking.mlflow_store import METRICS_PER_REQUEST, Store, decode, u
 _RETRY_SECONDS = 30.0
 _CLOSE_SECONDS = 20.0
 _CLOSE_SECONDS_WARNED = 2.0
-_CLOSE_SECONDS_FIRST = 180.0  # of a local store that is not there yet: its tables take many writes, each waiting for the disk
+# of a local store that is not there yet: its tables take many writes, each waiting for the disk
+_CLOSE_SECONDS_FIRST = 180.0
 
-_warned: set[tuple[str, ...]] = set()  # of this process: `sap run` opens several runs, one after the other
+# of this process: `sap run` opens several runs, one after the other
+_warned: set[tuple[str, ...]] = set()
 
 
 class Folders(Protocol):
@@ -75,7 +77,9 @@ class _TrackedRun(Run):
     def __init__(self, outbox: Path, sender: _Sender):
         self.outbox, self.sender, self.success = outbox, sender, "FINISHED"
         self.last_step = last_event = 0
-        for entry in filter(None, map(decode, outbox.read_bytes().split(b"\n") if outbox.is_file() else [])):
+        for entry in filter(
+            None, map(decode, outbox.read_bytes().split(b"\n") if outbox.is_file() else [])
+        ):
             if entry["kind"] == "metrics":
                 self.last_step = max(self.last_step, entry["step"])
             elif entry["kind"] == "event":
@@ -89,24 +93,48 @@ class _TrackedRun(Run):
             self._log(metrics, step)
 
     def log_facts(self, facts: dict[str, Any]) -> None:
-        numbers = {key: value for key, value in _flatten(facts).items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        numbers = {
+            key: value
+            for key, value in _flatten(facts).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
         self._log({_metric_name(key): float(value) for key, value in numbers.items()}, 0)
 
     def log_evaluation(self, metrics: dict[str, Any]) -> None:
         values = {}
         for name, value in metrics.items():
             parts = value if isinstance(value, dict) else {"value": value}
-            named = {name: parts.get("value"), f"{name}_low": parts.get("low"), f"{name}_high": parts.get("high")}
-            values |= {f"evaluate/{key}": part for key, part in named.items() if isinstance(part, int | float)}
+            named = {
+                name: parts.get("value"),
+                f"{name}_low": parts.get("low"),
+                f"{name}_high": parts.get("high"),
+            }
+            values |= {
+                f"evaluate/{key}": part
+                for key, part in named.items()
+                if isinstance(part, int | float)
+            }
         self._log(values, 0)
 
     def log_artifact(self, path: Path) -> None:
         path, root = path.resolve(), self.outbox.parent.parent.resolve()
         # As it is: redacted it would not be found. Relative, so that the folder can be moved before it is delivered.
-        self.append({"kind": "artifact", "path": str(path.relative_to(root) if path.is_relative_to(root) else path)})
+        self.append(
+            {
+                "kind": "artifact",
+                "path": str(path.relative_to(root) if path.is_relative_to(root) else path),
+            }
+        )
 
     def event(self, text: str) -> None:
-        self.append({"kind": "event", "number": next(self.event_numbers), "time": _now(), "text": redact(text)})
+        self.append(
+            {
+                "kind": "event",
+                "number": next(self.event_numbers),
+                "time": _now(),
+                "text": redact(text),
+            }
+        )
 
     def stopped(self) -> None:
         self.success = "KILLED"
@@ -120,17 +148,30 @@ class _TrackedRun(Run):
                 unfinished = stream.read(1) not in (b"", b"\n")
                 stream.write(b"\n" * unfinished + json.dumps(entry).encode() + b"\n")
         except OSError as error:
-            _warn_once(("write", str(self.outbox)), f"{self.outbox} cannot be written ({error.strerror}): MLflow will miss entries")
+            _warn_once(
+                ("write", str(self.outbox)),
+                f"{self.outbox} cannot be written ({error.strerror}): MLflow will miss entries",
+            )
         self.sender.wake.set()
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
-        values = [(redact(name), value) for name, value in metrics.items()]  # a metric named .../token is no secret
+        # a metric named .../token is no secret
+        values = [(redact(name), value) for name, value in metrics.items()]
         for start in range(0, len(values), METRICS_PER_REQUEST):
-            self.append({"kind": "metrics", "values": dict(values[start : start + METRICS_PER_REQUEST]), "step": step, "time": _now()})
+            self.append(
+                {
+                    "kind": "metrics",
+                    "values": dict(values[start : start + METRICS_PER_REQUEST]),
+                    "step": step,
+                    "time": _now(),
+                }
+            )
 
 
 @contextlib.contextmanager
-def open_run(folders: Folders, name: str, key: str, rank: int = 0, cell: Cell | None = None) -> Iterator[Run]:
+def open_run(
+    folders: Folders, name: str, key: str, rank: int = 0, cell: Cell | None = None
+) -> Iterator[Run]:
     """The run of one stage or cell, found again by `key`; a no-op on ranks other than 0."""
     if rank != 0 or not folders.base.tracking.enabled:
         yield Run()
@@ -143,10 +184,26 @@ def open_run(folders: Folders, name: str, key: str, rank: int = 0, cell: Cell | 
     params = {k: v for k, v in _flatten(recipe.dump(resolved)).items() if _acts(k, resolved)}
     params |= {"method": cell.method, "seed": cell.seed} if cell else {}
     tags = {f"version.{package}": version for package, version in artifacts.versions().items()}
-    tags |= {"git_revision": artifacts.git_revision() or "none", "recipe": str(folders.experiment.path), **_data_tags(folders.prepare())}
-    tags |= {"prompts": folders.prompts().name}  # an evaluation on other prompts stands in the same run
+    tags |= {
+        "git_revision": artifacts.git_revision() or "none",
+        "recipe": str(folders.experiment.path),
+        **_data_tags(folders.prepare()),
+    }
+    # an evaluation on other prompts stands in the same run
+    tags |= {"prompts": folders.prompts().name}
     experiment = folders.base.tracking.experiment or folders.base.name
-    run.append(redact({"kind": "start", "name": name, "key": key, "experiment": experiment, "params": params, "tags": tags}))
+    run.append(
+        redact(
+            {
+                "kind": "start",
+                "name": name,
+                "key": key,
+                "experiment": experiment,
+                "params": params,
+                "tags": tags,
+            }
+        )
+    )
     sender.start()
     status = "FAILED"
     try:
@@ -189,13 +246,19 @@ def _data_tags(prepared: Path) -> dict[str, str]:
     if artifacts.complete(prepared):
         with contextlib.suppress(ValueError):  # a damaged manifest is for the stage to refuse
             files = artifacts.read_manifest(prepared)["files"]
-            tags["data.sha256"] = artifacts.digest({name: file["sha256"] for name, file in files.items()})
+            tags["data.sha256"] = artifacts.digest(
+                {name: file["sha256"] for name, file in files.items()}
+            )
     return tags
 
 
 def store_uri(base: Recipe) -> str:
     """Where runs go: MLFLOW_TRACKING_URI, else tracking.uri, else a sqlite file below output_dir."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or base.tracking.uri or f"sqlite:///{(base.output_dir / 'mlflow.db').resolve()}"
+    return (
+        os.environ.get("MLFLOW_TRACKING_URI")
+        or base.tracking.uri
+        or f"sqlite:///{(base.output_dir / 'mlflow.db').resolve()}"
+    )
 
 
 def describe_store(base: Recipe) -> str:
@@ -260,7 +323,10 @@ class _Sender:
                     self._warn(_first_line(error))
                     return False
                 reason = redact(_first_line(refusal))[:200]
-                _warn_once(("refused", str(outbox)), f"MLflow refused entries of {outbox} ({reason}); the run goes on, they wait there")
+                _warn_once(
+                    ("refused", str(outbox)),
+                    f"MLflow refused entries of {outbox} ({reason}); the run goes on, they wait there",
+                )
         return True
 
     def _name(self) -> tuple[str, ...]:
@@ -269,7 +335,10 @@ class _Sender:
     def _warn(self, reason: str) -> None:
         reason = redact(reason)[:200]  # in this order: half a secret is not recognised
         where = f"MLflow at {redact(store_uri(self.base))}"
-        _warn_once(self._name(), f"{where} is not reached ({reason}); the run goes on, its entries wait in {self.folder}")
+        _warn_once(
+            self._name(),
+            f"{where} is not reached ({reason}); the run goes on, its entries wait in {self.folder}",
+        )
 
 
 def _warn_once(name: tuple[str, ...], text: str) -> None:
@@ -290,7 +359,11 @@ def _now() -> int:
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        return {key: item for name, part in value.items() for key, item in _flatten(part, f"{prefix}{name}.").items()}
+        return {
+            key: item
+            for name, part in value.items()
+            for key, item in _flatten(part, f"{prefix}{name}.").items()
+        }
     return {prefix[:-1]: value}
 
 

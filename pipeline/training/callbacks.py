@@ -30,7 +30,9 @@ class Console(Callback):
             return
         self.printed = time.monotonic()
         seconds = metrics["time/step"]
-        extra = "".join(f"  {key.split('/')[1]} {metrics[key]:.3g}" for key in self.keys if key in metrics)
+        extra = "".join(
+            f"  {key.split('/')[1]} {metrics[key]:.3g}" for key in self.keys if key in metrics
+        )
         self._say(
             f"step {number}/{self.steps}  loss {metrics['train/loss']:.3f}{extra}  {seconds:.1f} s/step, "
             f"about {(self.steps - number) * seconds:.0f} s left"
@@ -40,7 +42,8 @@ class Console(Callback):
         self._say(text + where)
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is closed must not end a training before it has saved
+        # a terminal that is closed must not end a training before it has saved
+        with contextlib.suppress(OSError):
             print(f"[{self.label}] {text}", file=sys.stderr, flush=True)
 
 

@@ -25,7 +25,8 @@ from pipeline.system.system_errors import naming
 from pipeline.training.checkpoint_folders import checkpoints, start_checkpoint
 
 _KEEP = 2
-ORIGIN = "started_from.json"  # in a work folder: the checkpoint of another run that this one started from, and its digest
+# in a work folder: the checkpoint of another run that this one started from, and its digest
+ORIGIN = "started_from.json"
 
 
 class Stateful(Protocol):
@@ -35,29 +36,48 @@ class Stateful(Protocol):
 
     def vectors(self) -> dict[str, ShardedVector]: ...
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None: ...
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None: ...
 
 
 class Carried:
     """A step and the callbacks of its training as one Stateful; a callback's names get its class's in front."""
 
     def __init__(self, step: Stateful, callbacks: Sequence[Stateful]):
-        self.parts = {"": step} | {f"{type(callback).__name__}.": callback for callback in callbacks}
+        self.parts = {"": step} | {
+            f"{type(callback).__name__}.": callback for callback in callbacks
+        }
         assert len(self.parts) == 1 + len(callbacks), "two callbacks of one class"
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {prefix + key: value for prefix, part in self.parts.items() for key, value in part.state_dict().items()}
+        return {
+            prefix + key: value
+            for prefix, part in self.parts.items()
+            for key, value in part.state_dict().items()
+        }
 
     def vectors(self) -> dict[str, ShardedVector]:
-        return {prefix + key: value for prefix, part in self.parts.items() for key, value in part.vectors().items()}
+        return {
+            prefix + key: value
+            for prefix, part in self.parts.items()
+            for key, value in part.vectors().items()
+        }
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None:
         for prefix, part in self.parts.items():
             part.load_state_dict(self._of(prefix, state), self._of(prefix, vectors))
 
     def _of(self, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-        others = tuple(other for other in self.parts if other and not prefix)  # the step's names have nothing in front
-        return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix) and not key.startswith(others)}
+        # the step's names have nothing in front
+        others = tuple(other for other in self.parts if other and not prefix)
+        return {
+            key.removeprefix(prefix): value
+            for key, value in values.items()
+            if key.startswith(prefix) and not key.startswith(others)
+        }
 
 
 def save(
@@ -73,7 +93,9 @@ def save(
     if what:
         before = checkpoints(root)
         kept = f"the last checkpoint is {before[-1]}" if before else "there is no checkpoint yet"
-        raise ValueError(f"{what} after the update of step {number}: lower train.lr or check the data; {kept}")
+        raise ValueError(
+            f"{what} after the update of step {number}: lower train.lr or check the data; {kept}"
+        )
     with leaving_together(), naming(root):
         if engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -88,7 +110,8 @@ def save(
         with leaving_together():
             if engine.rank == 0:
                 _complete(step, state, temporary, metrics)
-                (target / artifacts.MARKER).unlink(missing_ok=True)  # one that was damaged, and skipped: its steps ran again
+                # one that was damaged, and skipped: its steps ran again
+                (target / artifacts.MARKER).unlink(missing_ok=True)
                 artifacts.publish(temporary, target, {"identity": identity})
                 for old in checkpoints(root)[:-_KEEP]:
                     shutil.rmtree(old)
@@ -101,14 +124,19 @@ def save(
 def _complete(step: Stateful, state: dict[str, Any], folder: Path, metrics: Path | None) -> None:
     """Add what is the same on every rank to the folder that holds the ranks' files."""
     with naming(folder.parent):
-        carried = {key: value.detach().cpu().contiguous().clone() for key, value in step.state_dict().items()}
+        carried = {
+            key: value.detach().cpu().contiguous().clone()
+            for key, value in step.state_dict().items()
+        }
         save_file(carried, folder / "step.safetensors")
         artifacts.write_json(folder / "state.json", state)
         if metrics and metrics.is_file():
             shutil.copy(metrics, folder / metrics.name)
 
 
-def load_latest(engine: Engine, step: Stateful, root: Path, identity: str, metrics: Path | None = None) -> int:
+def load_latest(
+    engine: Engine, step: Stateful, root: Path, identity: str, metrics: Path | None = None
+) -> int:
     """Restore the newest sound checkpoint, of any world size; returns the number of steps done, 0 where there is none.
 
     metrics: the file of which `save` kept a copy; it becomes that copy. ValueError where the checkpoint is another run's, or not finite.
@@ -118,11 +146,15 @@ def load_latest(engine: Engine, step: Stateful, root: Path, identity: str, metri
         return 0
     folder, state = choice
     if state["identity"] != identity:
-        raise ValueError(f"{folder} belongs to another run, or to this one on another start model or other data: delete {root} to begin again")
+        raise ValueError(
+            f"{folder} belongs to another run, or to this one on another start model or other data: delete {root} to begin again"
+        )
     return _load(engine, step, folder, state, metrics)
 
 
-def start_from(engine: Engine, step: Stateful, given: Path, basis: dict[str, Any], steps: int, metrics: Path) -> int:
+def start_from(
+    engine: Engine, step: Stateful, given: Path, basis: dict[str, Any], steps: int, metrics: Path
+) -> int:
     """Restore a checkpoint of another run, given as FOLDER@STEP; returns STEP. ValueError, on all ranks, where it does not go with this one.
 
     basis: what this run's own checkpoints fit on (`save`). steps: of this run. metrics: becomes the other run's, up to there; beside it is
@@ -139,20 +171,27 @@ def start_from(engine: Engine, step: Stateful, given: Path, basis: dict[str, Any
                 folder, state = str(found), json.loads((found / "state.json").read_text())
                 if (found / metrics.name).is_file():
                     shutil.copy(found / metrics.name, metrics)
-                artifacts.write_json(metrics.with_name(ORIGIN), {"checkpoint": given.name, "digest": artifacts.source(found)["content"]})
+                artifacts.write_json(
+                    metrics.with_name(ORIGIN),
+                    {"checkpoint": given.name, "digest": artifacts.source(found)["content"]},
+                )
     folder, state, sentence = from_first([folder, state, sentence])
     if sentence:
         raise ValueError(sentence)
     return _load(engine, step, folder, state, None)
 
 
-def _load(engine: Engine, step: Stateful, folder: str, state: dict[str, Any], metrics: Path | None) -> int:
+def _load(
+    engine: Engine, step: Stateful, folder: str, state: dict[str, Any], metrics: Path | None
+) -> int:
     with leaving_together(), naming(Path(folder)):
         vectors = engine.load(Path(folder) / "engine", state["vectors"])
         step.load_state_dict(load_file(Path(folder) / "step.safetensors"), vectors)
     what = _not_finite(engine, step)
     if what:
-        raise ValueError(f"{what} in {folder}: delete {Path(folder).parent} and lower train.lr, or check the data")
+        raise ValueError(
+            f"{what} in {folder}: delete {Path(folder).parent} and lower train.lr, or check the data"
+        )
     if metrics and engine.rank == 0:
         _restore(Path(folder) / metrics.name, metrics)
     return state["step"]
@@ -160,11 +199,21 @@ def _load(engine: Engine, step: Stateful, folder: str, state: dict[str, Any], me
 
 def _not_finite(engine: Engine, step: Stateful) -> str | None:
     """Half a sentence where a weight, or what the step carries, is not finite on some rank. A collective call."""
-    sound = lambda tensors: all(bool(tensor.isfinite().all()) for tensor in tensors)  # noqa: E731
-    carried = [*step.state_dict().values(), *(part for shard in step.vectors().values() for part in shard)]
+
+    def sound(tensors):
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+    carried = [
+        *step.state_dict().values(),
+        *(part for shard in step.vectors().values() for part in shard),
+    ]
     if engine.any_rank(not sound(engine.weights())):
         return "the weights are not finite"
-    return "what the method carries from step to step is not finite" if engine.any_rank(not sound(carried)) else None
+    return (
+        "what the method carries from step to step is not finite"
+        if engine.any_rank(not sound(carried))
+        else None
+    )
 
 
 def _restore(copy: Path, metrics: Path) -> None:
@@ -172,7 +221,10 @@ def _restore(copy: Path, metrics: Path) -> None:
     kept = copy.read_bytes() if copy.is_file() else b""
     found = metrics.read_bytes() if metrics.is_file() else b""
     if not found.startswith(kept):
-        warnings.warn(f"{metrics} is not what it was at the checkpoint, whose copy is put in its place", stacklevel=2)
+        warnings.warn(
+            f"{metrics} is not what it was at the checkpoint, whose copy is put in its place",
+            stacklevel=2,
+        )
     if found != kept:
         artifacts.write_text(metrics, kept.decode())
 

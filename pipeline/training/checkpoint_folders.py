@@ -1,6 +1,6 @@
 """Which checkpoints there are, and which of them a run may start from. Needs no torch.
 
-    start_checkpoint(Path("runs/demo/.train-sap-s0-1a2b3c4d5e.work@40"), layout.basis(cell), names=("state.json",))
+start_checkpoint(Path("runs/demo/.train-sap-s0-1a2b3c4d5e.work@40"), layout.basis(cell), names=("state.json",))
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from pipeline import artifacts
 
 def checkpoints(root: Path) -> list[Path]:
     """The complete ones below `root`, the oldest first; a copy under another name is nobody's."""
-    found = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", folder.name) and artifacts.complete(folder))
+    found = (
+        folder
+        for folder in root.glob("step-*")
+        if re.fullmatch(r"step-\d{6,}", folder.name) and artifacts.complete(folder)
+    )
     return sorted(found, key=step_of)
 
 
@@ -25,7 +29,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def start_checkpoint(given: Path, basis: dict[str, Any], steps: int | None = None, names: Sequence[str] = ()) -> Path:
+def start_checkpoint(
+    given: Path, basis: dict[str, Any], steps: int | None = None, names: Sequence[str] = ()
+) -> Path:
     """The folder of the checkpoint that FOLDER@STEP names. ValueError where it is not there, is damaged, or does not fit.
 
     basis: what the run that starts from it fits on, by the recipe's fields; the checkpoint must have been written on the same. steps: of that
@@ -34,16 +40,25 @@ def start_checkpoint(given: Path, basis: dict[str, Any], steps: int | None = Non
     folder = _named(given)
     number = step_of(folder)
     if steps is not None and number >= steps:
-        raise ValueError(f"resume_from is at step {number}, and the training has {steps}: set train.steps beyond it")
+        raise ValueError(
+            f"resume_from is at step {number}, and the training has {steps}: set train.steps beyond it"
+        )
     found = artifacts.damage(folder, names)
     if found:
-        raise ValueError(f"resume_from names a damaged checkpoint ({found}): give another step, or begin without")
+        raise ValueError(
+            f"resume_from names a damaged checkpoint ({found}): give another step, or begin without"
+        )
     written = json.loads((folder / "state.json").read_text()).get("basis")
-    if not written or written.get("format") != basis.get("format"):  # the names of what it holds may be others
-        raise ValueError(f"resume_from names {folder}, whose checkpoints have another form: another version has written it, so begin without")
+    # the names of what it holds may be others
+    if not written or written.get("format") != basis.get("format"):
+        raise ValueError(
+            f"resume_from names {folder}, whose checkpoints have another form: another version has written it, so begin without"
+        )
     for field, own in basis.items():
         if written.get(field) != own:
-            raise ValueError(f"resume_from names {folder}, whose run does not go with this one: {_difference(field, written.get(field), own)}; make it the same")
+            raise ValueError(
+                f"resume_from names {folder}, whose run does not go with this one: {_difference(field, written.get(field), own)}; make it the same"
+            )
     return folder
 
 
@@ -51,11 +66,15 @@ def _named(given: Path) -> Path:
     folder, _, number = str(given).rpartition("@")
     root = Path(folder) / "checkpoints"
     if not Path(folder).is_dir():
-        raise ValueError(f"resume_from is {given}, and there is no folder {folder}: a training has it until it is finished")
+        raise ValueError(
+            f"resume_from is {given}, and there is no folder {folder}: a training has it until it is finished"
+        )
     found = {step_of(path): path for path in checkpoints(root)}
     if int(number) not in found:
         there = f"it has those of steps {', '.join(map(str, found))}" if found else "it has none"
-        raise ValueError(f"resume_from is {given}, and {root} holds no checkpoint of step {number}: {there}")
+        raise ValueError(
+            f"resume_from is {given}, and {root} holds no checkpoint of step {number}: {there}"
+        )
     return found[int(number)]
 
 

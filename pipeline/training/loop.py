@@ -19,7 +19,13 @@ from pipeline.defences.callback import Callback
 from pipeline.defences.step import Step
 from pipeline.engines.engine import Engine
 from pipeline.engines.exchange import from_first
-from pipeline.objectives.batches import BatchOrder, MicroBatch, PairBatch, micro_batches, pair_batches
+from pipeline.objectives.batches import (
+    BatchOrder,
+    MicroBatch,
+    PairBatch,
+    micro_batches,
+    pair_batches,
+)
 from pipeline.objectives.losses import useful_loss
 from pipeline.objectives.sharing import share_of
 from pipeline.recipe.sections import TrainSection
@@ -30,7 +36,8 @@ from pipeline.training import checkpoint
 from pipeline.training.spikes import Spikes, logged
 
 Rows = Sequence[dict[str, Any]]
-_MOST_SKIPPED = 10  # spikes in a row: the run has left the range that it has learned in, and is no spike
+# spikes in a row: the run has left the range that it has learned in, and is no spike
+_MOST_SKIPPED = 10
 _ASKED = "ranks asked to stop"  # among the numbers that a step reads
 
 
@@ -55,10 +62,17 @@ class Loop:
     ):  # fmt: skip
         """identity, basis: of its checkpoints (checkpoint.save). callbacks: called in this order."""
         self.engine, self.step, self.data, self.train, self.seed = engine, step, data, train, seed
-        self.folder, self.identity, self.basis, self.callbacks = folder, identity, basis or {}, callbacks
+        self.folder, self.identity, self.basis, self.callbacks = (
+            folder,
+            identity,
+            basis or {},
+            callbacks,
+        )
         self.steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch_size)
         self.order = BatchOrder(len(data.train), train.batch_size, seed)
-        self.pair_order = BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
+        self.pair_order = (
+            BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
+        )
         self.state = checkpoint.Carried(step, callbacks)
         self.metrics_file, self.checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
         for callback in callbacks:
@@ -71,12 +85,17 @@ class Loop:
         # Rank 0's: the others may look before it has put the file back.
         before = logged(self.metrics_file) if self.engine.rank == 0 else None
         # A step of another kind does not take the next task batch.
-        self.spikes = Spikes(self.train.spike_factor, from_first(before), lambda number: self.step.positions(number + 1)[0] == self.step.positions(number)[0])
+        self.spikes = Spikes(
+            self.train.spike_factor,
+            from_first(before),
+            lambda number: self.step.positions(number + 1)[0] == self.step.positions(number)[0],
+        )
         if self._started_anew:
             self.spikes.in_a_row = 0  # those of the run before were not left out by this one
         with StopRequest(self.folder / "STOP") as stop, self._each("around"):
             if not done and self.data.validation:
-                self._write({"step": 0, "time": time.time(), **self._validate()})  # where the curves begin
+                # where the curves begin
+                self._write({"step": 0, "time": time.time(), **self._validate()})
             for number in range(done, self.steps):
                 asked = self._one_step(number, stop)
                 self._progress(f"step {number + 1}")
@@ -87,13 +106,18 @@ class Loop:
                     self._progress(f"the checkpoint of step {number + 1}")
                 if stopping:
                     stop.obeyed(self.engine.rank)
-                    self._event(f"stopped after step {number + 1} ({stop.reason or 'another rank'})", f", saved in {self.checkpoints}")
+                    self._event(
+                        f"stopped after step {number + 1} ({stop.reason or 'another rank'})",
+                        f", saved in {self.checkpoints}",
+                    )
                     return False
         return True
 
     def _begin(self) -> int:
         """Steps done: by this run, as its last checkpoint says, or by the one that it starts from."""
-        done = checkpoint.load_latest(self.engine, self.state, self.checkpoints, self.identity, self.metrics_file)
+        done = checkpoint.load_latest(
+            self.engine, self.state, self.checkpoints, self.identity, self.metrics_file
+        )
         if not done and saved_before():
             # Every checkpoint is damaged, or this node does not see them: to begin again without a word would throw all of that work away.
             raise RuntimeError(
@@ -106,14 +130,24 @@ class Loop:
         given = self.train.resume_from
         self._started_anew = not done and given is not None
         if self._started_anew:
-            done = checkpoint.start_from(self.engine, self.state, given, self.basis, self.steps, self.metrics_file)
+            done = checkpoint.start_from(
+                self.engine, self.state, given, self.basis, self.steps, self.metrics_file
+            )
             self._save(done)  # the other run goes on, or is deleted
             self._event(f"started from {given.name}", f" ({given})")
         return done
 
     def _save(self, number: int) -> None:
         with naming(self.checkpoints):
-            checkpoint.save(self.engine, self.state, self.checkpoints, number, self.identity, self.metrics_file, self.basis)
+            checkpoint.save(
+                self.engine,
+                self.state,
+                self.checkpoints,
+                number,
+                self.identity,
+                self.metrics_file,
+                self.basis,
+            )
 
     def _one_step(self, number: int, stop: StopRequest) -> bool:
         """Train step `number` and log it; whether a rank had been asked to stop before the update."""
@@ -124,7 +158,11 @@ class Loop:
         useful = self._useful(number, task)
         part = None if self.step.share == 1 else self._useful(number, task, self.step.share)
         metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number, part)
-        metrics |= {"train/lr": lr, "train/grad_norm": self.engine.gradient_norm(), "safety/pairs": float(len(drawn))}
+        metrics |= {
+            "train/lr": lr,
+            "train/grad_norm": self.engine.gradient_norm(),
+            "safety/pairs": float(len(drawn)),
+        }
         metrics["train/padding"] = padding(useful)
         # All that ranks agree on, read at once: they refuse together, before the update, and stop together.
         metrics = self.engine.read({**metrics, _ASKED: self.engine.ranks_with(stop.requested())})
@@ -157,16 +195,21 @@ class Loop:
         way_on = "begin anew from a checkpoint before it with a lower train.lr (--resume-from)"
         skip = self.train.on_spike == "skip"
         if self.spikes.in_a_row == 1 or skip:
-            self._event(f"{spike} at step {number + 1}" + (", whose update is left out" if skip else ""))
+            self._event(
+                f"{spike} at step {number + 1}" + (", whose update is left out" if skip else "")
+            )
         if self.train.on_spike == "stop":
             raise ValueError(f"{spike} at step {number + 1}, before the update: {way_on}")
         if skip and self.spikes.in_a_row >= _MOST_SKIPPED:
-            raise ValueError(f"the last {_MOST_SKIPPED} steps were spikes, whose updates are left out, and nothing is learned any more: {way_on}")
+            raise ValueError(
+                f"the last {_MOST_SKIPPED} steps were spikes, whose updates are left out, and nothing is learned any more: {way_on}"
+            )
         return skip
 
     def _useful(self, number: int, task: int, share: float = 1.0) -> list[MicroBatch]:
         engine = self.engine
-        indices = self.order.step(task)  # in an order drawn at random, of which the first are as good as any
+        # in an order drawn at random, of which the first are as good as any
+        indices = self.order.step(task)
         return micro_batches(
             self.data.train, indices[: share_of(len(indices), share)], self.train.micro_batch_size, engine.rank,
             engine.world_size, self.data.pad_id, self.seed, number, self.train.tokens_per_micro_batch,
@@ -178,7 +221,14 @@ class Loop:
         engine, size = self.engine, self.data.pairs_micro_batch
         drawn[:] = self.pair_order.step(draw)
         return pair_batches(
-            self.data.pairs, drawn, size, engine.rank, engine.world_size, self.data.pad_id, self.seed, number
+            self.data.pairs,
+            drawn,
+            size,
+            engine.rank,
+            engine.world_size,
+            self.data.pad_id,
+            self.seed,
+            number,
         )
 
     def _validate(self) -> dict[str, float]:
@@ -227,7 +277,9 @@ class Loop:
 
 def padding(batches: Sequence[MicroBatch]) -> float:
     """Share of padding among the tokens of a rank's micro-batches."""
-    return sum(batch.padding for batch in batches) / sum(batch.input_ids.numel() for batch in batches)
+    return sum(batch.padding for batch in batches) / sum(
+        batch.input_ids.numel() for batch in batches
+    )
 
 
 def learning_rate(train: TrainSection, number: int, steps: int) -> float:

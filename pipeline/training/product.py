@@ -50,7 +50,9 @@ def save_product(
         save_merged(engine, source, section, folder / name, tokenizer)
 
 
-def save_gathered(engine: Engine, tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, stem: str = "model") -> None:
+def save_gathered(
+    engine: Engine, tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, stem: str = "model"
+) -> None:
     """Write what `engine.gathered` yields, on rank 0, as it comes."""
     if engine.rank == 0:
         write_sharded(tensors, folder, stem)
@@ -65,14 +67,17 @@ def save_adapter(engine: Engine, base_model: str, folder: Path) -> None:
         _write_adapter(engine.module, gathered, base_model, folder)
 
 
-def _write_adapter(module: nn.Module, gathered: dict[str, torch.Tensor], base_model: str, folder: Path) -> None:
+def _write_adapter(
+    module: nn.Module, gathered: dict[str, torch.Tensor], base_model: str, folder: Path
+) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True)
     config = copy.deepcopy(module.peft_config["default"])
     config.inference_mode, config.base_model_name_or_path = True, base_model
     for name, value in vars(config).items():
-        if isinstance(value, set):  # PEFT would write it in an order that is another one in every process
+        # PEFT would write it in an order that is another one in every process
+        if isinstance(value, set):
             setattr(config, name, sorted(value))
     # save_embedding_layers: else PEFT announces that it saves an adapted head's own weight too, which was not gathered.
     saved = get_peft_model_state_dict(module, state_dict=gathered, save_embedding_layers=False)
@@ -82,7 +87,9 @@ def _write_adapter(module: nn.Module, gathered: dict[str, torch.Tensor], base_mo
     again = load_file(folder / "adapter_model.safetensors")
     assert len(again) == len(gathered), "the adapter's file lacks parameters"
     for name, tensor in state.items():
-        assert tensor.numel() > 0 and torch.equal(again[name], tensor), f"{name} is not in the adapter's file as it was trained"
+        assert tensor.numel() > 0 and torch.equal(again[name], tensor), (
+            f"{name} is not in the adapter's file as it was trained"
+        )
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
@@ -94,7 +101,13 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         return PeftModel.from_pretrained(model, str(folder))
 
 
-def save_merged(engine: Engine, source: str, section: ModelSection, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_merged(
+    engine: Engine,
+    source: str,
+    section: ModelSection,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Add the trained adapter to the model at `source` and write the sum as a model folder, in model.dtype.
 
     It is added to the original weights, also where training saw them in 4 bits (model.quantization nf4): the product does not carry the
@@ -110,7 +123,8 @@ def save_merged(engine: Engine, source: str, section: ModelSection, folder: Path
     untie = tied is not None and tied[1] in updates
     base: Mapping[str, torch.Tensor] = files
     if untie and tied[0] in files and tied[1] not in files:
-        base = ChainMap({tied[1]: files[tied[0]]}, files)  # the head's own weight starts as the embedding's
+        # the head's own weight starts as the embedding's
+        base = ChainMap({tied[1]: files[tied[0]]}, files)
     if updates.keys() <= set(base) and (base is not files or not untie):
         write_sharded(merge(base, updates, config.lora_alpha / config.r, dtype), folder)
     else:
@@ -123,24 +137,36 @@ def _tied_weights(model: PreTrainedModel) -> tuple[str, str] | None:
     if not model.config.tie_word_embeddings:
         return None
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return tuple(next(f"{name}.weight" for name, module in model.named_modules() if module is end) for end in ends)
+    return tuple(
+        next(f"{name}.weight" for name, module in model.named_modules() if module is end)
+        for end in ends
+    )
 
 
 def _updates(gathered: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Names of the adapted weights, as the model without its adapter calls them -> (A, B)."""
     prefix, first, second = "base_model.model.", ".lora_A.default.weight", ".lora_B.default.weight"
     modules = [name.removesuffix(first) for name in gathered if name.endswith(first)]
-    assert 2 * len(modules) == len(gathered), "an adapter holds A and B of every module, and nothing else"
-    return {f"{name.removeprefix(prefix)}.weight": (gathered[name + first], gathered[name + second]) for name in modules}
+    assert 2 * len(modules) == len(gathered), (
+        "an adapter holds A and B of every module, and nothing else"
+    )
+    return {
+        f"{name.removeprefix(prefix)}.weight": (gathered[name + first], gathered[name + second])
+        for name in modules
+    }
 
 
 def _save_merged_whole(
     module: nn.Module, gathered: dict[str, torch.Tensor], source: str, section: ModelSection, folder: Path, untie: bool
 ) -> None:  # fmt: skip
-    warnings.warn(f"{source} is merged whole on rank 0, because its files give the weights other names than the model", stacklevel=3)
+    warnings.warn(
+        f"{source} is merged whole on rank 0, because its files give the weights other names than the model",
+        stacklevel=3,
+    )
     adapter = folder.with_name(f".{folder.name}.adapter")
     _write_adapter(module, gathered, source, adapter)
-    model = load_model(source, torch.float32, "eager", section.revision)  # nothing is computed with it
+    # nothing is computed with it
+    model = load_model(source, torch.float32, "eager", section.revision)
     if untie:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -150,7 +176,13 @@ def _save_merged_whole(
     shutil.rmtree(adapter)
 
 
-def save_model(engine: Engine, source: str, section: ModelSection, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model(
+    engine: Engine,
+    source: str,
+    section: ModelSection,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Write the model all of whose weights were trained, starting from `source`, as a model folder in model.dtype.
 
     Tied weights are written once, as transformers does.
@@ -162,15 +194,22 @@ def save_model(engine: Engine, source: str, section: ModelSection, folder: Path,
         return
     files = weight_files(source, section.revision)
     buffers = _persistent_buffers(engine.module)
-    if {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad} <= set(files):
+    if {
+        name for name, parameter in engine.module.named_parameters() if parameter.requires_grad
+    } <= set(files):
         write_sharded(_chained(tensors, buffers), folder)
     else:
-        warnings.warn(f"the trained model is gathered whole on rank 0, because the files of {source} name its weights otherwise", stacklevel=2)
+        warnings.warn(
+            f"the trained model is gathered whole on rank 0, because the files of {source} name its weights otherwise",
+            stacklevel=2,
+        )
         write_sharded(as_in_files(engine.module, {**dict(tensors), **buffers}).items(), folder)
     _describe(engine.module, files.folder, dtype, folder, tokenizer)
 
 
-def _chained(tensors: Iterator[tuple[str, torch.Tensor]], buffers: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _chained(
+    tensors: Iterator[tuple[str, torch.Tensor]], buffers: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     yield from tensors
     yield from buffers.items()
 
@@ -195,7 +234,13 @@ def _describe(
     if untie:
         _set_untied(config)
     config.use_cache, config.dtype = True, dtype
-    config.architectures = [next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))]
+    config.architectures = [
+        next(
+            kind.__name__
+            for kind in type(model).__mro__
+            if kind.__module__.startswith("transformers.")
+        )
+    ]
     config.save_pretrained(folder)
     if (source / "generation_config.json").is_file():
         shutil.copy(source / "generation_config.json", folder)

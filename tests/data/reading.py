@@ -47,5 +47,7 @@ def refusal(path, field: str = "data.task", **fields) -> str:
 
 def written(tmp_path, name: str, content: str | bytes):
     path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
     return path

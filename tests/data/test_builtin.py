@@ -25,7 +25,15 @@ def test_questions_are_distinct_and_always_the_same():
     assert rows == text_to_sql.text_to_sql_rows()
 
 
-WRITTEN = ("everyday", "ordinary", "train_lookalikes", "twins_harmless", "twins_harmful", "test_twins_harmless", "test_twins_harmful")
+WRITTEN = (
+    "everyday",
+    "ordinary",
+    "train_lookalikes",
+    "twins_harmless",
+    "twins_harmful",
+    "test_twins_harmless",
+    "test_twins_harmful",
+)
 
 
 def prompts(name: str) -> list[str]:
@@ -41,14 +49,20 @@ def test_the_prompts_written_here_are_of_both_forms_and_distinct(name):
 
 
 def test_no_prompt_written_here_is_both_trained_on_and_evaluated():
-    trained = {normalise(text) for name in ("everyday", "twins_harmless", "twins_harmful", "harmful", "harmless") for text in prompts(name)}
+    trained = {
+        normalise(text)
+        for name in ("everyday", "twins_harmless", "twins_harmful", "harmful", "harmless")
+        for text in prompts(name)
+    }
     for name in ("ordinary", "lookalikes", "test_twins_harmful"):
         assert not trained & {normalise(text) for text in prompts(name)}, name
 
 
 def test_twins_share_words_and_differ():
     for side in ("", "test_"):
-        for harmless, harmful in zip(prompts(f"{side}twins_harmless"), prompts(f"{side}twins_harmful"), strict=True):
+        for harmless, harmful in zip(
+            prompts(f"{side}twins_harmless"), prompts(f"{side}twins_harmful"), strict=True
+        ):
             shared = set(normalise(harmless).split()) & set(normalise(harmful).split())
             assert harmless != harmful and len(shared) >= 2, (harmless, harmful)
 
@@ -60,7 +74,9 @@ def test_there_are_several_hundred_ordinary_instructions_of_many_kinds():
 
 
 def test_a_source_that_is_written_here_is_known_by_its_text(monkeypatch):
-    before = {name: builtin.identity(name) for name in ("ordinary", "harmless", "lookalikes", "advbench")}
+    before = {
+        name: builtin.identity(name) for name in ("ordinary", "harmless", "lookalikes", "advbench")
+    }
     monkeypatch.setitem(builtin._READERS, "ordinary", lambda: [{"prompt": "another"}])
     monkeypatch.setitem(builtin._READERS, "everyday", lambda: [{"prompt": "another"}])
     after = {name: builtin.identity(name) for name in before}
@@ -79,12 +95,18 @@ def converted(tmp_path, monkeypatch):
 def test_a_damaged_builtin_model_is_refused_in_one_sentence(converted):
     (converted / "model.safetensors").write_bytes(b"weighty")
     for _ in range(2):
-        with pytest.raises(ValueError, match="model.safetensors does not match .*: delete") as caught:
+        with pytest.raises(
+            ValueError, match="model.safetensors does not match .*: delete"
+        ) as caught:
             builtin.builtin_model()
         assert "\n" not in str(caught.value)
 
 
 def test_the_builtin_model_is_verified_once_a_process(converted, monkeypatch):
     verified, verify = [], artifacts.verify
-    monkeypatch.setattr(artifacts, "verify", lambda folder: verified.append(folder) or verify(folder))
-    assert builtin.builtin_model() == builtin.builtin_model() == converted and verified == [converted]
+    monkeypatch.setattr(
+        artifacts, "verify", lambda folder: verified.append(folder) or verify(folder)
+    )
+    assert builtin.builtin_model() == builtin.builtin_model() == converted and verified == [
+        converted
+    ]

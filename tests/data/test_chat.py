@@ -24,7 +24,8 @@ DATED = (
     "{% if add_generation_prompt %}(now){% else %}(then){% endif %}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-LAST_SYSTEM = (  # Mistral's way: the system prompt stands in the last user turn, so it moves on with every turn
+# Mistral's way: the system prompt stands in the last user turn, so it moves on with every turn
+LAST_SYSTEM = (
     "{% set last = messages | selectattr('role', 'equalto', 'user') | list | last %}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
     "{% if m == last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}{{ m['content'] }}[/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
@@ -69,11 +70,19 @@ def encode_all(tokenizer, messages, **how):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_exactly_the_answer_is_supervised(tokenizer, name):
     tokenizer.chat_template, expected = TEMPLATES[name]
-    messages = [{"role": "user", "content": "How much is 2 + 2?"}, {"role": "assistant", "content": "The answer is 4."}]
+    messages = [
+        {"role": "user", "content": "How much is 2 + 2?"},
+        {"role": "assistant", "content": "The answer is 4."},
+    ]
     encoded = encode(tokenizer, messages, 200)
-    assert "The answer is 4." in tokenizer.decode(encoded.input_ids), "the response is in input_ids: teacher forcing"
+    assert "The answer is 4." in tokenizer.decode(encoded.input_ids), (
+        "the response is in input_ids: teacher forcing"
+    )
     assert supervised(tokenizer, encoded).strip() == expected.strip()
-    assert all(label in (-100, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
+    assert all(
+        label in (-100, token)
+        for label, token in zip(encoded.labels, encoded.input_ids, strict=True)
+    )
 
 
 CAPITALS = TEMPLATE.replace("message['content']", "message['content'] | upper")
@@ -84,15 +93,24 @@ def test_a_template_that_changes_answers_changes_no_thought_that_is_trained(toke
     assert CAPITALS != TEMPLATE
     tokenizer.chat_template = CAPITALS
     answer = "<think>\nTwo and two.\n</think>\n\nThe answer is 4."
-    encoded = encode(tokenizer, [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": answer}], 200)
+    encoded = encode(
+        tokenizer,
+        [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": answer}],
+        200,
+    )
     assert supervised(tokenizer, encoded) == f"{answer}<|im_end|>"
 
 
 def test_a_template_that_changes_calls_is_refused(tokenizer):
     calls = "{% for c in message.tool_calls or [] %}{{ c.function.name | upper }}{{ c.function.arguments | tojson | upper }}{% endfor %}"
-    tokenizer.chat_template = TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] or '' }}" + calls)
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ message['content'] }}", "{{ message['content'] or '' }}" + calls
+    )
     call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Bonn"}}}
-    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
     with pytest.raises(ValueError, match="leaves out"):
         Chat(tokenizer).encode(messages, 200)
 
@@ -100,9 +118,19 @@ def test_a_template_that_changes_calls_is_refused(tokenizer):
 @pytest.mark.parametrize("many", [3, 40])
 def test_a_template_that_writes_without_end_is_refused(tokenizer, many):
     """Also where only a long conversation makes it do so."""
-    tokenizer.chat_template = TEMPLATE + "{% if messages | length > " + str(many) + " %}{% for a in range(900) %}{{ 'x' * 3000 }}{% endfor %}{% endif %}"
-    turns = [{"role": ("user", "assistant")[i % 2], "content": "Well."} for i in range(many + 2 + many % 2)]
-    with pytest.raises(ValueError, match="makes 2,70[0-9],[0-9]+ characters of [0-9,]+: set model.chat_template"):
+    tokenizer.chat_template = (
+        TEMPLATE
+        + "{% if messages | length > "
+        + str(many)
+        + " %}{% for a in range(900) %}{{ 'x' * 3000 }}{% endfor %}{% endif %}"
+    )
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": "Well."}
+        for i in range(many + 2 + many % 2)
+    ]
+    with pytest.raises(
+        ValueError, match="makes 2,70[0-9],[0-9]+ characters of [0-9,]+: set model.chat_template"
+    ):
         Chat(tokenizer).encode(turns, 10_000)
     tokenizer.chat_template = TEMPLATE
     assert Chat(tokenizer).encode(turns, 10_000)
@@ -135,19 +163,28 @@ def test_every_assistant_turn_is_supervised(tokenizer, name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_that_the_user_or_the_template_says_too(tokenizer, name, answer, system):
     tokenizer.chat_template, expected = TEMPLATES[name]
-    first, second = "Is it true? Say yes or no, or I end as an assistant does.", "And now? Say yes or no, or I end."
+    first, second = (
+        "Is it true? Say yes or no, or I end as an assistant does.",
+        "And now? Say yes or no, or I end.",
+    )
     messages = [{"role": "system", "content": system}] if system else []
     for question, reply in ((first, answer), (second, f"{answer}, again"), (first, answer)):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     marker = expected.strip().removeprefix("The answer is 4.")
-    runs = [(encoded, run) for encoded in encode_all(tokenizer, messages) for run in runs_of(encoded)]
-    assert [tokenizer.decode([encoded.labels[i] for i in run]).strip() for encoded, run in runs] == [
+    runs = [
+        (encoded, run) for encoded in encode_all(tokenizer, messages) for run in runs_of(encoded)
+    ]
+    assert [
+        tokenizer.decode([encoded.labels[i] for i in run]).strip() for encoded, run in runs
+    ] == [
         answer + marker,
         f"{answer}, again{marker}",
         answer + marker,
     ]
     ends = [tokenizer.decode(encoded.input_ids[: run[0]]) for encoded, run in runs]
-    assert [text.count("Say yes or no, or I end") for text in ends] == [1, 2, 3], "each stands after its own question"
+    assert [text.count("Say yes or no, or I end") for text in ends] == [1, 2, 3], (
+        "each stands after its own question"
+    )
 
 
 def runs_of(encoded) -> list[list[int]]:
@@ -173,13 +210,13 @@ def test_stripped_reasoning_is_trained_where_inference_produces_it(tokenizer):
     first, second = encode_all(tokenizer, messages)
     assert supervised(tokenizer, first) == "a long thought before it</think>yes<end><|im_end|>"
     assert supervised(tokenizer, second) == "hm</think>no<end><|im_end|>"
-    assert "a long thought" not in tokenizer.decode(second.input_ids), "inference will not see it either"
+    assert "a long thought" not in tokenizer.decode(second.input_ids), (
+        "inference will not see it either"
+    )
 
 
 def test_a_template_that_changes_answers_is_refused(tokenizer):
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ loop.last }}{{ m['content'] | length if m['role'] == 'assistant' else m['content'] }};{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.last }}{{ m['content'] | length if m['role'] == 'assistant' else m['content'] }};{% endfor %}"
     with pytest.raises(ValueError, match="leaves out what the assistant says"):
         Chat(tokenizer)
 
@@ -188,16 +225,34 @@ def test_a_template_that_changes_answers_is_refused(tokenizer):
 def test_the_last_turn_alone_can_be_supervised(tokenizer, name):
     tokenizer.chat_template, expected = TEMPLATES[name]
     messages = [{"role": role, "content": "The answer is 4."} for role in ("user", "assistant") * 2]
-    whole, (last,) = (encode_all(tokenizer, messages, last_turn_only=only) for only in (False, True))
-    assert last.input_ids == whole[-1].input_ids and supervised(tokenizer, last).strip() == expected.strip()
-    assert sum(len(runs_of(encoded)) for encoded in whole) == 2 and runs_of(last) == runs_of(whole[-1])[-1:]
+    whole, (last,) = (
+        encode_all(tokenizer, messages, last_turn_only=only) for only in (False, True)
+    )
+    assert (
+        last.input_ids == whole[-1].input_ids
+        and supervised(tokenizer, last).strip() == expected.strip()
+    )
+    assert (
+        sum(len(runs_of(encoded)) for encoded in whole) == 2
+        and runs_of(last) == runs_of(whole[-1])[-1:]
+    )
 
 
-@pytest.mark.parametrize("given, left", [("I cannot", " help with that.<|im_end|>"), ("I cannot help with that.", "<|im_end|>"), ("I can", " cannot help with that.<|im_end|>")])
+@pytest.mark.parametrize(
+    "given, left",
+    [
+        ("I cannot", " help with that.<|im_end|>"),
+        ("I cannot help with that.", "<|im_end|>"),
+        ("I can", " cannot help with that.<|im_end|>"),
+    ],
+)
 def test_what_an_answer_is_given_is_not_trained(tokenizer, given, left):
     """A token that holds some of both is trained."""
     tokenizer.chat_template = TEMPLATE
-    messages = [{"role": "user", "content": "I cannot count"}, {"role": "assistant", "content": "I cannot help with that."}]
+    messages = [
+        {"role": "user", "content": "I cannot count"},
+        {"role": "assistant", "content": "I cannot help with that."},
+    ]
     whole, found = encode(tokenizer, messages, 100), encode(tokenizer, messages, 100, given=given)
     assert found.input_ids == whole.input_ids and supervised(tokenizer, found) == left
 
@@ -208,7 +263,10 @@ def test_prompt_of_generation_is_a_prefix_of_training(tokenizer):
     encoded = encode(tokenizer, [*user, {"role": "assistant", "content": "Three"}], 100)
     prompt = Chat(tokenizer).prompt_ids(user)
     assert encoded.input_ids[: len(prompt)] == prompt
-    assert all(label == -100 for label in encoded.labels[: len(prompt)]) and encoded.labels[len(prompt)] != -100
+    assert (
+        all(label == -100 for label in encoded.labels[: len(prompt)])
+        and encoded.labels[len(prompt)] != -100
+    )
 
 
 def test_tokens_that_would_merge_at_the_border_do_not():
@@ -224,21 +282,32 @@ def test_tokens_that_would_merge_at_the_border_do_not():
     messages = [{"role": "user", "content": "aa"}, {"role": "assistant", "content": "bca"}]
     encoded = encode(merging, messages, 20)
     assert Chat(merging).prompt_ids(messages[:1]) == [0, 0, 3]
-    assert encoded.input_ids == [0, 0, 3, 1, 2, 0, 5], "the eos is put there, since the template has no end"
+    assert encoded.input_ids == [0, 0, 3, 1, 2, 0, 5], (
+        "the eos is put there, since the template has no end"
+    )
     assert encoded.labels == [-100, -100, -100, 1, 2, 0, 5]
 
 
 def test_system_message_moves_where_the_template_has_no_such_role(tokenizer):
     tokenizer.chat_template = GEMMA
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
     encoded = encode(tokenizer, messages, 200)
-    assert "Be brief.\n\nHi" in tokenizer.decode(encoded.input_ids) and "Hello" in supervised(tokenizer, encoded)
+    assert "Be brief.\n\nHi" in tokenizer.decode(encoded.input_ids) and "Hello" in supervised(
+        tokenizer, encoded
+    )
     assert "brief" not in supervised(tokenizer, encoded)
 
 
 def test_truncation_never_leaves_a_sample_without_supervised_tokens(tokenizer):
     tokenizer.chat_template = TEMPLATE
-    messages = [{"role": "user", "content": "word " * 20}, {"role": "assistant", "content": "reply " * 20}]
+    messages = [
+        {"role": "user", "content": "word " * 20},
+        {"role": "assistant", "content": "reply " * 20},
+    ]
     whole = encode(tokenizer, messages, 10_000)
     first = next(i for i, label in enumerate(whole.labels) if label != -100)
     assert not whole.truncated
@@ -247,7 +316,9 @@ def test_truncation_never_leaves_a_sample_without_supervised_tokens(tokenizer):
         if length <= first:
             assert encoded is None
         else:
-            assert len(encoded.input_ids) == length and any(label != -100 for label in encoded.labels[1:])
+            assert len(encoded.input_ids) == length and any(
+                label != -100 for label in encoded.labels[1:]
+            )
             assert encoded.truncated == (length < len(whole.input_ids))
 
 

@@ -34,7 +34,9 @@ def test_a_file_is_described_with_its_mapping_and_what_is_wrong(tmp_path, capsys
     path.write_text('question,reply,note\n"a, b",c,\nd,e,x\nd,e,x\nd,f,\ng,h\n,i,\n')
     said = described(capsys, path, "--columns", "{prompt: question, response: reply}")
     assert mapping(said) == {
-        "data": {"task": {"source": str(path), "columns": {"prompt": "question", "response": "reply"}}}
+        "data": {
+            "task": {"source": str(path), "columns": {"prompt": "question", "response": "reply"}}
+        }
     }
     for line in (
         f"source      {path}",
@@ -62,9 +64,14 @@ def test_answers_that_stand_for_nothing_are_said(tmp_path, capsys):
 
 
 def test_answers_that_nobody_wants_are_said(tmp_path, capsys):
-    rows = [{"prompt": "q", "completion": "a", "label": False}, {"prompt": "r", "completion": "b", "label": True}]
+    rows = [
+        {"prompt": "q", "completion": "a", "label": False},
+        {"prompt": "r", "completion": "b", "label": True},
+    ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "mind        label is false in 1 rows (line 1), and their" in described(capsys, tmp_path / "d.jsonl")
+    assert "mind        label is false in 1 rows (line 1), and their" in described(
+        capsys, tmp_path / "d.jsonl"
+    )
 
 
 def test_what_is_pasted_is_a_recipe_that_reads_the_file(tmp_path, capsys):
@@ -77,18 +84,48 @@ def test_what_is_pasted_is_a_recipe_that_reads_the_file(tmp_path, capsys):
 
 
 FIELDS = {
-    "a task": ({"instruction": "q", "output": "a"}, "task", {"prompt": "instruction", "response": "output"}, ""),
+    "a task": (
+        {"instruction": "q", "output": "a"},
+        "task",
+        {"prompt": "instruction", "response": "output"},
+        "",
+    ),
     "messages": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         "task",
         {"messages": "conversations"},
         "",
     ),
-    "pairs": ({"prompt": "q", "chosen": "a"}, "safety", {"prompt": "prompt", "chosen": "chosen"}, ""),
-    "prompts": ({"goal": "q", "id": 7}, "harmful", {"prompt": "goal"}, "prompts alone: for data.safety"),
-    "no text": ({"query": "q", "reply": "a", "doc_id": "x1", "url": "u"}, "task", {"prompt": "query", "response": "reply"}, ""),
-    "one other text": ({"query": "q", "reply": "a"}, "task", {"prompt": "query", "response": "reply"}, "'reply' as"),
-    "two texts": ({"frage": "q", "antwort": "a"}, "task", {"prompt": "frage", "response": "antwort"}, "are guesses"),
+    "pairs": (
+        {"prompt": "q", "chosen": "a"},
+        "safety",
+        {"prompt": "prompt", "chosen": "chosen"},
+        "",
+    ),
+    "prompts": (
+        {"goal": "q", "id": 7},
+        "harmful",
+        {"prompt": "goal"},
+        "prompts alone: for data.safety",
+    ),
+    "no text": (
+        {"query": "q", "reply": "a", "doc_id": "x1", "url": "u"},
+        "task",
+        {"prompt": "query", "response": "reply"},
+        "",
+    ),
+    "one other text": (
+        {"query": "q", "reply": "a"},
+        "task",
+        {"prompt": "query", "response": "reply"},
+        "'reply' as",
+    ),
+    "two texts": (
+        {"frage": "q", "antwort": "a"},
+        "task",
+        {"prompt": "frage", "response": "antwort"},
+        "are guesses",
+    ),
 }
 
 
@@ -101,10 +138,20 @@ def test_the_mapping_that_is_proposed(tmp_path, capsys, case):
 
 
 def test_columns_of_which_nothing_is_known(tmp_path, capsys):
-    (tmp_path / "d.jsonl").write_text('{"a": "x", "b": "y", "c": "z", "d": [1], "e": true, "f": null}\n')
+    (tmp_path / "d.jsonl").write_text(
+        '{"a": "x", "b": "y", "c": "z", "d": [1], "e": true, "f": null}\n'
+    )
     said = described(capsys, tmp_path / "d.jsonl")
-    assert "none: no column is known to hold a prompt, so say which does with --columns '{prompt: COLUMN" in said
-    for line in ("a: text, in all", "d: list, in all", "e: true or false, in all", "f: nothing in any row"):
+    assert (
+        "none: no column is known to hold a prompt, so say which does with --columns '{prompt: COLUMN"
+        in said
+    )
+    for line in (
+        "a: text, in all",
+        "d: list, in all",
+        "e: true or false, in all",
+        "f: nothing in any row",
+    ):
         assert line in said
 
 
@@ -113,12 +160,17 @@ def test_rows_that_are_all_malformed_are_described(tmp_path, capsys):
     path.write_bytes("prompt,response\ncaf\xe9,b\n".encode("cp1252"))
     said = described(capsys, path, code=2)
     assert "malformed   1 of 1 rows: data.task is refused unless they are mended\n" in said
-    assert "bytes that are not valid UTF-8 1: line 2 (the byte 0xe9 is not valid UTF-8: save the file as UTF-8" in said
+    assert (
+        "bytes that are not valid UTF-8 1: line 2 (the byte 0xe9 is not valid UTF-8: save the file as UTF-8"
+        in said
+    )
 
 
 def test_lengths_in_tokens_of_a_model_and_what_its_default_would_cut(tmp_path, capsys):
     make_project(tmp_path)
-    rows = [{"prompt": "red " * n, "response": "blue " * m} for n, m in ((1, 1), (1, 2000), (2000, 1))]
+    rows = [
+        {"prompt": "red " * n, "response": "blue " * m} for n, m in ((1, 1), (1, 2000), (2000, 1))
+    ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = described(capsys, tmp_path / "d.jsonl", "--model", tmp_path / "model")
     assert f"lengths     in tokens of {tmp_path / 'model'}, without the chat template's own" in said
@@ -128,10 +180,19 @@ def test_lengths_in_tokens_of_a_model_and_what_its_default_would_cut(tmp_path, c
 REFUSED = {
     "a file that is not there": (["nowhere.csv"], "nowhere.csv does not exist: give a"),
     "an ending that is none": (["d.txt"], "has the unknown ending '.txt'"),
-    "columns that are no mapping": (["d.jsonl", "--columns", "[a"], "--columns is '[a': give a mapping"),
-    "a field that is none": (["d.jsonl", "--columns", "{ask: a}"], "columns maps to 'ask', which is not a field"),
+    "columns that are no mapping": (
+        ["d.jsonl", "--columns", "[a"],
+        "--columns is '[a': give a mapping",
+    ),
+    "a field that is none": (
+        ["d.jsonl", "--columns", "{ask: a}"],
+        "columns maps to 'ask', which is not a field",
+    ),
     "a column that is none": (["d.jsonl", "--columns", "{prompt: b}"], "maps prompt to 'b', which"),
-    "a model that is none": (["d.jsonl", "--model", "/nowhere"], "model.path '/nowhere' is not a folder"),
+    "a model that is none": (
+        ["d.jsonl", "--model", "/nowhere"],
+        "model.path '/nowhere' is not a folder",
+    ),
     "damaged": (["e.json"], "is not valid JSON at line 1, column 9"),
 }
 

@@ -75,7 +75,10 @@ def test_it_reads_as_a_person_would_write_it():
         "Could you please write a poem?",
     )
     assert rewritten("Can you bake bread?", "imperative", "test") == "Bake bread."
-    assert rewritten("How do I bake bread?", "imperative", "validation") == "Describe the steps to bake bread."
+    assert (
+        rewritten("How do I bake bread?", "imperative", "validation")
+        == "Describe the steps to bake bread."
+    )
 
 
 def test_what_no_template_fits_stays_as_it_is():
@@ -89,7 +92,9 @@ def test_what_no_template_fits_stays_as_it_is():
 def test_no_template_stands_on_two_sides():
     """What a model could learn from a template in training must not help, or hurt, it in the test."""
     by_family = {
-        family: {text for table in forms.TEMPLATES for texts in table[family].values() for text in texts}
+        family: {
+            text for table in forms.TEMPLATES for texts in table[family].values() for text in texts
+        }
         for family in ("train", "validation", "test")
     }
     assert all(not by_family[one] & by_family[other] for one, other in combinations(by_family, 2))
@@ -121,7 +126,12 @@ def test_openings_take_up_either_form(prompt):
 
 def rows(*prompts: str, **more) -> list[dict]:
     return [
-        {"prompt": prompt, "messages": [{"role": "user", "content": prompt}], "response": "", **more}
+        {
+            "prompt": prompt,
+            "messages": [{"role": "user", "content": prompt}],
+            "response": "",
+            **more,
+        }
         for prompt in prompts
     ]
 
@@ -134,9 +144,12 @@ def test_whatever_is_taken_first_holds_both_forms_alike():
     for size in range(2, 22, 2):
         counts = count_forms(found[:size])
         assert counts["question"] == counts["imperative"] == size // 2, size
-    assert [row["prompt"] for row in found[:4]] == ["What is 1?", "Write poem 0", "What is 2?", "Write poem 1"], (
-        "its own before rewritten ones"
-    )
+    assert [row["prompt"] for row in found[:4]] == [
+        "What is 1?",
+        "Write poem 0",
+        "What is 2?",
+        "Write poem 1",
+    ], "its own before rewritten ones"
     assert count_forms(found)["rewritten"] == 9 and len(found) == 22
 
 
@@ -178,7 +191,11 @@ def test_what_is_neither_comes_last():
 
 
 def test_how_far_forms_are_apart():
-    questions, mixed, none = count_forms(rows("Why?", "How?")), count_forms(rows("Why?", "Write")), count_forms([])
+    questions, mixed, none = (
+        count_forms(rows("Why?", "How?")),
+        count_forms(rows("Why?", "Write")),
+        count_forms([]),
+    )
     assert (apart(questions, mixed), apart(mixed, mixed), apart(none, mixed)) == (0.5, 0.0, 0.0)
     assert apart(questions, count_forms(rows("Paris"))) == 1.0
 

@@ -51,11 +51,22 @@ def one_sentence(error: ValueError) -> None:
 
 # Conversations
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Co", "Cs"]), min_size=1, max_size=12)
+TEXT = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc", "Co", "Cs"]), min_size=1, max_size=12
+)
 SAID = st.one_of(
     TEXT,
     st.sampled_from(
-        ["yes", "  def f():\n\tpass\n", "I<b> & {{ x }}", "{% if %}", "</think>", "assistant", "你好。", "é\u0301 🙂"]
+        [
+            "yes",
+            "  def f():\n\tpass\n",
+            "I<b> & {{ x }}",
+            "{% if %}",
+            "</think>",
+            "assistant",
+            "你好。",
+            "é\u0301 🙂",
+        ]
     ),
 )
 # hypothesis draws texts that stand in this project's code, too: special tokens have tests of their own
@@ -66,13 +77,18 @@ SAID = SAID.filter(lambda text: text.strip() and "<|" not in text)
 def conversations(draw) -> list[dict]:
     messages = [{"role": "system", "content": draw(SAID)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
-        messages += [{"role": "user", "content": draw(SAID)}, {"role": "assistant", "content": draw(SAID)}]
+        messages += [
+            {"role": "user", "content": draw(SAID)},
+            {"role": "assistant", "content": draw(SAID)},
+        ]
     return messages
 
 
 # Templates of a small grammar, and what they render
 
-OPENS = st.sampled_from(["<|im_start|>{role}\n", "[{role}] ", "### {role}:\n", "{role}: ", "<{role}>"])
+OPENS = st.sampled_from(
+    ["<|im_start|>{role}\n", "[{role}] ", "### {role}:\n", "{role}: ", "<{role}>"]
+)
 
 
 @dataclass(frozen=True)
@@ -95,30 +111,48 @@ class Grammar:
     trimmed: bool
 
     def jinja(self) -> str:
-        opened = lambda role: self.open.format(role=role).replace("\n", "\\n")  # noqa: E731
+        def opened(role):
+            return self.open.format(role=role).replace("\n", "\\n")
+
         close = self.close.replace("\n", "\\n")
-        parts = ["{%- set ns = namespace(sys='', last=-1) %}{%- for m in messages %}{%- if m.role == 'system' %}"]
+        parts = [
+            "{%- set ns = namespace(sys='', last=-1) %}{%- for m in messages %}{%- if m.role == 'system' %}"
+        ]
         parts += [
-            "{{- raise_exception('no system') }}" if self.system == "refused" else "{%- set ns.sys = m.content %}"
+            "{{- raise_exception('no system') }}"
+            if self.system == "refused"
+            else "{%- set ns.sys = m.content %}"
         ]
         parts += [
             "{%- elif m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- set f = namespace(seen=false, answered=false) %}"
         ]
         parts += ["{%- for m in messages %}{%- if m.role == 'system' %}"]
-        parts += [f"{{{{- '{opened('system')}' + m.content + '{close}' }}}}" if self.system == "own" else ""]
+        parts += [
+            f"{{{{- '{opened('system')}' + m.content + '{close}' }}}}"
+            if self.system == "own"
+            else ""
+        ]
         parts += ["{%- elif m.role == 'user' %}"]
-        condition = {"first": "not f.seen", "last": "loop.index0 == ns.last"}.get(self.system, "false")
-        begun = f"('' if f.answered else '{opened('user')}')" if self.header else f"'{opened('user')}'"
+        condition = {"first": "not f.seen", "last": "loop.index0 == ns.last"}.get(
+            self.system, "false"
+        )
+        begun = (
+            f"('' if f.answered else '{opened('user')}')" if self.header else f"'{opened('user')}'"
+        )
         parts += [
             f"{{{{- {begun} + ((ns.sys + '\\n') if ns.sys and {condition} else '') + m.content + '{close}' }}}}{{%- set f.seen = true %}}"
         ]
         said = "(m.content | trim)" if self.trimmed else "m.content"
-        past = f"('(earlier) ' + {said} if loop.index0 < ns.last else {said})" if self.past else said
+        past = (
+            f"('(earlier) ' + {said} if loop.index0 < ns.last else {said})" if self.past else said
+        )
         after = f" + '{opened('user')}'" if self.header else ""
         parts += [
             f"{{%- else %}}{{{{- '{opened('assistant')}' + {past} + '{close}'{after} }}}}{{%- set f.answered = true %}}{{%- endif %}}{{%- endfor %}}"
         ]
-        generation = (opened("assistant") if self.generation else "") + self.thought.replace("\n", "\\n")
+        generation = (opened("assistant") if self.generation else "") + self.thought.replace(
+            "\n", "\\n"
+        )
         parts += [
             f"{{%- if add_generation_prompt %}}{{{{- '{generation}' }}}}{{%- else %}}{{{{- '{self.end}' }}}}{{%- endif %}}"
         ]
@@ -131,9 +165,15 @@ class Grammar:
         text, answered = "", False
         for place, message in enumerate(messages):
             if message["role"] == "system":
-                text += self.open.format(role="system") + system + self.close if self.system == "own" else ""
+                text += (
+                    self.open.format(role="system") + system + self.close
+                    if self.system == "own"
+                    else ""
+                )
             elif message["role"] == "user":
-                mine = {"first": users[0], "last": users[-1], "refused": users[0]}.get(self.system) == place and system
+                mine = {"first": users[0], "last": users[-1], "refused": users[0]}.get(
+                    self.system
+                ) == place and system
                 gap = "\n\n" if self.system == "refused" else "\n"
                 text += "" if self.header and answered else self.open.format(role="user")
                 text += (system + gap if mine else "") + message["content"] + self.close
@@ -184,7 +224,9 @@ def test_a_random_template_is_held_to_the_contract_or_refused(tokenizer, grammar
     for sample in samples:
         runs = runs_of(sample.labels)
         for place, (start, end) in zip(turns[trained:], runs, strict=False):
-            expected = tokenizer(grammar.prompt(messages[:place]), add_special_tokens=False)["input_ids"]
+            expected = tokenizer(grammar.prompt(messages[:place]), add_special_tokens=False)[
+                "input_ids"
+            ]
             assert sample.input_ids[:start] == expected
             said = tokenizer.decode(sample.input_ids[start:end], clean_up_tokenization_spaces=False)
             assert messages[place]["content"] in said
@@ -195,8 +237,16 @@ def test_a_random_template_is_held_to_the_contract_or_refused(tokenizer, grammar
 
 
 def runs_of(labels: list[int]) -> list[tuple[int, int]]:
-    edges = [0, *(p for p in range(1, len(labels)) if (labels[p] == IGNORE) != (labels[p - 1] == IGNORE)), len(labels)]
-    return [(start, end) for start, end in zip(edges, edges[1:], strict=False) if labels[start] != IGNORE]
+    edges = [
+        0,
+        *(p for p in range(1, len(labels)) if (labels[p] == IGNORE) != (labels[p - 1] == IGNORE)),
+        len(labels),
+    ]
+    return [
+        (start, end)
+        for start, end in zip(edges, edges[1:], strict=False)
+        if labels[start] != IGNORE
+    ]
 
 
 PIECES = [
@@ -255,7 +305,19 @@ JSON = st.recursive(
         st.lists(inner, max_size=3),
         st.dictionaries(
             st.sampled_from(
-                ["role", "content", "from", "value", "type", "text", "train", "tool_calls", "function", "name", "x"]
+                [
+                    "role",
+                    "content",
+                    "from",
+                    "value",
+                    "type",
+                    "text",
+                    "train",
+                    "tool_calls",
+                    "function",
+                    "name",
+                    "x",
+                ]
             ),
             inner,
             max_size=4,
@@ -281,7 +343,9 @@ MESSAGES = st.lists(
 )
 ROWS = st.lists(
     st.one_of(
-        st.fixed_dictionaries({"messages": st.one_of(MESSAGES, JSON)}, optional={"system": JSON, "tools": JSON}),
+        st.fixed_dictionaries(
+            {"messages": st.one_of(MESSAGES, JSON)}, optional={"system": JSON, "tools": JSON}
+        ),
         st.fixed_dictionaries(
             {"prompt": st.one_of(SAID, JSON), "response": st.one_of(SAID, JSON)},
             optional={"input": JSON, "history": JSON},
@@ -294,7 +358,9 @@ ROWS = st.lists(
 
 
 def read(path, share: float) -> list[dict]:
-    return ordered_rows("data.task", SourceSection(source=str(path), max_bad_rows=share), 0, ("prompt", "response"))
+    return ordered_rows(
+        "data.task", SourceSection(source=str(path), max_bad_rows=share), 0, ("prompt", "response")
+    )
 
 
 def spoken(value) -> set[str]:
@@ -321,7 +387,10 @@ def test_random_rows_are_read_or_refused_and_nothing_is_made_up(tmp_path, tokeni
     texts = "\0".join(spoken(rows)) + json.dumps(rows)
     for row in found:
         assert row["prompt"].strip() and row["response"].strip()
-        assert all(part in texts or part in "\n\n".join(spoken(rows)) for part in row["prompt"].split("\n\n"))
+        assert all(
+            part in texts or part in "\n\n".join(spoken(rows))
+            for part in row["prompt"].split("\n\n")
+        )
 
 
 @fuzzed(300)
@@ -340,7 +409,9 @@ def test_damaged_files_are_read_or_refused(tmp_path, lines, suffix, cut, share):
         writer.writerows([("prompt", "response"), *lines])
         data = stream.getvalue().encode()
     else:
-        data = (json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))).encode()
+        data = (
+            json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
+        ).encode()
     at, gone, put = cut
     path.write_bytes(data[:at] + put + data[at + gone :])
     try:
@@ -360,7 +431,9 @@ def test_whole_files_are_read_as_they_were_written(tmp_path, lines, suffix, enco
     assume(all("\r" not in text for line in lines for text in line))
     if suffix in (".csv", ".tsv"):
         stream = io.StringIO()
-        csv.writer(stream, delimiter="," if suffix == ".csv" else "\t").writerows([("prompt", "response"), *lines])
+        csv.writer(stream, delimiter="," if suffix == ".csv" else "\t").writerows(
+            [("prompt", "response"), *lines]
+        )
         text = stream.getvalue()
     else:
         rows = [{"prompt": prompt, "response": response} for prompt, response in lines]

@@ -22,9 +22,13 @@ def test_columns_of_every_row_count_not_of_the_first_fifty(tmp_path):
     path = written(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows + late))
     assert read(path)[-1]["system"] == "Be brief." and read(path)[0]["system"] is None
     missing = written(
-        tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "q", "answer": "a"}])
+        tmp_path,
+        "d.jsonl",
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "q", "answer": "a"}]),
     )
-    assert f"data.task: no response ({missing}, line 81); 1 of 81 rows is malformed" in refusal(missing)
+    assert f"data.task: no response ({missing}, line 81); 1 of 81 rows is malformed" in refusal(
+        missing
+    )
 
 
 @pytest.mark.parametrize("header", ["Prompt,Response", " prompt ,RESPONSE "])
@@ -51,7 +55,8 @@ def broken(tmp_path):
     return written(
         tmp_path,
         "d.jsonl",
-        LINES + '{"prompt": "a"}\n{"prompt": "secret", "response": NaN}\n{"response": "c"}\n{"prompt": "d"}\n',
+        LINES
+        + '{"prompt": "a"}\n{"prompt": "secret", "response": NaN}\n{"response": "c"}\n{"prompt": "d"}\n',
     )
 
 
@@ -59,7 +64,9 @@ def test_up_to_the_share_rows_are_left_out_counted_by_reason_and_listed(tmp_path
     path, skipped = broken(tmp_path), Skipped()
     rows = task_rows(data_section(path, max_bad_rows=0.34), skipped)
     assert {row["prompt"] for row in rows} == {row["prompt"] for row in ROWS}
-    assert skipped.facts() == {"data.task": {"no response": 2, "NaN in response": 1, "no prompt": 1}}
+    assert skipped.facts() == {
+        "data.task": {"no response": 2, "NaN in response": 1, "no prompt": 1}
+    }
     assert skipped.sentences() == [
         f"data.task: 4 of 12 rows of {path} are malformed and left out "
         "(no response 2: lines 9, 12; NaN in response 1: line 10; no prompt 1: line 11)"
@@ -86,7 +93,9 @@ def test_above_the_share_the_source_is_refused_with_the_count(tmp_path):
         "data.task.max_bad_rows to 0.334 to leave them out"
     )
     exact = written(tmp_path, "e.jsonl", LINES + '{"prompt": "a"}\n' * 2)
-    assert len(task_rows(data_section(exact, max_bad_rows=0.2))) == 8, "the share itself may be left out"
+    assert len(task_rows(data_section(exact, max_bad_rows=0.2))) == 8, (
+        "the share itself may be left out"
+    )
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5])
@@ -95,9 +104,15 @@ def test_the_share_is_one_of_rows(share):
         SourceSection(source="d.jsonl", max_bad_rows=share)
 
 
-@pytest.mark.parametrize("field", ["data.harmful", "data.refusals", "data.safety", "evaluate.harmless"])
-def test_where_prompts_are_asked_for_a_missing_response_is_fine_and_a_missing_prompt_is_not(tmp_path, field):
-    path = written(tmp_path, "d.jsonl", '{"prompt": "a", "response": null}\n{"prompt": "b"}\n{"prompt": " "}\n')
+@pytest.mark.parametrize(
+    "field", ["data.harmful", "data.refusals", "data.safety", "evaluate.harmless"]
+)
+def test_where_prompts_are_asked_for_a_missing_response_is_fine_and_a_missing_prompt_is_not(
+    tmp_path, field
+):
+    path = written(
+        tmp_path, "d.jsonl", '{"prompt": "a", "response": null}\n{"prompt": "b"}\n{"prompt": " "}\n'
+    )
     assert f"{field}: no prompt ({path}, line 3); 1 of 3 rows is malformed" in refusal(path, field)
     assert len(ordered_rows(field, source(path, max_bad_rows=0.4), 0)) == 2
 
@@ -109,18 +124,28 @@ def test_a_conversation_that_ends_with_the_user_has_no_answer(tmp_path):
         {"role": "user", "content": "and?"},
     ]
     path = written(
-        tmp_path, "d.jsonl", json.dumps({"messages": turns[:2]}) + "\n" + json.dumps({"messages": turns}) + "\n"
+        tmp_path,
+        "d.jsonl",
+        json.dumps({"messages": turns[:2]}) + "\n" + json.dumps({"messages": turns}) + "\n",
     )
-    assert f"data.task: the conversation ends without an answer ({path}, line 2); 1 of 2 rows" in refusal(path)
+    assert (
+        f"data.task: the conversation ends without an answer ({path}, line 2); 1 of 2 rows"
+        in refusal(path)
+    )
     assert len(ordered_rows("evaluate.harmful", source(path), 0)) == 2
 
 
 def test_what_a_message_may_not_be_is_said_with_its_line(tmp_path):
     path = written(
-        tmp_path, "d.jsonl", LINES + json.dumps({"prompt": "q", "response": "a", "messages": [{"role": "x"}]}) + "\n"
+        tmp_path,
+        "d.jsonl",
+        LINES + json.dumps({"prompt": "q", "response": "a", "messages": [{"role": "x"}]}) + "\n",
     )
     sentence = refusal(path)
-    assert "data.task: messages: message 1 has the role 'x'" in sentence and f"({path}, line 9); 1 of 9 rows" in sentence
+    assert (
+        "data.task: messages: message 1 has the role 'x'" in sentence
+        and f"({path}, line 9); 1 of 9 rows" in sentence
+    )
     assert "(unusable messages 1: line 9)" in sentence
 
 
@@ -152,14 +177,23 @@ def test_prepare_writes_what_it_left_out_into_the_manifest_and_a_list(project, t
     assert json.loads((tmp_path / SKIPPED).read_text())["place"] == "line 81"
     artifacts.write_json(tmp_path / artifacts.FACTS, facts)
     (tmp_path / "prompts").mkdir()
-    assert write_prompts(base, tmp_path, tmp_path / "prompts")["skipped"] == {"evaluate.harmful": {"no prompt": 1}}
+    assert write_prompts(base, tmp_path, tmp_path / "prompts")["skipped"] == {
+        "evaluate.harmful": {"no prompt": 1}
+    }
     assert json.loads((tmp_path / "prompts" / SKIPPED).read_text())["place"] == "line 9"
     lines = capsys.readouterr().err.splitlines()
     assert all(lines.count(sentence) == 1 for sentence in said)
 
 
 def test_parts_of_a_prompt_that_the_recipe_does_not_map_are_said(tmp_path):
-    row = {"instruction": "q", "input": "more", "output": "a", "system": "S", "history": [], "id": 1}
+    row = {
+        "instruction": "q",
+        "input": "more",
+        "output": "a",
+        "system": "S",
+        "history": [],
+        "id": 1,
+    }
     path = written(tmp_path, "d.jsonl", json.dumps(row) + "\n")
     skipped = Skipped()
     mapped = {"prompt": "instruction", "response": "output", "input": "input"}
@@ -169,11 +203,15 @@ def test_parts_of_a_prompt_that_the_recipe_does_not_map_are_said(tmp_path):
     assert skipped.sentences() == [said, unused] and skipped.facts() == {}
     skipped = Skipped()
     task_rows(data_section(path), skipped)
-    assert skipped.sentences() == [unused], "where the recipe maps nothing, all that is known is used"
+    assert skipped.sentences() == [unused], (
+        "where the recipe maps nothing, all that is known is used"
+    )
 
 
 def test_places_are_told_in_words():
-    assert str(Place(3, "line")) == "line 3" and str(Place(3, part="a.parquet")) == "a.parquet, row 3"
+    assert (
+        str(Place(3, "line")) == "line 3" and str(Place(3, part="a.parquet")) == "a.parquet, row 3"
+    )
 
 
 def noted(path, field: str = "data.task", **fields) -> list[str]:
@@ -188,11 +226,15 @@ def test_columns_that_no_field_takes_are_said(tmp_path):
     assert noted(path, columns={"prompt": "id", "response": "answer"}) == [
         f"data.task: columns of {path} that are not used: prompt, response"
     ]
-    assert noted("builtin:harmful_test", "data.harmful") == [], "what this project ships is mapped as it is meant"
+    assert noted("builtin:harmful_test", "data.harmful") == [], (
+        "what this project ships is mapped as it is meant"
+    )
 
 
 def test_answers_that_databases_write_for_nothing_are_said_and_stay(tmp_path):
-    path = written(tmp_path, "d.csv", "prompt,response\na,\\N\nb,c\nd,NULL\ne,\\N\nf,NULL and more\n")
+    path = written(
+        tmp_path, "d.csv", "prompt,response\na,\\N\nb,c\nd,NULL\ne,\\N\nf,NULL and more\n"
+    )
     assert noted(path) == [
         f"data.task: '{text}' is the whole answer of {count} rows ({places}), and is trained as any other: "
         "leave the rows out if it stands for nothing"
@@ -203,11 +245,28 @@ def test_answers_that_databases_write_for_nothing_are_said_and_stay(tmp_path):
 def test_answers_that_nobody_wants_are_refused_unless_columns_are_named(tmp_path):
     rows = [{"prompt": f"q {n}", "completion": f"a {n}", "label": n != 2} for n in range(4)]
     path = written(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert "says of 1 of its 4 answers that nobody wants them (label is false, first in line 3)" in refusal(path)
-    assert len(ordered_rows("data.task", source(path, columns={"prompt": "prompt", "response": "completion"}), 0)) == 4
-    said = "data.task: label is false in 1 rows (line 3), and their answers are trained as the others"
-    assert any(note.startswith(said) for note in noted(path, columns={"prompt": "prompt", "response": "completion"}))
-    good = written(tmp_path, "d.jsonl", "".join(json.dumps(row | {"label": True}) + "\n" for row in rows))
+    assert (
+        "says of 1 of its 4 answers that nobody wants them (label is false, first in line 3)"
+        in refusal(path)
+    )
+    assert (
+        len(
+            ordered_rows(
+                "data.task", source(path, columns={"prompt": "prompt", "response": "completion"}), 0
+            )
+        )
+        == 4
+    )
+    said = (
+        "data.task: label is false in 1 rows (line 3), and their answers are trained as the others"
+    )
+    assert any(
+        note.startswith(said)
+        for note in noted(path, columns={"prompt": "prompt", "response": "completion"})
+    )
+    good = written(
+        tmp_path, "d.jsonl", "".join(json.dumps(row | {"label": True}) + "\n" for row in rows)
+    )
     assert len(ordered_rows("data.task", source(good), 0)) == 4
 
 
@@ -215,7 +274,9 @@ def test_an_answer_that_ends_with_the_user_is_refused(tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"chosen": [*turns, {"role": "user", "content": "thanks"}], "rejected": turns}] * 2
     path = written(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert "chosen ends with a turn of the user: end it with the answer" in refusal(path, "data.safety")
+    assert "chosen ends with a turn of the user: end it with the answer" in refusal(
+        path, "data.safety"
+    )
 
 
 @pytest.mark.parametrize("share", [0.02, 0.01])
@@ -225,13 +286,23 @@ def test_a_row_that_cannot_be_rendered_is_left_out_up_to_the_share(project, tmp_
     folder, content = project[0], copy.deepcopy(project[1])
     task = folder / "stopped.jsonl"
     rows = (folder / "data" / "task.jsonl").read_text()
-    task.write_text(rows + '{"question": "is this the end?", "reply": "it is <|im_end|> and goes on"}\n')
-    content["data"]["task"] |= {"source": str(task), "columns": {"prompt": "question", "response": "reply"}}
-    task.write_text(task.read_text().replace('"answer": ', '"reply": ').replace('"response": ', '"reply": '))
+    task.write_text(
+        rows + '{"question": "is this the end?", "reply": "it is <|im_end|> and goes on"}\n'
+    )
+    content["data"]["task"] |= {
+        "source": str(task),
+        "columns": {"prompt": "question", "response": "reply"},
+    }
+    task.write_text(
+        task.read_text().replace('"answer": ', '"reply": ').replace('"response": ', '"reply": ')
+    )
     content["data"]["task"] |= {"max_bad_rows": share}
     base = recipes.load(write_recipe(folder, content)).base
     if share < 1 / 81:
-        with pytest.raises(ValueError, match=r"an answer holds text at which generation stops.*line 81\); 1 of 81 rows is malf"):
+        with pytest.raises(
+            ValueError,
+            match=r"an answer holds text at which generation stops.*line 81\); 1 of 81 rows is malf",
+        ):
             prepare(base, load_chat(base.model), tmp_path)
         return
     facts = prepare(base, load_chat(base.model), tmp_path)

@@ -22,10 +22,22 @@ def parsed(*messages):
 @pytest.mark.parametrize(
     "given, kept",
     [
-        ({"role": "assistant", "content": "", "tool_calls": [CALL]}, {"content": "", "tool_calls": [CALL]}),
-        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, {"content": None, "tool_calls": [CALL]}),
-        ({"role": "assistant", "content": "so", "tool_calls": [CALL]}, {"content": "so", "tool_calls": [CALL]}),
-        ({"role": "assistant", "tool_calls": json.dumps([CALL])}, {"content": None, "tool_calls": [CALL]}),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"content": "", "tool_calls": [CALL]},
+        ),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"content": None, "tool_calls": [CALL]},
+        ),
+        (
+            {"role": "assistant", "content": "so", "tool_calls": [CALL]},
+            {"content": "so", "tool_calls": [CALL]},
+        ),
+        (
+            {"role": "assistant", "tool_calls": json.dumps([CALL])},
+            {"content": None, "tool_calls": [CALL]},
+        ),
         (
             {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
             {"content": None, "tool_calls": [CALL]},
@@ -42,18 +54,33 @@ def parsed(*messages):
             {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
             {"content": None, "tool_calls": [CALL]},
         ),
-        ({"role": "assistant", "content": "x", "reasoning_content": "r"}, {"content": "x", "reasoning_content": "r"}),
-        ({"role": "assistant", "content": "x", "thinking": "r"}, {"content": "x", "reasoning_content": "r"}),
         (
-            {"role": "assistant", "content": [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "x"}]},
+            {"role": "assistant", "content": "x", "reasoning_content": "r"},
+            {"content": "x", "reasoning_content": "r"},
+        ),
+        (
+            {"role": "assistant", "content": "x", "thinking": "r"},
+            {"content": "x", "reasoning_content": "r"},
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "x"}],
+            },
             {"content": "x", "reasoning_content": "r"},
         ),
         ({"role": "assistant", "content": "x", "train": False}, {"content": "x", "train": False}),
         ({"role": "assistant", "content": "x", "weight": 0}, {"content": "x", "train": False}),
         ({"role": "assistant", "content": "x", "weight": 1.0}, {"content": "x", "train": True}),
-        ({"role": "assistant", "content": "x", "tool_calls": [], "refusal": None}, {"content": "x"}),
         (
-            {"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
+            {"role": "assistant", "content": "x", "tool_calls": [], "refusal": None},
+            {"content": "x"},
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}],
+            },
             {"content": "xy"},
         ),
         ({"role": "assistant", "content": ["x", "y"]}, {"content": "xy"}),
@@ -68,7 +95,10 @@ def test_what_an_assistant_says_is_kept(given, kept):
 def test_what_a_tool_returns_is_kept():
     given = {"role": "tool", "content": "42", "tool_call_id": "c1", "name": "f"}
     assert parsed(ASKED, given)[1] == given
-    assert parsed(ASKED, {"from": "observation", "value": "42"})[1] == {"role": "tool", "content": "42"}
+    assert parsed(ASKED, {"from": "observation", "value": "42"})[1] == {
+        "role": "tool",
+        "content": "42",
+    }
 
 
 @pytest.mark.parametrize(
@@ -76,9 +106,15 @@ def test_what_a_tool_returns_is_kept():
     [
         ({"role": "assistant", "content": None}, "message 2, of role assistant, has no content"),
         ({"role": "assistant"}, "message 2, of role assistant, has no content"),
-        ({"role": "assistant", "content": ""}, "message 2, of role assistant, has an empty content"),
+        (
+            {"role": "assistant", "content": ""},
+            "message 2, of role assistant, has an empty content",
+        ),
         ({"role": "user", "content": " \n"}, "message 2, of role user, has an empty content"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "part of type 'image_url'"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+            "part of type 'image_url'",
+        ),
         ({"role": "user", "content": [{"type": "text"}]}, "part of type 'text'"),
         ({"role": "user", "content": [7]}, "part of type 'int'"),
         ({"role": "user", "content": {"text": "x"}}, "content that is a dict"),
@@ -91,7 +127,10 @@ def test_what_a_tool_returns_is_kept():
         ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "field 'audio'"),
         ({"role": "assistant", "content": "x", "weight": 0.5}, "weight '0.5'"),
         ({"role": "assistant", "content": "x", "train": "yes"}, "train 'yes'"),
-        ({"role": "assistant", "content": "x", "reasoning_content": ["r"]}, "reasoning that is a list"),
+        (
+            {"role": "assistant", "content": "x", "reasoning_content": ["r"]},
+            "reasoning that is a list",
+        ),
         ({"role": "assistant", "tool_calls": "call f"}, "no list of calls"),
         ({"role": "assistant", "tool_calls": [{"type": "function"}]}, "without a function's name"),
         ({"from": "function_call", "value": "call f"}, "no list of calls"),
@@ -100,19 +139,34 @@ def test_what_a_tool_returns_is_kept():
             {"role": "assistant", "content": "a", "reasoning": "r", "thinking": "s"},
             "reasoning and thinking, which differ",
         ),
-        ({"role": "assistant", "content": "a", "train": True, "weight": 0}, "train and weight, which differ"),
-        ({"role": "assistant", "tool_calls": [CALL], "function_call": {"name": "g"}}, "tool_calls and function_call"),
-        ({"role": "assistant", "tool_calls": [{"name": "f", "output": "x"}]}, "tool call with the field 'output'"),
+        (
+            {"role": "assistant", "content": "a", "train": True, "weight": 0},
+            "train and weight, which differ",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [CALL], "function_call": {"name": "g"}},
+            "tool_calls and function_call",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "output": "x"}]},
+            "tool call with the field 'output'",
+        ),
         (
             {"role": "assistant", "tool_calls": [{"name": "f", "args": {"a": 1}, "input": {}}]},
             "args and input, which differ",
         ),
-        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1, 2}}}]}, "arguments are not JSON"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1, 2}}}]},
+            "arguments are not JSON",
+        ),
         (
             {"role": "assistant", "content": [{"type": "text", "text": "x", "image": "y"}]},
             "part with the field 'image'",
         ),
-        ({"role": "user", "content": [{"type": "thinking", "thinking": "r"}, "x"]}, "a thought among the parts"),
+        (
+            {"role": "user", "content": [{"type": "thinking", "thinking": "r"}, "x"]},
+            "a thought among the parts",
+        ),
         ({"role": "assistant", "content": float("nan")}, "content that is a float"),
     ],
 )
@@ -134,13 +188,18 @@ def test_tools_are_definitions_or_their_json():
 
 def test_a_row_keeps_its_last_answer_as_a_message_and_its_tools():
     tools = [{"type": "function", "function": {"name": "f"}}]
-    row = _row({"messages": [ASKED, {"role": "assistant", "tool_calls": [CALL]}], "tools": tools}, "data.task")
+    row = _row(
+        {"messages": [ASKED, {"role": "assistant", "tool_calls": [CALL]}], "tools": tools},
+        "data.task",
+    )
     assert row["messages"] == [ASKED] and row["tools"] == tools
     assert (
         row["answer"] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
         and row["response"] == '[{"name": "f", "arguments": {"a": 1}}]'
     )
-    assert "answer" not in _row({"messages": [ASKED, {"role": "assistant", "content": "x"}]}, "data.task")
+    assert "answer" not in _row(
+        {"messages": [ASKED, {"role": "assistant", "content": "x"}]}, "data.task"
+    )
 
 
 def test_nesting_without_end_is_refused():
@@ -155,21 +214,35 @@ def test_a_text_beside_a_conversation_is_its_answer_part_of_it_or_refused():
     both = {"messages": [*asked, {"role": "assistant", "content": "y"}], "prompt": "q"}
     assert _row(both, "data.task")["response"] == "y"
     for name in ("prompt", "input", "response"):
-        with pytest.raises(ValueError, match=f"^data.task: {name} stands beside a conversation that does not hold it"):
+        with pytest.raises(
+            ValueError,
+            match=f"^data.task: {name} stands beside a conversation that does not hold it",
+        ):
             _row(both | {name: "The documents say five."}, "data.task")
 
 
 def test_pairs_whose_answers_are_more_than_text_are_refused():
     for key, value in {"tool_calls": [CALL], "reasoning_content": "r", "train": False}.items():
-        sides = {side: [ASKED, {"role": "assistant", "content": side, key: value}] for side in ("chosen", "rejected")}
-        with pytest.raises(ValueError, match=f"data.safety: chosen ends with a message that has {key}"):
+        sides = {
+            side: [ASKED, {"role": "assistant", "content": side, key: value}]
+            for side in ("chosen", "rejected")
+        }
+        with pytest.raises(
+            ValueError, match=f"data.safety: chosen ends with a message that has {key}"
+        ):
             _pair(sides, "data.safety")
 
 
 def test_white_space_of_prompts_and_responses_is_theirs():
     row = _row({"prompt": "  q\n", "response": "\n    def f():\n"}, "data.task")
-    assert (row["prompt"], row["messages"][0]["content"], row["response"]) == ("  q\n", "  q\n", "\n    def f():\n")
-    assert _row({"prompt": "q", "response": " \n "}, "data.task")["response"] == "", "nothing is said"
+    assert (row["prompt"], row["messages"][0]["content"], row["response"]) == (
+        "  q\n",
+        "  q\n",
+        "\n    def f():\n",
+    )
+    assert _row({"prompt": "q", "response": " \n "}, "data.task")["response"] == "", (
+        "nothing is said"
+    )
 
 
 TOOL_TEMPLATE = (
@@ -229,7 +302,9 @@ def test_calls_of_tools_are_trained_tested_and_asked_for_with_their_tools(projec
         assert f'"what": "thing {number}"' in said and said.endswith("</call><|im_end|>")
         assert row["response"] == said.removesuffix("<|im_end|>")
         (prompt,) = asked(chat, [row])
-        assert row["input_ids"][: len(prompt)] == prompt and "tool find" in chat.tokenizer.decode(prompt)
+        assert row["input_ids"][: len(prompt)] == prompt and "tool find" in chat.tokenizer.decode(
+            prompt
+        )
 
 
 def test_reasoning_is_kept_refused_or_left_out_and_counted(project, tmp_path, capsys):
@@ -249,14 +324,22 @@ def test_reasoning_is_kept_refused_or_left_out_and_counted(project, tmp_path, ca
     assert "<why>think" in text and facts["without_reasoning"] == {}
     plain = "--model.chat_template=null"
     with pytest.raises(
-        ValueError, match="data.task: .* leaves out reasoning_content: set `reasoning` of the source to drop"
+        ValueError,
+        match="data.task: .* leaves out reasoning_content: set `reasoning` of the source to drop",
     ):
         prepared_rows(project, tmp_path / "refused", rows, plain)
     capsys.readouterr()
-    sets, facts = prepared_rows(project, tmp_path / "dropped", rows, plain, "--data.task.reasoning=drop")
-    assert all("think" not in make_tokenizer().decode(row["input_ids"]) for row in sets["task_train"])
+    sets, facts = prepared_rows(
+        project, tmp_path / "dropped", rows, plain, "--data.task.reasoning=drop"
+    )
+    assert all(
+        "think" not in make_tokenizer().decode(row["input_ids"]) for row in sets["task_train"]
+    )
     assert facts["without_reasoning"] == {"data.task": 40}
-    assert "data.task: the reasoning of 40 rows is left out, as data.task.reasoning says" in capsys.readouterr().err
+    assert (
+        "data.task: the reasoning of 40 rows is left out, as data.task.reasoning says"
+        in capsys.readouterr().err
+    )
 
 
 def make_tokenizer_with(template: str):

@@ -27,13 +27,22 @@ def asked(*turns: str) -> dict:
 
 def orders(last, count: int = 40) -> list[dict]:
     """Conversations of two questions, whose last `last` gives by number."""
-    return [asked(f"My order {i} is late", f"Let me check {i}", last(i), "You're welcome.") for i in range(count)]
+    return [
+        asked(f"My order {i} is late", f"Let me check {i}", last(i), "You're welcome.")
+        for i in range(count)
+    ]
 
 
-def with_task(project, tmp_path, rows: list[dict], *overrides: str, seed: int = 0, columns: str = "{}"):
+def with_task(
+    project, tmp_path, rows: list[dict], *overrides: str, seed: int = 0, columns: str = "{}"
+):
     """The prepared sets, facts, and what dropped.jsonl lists."""
     write_jsonl(tmp_path / "task.jsonl", rows)
-    source = (f"--data.task.source={tmp_path / 'task.jsonl'}", f"--data.task.columns={columns}", f"--data.seed={seed}")
+    source = (
+        f"--data.task.source={tmp_path / 'task.jsonl'}",
+        f"--data.task.columns={columns}",
+        f"--data.seed={seed}",
+    )
     sets, facts = prepared(project, tmp_path / "out", *source, *PLAIN, *overrides)
     return sets, facts, listed(tmp_path / "out")
 
@@ -53,7 +62,9 @@ def by_conversation(rows: list[dict]) -> set[bytes]:
 
 def answered(*prompts: str) -> list[dict]:
     """Rows of single prompts, each with an answer of its own."""
-    return [{"prompt": prompt, "response": f"answer {number}"} for number, prompt in enumerate(prompts)]
+    return [
+        {"prompt": prompt, "response": f"answer {number}"} for number, prompt in enumerate(prompts)
+    ]
 
 
 NOTHING_IS_LOST = {
@@ -105,21 +116,30 @@ def test_seeds_draw_other_rows_of_conversations_that_end_alike(project, tmp_path
 
 
 def test_what_is_left_out_is_the_same_for_every_seed_and_said_and_listed(project, tmp_path, capsys):
-    rows = [*conversations(30), *conversations(3), {"messages": chat("VALIDATION forbidden request number 3!", "a")}]
+    rows = [
+        *conversations(30),
+        *conversations(3),
+        {"messages": chat("VALIDATION forbidden request number 3!", "a")},
+    ]
     rows.append({"messages": chat("first", "b", "Validation forbidden request number 4", "c")})
     rows.append({"messages": chat("much " * 200, "too long")})
     for seed in range(3):
         (tmp_path / str(seed)).mkdir()
         capsys.readouterr()
         sets, facts, dropped = with_task(project, tmp_path / str(seed), rows, seed=seed)
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data.task")]
+        said = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("data.task")
+        ]
         assert [len(sets[name]) for name in SPLITS] == [8, 8, 14]
-        assert facts["overlapping"] == {"data.task / data.validation_prompts": 2} and facts["duplicate"] == {
-            "data.task": 3
-        }
+        assert facts["overlapping"] == {"data.task / data.validation_prompts": 2} and facts[
+            "duplicate"
+        ] == {"data.task": 3}
         assert facts["encoding"]["data.task"]["dropped"] == 1
         found = sorted(
-            (entry["reason"], number(entry) % 30 if entry["reason"] == "duplicate" else number(entry))
+            (
+                entry["reason"],
+                number(entry) % 30 if entry["reason"] == "duplicate" else number(entry),
+            )
             for entry in dropped
         )
         assert found == [
@@ -131,7 +151,9 @@ def test_what_is_left_out_is_the_same_for_every_seed_and_said_and_listed(project
             ("too_long", 36),
         ]
         assert {entry["field"] for entry in dropped} == {"data.task"}
-        assert "forbidden" not in (tmp_path / str(seed) / "out" / "dropped.jsonl").read_text(), "data may be private"
+        assert "forbidden" not in (tmp_path / str(seed) / "out" / "dropped.jsonl").read_text(), (
+            "data may be private"
+        )
         assert sorted(line.split(" (")[0] for line in said) == [
             "data.task: 1 row left out, for nothing of the response is left within data.max_length",
             "data.task: 2 rows left out, for data.validation_prompts has the prompt already",
@@ -149,7 +171,10 @@ def test_answers_to_one_prompt_stay_together_and_the_console_says_where_that_mak
     sets, facts, _ = with_task(project, tmp_path, rows, "--data.test_samples=25", columns=columns)
     assert [len(sets[name]) for name in SPLITS] == [20, 10, 20]
     said = capsys.readouterr().err
-    assert "data.test_samples: 20 instead of 25, for rows of one conversation stay together, and one" in said
+    assert (
+        "data.test_samples: 20 instead of 25, for rows of one conversation stay together, and one"
+        in said
+    )
     assert "data.validation_samples: 10 instead of 8" in said
 
 
@@ -160,21 +185,32 @@ def test_answers_to_one_prompt_stay_together_and_the_console_says_where_that_mak
             [{"prompt": "Write a haiku", "response": f"haiku {i}"} for i in range(40)],
             "has 1 different prompt, and all answers to one prompt stay in one split",
         ),
-        ([{"prompt": ("a", "A!", "b")[i % 3], "response": f"{i}"} for i in range(40)], "has 2 different prompts"),
+        (
+            [{"prompt": ("a", "A!", "b")[i % 3], "response": f"{i}"} for i in range(40)],
+            "has 2 different prompts",
+        ),
         (
             [asked(*["more", "x"] * n) for n in range(1, 30)],
             "has 1 conversations that are not the beginning of a longer",
         ),
     ],
 )
-def test_too_few_prompts_for_three_splits_are_refused_before_and_while_preparing(project, tmp_path, rows, sentence):
+def test_too_few_prompts_for_three_splits_are_refused_before_and_while_preparing(
+    project, tmp_path, rows, sentence
+):
     folder, content = project
     columns = {} if "messages" in rows[0] else {"prompt": "prompt", "response": "response"}
     write_jsonl(tmp_path / "task.jsonl", rows)
     given = f"--data.task.columns={json.dumps(columns)}"
     small = ("--data.test_samples=1", "--data.validation_samples=1")
     one_sentence(
-        lambda: prepared(project, tmp_path / "out", f"--data.task.source={tmp_path / 'task.jsonl'}", given, *small),
+        lambda: prepared(
+            project,
+            tmp_path / "out",
+            f"--data.task.source={tmp_path / 'task.jsonl'}",
+            given,
+            *small,
+        ),
         f"data.task: .*{sentence}.*data.test_samples.*use data of more prompts",
     )
     arguments = [f"--data.task.source={tmp_path / 'task.jsonl'}", given, *small]
@@ -182,16 +218,24 @@ def test_too_few_prompts_for_three_splits_are_refused_before_and_while_preparing
     one_sentence(lambda: check_sources(base), f"data.task: .*{sentence}")
 
 
-def test_the_check_compares_no_more_rows_than_it_needs_but_all_before_it_refuses(project, monkeypatch):
+def test_the_check_compares_no_more_rows_than_it_needs_but_all_before_it_refuses(
+    project, monkeypatch
+):
     folder, content = project
     compared: list[int] = []
     free = Claims.free
-    monkeypatch.setattr(Claims, "free", lambda self, pool, rows: compared.append(len(rows)) or free(self, pool, rows))
+    monkeypatch.setattr(
+        Claims,
+        "free",
+        lambda self, pool, rows: compared.append(len(rows)) or free(self, pool, rows),
+    )
 
     def check(rows: list[dict], *overrides: str) -> None:
         write_jsonl(folder / "many.jsonl", rows)
         arguments = [f"--data.task.source={folder / 'many.jsonl'}", *overrides]
-        check_sources(recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(arguments)).base)
+        check_sources(
+            recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(arguments)).base
+        )
 
     check([{"question": f"q {i}", "answer": "a"} for i in range(400)])
     assert compared == [4 * 17]
@@ -203,19 +247,31 @@ def test_the_check_compares_no_more_rows_than_it_needs_but_all_before_it_refuses
     assert compared[-2:] == [68, 400]
 
 
-def test_a_task_of_which_an_earlier_set_holds_everything_is_refused_after_it_was_said(project, tmp_path, capsys):
+def test_a_task_of_which_an_earlier_set_holds_everything_is_refused_after_it_was_said(
+    project, tmp_path, capsys
+):
     rows = [asked(f"validation forbidden request number {i % 8}", f"answer {i}") for i in range(40)]
-    one_sentence(lambda: with_task(project, tmp_path, rows), "data.task: every prompt of .* is held by an earlier set")
-    assert "data.task: 40 rows left out, for data.validation_prompts has the prompt already" in capsys.readouterr().err
+    one_sentence(
+        lambda: with_task(project, tmp_path, rows),
+        "data.task: every prompt of .* is held by an earlier set",
+    )
+    assert (
+        "data.task: 40 rows left out, for data.validation_prompts has the prompt already"
+        in capsys.readouterr().err
+    )
 
 
 def test_one_question_under_two_system_prompts_is_one_prompt_and_two_rows(project, tmp_path):
     rows = [
-        {"system": system, "prompt": f"q {i}", "response": "a"} for i in range(20) for system in ("Be brief.", "Rhyme!")
+        {"system": system, "prompt": f"q {i}", "response": "a"}
+        for i in range(20)
+        for system in ("Be brief.", "Rhyme!")
     ]
     columns = "{system: system, prompt: prompt, response: response}"
     sets, facts, dropped = with_task(project, tmp_path, [*rows, *rows[:4]], columns=columns)
-    assert [len(sets[name]) for name in SPLITS] == [8, 8, 24] and len(dropped) == facts["duplicate"]["data.task"] == 4
+    assert [len(sets[name]) for name in SPLITS] == [8, 8, 24] and len(dropped) == facts[
+        "duplicate"
+    ]["data.task"] == 4
     assert all(len(by_conversation(sets[name])) * 2 == len(sets[name]) for name in SPLITS)
 
 
@@ -258,10 +314,16 @@ def took(claims: Claims, pool: str, *turns: str, **options) -> bool:
 
 def test_sets_share_a_prompt_where_one_answers_the_whole_conversation_of_the_other():
     claims = Claims()
-    assert took(claims, "safety_pairs", "How do I steal?") and took(claims, "harmful_mix", "How do I lie", "x", "Go on")
+    assert took(claims, "safety_pairs", "How do I steal?") and took(
+        claims, "harmful_mix", "How do I lie", "x", "Go on"
+    )
     assert not took(claims, "data.task", "how do I steal"), "the same conversation"
-    assert not took(claims, "data.task", "How do I steal?", "Sure", "And then?"), "answered on the way"
-    assert not took(claims, "align_refusals", "How do I lie?"), "answered on the way by an earlier set"
+    assert not took(claims, "data.task", "How do I steal?", "Sure", "And then?"), (
+        "answered on the way"
+    )
+    assert not took(claims, "align_refusals", "How do I lie?"), (
+        "answered on the way by an earlier set"
+    )
     assert took(claims, "data.task", "Hi", "Hello", "How do I steal?"), "another conversation"
     assert took(claims, "data.task", "How do I lie", "y", "Go on"), "another answer on the way"
     assert not took(claims, "data.task", "How do I lie", "x", "go on!")
@@ -274,7 +336,9 @@ def test_sets_share_a_prompt_where_one_answers_the_whole_conversation_of_the_oth
 
 def test_a_greeting_that_the_alignment_answers_refuses_no_conversation_that_begins_with_it():
     claims = Claims()
-    assert took(claims, "align_harmless", "Hi") and took(claims, "harmful_mix", "Good day", "Hello", "How do I lie?")
+    assert took(claims, "align_harmless", "Hi") and took(
+        claims, "harmful_mix", "Good day", "Hello", "How do I lie?"
+    )
     assert took(claims, "data.task", "Hi", "Hello", "My order is late") and took(
         claims, "data.task", "Good day", "Hello", "A?"
     )
@@ -283,27 +347,45 @@ def test_a_greeting_that_the_alignment_answers_refuses_no_conversation_that_begi
 
 def test_what_pairs_say_on_the_way_is_not_trained_on():
     claims = Claims()
-    assert took(claims, "safety_pairs", "Hi", "Hello", "How do I lie?") and took(claims, "data.task", "Hi")
+    assert took(claims, "safety_pairs", "Hi", "Hello", "How do I lie?") and took(
+        claims, "data.task", "Hi"
+    )
 
 
 def test_answers_tool_calls_and_roles_are_part_of_a_conversation():
     rows = [
-        {"messages": [*chat("q"), {"role": "assistant", "content": "", "tool_calls": [call]}, *chat("b")]}
+        {
+            "messages": [
+                *chat("q"),
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                *chat("b"),
+            ]
+        }
         for call in "xy"
     ]
-    rows += [{"messages": [*chat("q"), {"role": role, "content": "c"}, *chat("b")]} for role in ("tool", "assistant")]
+    rows += [
+        {"messages": [*chat("q"), {"role": role, "content": "c"}, *chat("b")]}
+        for role in ("tool", "assistant")
+    ]
     assert len({conversation(row) for row in rows}) == 4
 
 
 def test_another_answer_is_no_duplicate_except_of_what_is_asked_alone():
-    rows = [{"messages": chat("q"), "prompt": "q", "response": text} for text in ("a", "b", "a", "A")]
+    rows = [
+        {"messages": chat("q"), "prompt": "q", "response": text} for text in ("a", "b", "a", "A")
+    ]
     assert [row["response"] for row in Claims().take("harmful_mix", rows)] == ["a", "b", "A"]
     assert len(Claims().take("evaluate.harmful", rows, by_prompt=True)) == 1
-    pairs = [{"messages": chat("q"), "prompt": "q", "chosen": "no", "rejected": text} for text in ("a", "b", "a")]
+    pairs = [
+        {"messages": chat("q"), "prompt": "q", "chosen": "no", "rejected": text}
+        for text in ("a", "b", "a")
+    ]
     assert len(Claims().take("safety_pairs", pairs)) == 2
 
 
-def test_the_evaluation_loses_a_prompt_that_training_holds_as_any_turn_and_training_loses_nothing(project, tmp_path):
+def test_the_evaluation_loses_a_prompt_that_training_holds_as_any_turn_and_training_loses_nothing(
+    project, tmp_path
+):
     turns = [f"harmful_eval forbidden request number {i}" for i in range(3)]
     rows = [
         *conversations(),
@@ -323,34 +405,59 @@ def test_the_evaluation_loses_a_prompt_that_training_holds_as_any_turn_and_train
     assert {row["prompt"][-1] for row in sets["eval_harmful"]} == set("34567") and sum(
         found["overlapping"].values()
     ) == 3
-    entries = [entry for entry in listed(tmp_path / "out" / "prompts") if entry["field"] == "evaluate.harmful"]
-    assert sorted(number(entry) for entry in entries) == [1, 2, 3] and {entry["reason"] for entry in entries} == {
-        "overlapping"
-    }
+    entries = [
+        entry
+        for entry in listed(tmp_path / "out" / "prompts")
+        if entry["field"] == "evaluate.harmful"
+    ]
+    assert sorted(number(entry) for entry in entries) == [1, 2, 3] and {
+        entry["reason"] for entry in entries
+    } == {"overlapping"}
 
 
 def test_unusable_pairs_are_said_and_listed_by_reason_whatever_is_drawn(project, tmp_path, capsys):
     parted = [
-        {"chosen": chat(f"x {i}", "a", "b", "No."), "rejected": chat(f"x {i}", "other", "b", "Yes.")} for i in range(3)
+        {
+            "chosen": chat(f"x {i}", "a", "b", "No."),
+            "rejected": chat(f"x {i}", "other", "b", "Yes."),
+        }
+        for i in range(3)
     ]
-    rows = [{"chosen": chat(f"do {i}", "No."), "rejected": chat(f"do {i}", "Yes.")} for i in range(9)]
+    rows = [
+        {"chosen": chat(f"do {i}", "No."), "rejected": chat(f"do {i}", "Yes.")} for i in range(9)
+    ]
     write_jsonl(tmp_path / "pairs.jsonl", random.Random(0).sample([*parted, *rows], 12))
-    source = (f"--data.safety.source={tmp_path / 'pairs.jsonl'}", "--data.safety.columns={}", "--data.safety_pairs=2")
+    source = (
+        f"--data.safety.source={tmp_path / 'pairs.jsonl'}",
+        "--data.safety.columns={}",
+        "--data.safety_pairs=2",
+    )
     for seed in range(3):
         _, facts = prepared(project, tmp_path / str(seed), *source, *PLAIN, f"--data.seed={seed}")
         assert facts["encoding"]["data.safety"]["dropped"] == 3
-        assert [entry["reason"] for entry in listed(tmp_path / str(seed))] == ["no_common_prompt"] * 3
-    assert capsys.readouterr().err.count("data.safety: 3 rows left out, for chosen and rejected answer different") == 3
+        assert [entry["reason"] for entry in listed(tmp_path / str(seed))] == [
+            "no_common_prompt"
+        ] * 3
+    assert (
+        capsys.readouterr().err.count(
+            "data.safety: 3 rows left out, for chosen and rejected answer different"
+        )
+        == 3
+    )
 
 
-def test_the_harmful_fraction_is_exact_where_whole_conversations_leave_more_to_train_on(project, tmp_path):
+def test_the_harmful_fraction_is_exact_where_whole_conversations_leave_more_to_train_on(
+    project, tmp_path
+):
     rows = [{"prompt": f"Write haiku {i % 10}", "response": f"haiku {i}"} for i in range(90)]
     write_jsonl(tmp_path / "task.jsonl", rows)
     source = (
         f"--data.task.source={tmp_path / 'task.jsonl'}",
         "--data.task.columns={prompt: prompt, response: response}",
     )
-    sets, facts = prepared(project, tmp_path / "out", *source, "--data.test_samples=17", "--data.validation_samples=17")
+    sets, facts = prepared(
+        project, tmp_path / "out", *source, "--data.test_samples=17", "--data.validation_samples=17"
+    )
     assert (len(sets["task_test"]), len(sets["task_validation"])) == (9, 9)
     assert facts["harmful_in_training"] == 8 == len(sets["task_train"]) - 72, "a tenth"
     assert set(read_held(tmp_path / "out" / "held.parquet").values()) >= {
@@ -365,7 +472,15 @@ def test_rows_that_differ_in_tools_or_reasoning_are_no_duplicates():
     answer = {"role": "assistant", "content": "a", "reasoning_content": "r"}
     rows = [
         {"messages": chat("q"), "prompt": "q", "response": "a", **more}
-        for more in ({}, {"tools": [{"name": "f"}]}, {"answer": answer}, {"answer": answer | {"reasoning_content": "s"}}, {})
+        for more in (
+            {},
+            {"tools": [{"name": "f"}]},
+            {"answer": answer},
+            {"answer": answer | {"reasoning_content": "s"}},
+            {},
+        )
     ]
     claims = Claims()
-    assert len(claims.take("data.task", rows)) == 4 and claims.facts()["duplicate"] == {"data.task": 1}
+    assert len(claims.take("data.task", rows)) == 4 and claims.facts()["duplicate"] == {
+        "data.task": 1
+    }

@@ -13,11 +13,16 @@ def chat(*turns: str, system: str | None = None) -> list[dict[str, str]]:
     """User and assistant in turn, after a system prompt where there is one."""
     roles = ("user", "assistant")
     first = [{"role": "system", "content": system}] if system else []
-    return [*first, *({"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns))]
+    return [
+        *first,
+        *({"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)),
+    ]
 
 
 def sharegpt(*turns: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[number % 2], "value": turn} for number, turn in enumerate(turns)]
+    return [
+        {"from": ("human", "gpt")[number % 2], "value": turn} for number, turn in enumerate(turns)
+    ]
 
 
 def read(tmp_path, row: dict, field: str = "data.task", columns: dict | None = None) -> dict:
@@ -70,12 +75,20 @@ def test_shapes(tmp_path, case):
 
 def test_a_system_column_that_the_recipe_maps(tmp_path):
     row = {"rule": "S", "talk": sharegpt("q", "a")}
-    assert read(tmp_path, row, columns={"messages": "talk", "system": "rule"})["messages"] == chat("q", system="S")
+    assert read(tmp_path, row, columns={"messages": "talk", "system": "rule"})["messages"] == chat(
+        "q", system="S"
+    )
 
 
 def test_pairs_whose_prompt_is_a_list_or_stands_in_both_answers(tmp_path):
     yes, no = ([{"role": "assistant", "content": text}] for text in ("Yes.", "No."))
-    expected = {"messages": chat("q", system="S"), "prompt": "q", "response": "", "chosen": "No.", "rejected": "Yes."}
+    expected = {
+        "messages": chat("q", system="S"),
+        "prompt": "q",
+        "response": "",
+        "chosen": "No.",
+        "rejected": "Yes.",
+    }
     row = {"prompt": chat("q"), "chosen": no, "rejected": yes, "system": "S"}
     assert read(tmp_path, row, "data.safety") == expected
     row = {"chosen": [*chat("q"), *no], "rejected": [*chat("q"), *yes], "system": "S"}
@@ -115,17 +128,24 @@ def test_what_could_mean_two_things_is_refused_with_its_line(tmp_path, case):
     sentence = str(caught.value)
     file = str(tmp_path / "d.jsonl")
     assert sentence.startswith(f"data.task: {said.format(file=file)}")
-    assert f"({file}, line 1); 1 of 1 rows is" in sentence or "holds no row with a prompt" in sentence
+    assert (
+        f"({file}, line 1); 1 of 1 rows is" in sentence or "holds no row with a prompt" in sentence
+    )
     assert "\n" not in sentence and ". " not in sentence
 
 
 def test_lists_of_messages_that_are_written_as_json_are_lists(tmp_path):
     row = {"prompt": json.dumps(chat("q")), "completion": json.dumps(chat("q", "a")[1:])}
     assert read(tmp_path, row) == {"messages": chat("q"), "prompt": "q", "response": "a"}
-    row = {side: json.dumps(chat("q", text)) for side, text in (("chosen", "No."), ("rejected", "Yes."))}
+    row = {
+        side: json.dumps(chat("q", text))
+        for side, text in (("chosen", "No."), ("rejected", "Yes."))
+    }
     found = read(tmp_path, row, "data.safety")
     assert (found["prompt"], found["chosen"], found["rejected"]) == ("q", "No.", "Yes.")
-    assert read(tmp_path, {"prompt": "[{x", "response": '[{"a": 1}]'})["response"] == '[{"a": 1}]', "no messages"
+    assert (
+        read(tmp_path, {"prompt": "[{x", "response": '[{"a": 1}]'})["response"] == '[{"a": 1}]'
+    ), "no messages"
 
 
 def test_arrow_s_fillers_are_no_arguments(tmp_path):
@@ -139,4 +159,7 @@ def test_arrow_s_fillers_are_no_arguments(tmp_path):
     rows = [{"messages": [*chat("q"), {"role": "assistant", "content": None, "tool_calls": calls}]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     (found,) = ordered_rows("data.task", SourceSection(source=str(tmp_path / "d.parquet")), 0)
-    assert [call["function"]["arguments"] for call in found["answer"]["tool_calls"]] == [{"city": "x"}, {"date": "y"}]
+    assert [call["function"]["arguments"] for call in found["answer"]["tool_calls"]] == [
+        {"city": "x"},
+        {"date": "y"},
+    ]

@@ -20,7 +20,9 @@ def test_supervised_tokens_are_marked():
         "assistant\n«A duck has two legs.<|im_end|>»\n<|im_start|>user\nAnd a cow?" in text
         and "«Four.<|im_end|>»" in text
     )
-    assert text.count("«") == text.count("»") == 3, "two answers, and the line that says what the marks are"
+    assert text.count("«") == text.count("»") == 3, (
+        "two answers, and the line that says what the marks are"
+    )
     assert "trained in one sequence" in text and "generation stops at <|im_end|>" in text
     assert "- the template is rendered as it is" in text and "- content is given as text" in text
 
@@ -32,10 +34,14 @@ def test_what_is_done_otherwise_and_what_is_refused_is_said():
     )
     assert "trained in 2 sequences" in text and "«Four.<|im_end|>»" in text
     assert (
-        "- the chat template ends no turn with a token that stops generation: <|im_end|> is put after answers" in text
+        "- the chat template ends no turn with a token that stops generation: <|im_end|> is put after answers"
+        in text
     )
     assert "- an assistant that speaks first: taken" in text
-    assert "- reasoning_content: refused (leaves out reasoning_content" in text and "- tool calls: refused (" in text
+    assert (
+        "- reasoning_content: refused (leaves out reasoning_content" in text
+        and "- tool calls: refused (" in text
+    )
 
 
 def test_parts_and_tools_that_a_template_wants():
@@ -50,7 +56,9 @@ def test_parts_and_tools_that_a_template_wants():
 
 def test_colours_on_a_terminal():
     chat = Chat(make_tokenizer())
-    (sample,) = chat.encode([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], 100)
+    (sample,) = chat.encode(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], 100
+    )
     assert marked(chat, sample, colour=True).count("\x1b[32ma<|im_end|>\x1b[0m") == 1
 
 
@@ -68,5 +76,11 @@ def test_the_command_and_a_template_of_ones_own(model, tmp_path, capsys):
     mine.write_text("{% for m in messages %}{{ m.content }}\n{% if %}{% endfor %}")
     assert main(["template", str(model), "--chat-template", str(mine)]) == 2
     error = capsys.readouterr().err
-    assert f"model.chat_template {mine} has a syntax error in line 2" in error and error.count("\n") == 1
-    assert main(["template", str(model / "nothing")]) == 2 and "is not a folder" in capsys.readouterr().err
+    assert (
+        f"model.chat_template {mine} has a syntax error in line 2" in error
+        and error.count("\n") == 1
+    )
+    assert (
+        main(["template", str(model / "nothing")]) == 2
+        and "is not a folder" in capsys.readouterr().err
+    )

@@ -29,7 +29,10 @@ def write(path, kind: str):
     elif kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
     else:
-        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, pyarrow.Table.from_pylist(ROWS).schema) as writer:
+        with (
+            pyarrow.OSFile(str(file), "wb") as sink,
+            pyarrow.ipc.new_stream(sink, pyarrow.Table.from_pylist(ROWS).schema) as writer,
+        ):
             writer.write_table(pyarrow.Table.from_pylist(ROWS))
     return file
 
@@ -41,7 +44,9 @@ def rows_of(*arguments):
     return [row for _, row in found.rows]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "array.json", "object.json", "concatenated.json", "csv", "parquet", "arrow"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "array.json", "object.json", "concatenated.json", "csv", "parquet", "arrow"]
+)
 def test_formats(tmp_path, kind):
     source = SourceSection(source=str(write(tmp_path, kind)), columns=MAPPING)
     check_source(source, "data.task")
@@ -51,7 +56,9 @@ def test_formats(tmp_path, kind):
 
 def test_csv_without_header(tmp_path):
     (tmp_path / "data.csv").write_text('"a, really",b\nc,d\n')
-    source = SourceSection(source=str(tmp_path / "data.csv"), columns={"prompt": "0", "response": "1"}, header=False)
+    source = SourceSection(
+        source=str(tmp_path / "data.csv"), columns={"prompt": "0", "response": "1"}, header=False
+    )
     expected = [{"prompt": "a, really", "response": "b"}, {"prompt": "c", "response": "d"}]
     assert rows_of(source, "data.task", ("prompt",)) == expected
 
@@ -67,13 +74,19 @@ def test_csv_without_header(tmp_path):
 )
 def test_known_columns_need_no_mapping(tmp_path, row):
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    (read,) = rows_of(SourceSection(source=str(tmp_path / "data.jsonl")), "data.task", ("prompt", "response"))
+    (read,) = rows_of(
+        SourceSection(source=str(tmp_path / "data.jsonl")), "data.task", ("prompt", "response")
+    )
     assert (read["prompt"], read["response"]) == ("q", "a")
 
 
 def test_safe_and_unsafe_responses_become_a_pair(tmp_path):
-    (tmp_path / "data.jsonl").write_text(json.dumps({"harmful_input": "q", "safe_response": "s", "unsafe_response": "u"}) + "\n")
-    (read,) = rows_of(SourceSection(source=str(tmp_path / "data.jsonl")), "data.safety", ("prompt",))
+    (tmp_path / "data.jsonl").write_text(
+        json.dumps({"harmful_input": "q", "safe_response": "s", "unsafe_response": "u"}) + "\n"
+    )
+    (read,) = rows_of(
+        SourceSection(source=str(tmp_path / "data.jsonl")), "data.safety", ("prompt",)
+    )
     assert read == {"prompt": "q", "chosen": "s", "rejected": "u"}
 
 
@@ -85,12 +98,17 @@ def refused(source: SourceSection, match: str):
 
 def test_unknown_columns_are_named(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps({"frage": "q", "antwort": "a"}) + "\n")
-    refused(SourceSection(source=str(tmp_path / "data.jsonl")), "data.task.*map it with data.task.columns.*frage, antwort")
+    refused(
+        SourceSection(source=str(tmp_path / "data.jsonl")),
+        "data.task.*map it with data.task.columns.*frage, antwort",
+    )
 
 
 def test_truncated_json_names_the_place(tmp_path):
     (tmp_path / "data.json").write_text('[{"a": 1},\n{"a": ')
-    refused(SourceSection(source=str(tmp_path / "data.json")), "not valid JSON at line 2.*cut short")
+    refused(
+        SourceSection(source=str(tmp_path / "data.json")), "not valid JSON at line 2.*cut short"
+    )
 
 
 def test_empty_file_and_scalars(tmp_path):
@@ -101,16 +119,28 @@ def test_empty_file_and_scalars(tmp_path):
 
 
 def test_hub_id_offline_says_what_to_do():
-    refused(SourceSection(source="owner/data"), "data.task.source 'owner/data' .* could not be loaded: check id")
+    refused(
+        SourceSection(source="owner/data"),
+        "data.task.source 'owner/data' .* could not be loaded: check id",
+    )
 
 
-@pytest.mark.parametrize(("cause", "kind"), [(OSError(28, "No space left on device", "/cache"), OSError), (KeyError("column"), ValueError)])
-def test_a_full_cache_is_no_wrong_data_set_and_what_the_library_cannot_make_is(monkeypatch, cause, kind):
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [(OSError(28, "No space left on device", "/cache"), OSError), (KeyError("column"), ValueError)],
+)
+def test_a_full_cache_is_no_wrong_data_set_and_what_the_library_cannot_make_is(
+    monkeypatch, cause, kind
+):
     """It puts an exception on top that is neither."""
 
     def fails(*_: object, **__: object) -> None:
-        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from cause
+        raise datasets.exceptions.DatasetGenerationError(
+            "An error occurred while generating the dataset"
+        ) from cause
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(kind, match="/cache" if kind is OSError else "could not be loaded: check id"):
+    with pytest.raises(
+        kind, match="/cache" if kind is OSError else "could not be loaded: check id"
+    ):
         read_table(SourceSection(source="owner/data"), "data.task")

@@ -17,17 +17,28 @@ from pipeline.data.time_limit import time_limit
 from tests.data.templates import CHATML, FAMILIES, PAST, Family
 from tests.project import make_tokenizer
 
-FIRST = [{"role": "user", "content": "How do I count the lines?"}, {"role": "assistant", "content": "Sure, with wc."}]
-SECOND = [{"role": "user", "content": "and the words in it"}, {"role": "assistant", "content": "The answer is: wc -w"}]
+FIRST = [
+    {"role": "user", "content": "How do I count the lines?"},
+    {"role": "assistant", "content": "Sure, with wc."},
+]
+SECOND = [
+    {"role": "user", "content": "and the words in it"},
+    {"role": "assistant", "content": "The answer is: wc -w"},
+]
 SYSTEM = [{"role": "system", "content": "Be brief with users."}]
 CONVERSATIONS = {
     "one turn": FIRST,
-    "several turns": FIRST + SECOND + [FIRST[0] | {"content": "why"}, FIRST[1] | {"content": "No reason."}],
+    "several turns": FIRST
+    + SECOND
+    + [FIRST[0] | {"content": "why"}, FIRST[1] | {"content": "No reason."}],
     "system prompt": SYSTEM + FIRST,
     "system prompt, several turns": SYSTEM + FIRST + SECOND,
     "empty system prompt": [{"role": "system", "content": ""}, *FIRST],
     "the user is last": FIRST + SECOND[:1],
-    "code and white space": [FIRST[0], {"role": "assistant", "content": "\n    def f():\n        pass\n"}],
+    "code and white space": [
+        FIRST[0],
+        {"role": "assistant", "content": "\n    def f():\n        pass\n"},
+    ],
 }
 REFUSED = {name for name, family in FAMILIES.items() if family.outcome.startswith("refused: ")}
 
@@ -44,11 +55,25 @@ def merging():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    ends = ("assistant\n", "[/INST] ", "Assistant:", "ASSISTANT:", "\n\n", "]", ">", "</think>\n\n", "### Response:\n")
+    ends = (
+        "assistant\n",
+        "[/INST] ",
+        "Assistant:",
+        "ASSISTANT:",
+        "\n\n",
+        "]",
+        ">",
+        "</think>\n\n",
+        "### Response:\n",
+    )
     texts = [
-        f"{end}{start}" for end in ends for start in ("Sure, with wc.", "The answer is", "No reason.", "\n    def")
+        f"{end}{start}"
+        for end in ends
+        for start in ("Sure, with wc.", "The answer is", "No reason.", "\n    def")
     ]
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(texts * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
@@ -59,23 +84,43 @@ def sentencepiece():
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     specials = ["<unk>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256))]
     alphabet = sorted(
-        {*"▁.,:;?!#*+-<>[]()|/'\"{}_", *map(chr, range(48, 58)), *map(chr, range(65, 91)), *map(chr, range(97, 123))}
+        {
+            *"▁.,:;?!#*+-<>[]()|/'\"{}_",
+            *map(chr, range(48, 58)),
+            *map(chr, range(65, 91)),
+            *map(chr, range(97, 123)),
+        }
     )
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(
         ["▁how▁do▁I▁count▁the▁lines", "▁Sure,▁with▁wc.", "assistant:▁The▁answer▁is"] * 20, trainer
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
 
 
-TOKENIZERS = {"byte level": byte_level, "merges cross borders": merging, "SentencePiece with BOS": sentencepiece}
+TOKENIZERS = {
+    "byte level": byte_level,
+    "merges cross borders": merging,
+    "SentencePiece with BOS": sentencepiece,
+}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -93,7 +138,9 @@ def chats(plain):
     """Family -> Chat, each made once."""
     made: dict[str, Chat] = {}
     return lambda name: (
-        made.setdefault(name, None) or made.update({name: with_family(plain, FAMILIES[name])}) or made[name]
+        made.setdefault(name, None)
+        or made.update({name: with_family(plain, FAMILIES[name])})
+        or made[name]
     )
 
 
@@ -112,7 +159,9 @@ def reference(chat: Chat, messages: list[dict], tools=None) -> list[int]:
         messages = [messages[1] | {"content": said}, *messages[2:]]
     if chat.template.renderer.wants_parts:
         messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    text = chat.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    text = chat.tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=True
+    )
     return chat.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -130,24 +179,38 @@ def check(chat: Chat, messages: list[dict], samples, tools=None) -> None:
                 "the prompt of inference, token for token"
             )
             assert sample.labels[start:end] == sample.input_ids[start:end]
-            said = chat.tokenizer.decode(sample.labels[start:end], clean_up_tokenization_spaces=False)
+            said = chat.tokenizer.decode(
+                sample.labels[start:end], clean_up_tokenization_spaces=False
+            )
             assert messages[place]["content"] in " " + said, (
                 "verbatim, but for the space that SentencePiece puts at a beginning"
             )
             assert sample.labels[end - 1] in chat.template.stops, "generation stops here"
-            assert all(label not in chat.template.stops for label in sample.labels[start : end - 1][-1:]), (
-                "and ends once"
-            )
+            assert all(
+                label not in chat.template.stops for label in sample.labels[start : end - 1][-1:]
+            ), "and ends once"
             for other in messages:
-                assert other["role"] == "assistant" or not other["content"] or other["content"] not in said
+                assert (
+                    other["role"] == "assistant"
+                    or not other["content"]
+                    or other["content"] not in said
+                )
         trained += mine
     assert trained == turns
 
 
 def runs_of(labels: list[int]) -> list[tuple[int, int]]:
-    borders = [place for place in range(1, len(labels)) if (labels[place] == IGNORE) != (labels[place - 1] == IGNORE)]
+    borders = [
+        place
+        for place in range(1, len(labels))
+        if (labels[place] == IGNORE) != (labels[place - 1] == IGNORE)
+    ]
     edges = [0, *borders, len(labels)]
-    return [(start, end) for start, end in zip(edges, edges[1:], strict=False) if labels[start] != IGNORE]
+    return [
+        (start, end)
+        for start, end in zip(edges, edges[1:], strict=False)
+        if labels[start] != IGNORE
+    ]
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -170,13 +233,17 @@ def test_what_is_done_otherwise_than_the_template_does_is_said(chats, name):
     assert set(chat.notes.values()) <= {1}, "counted once a conversation"
 
 
-@pytest.mark.parametrize("name", sorted(name for name, family in FAMILIES.items() if "opens" in family.outcome))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, family in FAMILIES.items() if "opens" in family.outcome)
+)
 def test_a_thought_that_the_prompt_opens_is_closed(chats, name):
     """And nothing is said inside of it where the data have no thought."""
     mark = FAMILIES[name].outcome.removeprefix("opens ")
     closed = {"<|START_THINKING|>": "<|END_THINKING|>"}.get(mark, f"{mark[0]}/{mark[1:]}")
     (said,) = supervised(chats(name), chats(name).encode(FIRST, 10_000)[0])
-    assert said.split(closed)[0].strip() == "" and said.split(closed)[1].lstrip().startswith("Sure, with wc.")
+    assert said.split(closed)[0].strip() == "" and said.split(closed)[1].lstrip().startswith(
+        "Sure, with wc."
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - REFUSED))
@@ -190,12 +257,17 @@ def test_what_cannot_be_held_to_the_contract_is_refused_by_name(plain, name):
     with pytest.raises(ValueError, match="the chat template") as caught:
         chat = with_family(plain, FAMILIES[name])
         chat.encode(FIRST, 100)
-    assert FAMILIES[name].outcome.removeprefix("refused: ") in str(caught.value) and "\n" not in str(caught.value)
+    assert FAMILIES[name].outcome.removeprefix("refused: ") in str(
+        caught.value
+    ) and "\n" not in str(caught.value)
 
 
 CALL = {
     "type": "function",
-    "function": {"name": "count_lines", "arguments": {"path": "a.txt", "deep": {"most": 12}, "names": ["x y", 'z"q']}},
+    "function": {
+        "name": "count_lines",
+        "arguments": {"path": "a.txt", "deep": {"most": 12}, "names": ["x y", 'z"q']},
+    },
 }
 TOOLS = [
     {
@@ -225,15 +297,23 @@ def test_tool_calls_are_supervised_with_their_arguments(chats, name):
     for sample, place in ((samples[0], 1), (samples[-1], 3)):
         start, end = runs_of(sample.labels)[0 if place == 1 else -1]
         prompt = chat.template.prompt(CALLING[:place], TOOLS)
-        assert sample.input_ids[:start] == chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert (
+            sample.input_ids[:start]
+            == chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        )
         assert sample.labels[end - 1] in chat.template.stops
-    assert "it has 42 lines" in chat.tokenizer.decode(samples[-1].input_ids) and "42 lines" not in "".join(said)
+    assert "it has 42 lines" in chat.tokenizer.decode(
+        samples[-1].input_ids
+    ) and "42 lines" not in "".join(said)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, family in FAMILIES.items() if not family.tools} - REFUSED))
+@pytest.mark.parametrize(
+    "name", sorted({name for name, family in FAMILIES.items() if not family.tools} - REFUSED)
+)
 def test_tool_calls_are_refused_where_the_template_cannot_say_them(chats, name):
     with pytest.raises(
-        ValueError, match="leaves out `tools`|leaves out tool calls|refuses the roles|what the assistant says"
+        ValueError,
+        match="leaves out `tools`|leaves out tool calls|refuses the roles|what the assistant says",
     ):
         chats(name).encode(CALLING[:2], 10_000, tools=TOOLS)
 
@@ -274,7 +354,11 @@ def test_reasoning_is_supervised_before_the_answer_or_refused(chats, name):
 
 @pytest.mark.parametrize("name", ["qwen 3", "qwen 3, thinking", "deepseek r1"])
 @pytest.mark.parametrize(
-    "content", ["<think>\nThey want lines.\n</think>\n\nSure, with wc.", "They want lines.</think>Sure, with wc."]
+    "content",
+    [
+        "<think>\nThey want lines.\n</think>\n\nSure, with wc.",
+        "They want lines.</think>Sure, with wc.",
+    ],
 )
 def test_a_thought_inside_an_answer_is_opened_and_closed_once(chats, name, content):
     chat = chats(name)
@@ -294,23 +378,28 @@ def test_turns_that_are_not_to_be_trained_are_not(chats):
     chat = chats("qwen 2.5")
     messages = [*FIRST[:1], FIRST[1] | {"train": False}, *SECOND]
     (sample,) = chat.encode(messages, 10_000)
-    assert supervised(chat, sample) == ["The answer is: wc -w<|im_end|>"] and "Sure, with wc." in chat.tokenizer.decode(
-        sample.input_ids
-    )
+    assert supervised(chat, sample) == [
+        "The answer is: wc -w<|im_end|>"
+    ] and "Sure, with wc." in chat.tokenizer.decode(sample.input_ids)
     assert chat.encode([FIRST[0], FIRST[1] | {"train": False}], 10_000) == []
 
 
 def test_what_the_assistant_says_first_is_not_trained(chats):
     chat = chats("qwen 2.5")
     (sample,) = chat.encode([{"role": "assistant", "content": "Hello, you."}, *FIRST], 10_000)
-    assert supervised(chat, sample) == ["Sure, with wc.<|im_end|>"] and "Hello, you." in chat.tokenizer.decode(
-        sample.input_ids
-    )
+    assert supervised(chat, sample) == [
+        "Sure, with wc.<|im_end|>"
+    ] and "Hello, you." in chat.tokenizer.decode(sample.input_ids)
 
 
 @pytest.mark.parametrize(
     "text, left",
-    [("<think>\na\n</think>\n\nb", "b"), ("\n</think>\n\nb", "b"), ("a[/THINK]b", "b"), ("no thought", "no thought")],
+    [
+        ("<think>\na\n</think>\n\nb", "b"),
+        ("\n</think>\n\nb", "b"),
+        ("a[/THINK]b", "b"),
+        ("no thought", "no thought"),
+    ],
 )
 def test_what_an_answer_says_after_its_thought(text, left):
     assert without_thought(text) == left
@@ -362,13 +451,19 @@ GLUED = [
 
 
 @pytest.mark.parametrize("template", GLUED)
-@pytest.mark.parametrize("asked", ["SECRET one\nSECRET two", "a: b\n\n c", "ASSISTANT: me", "Source: assistant\n\n "])
+@pytest.mark.parametrize(
+    "asked", ["SECRET one\nSECRET two", "a: b\n\n c", "ASSISTANT: me", "Source: assistant\n\n "]
+)
 def test_no_text_of_the_user_becomes_part_of_an_answer(template, asked):
     """Where a generation prompt and a rendering begin answers in two ways, and the user says what looks like either."""
     chat = with_family(make_tokenizer(), Family(template, ("</s>",), "</s>"))
-    (sample,) = chat.encode([{"role": "user", "content": asked}, {"role": "assistant", "content": "Yes."}], 1000)
+    (sample,) = chat.encode(
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": "Yes."}], 1000
+    )
     assert supervised(chat, sample) == ["Yes.</s>"]
-    assert sample.input_ids[: runs_of(sample.labels)[0][0]] == chat.prompt_ids([{"role": "user", "content": asked}])
+    assert sample.input_ids[: runs_of(sample.labels)[0][0]] == chat.prompt_ids(
+        [{"role": "user", "content": asked}]
+    )
 
 
 def test_text_beside_calls_calls_of_earlier_turns_and_tools_are_not_left_out():
@@ -384,26 +479,42 @@ def test_text_beside_calls_calls_of_earlier_turns_and_tools_are_not_left_out():
     plain = with_family(make_tokenizer(), FAMILIES["smollm 2"])
     with pytest.raises(ValueError, match="leaves out `tools`"):
         plain.encode(FIRST, 1000, tools=TOOLS)
-    past = [FIRST[0], {"role": "assistant", "content": "", "tool_calls": [CALL], "train": False}, *SECOND]
+    past = [
+        FIRST[0],
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "train": False},
+        *SECOND,
+    ]
     with pytest.raises(ValueError, match="leaves out arguments of tool calls"):
         plain.encode(past, 1000)
 
 
 def test_an_opened_thought_is_closed_before_a_call():
     template = FAMILIES["qwen 2.5"].template.replace(
-        "<|im_start|>assistant\n' }}{%- endif %}", "<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+        "<|im_start|>assistant\n' }}{%- endif %}",
+        "<|im_start|>assistant\n<think>\n' }}{%- endif %}",
     )
-    chat = with_family(make_tokenizer(), Family(template, (*CHATML, "<think>", "</think>"), "<|im_end|>"))
+    chat = with_family(
+        make_tokenizer(), Family(template, (*CHATML, "<think>", "</think>"), "<|im_end|>")
+    )
     (said,) = supervised(chat, chat.encode(CALLING[:2], 1000, tools=TOOLS)[0])
-    assert said.lstrip().startswith("</think>") and said.count("</think>") == 1 and "<tool_call>" in said
+    assert (
+        said.lstrip().startswith("</think>")
+        and said.count("</think>") == 1
+        and "<tool_call>" in said
+    )
 
 
 def test_a_harmony_answer_holds_no_stop():
     chat = with_family(make_tokenizer(), FAMILIES["gpt-oss"])
     stops = chat.tokenizer.convert_ids_to_tokens(sorted(chat.template.stops))
     assert stops == ["<|return|>"], "<|end|> ends the thought, and <|return|> the answer"
-    phi = with_family(make_tokenizer(), Family(FAMILIES["phi 4"].template, (*CHATML, "<|im_sep|>"), "<|endoftext|>"))
-    assert "<|im_end|>" in phi.tokenizer.convert_ids_to_tokens(sorted(phi.template.stops)), "no config names it"
+    phi = with_family(
+        make_tokenizer(),
+        Family(FAMILIES["phi 4"].template, (*CHATML, "<|im_sep|>"), "<|endoftext|>"),
+    )
+    assert "<|im_end|>" in phi.tokenizer.convert_ids_to_tokens(sorted(phi.template.stops)), (
+        "no config names it"
+    )
 
 
 def test_stops_and_special_tokens_inside_of_texts_are_refused_or_said():
@@ -418,7 +529,9 @@ def test_a_tokenizer_that_swallows_white_space_says_so():
     from tokenizers import AddedToken
 
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True
+    )
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -77,7 +77,12 @@ DIFFERENT = [
     ("٣", "٤"),
     ("a b", "ab"),
 ]
-PAIRS = [(one, other) for group in DIFFERENT for number, one in enumerate(group) for other in group[number + 1 :]]
+PAIRS = [
+    (one, other)
+    for group in DIFFERENT
+    for number, one in enumerate(group)
+    for other in group[number + 1 :]
+]
 
 
 @pytest.mark.parametrize("one, other", SAME, ids=ascii)
@@ -96,7 +101,10 @@ def test_every_letter_mark_digit_and_symbol_is_kept():
     kept = ("Lo", "Mn", "Mc", "Nd", "Nl", "Sm", "Sc", "So")
     for code in random.Random(0).sample(range(0x21, 0x30000), 20_000):
         char = chr(code)
-        if unicodedata.category(char) in kept and unicodedata.normalize("NFKC", char) == char.casefold() == char:
+        if (
+            unicodedata.category(char) in kept
+            and unicodedata.normalize("NFKC", char) == char.casefold() == char
+        ):
             assert normalise(f"a{char}b") == unicodedata.normalize("NFKC", f"a{char}b"), hex(code)
 
 
@@ -109,4 +117,7 @@ def test_white_space_alone_is_nothing_and_a_digest_is_of_what_is_compared(monkey
     assert normalise(" \n\u3000\u200b") == ""
     monkeypatch.setattr(wording, "_KNOWN_AT_MOST", 2)
     for prompt in ("One?", "two", "Three", "one", "\ud800"):
-        assert wording.wording(prompt) == hashlib.sha256(normalise(prompt).encode("utf-8", "surrogatepass")).digest()
+        assert (
+            wording.wording(prompt)
+            == hashlib.sha256(normalise(prompt).encode("utf-8", "surrogatepass")).digest()
+        )

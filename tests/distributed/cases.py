@@ -18,14 +18,16 @@ FACTORS: dict[str, tuple] = {
     "engine": ("single", "zero3", "fsdp2"),
     "ranks": (1, 2, 3),
     "adapter": ("lora", "full"),
-    "schedule": ("exact", "lagged", "reused"),  # reused: exact, with a direction that serves three steps
+    # reused: exact, with a direction that serves three steps
+    "schedule": ("exact", "lagged", "reused"),
     "family": tuple(FAMILIES),
     "tied": (True, False),
     "accumulation": (1, 3),
     "unequal": (False, True),  # token counts of ranks and micro-batches
     "checkpointing": (False, True),
     "clipping": (False, True),
-    "persistence": (False, True),  # DeepSpeed's persistence threshold and reuse distance: 0, or larger than the model
+    # DeepSpeed's persistence threshold and reuse distance: 0, or larger than the model
+    "persistence": (False, True),
     "offload_optimizer": (False, True),
     "offload_param": (False, True),
 }
@@ -69,20 +71,47 @@ class Case:
     offload_param: bool
 
     def __str__(self) -> str:
-        flags = ("unequal", "checkpointing", "clipping", "persistence", "offload_optimizer", "offload_param")
-        always = [self.engine, f"{self.ranks}r", self.adapter, self.schedule, self.family, "tied" if self.tied else "untied"]
-        return "-".join([*always, f"acc{self.accumulation}", *(flag for flag in flags if getattr(self, flag))])
+        flags = (
+            "unequal",
+            "checkpointing",
+            "clipping",
+            "persistence",
+            "offload_optimizer",
+            "offload_param",
+        )
+        always = [
+            self.engine,
+            f"{self.ranks}r",
+            self.adapter,
+            self.schedule,
+            self.family,
+            "tied" if self.tied else "untied",
+        ]
+        return "-".join(
+            [*always, f"acc{self.accumulation}", *(flag for flag in flags if getattr(self, flag))]
+        )
 
     @property
     def reference(self) -> Reference:
-        return Reference(self.adapter, self.schedule, self.family, self.tied, self.unequal, self.clipping)
+        return Reference(
+            self.adapter, self.schedule, self.family, self.tied, self.unequal, self.clipping
+        )
 
 
 EXCLUSIONS: tuple[tuple[str, Callable[[Case], bool]], ...] = (
     ("engine single is refused above one rank", lambda c: c.engine == "single" and c.ranks > 1),
-    ("one rank shards nothing: no padding, no collective that could be wrong", lambda c: c.engine != "single" and c.ranks == 1),
-    ("persistence threshold and reuse distance are DeepSpeed's", lambda c: c.engine != "zero3" and c.persistence),
-    ("offloading the optimizer is DeepSpeed's", lambda c: c.engine != "zero3" and c.offload_optimizer),
+    (
+        "one rank shards nothing: no padding, no collective that could be wrong",
+        lambda c: c.engine != "single" and c.ranks == 1,
+    ),
+    (
+        "persistence threshold and reuse distance are DeepSpeed's",
+        lambda c: c.engine != "zero3" and c.persistence,
+    ),
+    (
+        "offloading the optimizer is DeepSpeed's",
+        lambda c: c.engine != "zero3" and c.offload_optimizer,
+    ),
     ("offloading weights is DeepSpeed's", lambda c: c.engine != "zero3" and c.offload_param),
 )
 

@@ -32,7 +32,10 @@ def cover(rows: Sequence[Row], requirements: Callable[[Row], Iterable[Hashable]]
     At each turn the row that meets most of what is left; of several the one whose values were used least, then the first.
     """
     bits: dict[Hashable, int] = {}
-    masks = [sum(1 << bits.setdefault(requirement, len(bits)) for requirement in set(requirements(row))) for row in rows]
+    masks = [
+        sum(1 << bits.setdefault(requirement, len(bits)) for requirement in set(requirements(row)))
+        for row in rows
+    ]
     left, chosen, used = (1 << len(bits)) - 1, [], Counter()
 
     def rank(index: int) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from tests.distributed.matrix import AGES, BOUND, CONTROL_BOUND, MAX_NORM, Resul
 pytestmark = pytest.mark.timeout(0)  # the first test waits for all cases
 
 LOGGED_BOUND = 1e-4
-ERRORS = {"ValueError": ValueError, "AssertionError": AssertionError}  # of a rank's process; anything else is no check of ours
+# of a rank's process; anything else is no check of ours
+ERRORS = {"ValueError": ValueError, "AssertionError": AssertionError}
 FULL = os.environ.get("FULL", "") not in ("", "0")
 
 
@@ -25,7 +26,14 @@ def measured(request, tmp_path_factory) -> Results:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("results-*.jsonl"):
         old.unlink()
-    return measure([item.callspec.params["case"] for item in request.session.items if "measured" in item.fixturenames], folder)
+    return measure(
+        [
+            item.callspec.params["case"]
+            for item in request.session.items
+            if "measured" in item.fixturenames
+        ],
+        folder,
+    )
 
 
 @pytest.mark.parametrize("case", all_cases() if FULL else matrix_cases(), ids=str)
@@ -36,7 +44,11 @@ def test_case(measured: Results, case: Case):
         raise ERRORS.get(found["error"], RuntimeError)(found["message"])
     assert found["control"] > CONTROL_BOUND, "leaving SAP out must show, or the case shows nothing"
     assert found["difference"] < BOUND[case.adapter]
-    assert found["logged"] < LOGGED_BOUND, "loss, gradient norm or direction norm: AdamW would hide a wrong factor"
+    assert found["logged"] < LOGGED_BOUND, (
+        "loss, gradient norm or direction norm: AdamW would hide a wrong factor"
+    )
     assert found["ages"] == AGES[case.schedule]
-    assert not case.clipping or min(found["norms"]) > 2 * MAX_NORM, "the gradient must be clipped at every step"
+    assert not case.clipping or min(found["norms"]) > 2 * MAX_NORM, (
+        "the gradient must be clipped at every step"
+    )
     assert case.engine == "single" or found["uneven"] > 0, "the sizes must not divide by the ranks"

@@ -46,7 +46,14 @@ REFERENCE_ACCUMULATION = 2
 # element (tests/distributed/rounding.py). 1e-3 is far above that rounding. |dW| is a tenth of |W|: p(1) - p(0) too is far above its rounding.
 ADAM_EPS = 1e-3
 # The default probe_step: V's scale is found at the first V, and moved at every other step.
-SAP = {"enabled": True, "target_correction": 0.5, "beta": 0.2, "eps": 0.1, "noise_every": 3, "correction_every": 2}
+SAP = {
+    "enabled": True,
+    "target_correction": 0.5,
+    "beta": 0.2,
+    "eps": 0.1,
+    "noise_every": 3,
+    "correction_every": 2,
+}
 SCHEDULES = {
     "exact": {"schedule": "exact"},
     "lagged": {"schedule": "lagged"},
@@ -79,7 +86,9 @@ def trainable(of: Reference, train: TrainSection) -> nn.Module:
     return module
 
 
-def train_section(of: Reference, engine: str, ranks: int, accumulation: int, checkpointing: bool, ds_config: Path) -> TrainSection:
+def train_section(
+    of: Reference, engine: str, ranks: int, accumulation: int, checkpointing: bool, ds_config: Path
+) -> TrainSection:
     return TrainSection(
         engine=engine,
         adapter=of.adapter,
@@ -106,7 +115,8 @@ def ds_config(folder: Path, case: Case) -> Path:
     if case.offload_param:
         zero["offload_param"] = {"device": "cpu"}
     path = folder / f"ds-{size}-{case.offload_optimizer}-{case.offload_param}.json"
-    artifacts.write_json(path, {"zero_optimization": zero})  # atomically: all ranks write it, and read it at once
+    # atomically: all ranks write it, and read it at once
+    artifacts.write_json(path, {"zero_optimization": zero})
     return path
 
 
@@ -114,7 +124,12 @@ def trajectory(engine: Engine, of: Reference, data: StepData, **sap: Any) -> dic
     """The weights after STEPS steps (on rank 0) and what was logged on the way. sap: settings other than SAP's."""
     step: SapStep | PlainStep = PlainStep(engine)
     if of.schedule != "none":
-        step = SapStep(engine, Probe(decoder_layers(engine.module), PROBED, FAMILY_HIDDEN), SapSection(**SAP | SCHEDULES[of.schedule] | sap), refresh_every=EVERY.get(of.schedule, 1))
+        step = SapStep(
+            engine,
+            Probe(decoder_layers(engine.module), PROBED, FAMILY_HIDDEN),
+            SapSection(**SAP | SCHEDULES[of.schedule] | sap),
+            refresh_every=EVERY.get(of.schedule, 1),
+        )
     logged = []
     for number in range(STEPS):
         metrics = step(data.useful(number), lambda number=number: data.pairs(number), number)
@@ -125,21 +140,35 @@ def trajectory(engine: Engine, of: Reference, data: StepData, **sap: Any) -> dic
 
 def run_case(case: Case, rank: int, folder: Path) -> dict[str, Any]:
     started, of = time.perf_counter(), case.reference
-    train = train_section(of, case.engine, case.ranks, case.accumulation, case.checkpointing, ds_config(folder, case))
+    train = train_section(
+        of, case.engine, case.ranks, case.accumulation, case.checkpointing, ds_config(folder, case)
+    )
     module = trainable(of, train)
     shapes = [p.shape for p in module.parameters() if p.requires_grad]
-    found = trajectory(open_engine(module, train), of, StepData(case.unequal, case.accumulation, rank, case.ranks))
+    found = trajectory(
+        open_engine(module, train), of, StepData(case.unequal, case.accumulation, rank, case.ranks)
+    )
     gc.collect()
-    return {} if rank else compare(found, of, folder) | {"uneven": uneven(case, shapes), "seconds": time.perf_counter() - started}
+    return (
+        {}
+        if rank
+        else compare(found, of, folder)
+        | {"uneven": uneven(case, shapes), "seconds": time.perf_counter() - started}
+    )
 
 
 def uneven(case: Case, shapes: Sequence[torch.Size]) -> int:
     """How many trained weights do not divide by the ranks: ZeRO-3 cuts flattened weights, FSDP2 cuts rows."""
-    return sum((shape.numel() if case.engine == "zero3" else shape[0]) % case.ranks != 0 for shape in shapes)
+    return sum(
+        (shape.numel() if case.engine == "zero3" else shape[0]) % case.ranks != 0
+        for shape in shapes
+    )
 
 
 def compare(found: dict[str, Any], of: Reference, folder: Path) -> dict[str, Any]:
-    expected, control = (torch.load(folder / f"reference-{key}.pt", weights_only=True) for key in (of, of.control))
+    expected, control = (
+        torch.load(folder / f"reference-{key}.pt", weights_only=True) for key in (of, of.control)
+    )
     update = distance(expected["weights"], expected["start"])
     return {
         "difference": distance(found["weights"], expected["weights"]) / update,
@@ -157,22 +186,29 @@ def compare(found: dict[str, Any], of: Reference, folder: Path) -> dict[str, Any
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
-    return torch.sqrt(sum((a[name].double() - b[name].double()).square().sum() for name in a)).item()
+    return torch.sqrt(
+        sum((a[name].double() - b[name].double()).square().sum() for name in a)
+    ).item()
 
 
 def run_reference(of: Reference, folder: Path) -> None:
     train = train_section(of, "single", 1, REFERENCE_ACCUMULATION, False, folder)
     module = trainable(of, train)
     start = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    found = trajectory(open_engine(module, train), of, StepData(of.unequal, REFERENCE_ACCUMULATION, 0, 1))
+    found = trajectory(
+        open_engine(module, train), of, StepData(of.unequal, REFERENCE_ACCUMULATION, 0, 1)
+    )
     torch.save(found | {"start": start}, folder / f"reference-{of}.pt")
 
 
 def measure(cases: Sequence[Case], folder: Path) -> Results:
     """Train all cases; one that failed has "error" and "message" in place of numbers."""
-    references = sorted({key for case in cases for key in (case.reference, case.reference.control)}, key=str)
+    references = sorted(
+        {key for case in cases for key in (case.reference, case.reference.control)}, key=str
+    )
     if len(references) <= _FEW:
-        references_main(0, 1, references, folder)  # processes of their own would take longer to start
+        # processes of their own would take longer to start
+        references_main(0, 1, references, folder)
     else:
         spawn(2, references_main, 2, references, folder)
     for ranks in sorted({case.ranks for case in cases}):
@@ -181,7 +217,11 @@ def measure(cases: Sequence[Case], folder: Path) -> Results:
 
 
 def read_results(folder: Path) -> Results:
-    lines = [json.loads(line) for path in sorted(folder.glob("results-*.jsonl")) for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in sorted(folder.glob("results-*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
     return {line["case"]: line for line in lines}
 
 
@@ -197,7 +237,9 @@ def _run_group(ranks: int, cases: list[Case], folder: Path) -> None:
                 raise
             text = str(error).strip()
             last = text.splitlines()[-1]
-            _record(cases[0], ranks, {"error": last.partition(":")[0], "message": text[-2000:]}, folder)
+            _record(
+                cases[0], ranks, {"error": last.partition(":")[0], "message": text[-2000:]}, folder
+            )
             cases = cases[1:]
         else:
             return
@@ -206,7 +248,11 @@ def _run_group(ranks: int, cases: list[Case], folder: Path) -> None:
 def _record(case: Case, ranks: int, found: dict[str, Any], folder: Path) -> None:
     with (folder / f"results-{ranks}.jsonl").open("a") as stream:
         stream.write(json.dumps({"case": str(case), **found}) + "\n")
-    shown = f"{found['difference']:.1e}  {found['seconds']:.1f} s" if "difference" in found else found["error"]
+    shown = (
+        f"{found['difference']:.1e}  {found['seconds']:.1f} s"
+        if "difference" in found
+        else found["error"]
+    )
     print(f"{case}  {shown}", file=sys.stderr, flush=True)
 
 
@@ -230,4 +276,5 @@ def group_main(rank: int, ranks: int, cases: list[Case], folder: Path) -> None:
 
 
 def quiet() -> None:
-    warnings.filterwarnings("ignore", message="SAP's signal")  # a perturbation this large is for measuring, not for training
+    # a perturbation this large is for measuring, not for training
+    warnings.filterwarnings("ignore", message="SAP's signal")

@@ -27,11 +27,21 @@ def spawn(ranks: int, main: Callable[..., None], *arguments: Any) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(["tests.distributed.imported"])
-    torch.multiprocessing.start_processes(_enter, (ranks, port, main, arguments), nprocs=ranks, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        _enter, (ranks, port, main, arguments), nprocs=ranks, start_method="forkserver"
+    )
 
 
-def _enter(rank: int, ranks: int, port: int, main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _enter(
+    rank: int, ranks: int, port: int, main: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in names.items()}
     torch.set_num_threads(1)
     main(rank, *arguments)

@@ -16,7 +16,9 @@ from tests.tiny import StepBatches, tiny_model
 
 SAVED, STEPS, BATCH = 3, 6, 12
 CASES = [
-    (engine, adapter, schedule) for engine in ("zero3", "fsdp2") for adapter, schedule in (("lora", "exact"), ("lora", "lagged"), ("full", "exact"))
+    (engine, adapter, schedule)
+    for engine in ("zero3", "fsdp2")
+    for adapter, schedule in (("lora", "exact"), ("lora", "lagged"), ("full", "exact"))
 ]
 
 
@@ -28,12 +30,17 @@ def open_case(folder: Path, engine: str, adapter: str) -> Engine:
     """Without dropout: its masks belong to micro-batches, and three ranks share the four pairs in other ones."""
     section = train_section(folder, engine, 0).model_copy(update={"batch_size": BATCH})
     model = tiny_model()
-    return open_engine(add_lora(model, LoraSection(r=3, alpha=6), seed=0) if adapter == "lora" else model, section)
+    return open_engine(
+        add_lora(model, LoraSection(r=3, alpha=6), seed=0) if adapter == "lora" else model, section
+    )
 
 
 def go_on(engine: Engine, schedule: str, root: Path, save: bool) -> dict:
     """From the newest checkpoint to the last step; with `save`, a checkpoint on the way."""
-    step, batches = make_step(engine, schedule), StepBatches(engine.rank, engine.world_size, batch_size=BATCH)
+    step, batches = (
+        make_step(engine, schedule),
+        StepBatches(engine.rank, engine.world_size, batch_size=BATCH),
+    )
     done = checkpoint.load_latest(engine, step, root, "same")
     ages = []
     for number in range(done, STEPS):
@@ -53,7 +60,11 @@ def main(rank: int, folder: Path, world_size: int, save: bool) -> None:
         engine, adapter, schedule = case
         root = folder / name_of(case)
         if save:
-            results[f"{name_of(case)}-straight"] = go_on(open_case(folder, engine, adapter), schedule, root, save=True)
-        results[name_of(case)] = go_on(open_case(folder, engine, adapter), schedule, root, save=False)
+            results[f"{name_of(case)}-straight"] = go_on(
+                open_case(folder, engine, adapter), schedule, root, save=True
+            )
+        results[name_of(case)] = go_on(
+            open_case(folder, engine, adapter), schedule, root, save=False
+        )
     if rank == 0:
         torch.save(results, folder / f"found-{world_size}{'-save' if save else ''}.pt")

@@ -18,16 +18,30 @@ from tests.distributed.matrix import BOUND, Results, measure, read_results
 
 DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "correctness.md"
 BEGIN, END = "<!-- begin: python -m tests.distributed.table -->", "<!-- end -->"
-_FLAGS = ("unequal", "checkpointing", "clipping", "persistence", "offload_optimizer", "offload_param")
+_FLAGS = (
+    "unequal",
+    "checkpointing",
+    "clipping",
+    "persistence",
+    "offload_optimizer",
+    "offload_param",
+)
 
 
 def summary(cases: Sequence[Case], results: Results) -> list[str]:
     """One row per engine and adapter: the worst of its cases."""
-    lines = ["| engine | trained | cases | largest difference | allowed | smallest with SAP left out |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| engine | trained | cases | largest difference | allowed | smallest with SAP left out |",
+        "|---|---|---|---|---|---|",
+    ]
     for engine, adapter in sorted({(case.engine, case.adapter) for case in cases}):
-        found = [results[str(case)] for case in cases if (case.engine, case.adapter) == (engine, adapter)]
+        found = [
+            results[str(case)] for case in cases if (case.engine, case.adapter) == (engine, adapter)
+        ]
         worst, least = max(row["difference"] for row in found), min(row["control"] for row in found)
-        lines.append(f"| {engine} | {adapter} | {len(found)} | {worst:.1e} | {BOUND[adapter]:.0e} | {least:.2f} |")
+        lines.append(
+            f"| {engine} | {adapter} | {len(found)} | {worst:.1e} | {BOUND[adapter]:.0e} | {least:.2f} |"
+        )
     return lines
 
 
@@ -38,7 +52,9 @@ def details(cases: Sequence[Case], results: Results) -> list[str]:
     ]
     for case in cases:
         row = results[str(case)]
-        lines.append(f"| {factors(case)} | {row['difference']:.1e} | {row['logged']:.1e} | {row['control']:.2f} |")
+        lines.append(
+            f"| {factors(case)} | {row['difference']:.1e} | {row['logged']:.1e} | {row['control']:.2f} |"
+        )
     return lines
 
 
@@ -58,11 +74,19 @@ def markdown(cases: Sequence[Case], results: Results) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.distributed.table")
-    parser.add_argument("--results", type=Path, help="folder that `EQUIVALENCE_RESULTS=DIR make matrix` filled")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/correctness.md")
+    parser.add_argument(
+        "--results", type=Path, help="folder that `EQUIVALENCE_RESULTS=DIR make matrix` filled"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables into docs/correctness.md"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        results = read_results(options.results) if options.results else measure(matrix_cases(), Path(folder))
+        results = (
+            read_results(options.results)
+            if options.results
+            else measure(matrix_cases(), Path(folder))
+        )
     text = markdown(matrix_cases(), results)
     if options.write:
         before, _, rest = DOCUMENT.read_text().partition(BEGIN)

@@ -18,7 +18,12 @@ from tests.tiny import StepBatches
 
 LAYERS = 6
 CONFIG = LlamaConfig(
-    vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 
 
@@ -27,7 +32,9 @@ class Trace:
 
     def __init__(self, engine):
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+        from deepspeed.runtime.zero.partitioned_param_coordinator import (
+            PartitionedParameterCoordinator as Coordinator,
+        )
 
         self.events: list[tuple[str, object]] = []
         self.live = 0
@@ -42,7 +49,9 @@ class Trace:
             if module in place:
                 self.events.append(("fetch", place[module]))
             fetch(coordinator, module, forward)
-            live = sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+            live = sum(
+                p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE
+            )
             self.live = max(self.live, live)
 
         def gathering(coordinator, params, *arguments, **options):
@@ -56,12 +65,19 @@ class Trace:
         Coordinator.fetch_sub_module = fetching
         setattr(Coordinator, gather_name, gathering)
         for number, block in enumerate(blocks):
-            block.mlp.register_forward_hook(lambda *_, number=number: self.events.append(("work", number)))
+            block.mlp.register_forward_hook(
+                lambda *_, number=number: self.events.append(("work", number))
+            )
 
 
 def check_fetching(rank: int, folder, adapter: str) -> None:
     path = folder / "ds.json"
-    zero = {"stage": 3, "overlap_comm": True, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    zero = {
+        "stage": 3,
+        "overlap_comm": True,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+    }
     if rank == 0:
         path.write_text(json.dumps({"zero_optimization": zero}))
     train = TrainSection(
@@ -99,7 +115,9 @@ def check_reducing(rank: int, folder, adapter: str) -> None:
     torch.manual_seed(0)
     engine = open_engine(make_trainable(LlamaForCausalLM(CONFIG), train, seed=0), train)
     reduce, counted = groups.foreach_reduce, []
-    groups.foreach_reduce = lambda *arguments, **options: counted.append(1) or reduce(*arguments, **options)
+    groups.foreach_reduce = lambda *arguments, **options: (
+        counted.append(1) or reduce(*arguments, **options)
+    )
     batches = StepBatches(rank, 2).useful(0)
     assert len(batches) > 1
     engine.forward_backward(useful_loss, batches)
@@ -129,10 +147,16 @@ def test_the_next_layer_is_on_its_way_while_one_works(tmp_path, adapter):
     turn = events.index(["work", LAYERS - 1])
     for layer in range(1, LAYERS):
         before, there = events.index(["work", layer - 1]), events.index(["work", layer])
-        assert asked_for(events[:before], layer), f"layer {layer} is not asked for in time: {events}"
-        assert not asked_for(events[before:there], layer), f"something of layer {layer} is asked for when it is needed: {events}"
+        assert asked_for(events[:before], layer), (
+            f"layer {layer} is not asked for in time: {events}"
+        )
+        assert not asked_for(events[before:there], layer), (
+            f"something of layer {layer} is asked for when it is needed: {events}"
+        )
     backward = events[turn:]
     for layer in range(LAYERS - 2, -1, -1):
         at = backward.index(["fetch", layer])
         end = backward.index(["fetch", layer - 1]) if layer else len(backward)
-        assert not asked_for(backward[at:end], layer), f"something of layer {layer} is asked for when it is needed: {events}"
+        assert not asked_for(backward[at:end], layer), (
+            f"something of layer {layer} is asked for when it is needed: {events}"
+        )

@@ -56,7 +56,13 @@ def save_or_load(rank: int, folder: Path, alone: int, verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "alone", "number"), [("save", 1, errno.EFBIG), ("save", 0, errno.EFBIG), ("publish", 0, errno.ENOSPC), ("load", 1, errno.EMFILE)]
+    ("verb", "alone", "number"),
+    [
+        ("save", 1, errno.EFBIG),
+        ("save", 0, errno.EFBIG),
+        ("publish", 0, errno.ENOSPC),
+        ("load", 1, errno.EMFILE),
+    ],
 )
 def test_an_error_of_one_ranks_disk_is_all_ranks_error_at_once(tmp_path, verb, alone, number):
     spawn(2, save_or_load, tmp_path, alone, verb)

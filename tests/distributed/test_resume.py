@@ -23,7 +23,11 @@ def test_one_process_goes_on_bit_for_bit_with_either_form_of_adamw(tmp_path, for
 
     def opened() -> SingleEngine:
         model = tiny_lora()
-        return SingleEngine(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **form), 1.0)
+        return SingleEngine(
+            model,
+            torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **form),
+            1.0,
+        )
 
     batches, straight, resumed = StepBatches(), opened(), opened()
     run_steps(straight, make_step(straight, "exact"), 2)
@@ -44,7 +48,9 @@ def found(tmp_path_factory) -> dict:
     results = {}
     for world_size, save in ((2, True), (3, False), (1, False)):
         spawn(world_size, resume_worker.main, folder, world_size, save)
-        results[world_size] = torch.load(folder / f"found-{world_size}{'-save' if save else ''}.pt", weights_only=True)
+        results[world_size] = torch.load(
+            folder / f"found-{world_size}{'-save' if save else ''}.pt", weights_only=True
+        )
     return results
 
 
@@ -77,4 +83,6 @@ def start(adapter: str) -> dict:
 
 def distance(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
-    return torch.sqrt(sum((a[name].double() - b[name].double()).square().sum() for name in a)).item()
+    return torch.sqrt(
+        sum((a[name].double() - b[name].double()).square().sum() for name in a)
+    ).item()

@@ -35,10 +35,15 @@ def finds(name: str, engines: list[str]):
 @pytest.fixture(scope="module")
 def found(request, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("ranks")
-    asking = [item for item in request.session.items if hasattr(getattr(item, "function", None), "finds")]
+    asking = [
+        item for item in request.session.items if hasattr(getattr(item, "function", None), "finds")
+    ]
     wanted = sorted({(item.function.finds, item.callspec.params["engine"]) for item in asking})
     spawn(2, worker.main, folder, wanted)
-    return {(name, engine): torch.load(folder / f"{name}-{engine}.pt", weights_only=True) for name, engine in wanted}
+    return {
+        (name, engine): torch.load(folder / f"{name}-{engine}.pt", weights_only=True)
+        for name, engine in wanted
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +58,16 @@ def single(tmp_path_factory) -> dict:
 
 
 def start() -> dict:
-    return {name: p.detach() for name, p in tiny_lora(dropout=0.1).named_parameters() if p.requires_grad}
+    return {
+        name: p.detach() for name, p in tiny_lora(dropout=0.1).named_parameters() if p.requires_grad
+    }
 
 
 def distance(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
-    return torch.sqrt(sum((a[name].double() - b[name].double()).square().sum() for name in a)).item()
+    return torch.sqrt(
+        sum((a[name].double() - b[name].double()).square().sum() for name in a)
+    ).item()
 
 
 @finds("parity", SHARDED)
@@ -78,7 +87,8 @@ def test_leaving_sap_out_would_be_caught(single, schedule):
 def test_perturbation_is_seen_and_undone_bit_for_bit(found, engine):
     result = found["restore", engine]
     assert result["bitwise"] and result["loss_back"]
-    assert result["slope"] == pytest.approx(1.0, abs=0.15)  # first order: the loss moves by |g| times the distance
+    # first order: the loss moves by |g| times the distance
+    assert result["slope"] == pytest.approx(1.0, abs=0.15)
 
 
 @finds("traces", ["zero3-0", "zero3-offload", "fsdp2"])
@@ -91,17 +101,25 @@ def test_auxiliary_passes_leave_no_trace(found, engine):
 
 @finds("replaced", [*SHARDED, "zero3-offload", "zero3-full", "fsdp2-full"])
 def test_replaced_weights_are_seen_and_gone_bit_for_bit(found, engine):
-    assert found["replaced", engine] == dict.fromkeys(("exact", "bitwise", "loss_back", "seen", "assigned"), True)
+    assert found["replaced", engine] == dict.fromkeys(
+        ("exact", "bitwise", "loss_back", "seen", "assigned"), True
+    )
 
 
 @finds("chunks", [*SHARDED, "zero3-full", "fsdp2-full"])
 def test_logits_of_two_tokens_at_a_time_train_the_same_weights(found, engine):
     """Adapters have a head that is frozen and gathered; with all weights trained, its gradient is made in chunks too."""
     result = found["chunks", engine]
-    begin = start() if "full" not in engine else {name: p.detach() for name, p in tiny_model().named_parameters()}
+    begin = (
+        start()
+        if "full" not in engine
+        else {name: p.detach() for name, p in tiny_model().named_parameters()}
+    )
     assert result["most"] == 2
     # All weights: AdamW divides gradients that are next to nothing by their own size (docs/correctness.md).
-    assert distance(result["chunks"], result["whole"]) / distance(result["whole"], begin) < (1e-4 if "full" in engine else 1e-5)
+    assert distance(result["chunks"], result["whole"]) / distance(result["whole"], begin) < (
+        1e-4 if "full" in engine else 1e-5
+    )
 
 
 @finds("embeddings", SHARDED)
@@ -109,21 +127,35 @@ def test_embeddings_of_two_ranks_equal_the_single_process_s(found, engine, tmp_p
     alone = open_engine(tiny_lora(dropout=0.1), train_section(tmp_path, "single", 0))
     expected = embed(alone, tiny_rows(11), 2, "response_mean", 4, 0)
     result = found["embeddings", engine]
-    assert result["same"] and torch.allclose(result["embeddings"], expected, atol=1e-5) and expected.norm(dim=1).min() > 0
+    assert (
+        result["same"]
+        and torch.allclose(result["embeddings"], expected, atol=1e-5)
+        and expected.norm(dim=1).min() > 0
+    )
     after = run_steps(alone, make_step(alone, None), 1)
-    assert distance(result["weights"], after) / distance(after, start()) < 1e-5, "a step after the embeddings is as any other"
+    assert distance(result["weights"], after) / distance(after, start()) < 1e-5, (
+        "a step after the embeddings is as any other"
+    )
 
 
 @finds("discarded", [*SHARDED, "zero3-offload", "zero3-full", "fsdp2-full"])
 def test_a_gradient_that_is_thrown_away_leaves_no_trace(found, engine):
     result = found["discarded", engine]
-    assert all(torch.equal(result["discarding"][name], weights) for name, weights in result["straight"].items())
+    assert all(
+        torch.equal(result["discarding"][name], weights)
+        for name, weights in result["straight"].items()
+    )
 
 
 @finds("share", SHARDED)
 def test_v_of_a_share_of_the_samples_is_the_single_process_s(found, tmp_path, engine):
-    expected, begin = shares(open_engine(tiny_lora(), train_section(tmp_path, "single", 0))), start()
-    assert distance(expected["1"], expected["2"]) / distance(expected["2"], begin) > 1e-3, "the case tells nothing"
+    expected, begin = (
+        shares(open_engine(tiny_lora(), train_section(tmp_path, "single", 0))),
+        start(),
+    )
+    assert distance(expected["1"], expected["2"]) / distance(expected["2"], begin) > 1e-3, (
+        "the case tells nothing"
+    )
     for samples, weights in found["share", engine].items():
         assert distance(weights, expected[samples]) / distance(expected[samples], begin) < 1e-4
 
@@ -131,7 +163,9 @@ def test_v_of_a_share_of_the_samples_is_the_single_process_s(found, tmp_path, en
 @pytest.fixture(scope="module")
 def unbudgeted(tmp_path_factory) -> dict:
     """The single process on micro-batches of two rows each."""
-    return budgeted(open_engine(tiny_lora(), train_section(tmp_path_factory.mktemp("rows"), "single", 0)), None)
+    return budgeted(
+        open_engine(tiny_lora(), train_section(tmp_path_factory.mktemp("rows"), "single", 0)), None
+    )
 
 
 @finds("budget", [*SHARDED, "zero3-offload"])
@@ -160,7 +194,10 @@ def check_unbudgeted(result: dict, unbudgeted: dict) -> None:
     for mine, expected in zip(result["gradients"], unbudgeted["gradients"], strict=True):
         assert distance(mine, expected) / distance(expected, zero) < 1e-5
     begin = {name: p.detach() for name, p in tiny_lora().named_parameters() if p.requires_grad}
-    assert distance(result["weights"], unbudgeted["weights"]) / distance(unbudgeted["weights"], begin) < 1e-5
+    assert (
+        distance(result["weights"], unbudgeted["weights"]) / distance(unbudgeted["weights"], begin)
+        < 1e-5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +209,11 @@ def dense() -> dict:
 @pytest.mark.parametrize("method", METHODS)
 def test_companion_methods_on_two_ranks_equal_the_dense_reference(found, dense, method, engine):
     begin = {name: p.detach() for name, p in tiny_lora().named_parameters() if p.requires_grad}
-    assert distance(found["companions", engine][method], dense[method]) / distance(dense[method], begin) < 1e-5
+    assert (
+        distance(found["companions", engine][method], dense[method])
+        / distance(dense[method], begin)
+        < 1e-5
+    )
 
 
 @finds("companions", ["zero3-full", "fsdp2-full"])
@@ -180,7 +221,9 @@ def test_companion_methods_on_two_ranks_equal_the_dense_reference(found, dense, 
 def test_companion_methods_of_all_weights_equal_the_dense_reference(found, method, engine):
     begin = {name: p.detach() for name, p in tiny_model().named_parameters()}
     expected = Dense(method, full=True).train()
-    assert distance(found["companions", engine][method], expected) / distance(expected, begin) < 1e-4
+    assert (
+        distance(found["companions", engine][method], expected) / distance(expected, begin) < 1e-4
+    )
 
 
 @finds("vectors", ["zero3-0", "fsdp2"])

@@ -37,7 +37,9 @@ SAP = {
 }
 
 
-def train_section(folder: Path, engine: str, persistence: int, offload: bool = False) -> TrainSection:
+def train_section(
+    folder: Path, engine: str, persistence: int, offload: bool = False
+) -> TrainSection:
     path = folder / f"ds-{persistence}-{offload}.json"
     zero = {
         "stage": 3, "overlap_comm": False, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 1_000,
@@ -48,13 +50,20 @@ def train_section(folder: Path, engine: str, persistence: int, offload: bool = F
         offloaded = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
         config = {"zero_optimization": zero | offloaded}
     artifacts.write_json(path, config)  # atomically: both ranks write it, and read it at once
-    return TrainSection(engine=engine, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, ds_config=path)
+    return TrainSection(
+        engine=engine, steps=STEPS, batch_size=8, micro_batch_size=2, lr=LR, ds_config=path
+    )
 
 
 def make_step(engine: Engine, schedule: str | None) -> SapStep | PlainStep:
     if schedule is None:
         return PlainStep(engine)
-    return SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), SapSection(**SAP, schedule=schedule), refresh_every=2)
+    return SapStep(
+        engine,
+        Probe(decoder_layers(engine.module), [1, 2], HIDDEN),
+        SapSection(**SAP, schedule=schedule),
+        refresh_every=2,
+    )
 
 
 def one_step(engine: Engine, step: SapStep | PlainStep, batches: StepBatches, number: int) -> None:
@@ -62,7 +71,9 @@ def one_step(engine: Engine, step: SapStep | PlainStep, batches: StepBatches, nu
     engine.step(LR)
 
 
-def run_steps(engine: Engine, step: SapStep | PlainStep, steps: int = STEPS) -> dict[str, torch.Tensor]:
+def run_steps(
+    engine: Engine, step: SapStep | PlainStep, steps: int = STEPS
+) -> dict[str, torch.Tensor]:
     batches = StepBatches(engine.rank, engine.world_size)
     for number in range(steps):
         one_step(engine, step, batches, number)
@@ -94,7 +105,9 @@ def open_setting(folder: Path, name: str, checkpointing: bool = False) -> Engine
     model = tiny_lora(dropout=0.1) if setting.adapter == "lora" else tiny_model().train()
     if checkpointing:
         enable_checkpointing(model)
-    return open_engine(model, train_section(folder, setting.engine, setting.persistence, setting.offload))
+    return open_engine(
+        model, train_section(folder, setting.engine, setting.persistence, setting.offload)
+    )
 
 
 def parity(folder: Path, name: str) -> dict:
@@ -129,7 +142,10 @@ def restore(folder: Path, name: str) -> dict:
             raise RuntimeError("inside")
     except RuntimeError:
         pass
-    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, after, bits(engine), strict=True))
+    same = all(
+        torch.equal(a, b) and torch.equal(a, c)
+        for a, b, c in zip(before, after, bits(engine), strict=True)
+    )
     return {
         "bitwise": not engine.any_rank(not same),
         "slope": (moved - loss) / (1e-2 * norm),
@@ -154,7 +170,9 @@ class SometimesMore(nn.Module):
 def counters(engine: Engine) -> tuple[int, int]:
     """Steps done as the engine and the optimizer count them; no auxiliary pass may move them."""
     if isinstance(engine, Fsdp2Engine):
-        done = int(max((state["step"].item() for state in engine.optimizer.state.values()), default=0))
+        done = int(
+            max((state["step"].item() for state in engine.optimizer.state.values()), default=0)
+        )
         return done, done
     return engine.ds.global_steps, engine.ds.micro_steps
 
@@ -167,18 +185,27 @@ def clean(engine: Engine) -> bool:
 
 def traces(folder: Path, name: str) -> dict:
     """Auxiliary passes between steps must change nothing that a later step can see, also for a parameter that only they use."""
-    return {key: _traces(folder, name, auxiliary) for key, auxiliary in (("without", False), ("with", True))}
+    return {
+        key: _traces(folder, name, auxiliary)
+        for key, auxiliary in (("without", False), ("with", True))
+    }
 
 
 def _traces(folder: Path, name: str, auxiliary: bool) -> dict:
     setting = SETTINGS[name]
-    engine = open_engine(SometimesMore(tiny_lora(dropout=0.1)), train_section(folder, setting.engine, setting.persistence, setting.offload))
+    engine = open_engine(
+        SometimesMore(tiny_lora(dropout=0.1)),
+        train_section(folder, setting.engine, setting.persistence, setting.offload),
+    )
     probe = Probe(decoder_layers(engine.module), [1, 2], HIDDEN)
     batches = StepBatches(engine.rank, engine.world_size)
     counted, left_clean = [], True
     for number in range(3):
         if auxiliary:
-            with_more = lambda m, b: useful_loss(lambda **k: m(use_more=True, **k), b)  # noqa: E731
+
+            def with_more(m, b):
+                return useful_loss(lambda **k: m(use_more=True, **k), b)
+
             _, g = engine.gradient(with_more, batches.useful(number))
             reached = engine.gather(g).get("more.weight", torch.ones(1)).any()
             assert reached, "the control: the safety pass does reach the extra parameter"
@@ -196,7 +223,9 @@ def vectors(folder: Path, name: str) -> dict:
     """gather and shard are inverse; norms ignore the padding, which here is poisoned (FSDP2 keeps none: its shards are uneven)."""
     engine = open_setting(folder, name)
     if isinstance(engine, Fsdp2Engine):
-        missing = sum(-(-p.shape[0] // engine.world_size) - p.to_local().shape[0] for p in engine.parameters)
+        missing = sum(
+            -(-p.shape[0] // engine.world_size) - p.to_local().shape[0] for p in engine.parameters
+        )
     else:
         for shards in (engine._partitions.compute, engine._masters()):
             for shard, mask in zip(shards, engine._padding, strict=True):
@@ -220,9 +249,15 @@ def companions(folder: Path, name: str) -> dict:
     setting = SETTINGS[name]
     section = train_section(folder, setting.engine, setting.persistence, setting.offload)
     if setting.adapter == "lora":
-        return {method: methods.train(open_engine(tiny_lora(), section), method) for method in methods.METHODS}
+        return {
+            method: methods.train(open_engine(tiny_lora(), section), method)
+            for method in methods.METHODS
+        }
     section = section.model_copy(update={"adapter": "full", "adam_eps": methods.FULL_EPS})
-    return {method: methods.train(open_engine(tiny_model().train(), section), method) for method in methods.METHODS}
+    return {
+        method: methods.train(open_engine(tiny_model().train(), section), method)
+        for method in methods.METHODS
+    }
 
 
 def replaced(folder: Path, name: str) -> dict:
@@ -254,7 +289,11 @@ def embeddings(folder: Path, name: str) -> dict:
     other = engine.sum_over_ranks(found.clone().to(engine.device)) - found
     batches, step = StepBatches(engine.rank, engine.world_size), make_step(engine, None)
     one_step(engine, step, batches, 0)
-    return {"embeddings": found, "same": not engine.any_rank(not torch.equal(other, found)), "weights": engine.gather(engine.weights())}
+    return {
+        "embeddings": found,
+        "same": not engine.any_rank(not torch.equal(other, found)),
+        "weights": engine.gather(engine.weights()),
+    }
 
 
 def budgeted(engine: Engine, token_budget: int | None, packing: bool = False) -> dict:
@@ -263,7 +302,9 @@ def budgeted(engine: Engine, token_budget: int | None, packing: bool = False) ->
     SAP's step: its passes discard gradients between those of the main pass, over as many micro-batches as the step has.
     """
     rows = tiny_rows(longest=60)
-    batches = StepBatches(engine.rank, engine.world_size, rows=rows, token_budget=token_budget, packing=packing)
+    batches = StepBatches(
+        engine.rank, engine.world_size, rows=rows, token_budget=token_budget, packing=packing
+    )
     step, found = make_step(engine, "exact"), {"losses": [], "gradients": [], "passes": []}
     for number in range(STEPS):
         useful = batches.useful(number)
@@ -280,9 +321,16 @@ def shares(engine: Engine) -> dict[str, dict]:
     found, batches, start = {}, StepBatches(engine.rank, engine.world_size), engine.weights()
     for samples in (2, 1):
         settings = SapSection(**SAP, schedule="exact", probe_share=samples / batches.batch_size)
-        step = SapStep(engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), settings, refresh_every=2)
+        step = SapStep(
+            engine, Probe(decoder_layers(engine.module), [1, 2], HIDDEN), settings, refresh_every=2
+        )
         for number in range(STEPS):
-            step(batches.useful(number), lambda number=number: batches.pairs(number), number, batches.useful(number, samples))
+            step(
+                batches.useful(number),
+                lambda number=number: batches.pairs(number),
+                number,
+                batches.useful(number, samples),
+            )
             engine.step(LR)
         found[str(samples)] = engine.gather(engine.weights())
         engine.assign(start)
@@ -308,7 +356,9 @@ def discarded(folder: Path, name: str) -> dict:
 def without_dropout(folder: Path, name: str) -> Engine:
     """For what is cut into other micro-batches on other ranks: masks belong to a micro-batch."""
     setting = SETTINGS[name]
-    return open_engine(tiny_lora(), train_section(folder, setting.engine, setting.persistence, setting.offload))
+    return open_engine(
+        tiny_lora(), train_section(folder, setting.engine, setting.persistence, setting.offload)
+    )
 
 
 def share(folder: Path, name: str) -> dict:
@@ -358,7 +408,21 @@ def reads(folder: Path, name: str) -> list[list[str]]:
     return found
 
 
-_ALL = (reads, discarded, parity, restore, traces, vectors, companions, replaced, embeddings, share, budget, packed, chunks)
+_ALL = (
+    reads,
+    discarded,
+    parity,
+    restore,
+    traces,
+    vectors,
+    companions,
+    replaced,
+    embeddings,
+    share,
+    budget,
+    packed,
+    chunks,
+)
 CASES = {case.__name__: case for case in _ALL}
 
 

@@ -12,7 +12,15 @@ from pipeline.recipe.sections import ModelSection
 from tests.project import make_model
 
 TOKENS = 12
-QUESTIONS = ["hi", "how do I count", "item " * 12, "I cannot help with that, can you?", "x", "total of the words in line 7", "Sure"]
+QUESTIONS = [
+    "hi",
+    "how do I count",
+    "item " * 12,
+    "I cannot help with that, can you?",
+    "x",
+    "total of the words in line 7",
+    "Sure",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +32,10 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(loaded) -> list[list[int]]:
-    return [Chat(loaded[1]).prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
+    return [
+        Chat(loaded[1]).prompt_ids([{"role": "user", "content": question}])
+        for question in QUESTIONS
+    ]
 
 
 @torch.no_grad()
@@ -50,7 +61,9 @@ def reference(loaded, prompts) -> list[list[int]]:
 def test_answers_do_not_depend_on_the_batch(loaded, prompts, reference, batch_size):
     model, tokenizer = loaded
     expected = [cut(tokenizer, tokens) for tokens in reference]
-    assert len({len(ids) for ids in prompts}) >= 5 and len(set(expected)) >= 5, "the rows are padded, and their answers differ"
+    assert len({len(ids) for ids in prompts}) >= 5 and len(set(expected)) >= 5, (
+        "the rows are padded, and their answers differ"
+    )
     assert generate(model, tokenizer, prompts, TOKENS, batch_size) == expected
 
 
@@ -91,7 +104,9 @@ def test_an_answer_stops_at_the_end_of_turn(loaded, prompts, reference):
     handle.remove()
     assert len(passes) == position + 1, "nothing is computed after the end"
     others = [i for i in range(len(prompts)) if i != row][:3]
-    assert generate(model, tokenizer, [prompts[i] for i in (row, *others)], TOKENS, 4)[0] == before, "also when other rows go on"
+    assert (
+        generate(model, tokenizer, [prompts[i] for i in (row, *others)], TOKENS, 4)[0] == before
+    ), "also when other rows go on"
 
 
 def test_an_end_of_turn_that_is_not_the_end_of_text_stops_too(loaded, prompts, reference):
@@ -108,6 +123,8 @@ def test_an_end_of_turn_that_is_not_the_end_of_text_stops_too(loaded, prompts, r
 def test_the_token_limit_is_kept_and_progress_is_told(loaded, prompts, reference):
     model, tokenizer = loaded
     seen = []
-    answers = generate(model, tokenizer, prompts, 3, 4, lambda done, total: seen.append((done, total)))
+    answers = generate(
+        model, tokenizer, prompts, 3, 4, lambda done, total: seen.append((done, total))
+    )
     assert answers == [cut(tokenizer, tokens[:3]) for tokens in reference]
     assert seen == [(4, 7), (7, 7)]

@@ -4,12 +4,23 @@ import math
 
 import pytest
 
-from pipeline.judges.metrics import difference_of_shares, exact_match, mean_interval, paired_interval, share
+from pipeline.judges.metrics import (
+    difference_of_shares,
+    exact_match,
+    mean_interval,
+    paired_interval,
+    share,
+)
 
 
 @pytest.mark.parametrize(
     ("hits", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilson_interval_matches_newcombe(hits, n, low, high):
     """Table I of Newcombe, Statistics in Medicine 17 (1998), method 3."""
@@ -34,7 +45,12 @@ def flags(hits: int, n: int) -> dict:
 
 @pytest.mark.parametrize(
     ("one", "other", "low", "high"),
-    [((56, 70), (48, 80), 0.0524, 0.3339), ((9, 10), (3, 10), 0.1705, 0.8090), ((10, 10), (0, 20), 0.6791, 1.0), ((0, 10), (0, 20), -0.1611, 0.2775)],
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+        ((0, 10), (0, 20), -0.1611, 0.2775),
+    ],
 )
 def test_difference_of_two_shares_matches_newcombe(one, other, low, high):
     """Table II of Newcombe, Statistics in Medicine 17:873 (1998), method 10."""
@@ -47,18 +63,25 @@ def test_a_difference_to_nothing_has_no_value():
     assert difference_of_shares(flags(1, 2), share([]))["value"] is None
 
 
-@pytest.mark.parametrize(("first", "second", "n"), [(1, 0, 12), (6, 2, 44), (0, 0, 12), (20, 3, 150), (5, 5, 5 + 5), (0.5, 1.5, 30)])
+@pytest.mark.parametrize(
+    ("first", "second", "n"),
+    [(1, 0, 12), (6, 2, 44), (0, 0, 12), (20, 3, 150), (5, 5, 5 + 5), (0.5, 1.5, 30)],
+)
 def test_tango_s_ends_are_where_the_score_is_the_normal_s_quantile(first, second, n):
     """The restricted estimate is found by maximising the likelihood on a grid, not by the closed form."""
     for delta in (found := paired_interval(first, second, n)):
         if abs(delta) > 1 - 1e-9:
             continue
         inside = [(1 - abs(delta)) * i / 40_000 for i in range(1, 40_000)]
-        inside = [max(0.0, -delta) + x / 2 for x in inside]  # p(second only), with p(first only) = it + delta
+        # p(second only), with p(first only) = it + delta
+        inside = [max(0.0, -delta) + x / 2 for x in inside]
 
         def likelihood(q: float, delta: float = delta) -> float:
             parts = ((first, q + delta), (second, q), (n - first - second, 1 - 2 * q - delta))
-            return sum(count * math.log(p) if p > 0 else (-math.inf if count else 0.0) for count, p in parts)
+            return sum(
+                count * math.log(p) if p > 0 else (-math.inf if count else 0.0)
+                for count, p in parts
+            )
 
         q = max(inside, key=likelihood)
         score = abs(first - second - n * delta) / math.sqrt(n * (2 * q + delta * (1 - delta)))
@@ -70,8 +93,13 @@ def test_paired_intervals_do_not_collapse_where_all_prompts_come_out_alike():
     low, high = paired_interval(0, 0, 12)
     assert (low, high) == pytest.approx((-0.2425, 0.2425), abs=1e-3), "12 of 12 equal"
     assert paired_interval(0, 0, 120)[1] < 0.04
-    assert paired_interval(3, 1, 20) == pytest.approx(tuple(-end for end in reversed(paired_interval(1, 3, 20))), abs=1e-9)
-    assert paired_interval(12, 0, 12)[1] == pytest.approx(1.0) and 0.5 < paired_interval(12, 0, 12)[0] < 0.6
+    assert paired_interval(3, 1, 20) == pytest.approx(
+        tuple(-end for end in reversed(paired_interval(1, 3, 20))), abs=1e-9
+    )
+    assert (
+        paired_interval(12, 0, 12)[1] == pytest.approx(1.0)
+        and 0.5 < paired_interval(12, 0, 12)[0] < 0.6
+    )
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)])

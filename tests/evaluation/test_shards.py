@@ -95,8 +95,14 @@ def assert_same(folder: Path, whole: Path) -> None:
     """The answers byte for byte; the loss but for the order of its sum."""
     assert (folder / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
     found, expected = (json.loads((each / "metrics.json").read_text()) for each in (folder, whole))
-    assert found.pop("test_loss") == pytest.approx(expected.pop("test_loss"), rel=1e-6) and found == expected
-    assert artifacts.read_manifest(folder)["files"].keys() == artifacts.read_manifest(whole)["files"].keys()
+    assert (
+        found.pop("test_loss") == pytest.approx(expected.pop("test_loss"), rel=1e-6)
+        and found == expected
+    )
+    assert (
+        artifacts.read_manifest(folder)["files"].keys()
+        == artifacts.read_manifest(whole)["files"].keys()
+    )
     assert not list(folder.parent.glob(".*")), "no work folder, temporary folder or lock stays"
 
 
@@ -107,7 +113,9 @@ def no_model(*_) -> None:
 def test_the_last_shard_merges_to_what_one_process_measures(project, whole, tmp_path):
     answers = [json.loads(line) for line in (whole / "answers.jsonl").read_text().splitlines()]
     assert {name: sum(answer["set"] == name for answer in answers) for name in COUNTS} == COUNTS
-    assert len({answer["response"] for answer in answers}) >= 4, "answers that are all alike would hide their order"
+    assert len({answer["response"] for answer in answers}) >= 4, (
+        "answers that are all alike would hide their order"
+    )
     layout = project_in(project, tmp_path)
     for index in (2, 0):
         assert evaluate(layout, PromptSlice(index, 3)) and not target(layout).exists()
@@ -150,7 +158,9 @@ def test_a_shard_holds_every_nth_row_and_may_lack_a_set(thirds):
     sizes = []
     for index in range(3):
         part = Measured.read(thirds / f"shard-{index}-of-3")
-        sizes.append({name: sum(answer["set"] == name for answer in part.answers) for name in COUNTS})
+        sizes.append(
+            {name: sum(answer["set"] == name for answer in part.answers) for name in COUNTS}
+        )
     assert sizes == [
         {"harmful": 2, "harmless": 2, "task": 1},
         {"harmful": 2, "harmless": 1, "task": 1},
@@ -171,8 +181,14 @@ def test_complete_shards_and_evaluations_load_no_model(project, thirds, tmp_path
     monkeypatch.setattr(stage, "load_whole", no_model)
     assert evaluate(layout, PromptSlice(0, 3)) and not target(layout).exists()
     shutil.copytree(thirds / "shard-1-of-3", layout.shard(target(layout), 1, 3))
-    assert evaluate(layout, PromptSlice(0, 3)) and artifacts.complete(target(layout)), "its shard was complete, and it merged"
-    assert evaluate(layout) and evaluate(layout, PromptSlice(0, 3)) and evaluate(layout, PromptSlice(5, 99))
+    assert evaluate(layout, PromptSlice(0, 3)) and artifacts.complete(target(layout)), (
+        "its shard was complete, and it merged"
+    )
+    assert (
+        evaluate(layout)
+        and evaluate(layout, PromptSlice(0, 3))
+        and evaluate(layout, PromptSlice(5, 99))
+    )
 
 
 def test_the_loser_returns_quietly(project, thirds, whole, tmp_path):
@@ -188,7 +204,11 @@ def test_all_at_once_merge_once(project, thirds, whole, tmp_path, monkeypatch):
     """Eight that find all shards complete at the same moment, among them the same shard twice."""
     layout = with_thirds(project, thirds, tmp_path)
     concluded, together = [], threading.Barrier(8)
-    monkeypatch.setattr(stage, "conclude", lambda parts, folder: concluded.append(len(parts)) or conclude(parts, folder))
+    monkeypatch.setattr(
+        stage,
+        "conclude",
+        lambda parts, folder: concluded.append(len(parts)) or conclude(parts, folder),
+    )
 
     def finish(index: int) -> bool:
         together.wait()
@@ -209,7 +229,9 @@ def test_a_merge_that_was_killed_is_done_by_any_shard(project, thirds, whole, tm
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     left = {path.name for path in target(layout).parent.glob(".*")}
-    assert len(left) == 4 and not target(layout).exists(), "the work folder, the half-made evaluation and both locks"
+    assert len(left) == 4 and not target(layout).exists(), (
+        "the work folder, the half-made evaluation and both locks"
+    )
     assert_same(evaluated(layout, PromptSlice(1, 3)), whole)
 
 
@@ -244,7 +266,9 @@ def test_a_damaged_shard_is_named(project, thirds, tmp_path):
     layout = with_thirds(project, thirds, tmp_path)
     path = layout.shard(target(layout), 1, 3) / "answers.jsonl"
     path.write_text(path.read_text().replace('"label": "answer"', '"label": "refusal"', 1))
-    with pytest.raises(ValueError, match=f"{path} does not match .*: delete {path.parent} and run its stage again"):
+    with pytest.raises(
+        ValueError, match=f"{path} does not match .*: delete {path.parent} and run its stage again"
+    ):
         evaluate(layout, PromptSlice(0, 3))
     assert not target(layout).exists()
 
@@ -252,12 +276,23 @@ def test_a_damaged_shard_is_named(project, thirds, tmp_path):
 @pytest.mark.parametrize("log_answers", [False, True])
 def test_tracking_hears_of_the_merge_only(project, tmp_path, log_answers):
     layout = project_in(
-        project, tmp_path, tracking={"enabled": True, "log_answers": log_answers, "uri": f"sqlite:///{tmp_path}/none/store.db"}
+        project,
+        tmp_path,
+        tracking={
+            "enabled": True,
+            "log_answers": log_answers,
+            "uri": f"sqlite:///{tmp_path}/none/store.db",
+        },
     )
     evaluated(layout, *(PromptSlice(index, 3) for index in range(3)), PromptSlice(0, 3))
     (outbox,) = (layout.root / "tracking").glob("*.jsonl")
     entries = [json.loads(line) for line in outbox.read_text().splitlines()]
-    assert [entry["kind"] for entry in entries] == ["start", "metrics", *["artifact"] * log_answers, "end"]
+    assert [entry["kind"] for entry in entries] == [
+        "start",
+        "metrics",
+        *["artifact"] * log_answers,
+        "end",
+    ]
     metrics = json.loads((target(layout) / "metrics.json").read_text())
     assert entries[0]["key"] == target(layout).name and entries[-1]["status"] == "FINISHED"
     assert entries[1]["values"]["evaluate/test_loss"] == metrics["test_loss"]
@@ -270,7 +305,10 @@ def test_two_commands_at_once(project, whole, tmp_path):
         [sys.executable, "launch/evaluate.py", "--config", str(project.experiment.path), "--method", "shipped", f"--output_dir={tmp_path}",
          "--shard", f"{index}/2"] for index in range(2)
     ]  # fmt: skip
-    jobs = [subprocess.Popen(command, cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True) for command in commands]
+    jobs = [
+        subprocess.Popen(command, cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
     errors = [job.communicate(timeout=900)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], errors
     assert all(f"[evaluate shipped {index}/2] harmful 3/3" in errors[index] for index in range(2))
@@ -291,7 +329,14 @@ SENTENCES = {
 @pytest.mark.parametrize("given", SENTENCES)
 def test_a_shard_that_is_none_is_one_sentence(project, tmp_path, given):
     project_in(project, tmp_path)
-    arguments = ["--config", str(project.experiment.path), "--method", "shipped", f"--output_dir={tmp_path}", f"--shard={given}"]
+    arguments = [
+        "--config",
+        str(project.experiment.path),
+        "--method",
+        "shipped",
+        f"--output_dir={tmp_path}",
+        f"--shard={given}",
+    ]
     result = run(["launch/evaluate.py", *arguments])
     assert (result.returncode, result.stderr) == (2, f"error: {SENTENCES[given]}\n")
     there = {project.prepare().name, project.prompts().name}

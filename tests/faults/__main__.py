@@ -39,7 +39,10 @@ def small_disk(folder: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", f"size={ROOM}m", "tmpfs", str(room)], capture_output=True
     ).returncode  # fmt: skip
     if not mounted:
-        print("note: no file system of their own for the trials (that takes root): the disk is never full", file=sys.stderr)
+        print(
+            "note: no file system of their own for the trials (that takes root): the disk is never full",
+            file=sys.stderr,
+        )
     try:
         yield room
     finally:
@@ -60,26 +63,39 @@ def main() -> int:
                 undisturbed = chain.folder / "undisturbed"
                 ended = chain.run(undisturbed)
                 if ended.code:
-                    raise SystemExit(f"without a fault the chain ends with {ended.code}:\n{ended.said}")
+                    raise SystemExit(
+                        f"without a fault the chain ends with {ended.code}:\n{ended.said}"
+                    )
                 chains[engine] = (chain, products(undisturbed), undisturbed)
                 print(f"[faults] {engine}: undisturbed, {len(chains[engine][1])} files", flush=True)
             number = 0
             while time.monotonic() < deadline and not (options.trial is not None and number):
                 seed = options.seed * 1_000_000 + number if options.trial is None else options.trial
                 # Every kind in turn, and every engine with every kind: the sum of round and kind.
-                kind, engine = kinds[number % len(kinds)], list(chains)[sum(divmod(number, len(kinds))) % len(chains)]
+                kind, engine = (
+                    kinds[number % len(kinds)],
+                    list(chains)[sum(divmod(number, len(kinds))) % len(chains)],
+                )
                 chain, expected, undisturbed = chains[engine]
                 number += 1
                 verdict = tried(chain, expected, undisturbed, kind, seed, room)
                 if verdict is not None:
                     verdicts.append(verdict)
-                    print(f"[faults] {seed} {engine}, {kind} ({verdict.told}): {verdict.result}{f', {verdict.reason}' if verdict.reason else ''}, {verdict.runs} runs", flush=True)
+                    print(
+                        f"[faults] {seed} {engine}, {kind} ({verdict.told}): {verdict.result}{f', {verdict.reason}' if verdict.reason else ''}, {verdict.runs} runs",
+                        flush=True,
+                    )
         if options.json:
-            options.json.write_text(json.dumps([verdict.as_dict() for verdict in verdicts], indent=1) + "\n")
+            options.json.write_text(
+                json.dumps([verdict.as_dict() for verdict in verdicts], indent=1) + "\n"
+            )
         print(table(verdicts))
         lost = [verdict for verdict in verdicts if verdict.result == "lost"]
         if lost:
-            print(f"{len(lost)} of {len(verdicts)} lost; what was printed: {folder / 'lost'}", file=sys.stderr)
+            print(
+                f"{len(lost)} of {len(verdicts)} lost; what was printed: {folder / 'lost'}",
+                file=sys.stderr,
+            )
         return int(bool(lost) or not verdicts)
     finally:
         if not any(verdict.result == "lost" for verdict in verdicts):
@@ -87,12 +103,26 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5.0, help="after which no trial is begun; default 5")
-    parser.add_argument("--seed", type=int, default=0, help="of kinds' moments and places; default 0")
-    parser.add_argument("--engines", default=",".join(ENGINES), help=f"by commas; default {','.join(ENGINES)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="after which no trial is begun; default 5"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of kinds' moments and places; default 0"
+    )
+    parser.add_argument(
+        "--engines", default=",".join(ENGINES), help=f"by commas; default {','.join(ENGINES)}"
+    )
     parser.add_argument("--kinds", help=f"by commas, some of: {', '.join(FAULTS)}; default all")
-    parser.add_argument("--trial", type=int, help="repeat the one trial of this seed; name its engine and kind as well")
+    parser.add_argument(
+        "--trial",
+        type=int,
+        help="repeat the one trial of this seed; name its engine and kind as well",
+    )
     parser.add_argument("--json", type=Path, help="file for every verdict")
     options = parser.parse_args()
     for name, known in (("engines", ENGINES), ("kinds", tuple(FAULTS))):
@@ -105,14 +135,23 @@ def _options() -> argparse.Namespace:
 def table(verdicts: list[Verdict]) -> str:
     """Kinds by results, as Markdown."""
     counted = Counter((verdict.kind, verdict.result) for verdict in verdicts)
-    lines = [f"| fault | tried | {' | '.join(RESULTS)} |", f"| --- |{' --- |' * (1 + len(RESULTS))}"]
+    lines = [
+        f"| fault | tried | {' | '.join(RESULTS)} |",
+        f"| --- |{' --- |' * (1 + len(RESULTS))}",
+    ]
     for kind in dict.fromkeys(verdict.kind for verdict in verdicts):
         counts = [counted[kind, result] for result in RESULTS]
         lines.append(f"| {kind} | {sum(counts)} | {' | '.join(map(str, counts))} |")
     totals = [sum(verdict.result == result for verdict in verdicts) for result in RESULTS]
     lines.append(f"| all | {len(verdicts)} | {' | '.join(map(str, totals))} |")
     engines = Counter(verdict.engine for verdict in verdicts)
-    return "\n".join([*lines, "", "engines: " + ", ".join(f"{engine} {count}" for engine, count in engines.items())])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "engines: " + ", ".join(f"{engine} {count}" for engine, count in engines.items()),
+        ]
+    )
 
 
 if __name__ == "__main__":

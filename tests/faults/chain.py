@@ -1,6 +1,6 @@
 """A tiny chain of stages as a user runs it, what it makes, and how it is disturbed and run again.
 
-    chain = Chain(folder, "zero3"); undisturbed = chain.finished(chain.folder / "undisturbed")
+chain = Chain(folder, "zero3"); undisturbed = chain.finished(chain.folder / "undisturbed")
 """
 
 from __future__ import annotations
@@ -47,9 +47,20 @@ class Chain:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
         raw = make_project(self.folder)
-        own = {"engine": self.engine, "ranks": 1 if self.engine == "single" else 2, "steps": 4, "save_every": 1, "validate_every": 2}
+        own = {
+            "engine": self.engine,
+            "ranks": 1 if self.engine == "single" else 2,
+            "steps": 4,
+            "save_every": 1,
+            "validate_every": 2,
+        }
         raw["train"] |= own
-        raw["align"]["train"] |= {"engine": self.engine, "ranks": own["ranks"], "steps": 2, "save_every": 1}
+        raw["align"]["train"] |= {
+            "engine": self.engine,
+            "ranks": own["ranks"],
+            "steps": 2,
+            "save_every": 1,
+        }
         raw["evaluate"] |= {"attacks": ["prefill"], "max_new_tokens": 3, "baselines": False}
         raw["methods"]["sap"]["sap"] |= {"probe_step": "target_correction"}
         raw["safety_pairs"]["refresh_every"] = 2
@@ -57,14 +68,29 @@ class Chain:
         self.recipe = write_recipe(self.folder, raw)
 
     def command(self, output: Path) -> list[str]:
-        return [sys.executable, "-m", "pipeline.cli", "run", str(self.recipe), f"--output_dir={output}"]
+        return [
+            sys.executable,
+            "-m",
+            "pipeline.cli",
+            "run",
+            str(self.recipe),
+            f"--output_dir={output}",
+        ]
 
     def start(self, output: Path, **environment: str) -> subprocess.Popen:
         """The command, in a process group and a session of its own."""
         log = self.log(output).open("ab")
         own = quiet({"SAP_CACHE": str(self.folder / "cache"), **self.environment, **environment})
         with log:
-            return subprocess.Popen(self.command(output), cwd=ROOT, env=own, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+            return subprocess.Popen(
+                self.command(output),
+                cwd=ROOT,
+                env=own,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def ended(self, process: subprocess.Popen, output: Path) -> Ended:
         """Wait for it; what it and its jobs left behind is ended, or it is an error of the product: see `left_behind`."""
@@ -123,12 +149,18 @@ def left_behind(group: int, seconds: float = 30.0) -> list[int]:
 def products(output: Path) -> dict[str, str]:
     """Digest by name of everything that a finished chain has made; metrics without times. ValueError where a folder is damaged."""
     found = {}
-    for folder in sorted(path for path in (output / "tiny").iterdir() if path.is_dir() and path.name[0] != "." and path.name not in ("tracking", "slurm")):
+    for folder in sorted(
+        path
+        for path in (output / "tiny").iterdir()
+        if path.is_dir() and path.name[0] != "." and path.name not in ("tracking", "slurm")
+    ):
         artifacts.verify(folder)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = str(path.relative_to(output))
             if path.name == "metrics.jsonl":
-                found[name] = artifacts.digest([_without_times(json.loads(line)) for line in path.read_text().splitlines()])
+                found[name] = artifacts.digest(
+                    [_without_times(json.loads(line)) for line in path.read_text().splitlines()]
+                )
             elif path.name not in _NOT_COMPARED and not folder.name.startswith("report-"):
                 content = path.read_bytes().replace(str(output).encode(), b"<output>")
                 found[name] = hashlib.sha256(content).hexdigest()

@@ -1,6 +1,6 @@
 """What goes wrong in a trial: each fault is given the chain's running command, its folder and a generator of random numbers.
 
-    told = FAULTS["kill"](trial)        # what was done, for the record; None where there was nothing to do it to
+told = FAULTS["kill"](trial)        # what was done, for the record; None where there was nothing to do it to
 """
 
 from __future__ import annotations
@@ -183,8 +183,15 @@ def clock_jumps(trial: Trial) -> str | None:
     folder = trial.output.parent / f"{trial.output.name}-clock"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(_CLOCK)
-    at, by = trial.random.uniform(0.0, 5.0), trial.random.choice([-86400.0 * 400, -3600.0, 3600.0, 86400.0 * 4000])
-    trial.start(PYTHONPATH=f"{folder}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"), FAULT_AT=str(at), FAULT_BY=str(by))
+    at, by = (
+        trial.random.uniform(0.0, 5.0),
+        trial.random.choice([-86400.0 * 400, -3600.0, 3600.0, 86400.0 * 4000]),
+    )
+    trial.start(
+        PYTHONPATH=f"{folder}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
+        FAULT_AT=str(at),
+        FAULT_BY=str(by),
+    )
     trial.process.wait(240)
     return f"the clock of every process jumps by {by / 3600:.0f} h after {at:.1f} s"
 
@@ -245,7 +252,12 @@ def tracking_fails(trial: Trial) -> str | None:
     how = trial.random.choice(["refuses", "hangs", "fails"])
     with _server(how) as address:
         before = trial.chain.environment
-        trial.chain.environment = {**before, "MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+        trial.chain.environment = {
+            **before,
+            "MLFLOW_TRACKING_URI": address,
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "2",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        }
         try:
             trial.start()
             trial.process.wait(240)

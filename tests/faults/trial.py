@@ -13,7 +13,12 @@ from tests.faults.kinds import FAULTS, Trial
 
 AGAIN = 6  # times the command is run after the fault, at most
 # What a trial may begin with: stages that are finished already, so that faults strike at all of them.
-BEGINNINGS = ([], ["prepare", "prompts"], ["prepare", "prompts", "align"], ["prepare", "prompts", "align", "direction"])
+BEGINNINGS = (
+    [],
+    ["prepare", "prompts"],
+    ["prepare", "prompts", "align"],
+    ["prepare", "prompts", "align", "direction"],
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,9 @@ class Verdict:
         return asdict(self)
 
 
-def tried(chain: Chain, expected: dict[str, str], undisturbed: Path, kind: str, seed: int, room: Path) -> Verdict | None:
+def tried(
+    chain: Chain, expected: dict[str, str], undisturbed: Path, kind: str, seed: int, room: Path
+) -> Verdict | None:
     """The verdict; None where the fault found nothing to strike at. room: where the trial's folder is, and is removed from."""
     random = Random(seed)
     output = room / f"trial-{seed}"
@@ -43,7 +50,9 @@ def tried(chain: Chain, expected: dict[str, str], undisturbed: Path, kind: str, 
     try:
         if told is None and first.code == 0:
             return None
-        return Verdict(chain.engine, kind, seed, told or "", *settled(chain, trial, first, expected))
+        return Verdict(
+            chain.engine, kind, seed, told or "", *settled(chain, trial, first, expected)
+        )
     finally:
         end_group(trial.process.pid)
         keep = room.parent / "lost"
@@ -55,7 +64,9 @@ def tried(chain: Chain, expected: dict[str, str], undisturbed: Path, kind: str, 
         shutil.rmtree(room / f"{output.name}-clock", ignore_errors=True)
 
 
-def settled(chain: Chain, trial: Trial, first: Ended, expected: dict[str, str]) -> tuple[str, str, int]:
+def settled(
+    chain: Chain, trial: Trial, first: Ended, expected: dict[str, str]
+) -> tuple[str, str, int]:
     """(result, reason, runs) of the same command, run until it ends well."""
     if first.code is None:
         return "lost", "the disturbed command hangs", 0
@@ -89,10 +100,16 @@ def settled(chain: Chain, trial: Trial, first: Ended, expected: dict[str, str]) 
     return "lost", f"not done after {AGAIN} runs: {_errors(said) or _last_line(said)}", AGAIN
 
 
-def _compared(found: dict[str, str], expected: dict[str, str], refused: list[str]) -> tuple[str, str]:
-    different = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+def _compared(
+    found: dict[str, str], expected: dict[str, str], refused: list[str]
+) -> tuple[str, str]:
+    different = sorted(
+        name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+    )
     if different:
-        return "lost", f"{len(different)} files differ, {different[0]} first" + (f" (after {refused} was refused)" if refused else "")
+        return "lost", f"{len(different)} files differ, {different[0]} first" + (
+            f" (after {refused} was refused)" if refused else ""
+        )
     return ("refused", ", ".join(refused)) if refused else ("identical", "")
 
 
@@ -119,4 +136,6 @@ def _errors(said: str) -> str:
 
 
 def _last_line(said: str) -> str:
-    return next((line for line in reversed(said.splitlines()) if line.strip()), "nothing was said")[:200]
+    return next((line for line in reversed(said.splitlines()) if line.strip()), "nothing was said")[
+        :200
+    ]

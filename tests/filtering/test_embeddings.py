@@ -16,7 +16,8 @@ from tests.tiny import tiny_lora, tiny_rows
         ([-100, -100, 5, 6], "response_start", [0, 1, 0, 0]),
         ([-100, -100, 5, 6], "response_mean", [0, 0, 0.5, 0.5]),
         ([-100, -100, 5, 6], "response_end", [0, 0, 0, 1]),
-        ([-100, 4, -100, 5, -100], "response_start", [0, 0, 1, 0, 0]),  # the last of several turns, and something behind it
+        # the last of several turns, and something behind it
+        ([-100, 4, -100, 5, -100], "response_start", [0, 0, 1, 0, 0]),
         ([-100, 4, -100, 5, -100], "response_mean", [0, 0, 0, 1, 0]),
         ([3, 4], "response_start", [1, 0]),
     ],
@@ -25,13 +26,17 @@ def test_which_positions_make_up_a_vector(labels, position, weights):
     assert position_weights(labels, position) == weights
 
 
-@pytest.mark.parametrize(("layer", "count", "index"), [(0, 4, 0), (3, 4, 3), (0.5, 32, 16), (0.99, 4, 3), (0.0, 4, 0)])
+@pytest.mark.parametrize(
+    ("layer", "count", "index"), [(0, 4, 0), (3, 4, 3), (0.5, 32, 16), (0.99, 4, 3), (0.0, 4, 0)]
+)
 def test_layers_by_index_or_fraction(layer, count, index):
     assert read_layer(layer, count) == index
 
 
 def test_a_layer_outside_the_model_is_refused():
-    with pytest.raises(ValueError, match="saft.layer 4 is outside the model: it has decoder layers 0 to 3"):
+    with pytest.raises(
+        ValueError, match="saft.layer 4 is outside the model: it has decoder layers 0 to 3"
+    ):
         read_layer(4, 4)
 
 
@@ -45,7 +50,9 @@ def test_embeddings_are_the_layer_s_output_and_leave_no_trace(position):
     model.eval()
     for row, vector in zip(rows, found, strict=True):
         with torch.no_grad():
-            states = model(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[layer + 1][0]
+            states = model(
+                input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True
+            ).hidden_states[layer + 1][0]
         expected = torch.tensor(position_weights(row["labels"], position)) @ states
         assert torch.allclose(vector, expected, atol=1e-5)
     assert found.norm(dim=1).min() > 0

@@ -29,7 +29,9 @@ def load(case: Case, folder: str) -> dict[str, Any]:
     train = section(case, Path(folder))
     launch.init_distributed(train)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    model, sources = open_model(ModelSection(path=folder, quantization=case.quantization), folder, sharded=True)
+    model, sources = open_model(
+        ModelSection(path=folder, quantization=case.quantization), folder, sharded=True
+    )
     engine = launch.open_engine(make_trainable(model, train, 0), train, sources)
     if engine.device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
 """What one engine computes on a tiny model, for `make gpu`: five SAP steps, the first gradient, and whether bits come back.
 
-    with Processes() as processes:
-        processes.call("tests.gpu.parity:examine", {"engine": "zero3", "quantization": "nf4"})
+with Processes() as processes:
+    processes.call("tests.gpu.parity:examine", {"engine": "zero3", "quantization": "nf4"})
 """
 
 from __future__ import annotations

@@ -7,13 +7,22 @@ from tests.gpu import check
 
 def test_every_part_but_the_chain_runs_on_a_cpu(tmp_path, capsys):
     file = tmp_path / "found.json"
-    assert check.main(["--tiny", "--parts", "parity,bench,memory,loading", "--json", str(file)]) == 0
+    assert (
+        check.main(["--tiny", "--parts", "parity,bench,memory,loading", "--json", str(file)]) == 0
+    )
     found = {part["name"]: part for part in json.loads(file.read_text())["parts"]}
     assert [(row["engine"], row["quantization"]) for row in found["parity"]["rows"]] == [
         (engine, kind) for kind in ("none", "nf4") for engine in ("single", "zero3", "fsdp2")
     ]
-    assert all(row["moved"] and row["restored"] and row["untouched"] for row in found["parity"]["rows"])
-    assert {row["system"] for row in found["bench"]["rows"]} == {"trainer", "single", "fsdp2", "zero3"}
+    assert all(
+        row["moved"] and row["restored"] and row["untouched"] for row in found["parity"]["rows"]
+    )
+    assert {row["system"] for row in found["bench"]["rows"]} == {
+        "trainer",
+        "single",
+        "fsdp2",
+        "zero3",
+    }
     assert len(found["memory"]["rows"]) == 6 and len(found["loading"]["rows"]) == 4
     assert "| parity |" in capsys.readouterr().out
 
@@ -25,7 +34,12 @@ def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path, capsys, monk
 
     monkeypatch.setitem(check.PARTS, "bench", broken)
     monkeypatch.setitem(check.PARTS, "loading", lambda part, setting: part.lines.append("fine"))
-    assert check.main(["--tiny", "--parts", "bench,memory,loading", "--json", str(tmp_path / "found.json")]) == 1
+    assert (
+        check.main(
+            ["--tiny", "--parts", "bench,memory,loading", "--json", str(tmp_path / "found.json")]
+        )
+        == 1
+    )
     printed = capsys.readouterr().out
     assert "half of it\nFAILED: RuntimeError: the card fell out" in printed
     assert "FAILED: there is no bench to hold the plan against: run the part bench too" in printed

@@ -28,7 +28,11 @@ def train(step: SapStep, first: int, last: int) -> list[float]:
     """Ages of the direction in steps first..last."""
     batches, ages = StepBatches(), []
     for number in range(first, last):
-        ages.append(step(batches.useful(number), lambda number=number: batches.pairs(number), number)["sap/direction_age"])
+        ages.append(
+            step(batches.useful(number), lambda number=number: batches.pairs(number), number)[
+                "sap/direction_age"
+            ]
+        )
         step.engine.step(1e-2)
     return ages
 
@@ -47,6 +51,11 @@ def test_a_resumed_step_is_the_same_step(tmp_path, schedule, probe_step):
 
     resumed = build(section)
     assert checkpoint.load_latest(resumed.engine, resumed, tmp_path, "same") == SAVED
-    assert train(resumed, SAVED, STEPS) == ages == [1, 2, 0], "saved in the middle of a direction's life"
-    assert all(torch.equal(a, b) for a, b in zip(straight.engine.weights(), resumed.engine.weights(), strict=True))
+    assert train(resumed, SAVED, STEPS) == ages == [1, 2, 0], (
+        "saved in the middle of a direction's life"
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(straight.engine.weights(), resumed.engine.weights(), strict=True)
+    )
     assert torch.equal(straight.v, resumed.v) and straight.scale == resumed.scale

@@ -22,7 +22,11 @@ LR = 1e-2
 
 def build(section: SapSection, dtype=torch.float64, dropout: float = 0.0):
     model = tiny_lora(dtype, dropout)
-    engine = SingleEngine(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False), max_grad_norm=1.0)
+    engine = SingleEngine(
+        model,
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False),
+        max_grad_norm=1.0,
+    )
     return engine, SapStep(engine, Probe(decoder_layers(model), PROBED, HIDDEN, dtype), section)
 
 
@@ -36,7 +40,11 @@ class DenseReference:
         self.model, self.section = model, section
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.v = torch.zeros(len(PROBED), HIDDEN, dtype=torch.float64)
-        self.scale, self.calibrated, self.number = section.beta, section.probe_step != "target_correction", 0
+        self.scale, self.calibrated, self.number = (
+            section.beta,
+            section.probe_step != "target_correction",
+            0,
+        )
         self.optimizer = torch.optim.AdamW(self.weights, foreach=False)
 
     def forward(self, ids, v):
@@ -53,7 +61,9 @@ class DenseReference:
     def sequence(self, ids, labels, v):
         """Summed loss and number of supervised tokens of one sequence."""
         logits, targets = self.forward(ids, v)[:-1], torch.tensor(labels[1:])
-        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), int((targets != -100).sum())
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), int(
+            (targets != -100).sum()
+        )
 
     def useful(self, rows, v):
         parts = [self.sequence(row["input_ids"], row["labels"], v) for row in rows]
@@ -67,7 +77,11 @@ class DenseReference:
                 loss, count = self.sequence(pair[f"{side}_input_ids"], pair[f"{side}_labels"], zero)
                 means.append(loss / count)
             margin = means[0] - means[1]
-            total = total + (margin if self.section.contrastive == "difference" else torch.log1p(torch.exp(margin)))
+            total = total + (
+                margin
+                if self.section.contrastive == "difference"
+                else torch.log1p(torch.exp(margin))
+            )
         return total / len(pairs)
 
     def probe_gradient(self, rows, v):
@@ -76,8 +90,14 @@ class DenseReference:
 
     def correction(self, rows, v):
         """|g(V) - g(0)| / |g(0)|."""
-        g, g0 = (torch.autograd.grad(self.useful(rows, value), self.weights) for value in (v, torch.zeros_like(v)))
-        size = lambda parts: torch.sqrt(sum(part.square().sum() for part in parts))  # noqa: E731
+        g, g0 = (
+            torch.autograd.grad(self.useful(rows, value), self.weights)
+            for value in (v, torch.zeros_like(v))
+        )
+
+        def size(parts):
+            return torch.sqrt(sum(part.square().sum() for part in parts))
+
         return (size([a - b for a, b in zip(g, g0, strict=True)]) / size(g0)).item()
 
     def moved(self, correction, most):
@@ -151,7 +171,11 @@ def flat(parameters) -> torch.Tensor:
 
 
 def one_step(step: SapStep, batches: StepBatches, number: int) -> dict[str, float]:
-    part = {} if step.share == 1 else {"part": batches.useful(number, round(step.share * batches.batch_size))}
+    part = (
+        {}
+        if step.share == 1
+        else {"part": batches.useful(number, round(step.share * batches.batch_size))}
+    )
     return step(batches.useful(number), lambda: batches.pairs(number), number, **part)
 
 
@@ -165,7 +189,9 @@ def run_both(settings: SapSection, steps: int = 3):
         rows = [batches.rows[i] for i in BatchOrder(40, 8, 0).step(number)]
         pairs = [batches.pair_rows[i] for i in BatchOrder(16, 4, 0).step(number)]
         reference.step(rows, pairs)
-    return (flat(engine.parameters) - flat(reference.weights)).norm() / (flat(reference.weights) - start).norm()
+    return (flat(engine.parameters) - flat(reference.weights)).norm() / (
+        flat(reference.weights) - start
+    ).norm()
 
 
 @pytest.mark.parametrize("schedule", ["exact", "lagged"])
@@ -173,7 +199,13 @@ def run_both(settings: SapSection, steps: int = 3):
 @pytest.mark.parametrize("probe_step", ["raw", "rms", "target_correction"])
 def test_step_equals_the_dense_reference(schedule, contrastive, probe_step):
     beta = 5.0 if probe_step == "raw" else 0.02
-    settings = section(schedule=schedule, contrastive=contrastive, probe_step=probe_step, beta=beta, target_correction=0.3)
+    settings = section(
+        schedule=schedule,
+        contrastive=contrastive,
+        probe_step=probe_step,
+        beta=beta,
+        target_correction=0.3,
+    )
     assert run_both(settings, steps=5 if probe_step == "target_correction" else 3) < 1e-9
 
 
@@ -185,7 +217,11 @@ def test_v_of_a_share_of_the_samples_equals_the_dense_reference(share):
 def test_v_of_other_samples_is_noticed(monkeypatch):
     """The control of the test above."""
     original = StepBatches.useful
-    monkeypatch.setattr(StepBatches, "useful", lambda self, number, samples=None: original(self, number + (samples is not None), samples))
+    monkeypatch.setattr(
+        StepBatches,
+        "useful",
+        lambda self, number, samples=None: original(self, number + (samples is not None), samples),
+    )
     assert run_both(section(schedule="exact", probe_share=0.25)) > 1e-4
 
 
@@ -200,7 +236,15 @@ def first_order_gain(flip: float, monkeypatch, contrastive: str) -> tuple[float,
     """(<g(V) - g(0), g_s>, its first-order value) for one exact step; flip -1 turns V's sign."""
     original = SapStep._probe_step
     monkeypatch.setattr(SapStep, "_probe_step", lambda self, ascent: flip * original(self, ascent))
-    settings = section(schedule="exact", probe_step="raw", beta=1.0, eps=1e-4, noise_every=0, correction_every=0, contrastive=contrastive)
+    settings = section(
+        schedule="exact",
+        probe_step="raw",
+        beta=1.0,
+        eps=1e-4,
+        noise_every=0,
+        correction_every=0,
+        contrastive=contrastive,
+    )
     engine, step = build(settings)
     batches = StepBatches()
     _, g0 = engine.gradient(useful_loss, batches.useful(0))
@@ -227,10 +271,21 @@ def test_a_flipped_sign_of_v_fails_the_property(monkeypatch):
 
 
 def test_target_correction_is_reached_and_held():
-    engine, step = build(section(schedule="exact", probe_step="target_correction", target_correction=0.3, correction_every=1))
+    engine, step = build(
+        section(
+            schedule="exact",
+            probe_step="target_correction",
+            target_correction=0.3,
+            correction_every=1,
+        )
+    )
     batches, seen = StepBatches(), []
     for number in range(4):
-        seen.append(step(batches.useful(number), lambda number=number: batches.pairs(number), number)["sap/correction"])
+        seen.append(
+            step(batches.useful(number), lambda number=number: batches.pairs(number), number)[
+                "sap/correction"
+            ]
+        )
         engine.step(LR)
     assert abs(seen[0] - 0.3) <= 0.03, "off by at most a tenth of the target"
     assert all(0.1 < value < 0.9 for value in seen)
@@ -266,7 +321,11 @@ def test_a_perturbation_that_changes_nothing_is_an_error():
 
 def test_a_vanishing_safety_gradient_is_refused(monkeypatch):
     engine, step = build(section())
-    monkeypatch.setattr(engine, "gradient", lambda loss_fn, batches: (0.0, [torch.zeros_like(w) for w in engine.weights()]))
+    monkeypatch.setattr(
+        engine,
+        "gradient",
+        lambda loss_fn, batches: (0.0, [torch.zeros_like(w) for w in engine.weights()]),
+    )
     batches = StepBatches()
     with pytest.raises(ValueError, match="chosen and rejected must differ"):
         step(batches.useful(0), lambda: batches.pairs(0), 0)
@@ -294,7 +353,11 @@ def test_direction_is_refreshed_at_its_age():
     batches, calls = StepBatches(), []
     ages = []
     for number in range(7):
-        metrics = step(batches.useful(number), lambda number=number: calls.append(number) or batches.pairs(number), number)
+        metrics = step(
+            batches.useful(number),
+            lambda number=number: calls.append(number) or batches.pairs(number),
+            number,
+        )
         ages.append(metrics["sap/direction_age"])
         engine.step(LR)
     assert calls == [0, 3, 6] and ages == [0, 1, 2, 0, 1, 2, 0]

@@ -1,6 +1,6 @@
 """The chain through slurm/submit.sh, each script alone, and the launchers, on a real Slurm cluster (make slurm).
 
-    python -m pytest -s tests/slurm/chains.py
+python -m pytest -s tests/slurm/chains.py
 """
 
 from __future__ import annotations
@@ -13,21 +13,47 @@ import torch
 from safetensors.torch import load_file
 
 from tests.slurm.minicluster import why_not
-from tests.slurm.site import NODES, RANKS_PER_NODE, SHAPE, STEPS, crashing_python, manifest, same_adapter
+from tests.slurm.site import (
+    NODES,
+    RANKS_PER_NODE,
+    SHAPE,
+    STEPS,
+    crashing_python,
+    manifest,
+    same_adapter,
+)
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(1200), pytest.mark.usefixtures("nothing_left")]
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.timeout(1200),
+    pytest.mark.usefixtures("nothing_left"),
+]
 
 
 def test_chain(site, undisturbed):
     report = next((undisturbed / "tiny").glob("report-*"))
     assert "sap" in (report / "table.txt").read_text() and (report / "report.html").is_file()
-    assert manifest(undisturbed, "train-sap-")["world_size"] == manifest(undisturbed, "train-sft-")["world_size"] == NODES * RANKS_PER_NODE
-    for what in ("prepare", "direction", "train", "evaluate", "report", "mlflow", *site.jobs.values()):
+    assert (
+        manifest(undisturbed, "train-sap-")["world_size"]
+        == manifest(undisturbed, "train-sft-")["world_size"]
+        == NODES * RANKS_PER_NODE
+    )
+    for what in (
+        "prepare",
+        "direction",
+        "train",
+        "evaluate",
+        "report",
+        "mlflow",
+        *site.jobs.values(),
+    ):
         assert what in site.submitted
     assert str(report) in site.log(site.jobs["report"])
     tasks = [site.cluster.job(f"{site.jobs['evaluate']}_{task}") for task in range(6)]
     spans = sorted((task["StartTime"], task["EndTime"]) for task in tasks)
-    assert any(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False)), "tasks of one evaluation wait for no other"
+    assert any(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False)), (
+        "tasks of one evaluation wait for no other"
+    )
 
 
 def test_resubmission_runs_only_what_is_missing(site, undisturbed):
@@ -35,7 +61,10 @@ def test_resubmission_runs_only_what_is_missing(site, undisturbed):
     one = next((undisturbed / "tiny").glob("evaluate-sft-*"))
     shutil.rmtree(one)
     (next((undisturbed / "tiny").glob("report-*")) / "DONE").unlink()
-    before = {path: path.stat().st_mtime_ns for path in (undisturbed / "tiny").glob("train-*/manifest.json")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (undisturbed / "tiny").glob("train-*/manifest.json")
+    }
     jobs = site.chain(undisturbed, "--shards", "2")
     assert jobs.keys() == {"evaluate", "report"}
     site.wait(jobs["report"])
@@ -51,14 +80,23 @@ def test_each_script_is_right_alone(site, undisturbed):
     shutil.rmtree(direction)
     where = f"--output_dir={output}"
     site.wait(site.sbatch(*SHAPE, "slurm/direction.sh", where, SAP_RECIPE=str(site.recipe)))
-    again, first = (load_file(next((runs / "tiny").glob("direction-*/direction*.safetensors"))) for runs in (output, undisturbed))
-    assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+    again, first = (
+        load_file(next((runs / "tiny").glob("direction-*/direction*.safetensors")))
+        for runs in (output, undisturbed)
+    )
+    assert again.keys() == first.keys() and all(
+        torch.equal(again[name], first[name]) for name in first
+    )
     site.wait(site.sbatch("slurm/evaluate.sh", site.recipe, where))
     report = site.sbatch("slurm/report.sh", site.recipe, where)
     site.wait(report)
-    tables = [next((runs / "tiny").glob("report-*/table.txt")).read_text() for runs in (output, undisturbed)]
+    tables = [
+        next((runs / "tiny").glob("report-*/table.txt")).read_text()
+        for runs in (output, undisturbed)
+    ]
     assert tables[0] == tables[1] and tables[0].strip() in site.log(report)
-    loose = site.folder / "site.env"  # as modules and conda write it: a false test, a variable that is not set
+    # as modules and conda write it: a false test, a variable that is not set
+    loose = site.folder / "site.env"
     loose.write_text('purge() { [ -n "$NOT_SET_ANYWHERE" ] && true; }; purge\n')
     done = site.sbatch("slurm/prepare.sh", site.recipe, where, SAP_SITE_ENV=str(loose))
     site.wait(done)
@@ -113,9 +151,15 @@ def test_every_rank_is_distinct_and_ports_differ_by_job_and_restart(site, undist
     assert len(runs) == 2
     for ranks in runs.values():
         assert sorted(rank["RANK"] for rank in ranks) == ["0", "1", "2", "3"]
-        assert {(rank["SLURMD_NODENAME"], rank["LOCAL_RANK"]) for rank in ranks} == {(n, r) for n in ("n1", "n2") for r in "01"}
-        assert {rank["CUDA_VISIBLE_DEVICES"] for rank in ranks} == {"0,1"}, "every rank sees its node's GPUs; LOCAL_RANK is the index"
-        assert {rank["WORLD_SIZE"] for rank in ranks} == {"4"} and {rank["MASTER_ADDR"] for rank in ranks} == {"n1"}
+        assert {(rank["SLURMD_NODENAME"], rank["LOCAL_RANK"]) for rank in ranks} == {
+            (n, r) for n in ("n1", "n2") for r in "01"
+        }
+        assert {rank["CUDA_VISIBLE_DEVICES"] for rank in ranks} == {"0,1"}, (
+            "every rank sees its node's GPUs; LOCAL_RANK is the index"
+        )
+        assert {rank["WORLD_SIZE"] for rank in ranks} == {"4"} and {
+            rank["MASTER_ADDR"] for rank in ranks
+        } == {"n1"}
     ports = [{rank["MASTER_PORT"] for rank in ranks} for ranks in runs.values()]
     assert all(len(port) == 1 for port in ports) and ports[0] != ports[1]
 
@@ -123,21 +167,43 @@ def test_every_rank_is_distinct_and_ports_differ_by_job_and_restart(site, undist
 def test_a_method_that_filters_its_data(site):
     """filter.sh on all ranks, then the training without what was dropped."""
     output = site.output("filtered")
-    saft = ("--methods.sap.saft.enabled=true", "--methods.sap.saft.labelled=50", "--methods.sap.saft.min_auroc=0", "--methods.sap.saft.min_precision=0", "--train.steps=4")
+    saft = (
+        "--methods.sap.saft.enabled=true",
+        "--methods.sap.saft.labelled=50",
+        "--methods.sap.saft.min_auroc=0",
+        "--methods.sap.saft.min_precision=0",
+        "--train.steps=4",
+    )
     jobs = site.chain(output, "--methods", "sap", overrides=saft)
     site.wait(jobs["train-sap-s0"])
     site.shell("scancel", "--user=root", check=False)
-    assert "COMPLETED" == site.cluster.state(jobs["filter"]) and f"after {jobs['filter']}" in site.printed
-    assert manifest(output, "embeddings-")["world_size"] == manifest(output, "train-sap-")["world_size"] == NODES * RANKS_PER_NODE
+    assert (
+        "COMPLETED" == site.cluster.state(jobs["filter"])
+        and f"after {jobs['filter']}" in site.printed
+    )
+    assert (
+        manifest(output, "embeddings-")["world_size"]
+        == manifest(output, "train-sap-")["world_size"]
+        == NODES * RANKS_PER_NODE
+    )
     facts = json.loads(next((output / "tiny").glob("filter-*/facts.json")).read_text())
     assert facts["dropped"] > 0 and facts["samples"] > facts["dropped"]
 
 
 def test_a_filter_that_refuses_ends_the_chain_with_its_reason(site):
     output = site.output("refused")
-    saft = ("--methods.sap.saft.enabled=true", "--methods.sap.saft.min_auroc=1", "--methods.sap.saft.layer=0", "--methods.sap.saft.position=response_start")
+    saft = (
+        "--methods.sap.saft.enabled=true",
+        "--methods.sap.saft.min_auroc=1",
+        "--methods.sap.saft.layer=0",
+        "--methods.sap.saft.position=response_start",
+    )
     jobs = site.chain(output, "--methods", "sap", overrides=saft)
     site.wait(jobs["train-sap-s0"], "FAILED")
-    assert "saft refuses to filter: its AUROC on" in site.log(jobs["train-sap-s0"]) and "warning: saft refuses" in site.log(jobs["filter"])
-    site.cluster.wait_for(lambda: site.cluster.state(jobs["report"]) == "CANCELLED", 60, "the report to be cancelled")
+    assert "saft refuses to filter: its AUROC on" in site.log(
+        jobs["train-sap-s0"]
+    ) and "warning: saft refuses" in site.log(jobs["filter"])
+    site.cluster.wait_for(
+        lambda: site.cluster.state(jobs["report"]) == "CANCELLED", 60, "the report to be cancelled"
+    )
     assert "saft refuses to filter" in site.cluster.job(jobs["report"])["Comment"]

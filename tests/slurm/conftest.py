@@ -19,7 +19,10 @@ def site() -> Iterator[Site]:
     try:
         with opened(folder) as site:
             yield site
-        print("\n" + "\n".join(f"| {fault} | {what} | {seconds:.0f} s |" for fault, what, seconds in SEEN))
+        print(
+            "\n"
+            + "\n".join(f"| {fault} | {what} | {seconds:.0f} s |" for fault, what, seconds in SEEN)
+        )
     finally:
         if os.environ.get("KEEP_SLURM"):
             print(f"kept: {folder}")
@@ -41,7 +44,13 @@ def undisturbed(site) -> Path:
     clock = Stopwatch()
     jobs = site.chain(output, "--shards", "2")
     site.wait(jobs["report"], seconds=1100)
-    SEEN.append(("none: the whole chain", "prepare, direction, two trainings, eight evaluation tasks, report", clock()))
+    SEEN.append(
+        (
+            "none: the whole chain",
+            "prepare, direction, two trainings, eight evaluation tasks, report",
+            clock(),
+        )
+    )
     site.upstream = output / "tiny"
     site.jobs, site.submitted = jobs, site.printed
     return output

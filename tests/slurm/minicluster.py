@@ -44,7 +44,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-TERMINAL = frozenset({"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"})
+TERMINAL = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "TIMEOUT",
+    }
+)
 
 # program -> Debian's package
 _PROGRAMS = {
@@ -61,8 +73,20 @@ _PROGRAMS = {
     "env": "coreutils",
 }
 # root's PATH lacks the sbin folders in some shells
-_PATH = os.pathsep.join([os.environ.get("PATH", "/usr/bin:/bin"), "/usr/local/sbin", "/usr/sbin", "/sbin"])
-_UNSHARE = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
+_PATH = os.pathsep.join(
+    [os.environ.get("PATH", "/usr/bin:/bin"), "/usr/local/sbin", "/usr/sbin", "/sbin"]
+)
+_UNSHARE = [
+    "unshare",
+    "--mount",
+    "--net",
+    "--uts",
+    "--ipc",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+]
 # what would turn a job of the caller's own cluster, in which the tests may run, into options of this one
 _FOREIGN = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
 _NETWORK = "10.77.0"
@@ -92,7 +116,13 @@ def why_not() -> str | None:
     if not Path("/etc/slurm").is_dir():
         return "a test cluster needs the folder /etc/slurm (it may be empty) to mount its configuration on."
     trial = "ip link add trial type bridge && ip link add one type veth peer name two && mount -t tmpfs trial /tmp"
-    tried = subprocess.run([*_UNSHARE, "sh", "-c", trial], env={"PATH": _PATH}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    tried = subprocess.run(
+        [*_UNSHARE, "sh", "-c", trial],
+        env={"PATH": _PATH},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     if tried.returncode:
         return f"a test cluster needs namespaces, a bridge and mounts, which are refused here: {' '.join(tried.stderr.split())}"
     return None
@@ -114,18 +144,26 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= 99 or not 0 <= self.gpus <= 99 or self.cpus < 1:
-            raise ClusterError("a test cluster has 1 to 99 nodes, with 0 to 99 GPUs and at least one CPU each.")
+            raise ClusterError(
+                "a test cluster has 1 to 99 nodes, with 0 to 99 GPUs and at least one CPU each."
+            )
 
     @property
     def names(self) -> list[str]:
         return [f"n{number}" for number in range(1, self.nodes + 1)]
 
     def hosts(self) -> str:
-        lines = ["127.0.0.1 localhost", f"{_CONTROLLER} ctl"] + [f"{_address(name)} {name}" for name in self.names]
+        lines = ["127.0.0.1 localhost", f"{_CONTROLLER} ctl"] + [
+            f"{_address(name)} {name}" for name in self.names
+        ]
         return "\n".join(lines) + "\n"
 
     def gres(self) -> str:
-        return f"NodeName=n[1-{self.nodes}] Name=gpu File={_RUN}/gpu[0-{self.gpus - 1}]\n" if self.gpus else ""
+        return (
+            f"NodeName=n[1-{self.nodes}] Name=gpu File={_RUN}/gpu[0-{self.gpus - 1}]\n"
+            if self.gpus
+            else ""
+        )
 
     def slurm(self) -> str:
         gres = f"Gres=gpu:{self.gpus}" if self.gpus else ""
@@ -210,7 +248,14 @@ class Cluster:
     The file rather than this object is the truth about what runs, so that a shell may power off a node of a test's cluster.
     """
 
-    def __init__(self, folder: Path, *, shared: Sequence[Path] = (), owner: int | None = None, **settings: int):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shared: Sequence[Path] = (),
+        owner: int | None = None,
+        **settings: int,
+    ):
         """See Settings; shared are folders below /tmp or /dev/shm that all nodes see; owner is the process with which the
         cluster ends, this one unless told otherwise."""
         self.folder = Path(folder).resolve()
@@ -279,7 +324,9 @@ class Cluster:
         It gets this process's environment without the variables that Slurm's commands read, and env. If check, a command
         that fails raises ClusterError.
         """
-        return self._run(Process(*self._state()["init"]), command, cwd or Path.cwd(), env, check, timeout)
+        return self._run(
+            Process(*self._state()["init"]), command, cwd or Path.cwd(), env, check, timeout
+        )
 
     def on(
         self,
@@ -315,15 +362,21 @@ class Cluster:
 
     def job(self, jobid: int | str) -> dict[str, str]:
         """All fields of one job, or of one task (ARRAYID_TASKID) of an array."""
-        records = self.run(["scontrol", "show", "job", "-o", str(jobid)]).stdout.strip().splitlines()
+        records = (
+            self.run(["scontrol", "show", "job", "-o", str(jobid)]).stdout.strip().splitlines()
+        )
         if len(records) != 1:
-            raise ClusterError(f"job {jobid} is an array of {len(records)} records: name one of its tasks, as in {jobid}_0.")
+            raise ClusterError(
+                f"job {jobid} is an array of {len(records)} records: name one of its tasks, as in {jobid}_0."
+            )
         return _fields(records[0])
 
     def state(self, jobid: int | str) -> str:
         return self.job(jobid)["JobState"]
 
-    def wait(self, jobid: int | str, seconds: float, until: Collection[str] | str = TERMINAL) -> str:
+    def wait(
+        self, jobid: int | str, seconds: float, until: Collection[str] | str = TERMINAL
+    ) -> str:
         """Wait until the job is in (one of) these states, and return which; in time, or fail with what the logs say."""
         wanted = {until} if isinstance(until, str) else until
         deadline = time.monotonic() + seconds
@@ -342,10 +395,14 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"{what}: not within {seconds} s\n{_tail(self.log / 'slurmctld.log')}")
+                raise AssertionError(
+                    f"{what}: not within {seconds} s\n{_tail(self.log / 'slurmctld.log')}"
+                )
             time.sleep(0.2)
 
-    def arguments(self, name: str | None, command: Sequence[str | Path], cwd: Path | None = None) -> list[str]:
+    def arguments(
+        self, name: str | None, command: Sequence[str | Path], cwd: Path | None = None
+    ) -> list[str]:
         """The command of this machine that runs a command on the login node, or on the node of this name."""
         if name is None:
             return _entered(Process(*self._state()["init"]), command, cwd or Path.cwd())
@@ -363,7 +420,9 @@ class Cluster:
             for name in ("etc", "state", "log"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ClusterError(f"{self.folder} holds something else than a cluster: name a folder that is new or empty.")
+            raise ClusterError(
+                f"{self.folder} holds something else than a cluster: name a folder that is new or empty."
+            )
         for name in ("etc/slurm", "state", "log"):
             (self.folder / name).mkdir(parents=True)
         configuration.write_text(self.settings.slurm())
@@ -374,14 +433,24 @@ class Cluster:
         try:
             owner = os.pidfd_open(self.owner)
         except ProcessLookupError:
-            raise ClusterError(f"the cluster is to end with process {self.owner}, which there is not.") from None
+            raise ClusterError(
+                f"the cluster is to end with process {self.owner}, which there is not."
+            ) from None
         try:
             pid_1 = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), "_init", str(owner)]
             init, holder = self._hold("ctl", [*_UNSHARE, *pid_1], (owner,))
         finally:
             os.close(owner)
         shared = [str(path) for path in self.shared]
-        self._save({"init": init, "holder": holder, "nodes": {}, "settings": asdict(self.settings), "shared": shared})
+        self._save(
+            {
+                "init": init,
+                "holder": holder,
+                "nodes": {},
+                "settings": asdict(self.settings),
+                "shared": shared,
+            }
+        )
         folder = shlex.quote(str(self.folder))
         # Slurm sets CUDA_VISIBLE_DEVICES only if the files of the GPUs are devices
         self._setup(init, f"""
@@ -421,18 +490,28 @@ class Cluster:
             ip link add v{name} type veth peer name eth0 address {hardware} netns {_pid_within(init.pid)}
             ip link set v{name} master cluster up
         """)  # fmt: skip
-        lines = [f"hostname {name}", "ip link set lo up", f"ip addr add {_address(name)}/24 dev eth0", "ip link set eth0 up"]
+        lines = [
+            f"hostname {name}",
+            "ip link set lo up",
+            f"ip addr add {_address(name)}/24 dev eth0",
+            "ip link set eth0 up",
+        ]
         for local in (Path("/tmp"), Path("/dev/shm")):
             # made aside and then moved there, since what is shared can no longer be seen below what covers it
             lines.append(f"mount -t tmpfs -o mode=1777 tmpfs {_RUN}/new")
             for path in sorted({self.folder, *self.shared}):
                 if path.is_relative_to(local) and path != local:
                     inside = shlex.quote(f"{_RUN}/new/{path.relative_to(local)}")
-                    lines += [f"mkdir -p {inside}", f"mount --bind {shlex.quote(str(path))} {inside}"]
+                    lines += [
+                        f"mkdir -p {inside}",
+                        f"mount --bind {shlex.quote(str(path))} {inside}",
+                    ]
             lines.append(f"mount --move {_RUN}/new {local}")
         self._setup(init, "\n".join([*lines, f"slurmd -N {name}"]))
 
-    def _hold(self, name: str, command: list[str], descriptors: tuple[int, ...] = ()) -> tuple[Process, Process]:
+    def _hold(
+        self, name: str, command: list[str], descriptors: tuple[int, ...] = ()
+    ) -> tuple[Process, Process]:
         """Start the pid 1 of new namespaces: itself, and the process of ours that ends when all in the namespaces has."""
         console = self.log / f"{name}.console"
         with console.open("wb") as errors:
@@ -452,7 +531,9 @@ class Cluster:
         deadline = time.monotonic() + 30
         while holder.alive():
             if time.monotonic() > deadline:
-                raise ClusterError(f"a process of the cluster in {self.folder} does not end, though killed 30 s ago.")
+                raise ClusterError(
+                    f"a process of the cluster in {self.folder} does not end, though killed 30 s ago."
+                )
             time.sleep(0.01)
 
     def _setup(self, where: Process, script: str) -> None:
@@ -460,7 +541,14 @@ class Cluster:
         command = [*_namespaces(where), "sh", "-euc", script]
         # files rather than pipes: daemons keep them open
         with (self.log / "setup.log").open("ab") as log:
-            done = subprocess.run(command, env={"PATH": _PATH}, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            done = subprocess.run(
+                command,
+                env={"PATH": _PATH},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         if done.returncode:
             logs = "\n".join(map(_tail, [self.log / "setup.log", self.log / "slurmctld.log"]))
             raise ClusterError(f"the cluster in {self.folder} could not be set up.\n{logs}")
@@ -471,14 +559,20 @@ class Cluster:
             done = subprocess.run(_entered(where, command, cwd), env=_environment(env), stdin=subprocess.DEVNULL, capture_output=True,
                                   text=True, timeout=timeout)  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise ClusterError(f"{shown} did not end within {timeout} s.\n{_tail(self.log / 'slurmctld.log')}") from None
+            raise ClusterError(
+                f"{shown} did not end within {timeout} s.\n{_tail(self.log / 'slurmctld.log')}"
+            ) from None
         if check and done.returncode:
-            raise ClusterError(f"{shown} ended with {done.returncode}.\n{done.stdout}{done.stderr}".rstrip())
+            raise ClusterError(
+                f"{shown} ended with {done.returncode}.\n{done.stdout}{done.stderr}".rstrip()
+            )
         return done
 
     def _wait_for_nodes(self, names: list[str], since: float) -> None:
         def ready() -> bool:
-            shown = self.run(["scontrol", "show", "node", "-o"], cwd=Path("/"), check=False).stdout.splitlines()
+            shown = self.run(
+                ["scontrol", "show", "node", "-o"], cwd=Path("/"), check=False
+            ).stdout.splitlines()
             nodes = {node["NodeName"]: node for node in map(_fields, shown) if "NodeName" in node}
             return set(names) <= nodes.keys() and all(_is_up(nodes[name], since) for name in names)
 
@@ -519,16 +613,40 @@ def _address(name: str) -> str:
 
 
 def _namespaces(init: Process) -> list[str]:
-    return ["nsenter", "--target", str(init.pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--"]
+    return [
+        "nsenter",
+        "--target",
+        str(init.pid),
+        "--mount",
+        "--uts",
+        "--ipc",
+        "--net",
+        "--pid",
+        "--",
+    ]
 
 
 def _entered(where: Process, command: Sequence[str | Path], cwd: Path) -> list[str]:
     # nsenter does not pass on its own death, as by a timeout, to what it started
-    return [*_namespaces(where), "setpriv", "--pdeathsig", "KILL", "--", "env", f"--chdir={cwd}", "--", *map(str, command)]
+    return [
+        *_namespaces(where),
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "--",
+        "env",
+        f"--chdir={cwd}",
+        "--",
+        *map(str, command),
+    ]
 
 
 def _environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)} | {"PATH": _PATH} | dict(extra or {})
+    return (
+        {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
+        | {"PATH": _PATH}
+        | dict(extra or {})
+    )
 
 
 def _folder_seen_by(init: Process) -> Path:
@@ -546,7 +664,11 @@ def _stat(pid: int) -> list[str] | None:
 
 def _child(pid: int) -> int | None:
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _stat(int(entry.name))) is not None and int(stat[1]) == pid:
+        if (
+            entry.name.isdigit()
+            and (stat := _stat(int(entry.name))) is not None
+            and int(stat[1]) == pid
+        ):
             return int(entry.name)
     return None
 
@@ -565,7 +687,10 @@ def _fields(record: str) -> dict[str, str]:
 
 def _is_up(node: dict[str, str], since: float) -> bool:
     """Whether Slurm heard of a slurmd started since then; before it notes that a node is lost, the state alone says nothing."""
-    if any(word in node["State"] for word in ("UNKNOWN", "DOWN", "NOT_RESPONDING")) or not node.get("SlurmdStartTime", "")[:1].isdigit():
+    if (
+        any(word in node["State"] for word in ("UNKNOWN", "DOWN", "NOT_RESPONDING"))
+        or not node.get("SlurmdStartTime", "")[:1].isdigit()
+    ):
         return False
     return datetime.fromisoformat(node["SlurmdStartTime"]).timestamp() >= int(since)
 
@@ -573,7 +698,9 @@ def _is_up(node: dict[str, str], since: float) -> bool:
 def _tail(path: Path, lines: int = 40) -> str:
     if not path.is_file():
         return f"--- {path} is not there"
-    return "\n".join([f"--- the end of {path}", *path.read_text(errors="replace").splitlines()[-lines:]])
+    return "\n".join(
+        [f"--- the end of {path}", *path.read_text(errors="replace").splitlines()[-lines:]]
+    )
 
 
 def _be_init(owner: int) -> None:
@@ -586,14 +713,27 @@ def _be_init(owner: int) -> None:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python3 -m tests.slurm.minicluster", description=__doc__, formatter_class=written)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tests.slurm.minicluster", description=__doc__, formatter_class=written
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     up = actions.add_parser("up")
     up.add_argument("folder", type=Path)
     for field in fields(Settings):
         up.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
-    up.add_argument("--shared", type=Path, action="append", default=[], help="a folder below /tmp or /dev/shm that all nodes see")
-    up.add_argument("--owner", type=int, default=1, help="the process with which the cluster ends (default: the machine's first)")
+    up.add_argument(
+        "--shared",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder below /tmp or /dev/shm that all nodes see",
+    )
+    up.add_argument(
+        "--owner",
+        type=int,
+        default=1,
+        help="the process with which the cluster ends (default: the machine's first)",
+    )
     for action in ("run", "on", "power-off", "boot", "down"):
         sub = actions.add_parser(action)
         sub.add_argument("folder", type=Path)
@@ -621,7 +761,10 @@ def main(argv: list[str]) -> None:
     if given.action == "up":
         settings = {field.name: getattr(given, field.name) for field in fields(Settings)}
         cluster = Cluster(given.folder, shared=given.shared, owner=given.owner, **settings).up()
-        print(f"{cluster.folder}: {' '.join(cluster.settings.names)} up, logs in {cluster.log}", flush=True)
+        print(
+            f"{cluster.folder}: {' '.join(cluster.settings.names)} up, logs in {cluster.log}",
+            flush=True,
+        )
     elif given.action == "down":
         Cluster(given.folder).down()
     elif given.action == "run":

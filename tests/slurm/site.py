@@ -1,8 +1,8 @@
 """A site for the tests: a throw-away cluster, a tiny project on a file system that its nodes share, and the project's own job scripts.
 
-    with opened(folder) as site:
-        job = site.train(site.output("mine"))
-        site.wait(job)
+with opened(folder) as site:
+    job = site.train(site.output("mine"))
+    site.wait(job)
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ from tests.slurm.minicluster import Cluster
 NODES, RANKS_PER_NODE = 2, 2
 STEPS, SAVE_EVERY = 30, 6
 SHAPE_OF_ALL = [f"--nodes={NODES}", "--exclusive", f"--gpus-per-node={RANKS_PER_NODE}"]
-SHAPE = [f"--nodes={NODES}", f"--ntasks-per-node={RANKS_PER_NODE}", f"--gpus-per-node={RANKS_PER_NODE}", "--cpus-per-task=1", "--mem=8G"]
+SHAPE = [
+    f"--nodes={NODES}",
+    f"--ntasks-per-node={RANKS_PER_NODE}",
+    f"--gpus-per-node={RANKS_PER_NODE}",
+    "--cpus-per-task=1",
+    "--mem=8G",
+]
 
-SEEN: list[tuple[str, str, float]] = []  # fault, what happened, seconds from the fault to the end of the job
+# fault, what happened, seconds from the fault to the end of the job
+SEEN: list[tuple[str, str, float]] = []
 
 
 def make_recipe(folder: Path) -> dict[str, Any]:
@@ -54,23 +61,62 @@ class Site:
 
     def shell(self, *command: str | Path, check: bool = True, **environment: str):
         """Run on the login node, in the project's root."""
-        return self.cluster.run([str(part) for part in command], cwd=ROOT, env=self.environment | environment, check=check)
+        return self.cluster.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=self.environment | environment,
+            check=check,
+        )
 
-    def chain(self, output: Path, *options: str, overrides: tuple[str, ...] = (), recipe: Path | None = None, **environment: str) -> dict[str, str]:
+    def chain(
+        self,
+        output: Path,
+        *options: str,
+        overrides: tuple[str, ...] = (),
+        recipe: Path | None = None,
+        **environment: str,
+    ) -> dict[str, str]:
         """slurm/submit.sh; returns the job ids by what they do ("train-sap-s0")."""
-        arguments = ["slurm/submit.sh", recipe or self.recipe, "--nodes", str(NODES), *options, "--", f"--output_dir={output}", *overrides]
+        arguments = [
+            "slurm/submit.sh",
+            recipe or self.recipe,
+            "--nodes",
+            str(NODES),
+            *options,
+            "--",
+            f"--output_dir={output}",
+            *overrides,
+        ]
         self.printed = self.shell(*arguments, **environment).stdout
-        chains = sorted((output / "tiny" / "slurm").glob("chain-*.tsv"), key=lambda path: path.stat().st_mtime)
-        rows = [line.split("\t") for line in chains[-1].read_text().splitlines()] if "job " in self.printed else []
+        chains = sorted(
+            (output / "tiny" / "slurm").glob("chain-*.tsv"), key=lambda path: path.stat().st_mtime
+        )
+        rows = (
+            [line.split("\t") for line in chains[-1].read_text().splitlines()]
+            if "job " in self.printed
+            else []
+        )
         return {what.rpartition("-")[0] or what: job for job, _, what, _ in rows}
 
     def sbatch(self, *arguments: str | Path, **environment: str) -> str:
         log = self.folder / "logs" / "%x-%j.log"
-        return self.shell("sbatch", "--parsable", f"--output={log}", *arguments, **environment).stdout.strip()
+        return self.shell(
+            "sbatch", "--parsable", f"--output={log}", *arguments, **environment
+        ).stdout.strip()
 
-    def train(self, output: Path, *options: str, overrides: tuple[str, ...] = (), **environment: str) -> str:
+    def train(
+        self, output: Path, *options: str, overrides: tuple[str, ...] = (), **environment: str
+    ) -> str:
         """slurm/sap_7b.sh for the cell sap, seed 0, on two nodes x two ranks; returns the job id."""
-        return self.sbatch(*SHAPE, *options, "slurm/sap_7b.sh", self.recipe, f"--output_dir={output}", *overrides, **environment)
+        return self.sbatch(
+            *SHAPE,
+            *options,
+            "slurm/sap_7b.sh",
+            self.recipe,
+            f"--output_dir={output}",
+            *overrides,
+            **environment,
+        )
 
     def output(self, name: str) -> Path:
         runs = self.folder / "outputs" / name
@@ -81,7 +127,9 @@ class Site:
         return runs
 
     def log(self, job: str) -> str:
-        paths = sorted((self.folder / "logs").glob(f"*-{job}.log")) + sorted(self.folder.rglob(f"slurm/logs/*-{job}.log"))
+        paths = sorted((self.folder / "logs").glob(f"*-{job}.log")) + sorted(
+            self.folder.rglob(f"slurm/logs/*-{job}.log")
+        )
         return "".join(path.read_text(errors="replace") for path in paths)
 
     def wait(self, job: str, state: str = "COMPLETED", seconds: float = 600) -> None:
@@ -98,7 +146,9 @@ class Site:
 
         def reached() -> bool:
             state = self.cluster.state(job)
-            assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED"), f"{state}\n{self.log(job)}"
+            assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED"), (
+                f"{state}\n{self.log(job)}"
+            )
             return self.step(output) >= number
 
         self.cluster.wait_for(reached, seconds, f"checkpoint {number} of job {job}")
@@ -108,9 +158,18 @@ class Site:
 
     def ranks(self, node: str) -> list[int]:
         """Process ids, as the node numbers them, of the ranks that train there."""
-        found = self.cluster.on(node, ["pgrep", "-f", r"launch/train\.py.*--method"], check=False).stdout.split()
-        commands = {pid: self.cluster.on(node, ["cat", f"/proc/{pid}/cmdline"], check=False).stdout for pid in found}
-        return [int(pid) for pid, command in commands.items() if command.startswith(sys.executable) and "--check" not in command]
+        found = self.cluster.on(
+            node, ["pgrep", "-f", r"launch/train\.py.*--method"], check=False
+        ).stdout.split()
+        commands = {
+            pid: self.cluster.on(node, ["cat", f"/proc/{pid}/cmdline"], check=False).stdout
+            for pid in found
+        }
+        return [
+            int(pid)
+            for pid, command in commands.items()
+            if command.startswith(sys.executable) and "--check" not in command
+        ]
 
     def signal_ranks(self, name: str) -> None:
         for node in self.cluster.settings.names:
@@ -142,10 +201,14 @@ def same_adapter(output: Path, undisturbed: Path) -> None:
     assert steps_logged(output) == list(range(STEPS + 1)), "every step once, whatever was repeated"
 
 
-def crashing_python(site: Site, body: str, script: str = "launch/train.py", python: Path | None = None) -> Path:
+def crashing_python(
+    site: Site, body: str, script: str = "launch/train.py", python: Path | None = None
+) -> Path:
     """A python that runs `body` (shell) before what it was asked for, where that is a rank of this script. python: what it then runs."""
     path = site.folder / f"python-{abs(hash((body, script, python)))}"
-    path.write_text(f'#!/bin/bash\nif [[ "$*" == *"{script}"* && "$*" != *--check* ]]; then {body}; fi\nexec {python or site.environment["SAP_PYTHON"]} "$@"\n')
+    path.write_text(
+        f'#!/bin/bash\nif [[ "$*" == *"{script}"* && "$*" != *--check* ]]; then {body}; fi\nexec {python or site.environment["SAP_PYTHON"]} "$@"\n'
+    )
     path.chmod(0o755)
     return path
 
@@ -165,8 +228,14 @@ def opened(folder: Path, other: Site | None = None, **settings: int) -> Iterator
         write_recipe(project, make_recipe(project))
         (project / "logs").mkdir()
     # Nodes have a /tmp of their own: a checkout or an environment that lies there is shared too.
-    shared = [path for path in dict.fromkeys((project, ROOT, Path(sys.prefix))) if path.is_relative_to("/tmp") or path.is_relative_to("/dev/shm")]
-    with Cluster(folder / "cluster", nodes=NODES, gpus=RANKS_PER_NODE, shared=shared, **settings) as cluster:
+    shared = [
+        path
+        for path in dict.fromkeys((project, ROOT, Path(sys.prefix)))
+        if path.is_relative_to("/tmp") or path.is_relative_to("/dev/shm")
+    ]
+    with Cluster(
+        folder / "cluster", nodes=NODES, gpus=RANKS_PER_NODE, shared=shared, **settings
+    ) as cluster:
         yield Site(cluster, project, other.upstream if other else None)
 
 

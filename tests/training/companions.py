@@ -29,7 +29,13 @@ METHODS = {
 
 def recipe_of(**sections) -> Recipe:
     source = {"source": "x"}
-    base = {"name": "t", "model": {"path": "x"}, "data": {"task": source, "safety": source}, "train": {"steps": STEPS}, "evaluate": {"harmful": source}}
+    base = {
+        "name": "t",
+        "model": {"path": "x"},
+        "data": {"task": source, "safety": source},
+        "train": {"steps": STEPS},
+        "evaluate": {"harmful": source},
+    }
     return recipe_class().model_validate(base | sections)
 
 
@@ -56,10 +62,15 @@ class Dense:
 
     def __init__(self, method: str, full: bool = False):
         """full: of all weights, with an adam_eps at which AdamW does not amplify rounding (docs/correctness.md)."""
-        self.model, self.settings = (tiny_model().train() if full else tiny_lora()).double(), METHODS[method]
+        self.model, self.settings = (
+            (tiny_model().train() if full else tiny_lora()).double(),
+            METHODS[method],
+        )
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.weights = list(self.named.values())
-        self.optimizer = torch.optim.AdamW(self.weights, lr=LR, eps=FULL_EPS if full else 1e-8, weight_decay=0.0, foreach=False)
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=LR, eps=FULL_EPS if full else 1e-8, weight_decay=0.0, foreach=False
+        )
         self.batches, self.last = StepBatches(), self.copy()
         self.average = self.copy()
 
@@ -67,15 +78,23 @@ class Dense:
         return [w.detach().clone() for w in self.weights]
 
     def sequence(self, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, int]:
-        logits, targets = self.model(input_ids=torch.tensor([ids])).logits[0][:-1], torch.tensor(labels[1:])
-        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), int((targets != -100).sum())
+        logits, targets = (
+            self.model(input_ids=torch.tensor([ids])).logits[0][:-1],
+            torch.tensor(labels[1:]),
+        )
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), int(
+            (targets != -100).sum()
+        )
 
     def useful(self, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
         parts = [self.sequence(*sequence) for sequence in sequences]
         return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
 
     def side(self, number: int, side: str) -> list[tuple[list[int], list[int]]]:
-        pairs = [self.batches.pair_rows[i] for i in BatchOrder(len(self.batches.pair_rows), 4, 0).step(number)]
+        pairs = [
+            self.batches.pair_rows[i]
+            for i in BatchOrder(len(self.batches.pair_rows), 4, 0).step(number)
+        ]
         return [(pair[f"{side}_input_ids"], pair[f"{side}_labels"]) for pair in pairs]
 
     def gradient(self, number: int) -> list[torch.Tensor]:
@@ -90,9 +109,17 @@ class Dense:
             if number % 2 == 0:
                 margins = [
                     s[0] / s[1] - r[0] / r[1]
-                    for s, r in zip(*([self.sequence(*row) for row in self.side(number, side)] for side in ("chosen", "rejected")), strict=True)
+                    for s, r in zip(
+                        *(
+                            [self.sequence(*row) for row in self.side(number, side)]
+                            for side in ("chosen", "rejected")
+                        ),
+                        strict=True,
+                    )
                 ]
-                self.direction = torch.autograd.grad(sum(torch.log1p(torch.exp(m)) for m in margins) / len(margins), self.weights)
+                self.direction = torch.autograd.grad(
+                    sum(torch.log1p(torch.exp(m)) for m in margins) / len(margins), self.weights
+                )
             weight = 0.6 * norm(gradient) / norm(self.direction)
             gradient = [g + weight * d for g, d in zip(gradient, self.direction, strict=True)]
         return gradient
@@ -101,7 +128,9 @@ class Dense:
         if number % 3 < 2:  # steps 0, 3, 6 align; 1, 2, 4, 5 are the task's
             self.last = self.copy()
         loss = self.useful(self.side(number, "chosen") if number % 3 == 0 else task)
-        loss = loss + 3.0 / 2 * sum((w - last).square().sum() for w, last in zip(self.weights, self.last, strict=True))
+        loss = loss + 3.0 / 2 * sum(
+            (w - last).square().sum() for w, last in zip(self.weights, self.last, strict=True)
+        )
         return list(torch.autograd.grad(loss, self.weights))
 
     def train(self) -> dict[str, torch.Tensor]:
@@ -123,7 +152,9 @@ class Dense:
         if done == start:
             self.average = self.copy()
         if done > start and (done - start) % 2 == 0:
-            self.average = [0.7 * a + 0.3 * w.detach() for a, w in zip(self.average, self.weights, strict=True)]
+            self.average = [
+                0.7 * a + 0.3 * w.detach() for a, w in zip(self.average, self.weights, strict=True)
+            ]
             if section.get("mode") == "momentum":
                 with torch.no_grad():
                     for w, a in zip(self.weights, self.average, strict=True):

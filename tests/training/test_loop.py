@@ -20,10 +20,26 @@ from tests.training.told import Told
 
 
 def section(**changes) -> TrainSection:
-    return TrainSection(**{"engine": "single", "steps": 6, "batch_size": 8, "micro_batch_size": 4, "lr": 1e-2, "save_every": 2, **changes})
+    return TrainSection(
+        **{
+            "engine": "single",
+            "steps": 6,
+            "batch_size": 8,
+            "micro_batch_size": 4,
+            "lr": 1e-2,
+            "save_every": 2,
+            **changes,
+        }
+    )
 
 
-def build(folder: Path, step=PlainStep, on_metrics=lambda metrics, number: None, validation=None, **changes) -> Loop:
+def build(
+    folder: Path,
+    step=PlainStep,
+    on_metrics=lambda metrics, number: None,
+    validation=None,
+    **changes,
+) -> Loop:
     train = section(**changes)
     engine = open_engine(tiny_lora(), train)
     data = TrainingData(tiny_rows(), [], 0, validation=validation or {})
@@ -86,32 +102,47 @@ def test_a_step_that_asks_for_a_share_gets_the_first_samples_as_a_batch_of_their
     assert loop.run()
     for number, (useful, part) in enumerate(loop.step.seen):
         first = [loop.data.train[i] for i in loop.order.step(number)[:2]]
-        assert sum(len(batch.input_ids) for batch in useful) == 8 and [len(batch.input_ids) for batch in part] == [2]
-        assert [row[: len(sample["input_ids"])] for row, sample in zip(part[0].input_ids.tolist(), first, strict=True)] == [
-            sample["input_ids"] for sample in first
-        ]
+        assert sum(len(batch.input_ids) for batch in useful) == 8 and [
+            len(batch.input_ids) for batch in part
+        ] == [2]
+        assert [
+            row[: len(sample["input_ids"])]
+            for row, sample in zip(part[0].input_ids.tolist(), first, strict=True)
+        ] == [sample["input_ids"] for sample in first]
         assert part[0].global_tokens == len(part[0].targets.tokens) < useful[0].global_tokens
 
 
 def test_warm_up_rises_linearly_to_the_peak():
     train = section(lr=0.4, warmup_steps=4)
-    assert [learning_rate(train, number, 20) for number in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert [learning_rate(train, number, 20) for number in range(5)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.4]
+    )
 
 
-@pytest.mark.parametrize(("decay", "quarter", "half"), [("cosine", 0.853553, 0.5), ("linear", 0.75, 0.5), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("decay", "quarter", "half"),
+    [("cosine", 0.853553, 0.5), ("linear", 0.75, 0.5), ("constant", 1.0, 1.0)],
+)
 def test_decay_after_the_warm_up(decay, quarter, half):
     train = section(lr=1.0, warmup_steps=2, decay=decay)
-    assert [learning_rate(train, number, 10) for number in (2, 4, 6)] == pytest.approx([1.0, quarter, half], abs=1e-6)
+    assert [learning_rate(train, number, 10) for number in (2, 4, 6)] == pytest.approx(
+        [1.0, quarter, half], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_decay_never_rises_and_never_wastes_the_last_step(decay):
-    rates = [learning_rate(section(lr=1.0, warmup_steps=0, decay=decay), number, 10) for number in range(10)]
+    rates = [
+        learning_rate(section(lr=1.0, warmup_steps=0, decay=decay), number, 10)
+        for number in range(10)
+    ]
     assert rates[0] == 1.0 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.2
 
 
 def test_the_logged_rate_is_the_one_the_schedule_says(straight):
-    assert [line["train/lr"] for line in log(straight[0])] == [learning_rate(section(), number, 6) for number in range(6)]
+    assert [line["train/lr"] for line in log(straight[0])] == [
+        learning_rate(section(), number, 6) for number in range(6)
+    ]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -121,7 +152,9 @@ def test_a_token_budget_pads_less_and_learns_the_same(straight, tmp_path, packin
     one, other = log(straight[0]), log(tmp_path)
     assert sum(line["train/padding"] for line in other) < sum(line["train/padding"] for line in one)
     assert not packing or all(line["train/padding"] == 0 for line in other)
-    assert [line["train/loss"] for line in other] == pytest.approx([line["train/loss"] for line in one], rel=1e-4)
+    assert [line["train/loss"] for line in other] == pytest.approx(
+        [line["train/loss"] for line in one], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -152,7 +185,9 @@ class BrokenLoss(PlainStep):
     """A step whose third loss is not finite; its gradient is there, waiting to be applied."""
 
     def __call__(self, useful, pairs, number, part=None):
-        return super().__call__(useful, pairs, number) | ({"train/loss": float("inf")} if number == 2 else {})
+        return super().__call__(useful, pairs, number) | (
+            {"train/loss": float("inf")} if number == 2 else {}
+        )
 
 
 class BrokenGradient(PlainStep):
@@ -165,16 +200,25 @@ class BrokenGradient(PlainStep):
         return metrics
 
 
-@pytest.mark.parametrize(("step", "what"), [(BrokenLoss, "loss is inf"), (BrokenGradient, "gradient's norm is nan")])
+@pytest.mark.parametrize(
+    ("step", "what"), [(BrokenLoss, "loss is inf"), (BrokenGradient, "gradient's norm is nan")]
+)
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(tmp_path, step, what):
-    good = build(tmp_path / "good", on_metrics=lambda _, number: number == 1 and (good.folder / "STOP").touch())
+    good = build(
+        tmp_path / "good",
+        on_metrics=lambda _, number: number == 1 and (good.folder / "STOP").touch(),
+    )
     assert not good.run()
     loop = build(tmp_path / "broken", step=step)
-    with pytest.raises(ValueError, match=rf"the {what} at step 3, before the update: lower train.lr \(now 0.01\)") as caught:
+    with pytest.raises(
+        ValueError, match=rf"the {what} at step 3, before the update: lower train.lr \(now 0.01\)"
+    ) as caught:
         loop.run()
     assert "\n" not in str(caught.value)
     assert torch.equal(weights(loop), weights(good)), "the weights are those after step 2"
-    assert [line["step"] for line in log(tmp_path / "broken")] == [1, 2] and saved(tmp_path / "broken") == ["step-000002"]
+    assert [line["step"] for line in log(tmp_path / "broken")] == [1, 2] and saved(
+        tmp_path / "broken"
+    ) == ["step-000002"]
 
 
 def test_a_resumed_run_ends_as_the_straight_one(interrupted, straight):
@@ -188,7 +232,10 @@ def test_events_tell_of_every_stop_and_return(tmp_path, monkeypatch):
     events: list[str] = []
 
     def run(stop_after: int | None = None) -> bool:
-        loop = build(tmp_path, on_metrics=lambda _, number: number + 1 == stop_after and (tmp_path / "STOP").touch())
+        loop = build(
+            tmp_path,
+            on_metrics=lambda _, number: number + 1 == stop_after and (tmp_path / "STOP").touch(),
+        )
         loop.told.on_event = events.append
         return loop.run()
 
@@ -206,7 +253,13 @@ def test_a_job_whose_checkpoints_cannot_be_read_does_not_begin_again(interrupted
     for folder in (interrupted / "checkpoints").glob("step-*"):
         (folder / "manifest.json").write_text("{")
     monkeypatch.setenv("SAP_PROGRESS", "4")
-    with pytest.raises(RuntimeError, match="the job had saved step 4 in .*, but no checkpoint there can be read"), pytest.warns(UserWarning, match="damaged"):
+    with (
+        pytest.raises(
+            RuntimeError,
+            match="the job had saved step 4 in .*, but no checkpoint there can be read",
+        ),
+        pytest.warns(UserWarning, match="damaged"),
+    ):
         build(interrupted).run()
     assert len(log(interrupted)) == 5, "the log is as it was"
 
@@ -217,20 +270,32 @@ def test_the_log_is_rewound_to_the_checkpoint(interrupted, straight):
         stream.write('{"step": 6, "train/lo')
     assert build(interrupted).run()
     assert [line["step"] for line in log(interrupted)] == [1, 2, 3, 4, 5, 6]
-    assert [line["train/loss"] for line in log(interrupted)] == [line["train/loss"] for line in log(straight[0])]
+    assert [line["train/loss"] for line in log(interrupted)] == [
+        line["train/loss"] for line in log(straight[0])
+    ]
 
 
 @pytest.mark.parametrize("harm", ["edited", "cut", "emptied", "gone"])
-def test_a_log_that_was_changed_is_put_back_from_the_checkpoint_and_it_is_said(interrupted, straight, harm):
+def test_a_log_that_was_changed_is_put_back_from_the_checkpoint_and_it_is_said(
+    interrupted, straight, harm
+):
     path = interrupted / "metrics.jsonl"
     if harm == "gone":
         path.unlink()
     else:
         text = path.read_text()
-        path.write_text({"edited": text.replace("train/loss", "train/lass", 1), "cut": text[:100], "emptied": ""}[harm])
+        path.write_text(
+            {
+                "edited": text.replace("train/loss", "train/lass", 1),
+                "cut": text[:100],
+                "emptied": "",
+            }[harm]
+        )
     with pytest.warns(UserWarning, match="metrics.jsonl is not what it was at the checkpoint"):
         assert build(interrupted).run()
-    assert [line["train/loss"] for line in log(interrupted)] == [line["train/loss"] for line in log(straight[0])]
+    assert [line["train/loss"] for line in log(interrupted)] == [
+        line["train/loss"] for line in log(straight[0])
+    ]
 
 
 def poisoned(loop: Loop, at: int) -> Loop:
@@ -247,9 +312,14 @@ def poisoned(loop: Loop, at: int) -> Loop:
     return loop
 
 
-@pytest.mark.parametrize(("at", "last"), [(6, "the last checkpoint is .*step-000004"), (2, "there is no checkpoint yet")])
+@pytest.mark.parametrize(
+    ("at", "last"), [(6, "the last checkpoint is .*step-000004"), (2, "there is no checkpoint yet")]
+)
 def test_weights_that_are_no_numbers_after_an_update_are_not_saved(tmp_path, at, last):
-    with pytest.raises(ValueError, match=f"the weights are not finite after the update of step {at}: lower train.lr .*{last}"):
+    with pytest.raises(
+        ValueError,
+        match=f"the weights are not finite after the update of step {at}: lower train.lr .*{last}",
+    ):
         poisoned(build(tmp_path), at).run()
     assert saved(tmp_path) == (["step-000002", "step-000004"] if at == 6 else [])
 
@@ -257,15 +327,22 @@ def test_weights_that_are_no_numbers_after_an_update_are_not_saved(tmp_path, at,
 def test_what_a_step_carries_must_be_finite_too(tmp_path):
     loop = build(tmp_path)
     loop.state.state_dict = lambda: {"v": torch.tensor([1.0, float("inf")])}
-    with pytest.raises(ValueError, match="what the method carries from step to step is not finite after the update of step 2"):
+    with pytest.raises(
+        ValueError,
+        match="what the method carries from step to step is not finite after the update of step 2",
+    ):
         loop.run()
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path, monkeypatch):
     with monkeypatch.context() as before:
-        before.setattr(checkpoint, "_not_finite", lambda engine, step: None)  # as an older version wrote it, after its last update
+        # as an older version wrote it, after its last update
+        before.setattr(checkpoint, "_not_finite", lambda engine, step: None)
         assert poisoned(build(tmp_path), 6).run()
-    with pytest.raises(ValueError, match="the weights are not finite in .*step-000006: delete .*checkpoints and lower train.lr"):
+    with pytest.raises(
+        ValueError,
+        match="the weights are not finite in .*step-000006: delete .*checkpoints and lower train.lr",
+    ):
         build(tmp_path).run()
 
 
@@ -285,7 +362,9 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(interrupted, stra
         path.unlink()
     seen = []
     loop = build(interrupted, on_metrics=lambda _, number: seen.append(number))
-    with pytest.warns(UserWarning, match="checkpoint is damaged, the one before it is used: .*step-000004"):
+    with pytest.warns(
+        UserWarning, match="checkpoint is damaged, the one before it is used: .*step-000004"
+    ):
         assert loop.run()
     assert seen == [3, 4, 5, 6] and torch.equal(weights(loop), straight[1])
     for name in saved(interrupted):
@@ -307,10 +386,15 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_sentence(interrupted):
     before = (interrupted / "metrics.jsonl").read_text()
     loop = build(interrupted)
     loop.identity = "another"
-    with pytest.raises(ValueError, match="step-000004 belongs to another run, or to this one .*: delete ") as caught:
+    with pytest.raises(
+        ValueError, match="step-000004 belongs to another run, or to this one .*: delete "
+    ) as caught:
         loop.run()
     assert "\n" not in str(caught.value)
-    assert (interrupted / "metrics.jsonl").read_text() == before and saved(interrupted) == ["step-000002", "step-000004"]
+    assert (interrupted / "metrics.jsonl").read_text() == before and saved(interrupted) == [
+        "step-000002",
+        "step-000004",
+    ]
 
 
 def test_only_the_last_two_checkpoints_are_kept(straight):
@@ -320,13 +404,17 @@ def test_only_the_last_two_checkpoints_are_kept(straight):
 def test_a_stop_file_stops_at_the_steps_end_with_the_state_saved(tmp_path, straight):
     loop = build(tmp_path, on_metrics=lambda _, number: number == 2 and (tmp_path / "STOP").touch())
     assert not loop.run()
-    assert saved(tmp_path) == ["step-000002", "step-000003"] and [line["step"] for line in log(tmp_path)] == [1, 2, 3]
+    assert saved(tmp_path) == ["step-000002", "step-000003"] and [
+        line["step"] for line in log(tmp_path)
+    ] == [1, 2, 3]
     again = build(tmp_path)  # the file was obeyed and is gone: the same command goes on
     assert again.run() and torch.equal(weights(again), straight[1])
 
 
 def test_a_stop_during_the_last_step_is_a_finish(tmp_path):
-    assert build(tmp_path, steps=2, on_metrics=lambda _, number: number == 1 and (tmp_path / "STOP").touch()).run()
+    assert build(
+        tmp_path, steps=2, on_metrics=lambda _, number: number == 1 and (tmp_path / "STOP").touch()
+    ).run()
 
 
 def test_validation_runs_at_its_interval_and_at_the_end_and_changes_nothing(tmp_path, straight):
@@ -336,7 +424,9 @@ def test_validation_runs_at_its_interval_and_at_the_end_and_changes_nothing(tmp_
     assert torch.equal(weights(loop), straight[1])
 
 
-def test_a_checkpoint_that_a_full_disk_cuts_short_takes_no_room_and_the_run_goes_on_from_the_one_before(tmp_path, straight):
+def test_a_checkpoint_that_a_full_disk_cuts_short_takes_no_room_and_the_run_goes_on_from_the_one_before(
+    tmp_path, straight
+):
     loop = build(tmp_path)
     write = loop.engine.save
 

@@ -43,7 +43,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_adapter_and_merged_model_answer_alike(model_folder, tmp_path):
-    train = TrainSection(engine="single", steps=1, export_merged=True, lora=LoraSection(r=5, target_modules=["q_proj", "down_proj"]))
+    train = TrainSection(
+        engine="single",
+        steps=1,
+        export_merged=True,
+        lora=LoraSection(r=5, target_modules=["q_proj", "down_proj"]),
+    )
     engine, section = trained(model_folder, train)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -60,7 +65,12 @@ def test_adapter_and_merged_model_answer_alike(model_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("tied", "own_names", "stored"),
-    [(True, True, "embedding"), (True, False, "embedding"), (True, True, "head"), (False, True, "both")],
+    [
+        (True, True, "embedding"),
+        (True, False, "embedding"),
+        (True, True, "head"),
+        (False, True, "both"),
+    ],
     ids=["tied", "tied, other names", "tied, stored as the head", "untied"],
 )
 def test_an_adapted_head_merges_into_what_was_trained(tmp_path, tied, own_names, stored):
@@ -81,7 +91,9 @@ def test_an_adapted_head_merges_into_what_was_trained(tmp_path, tied, own_names,
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     assert (logits(base) - expected).abs().max() > 0.1, "the adapter does something"
     assert torch.equal(logits(load_adapter(base, tmp_path / "out" / "adapter")), expected)
-    merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", output_loading_info=True)
+    merged, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "merged", output_loading_info=True
+    )
     assert not any(report.values()) and not merged.config.tie_word_embeddings
     assert torch.allclose(logits(merged), expected, atol=1e-4)
     embeddings = (m.get_input_embeddings().weight for m in (merged, family_model("llama", tied)))
@@ -89,7 +101,8 @@ def test_an_adapted_head_merges_into_what_was_trained(tmp_path, tied, own_names,
 
 
 @pytest.mark.parametrize(
-    ("targets", "count"), [("all-linear", 7 * 4), (r".*\.[1-2]\..*(q|k)_proj", 4), (["self_attn.q_proj", "lm_head"], 5)]
+    ("targets", "count"),
+    [("all-linear", 7 * 4), (r".*\.[1-2]\..*(q|k)_proj", 4), (["self_attn.q_proj", "lm_head"], 5)],
 )
 def test_the_modules_that_peft_adapts_are_those_that_were_checked(targets, count):
     model = family_model("llama", tied=False)
@@ -103,7 +116,11 @@ def test_the_modules_that_peft_adapts_are_those_that_were_checked(targets, count
 def test_transposed_weights_are_not_adapted():
     """GPT-2's: PEFT's all-linear would take them, and B A be added the wrong way round when merged."""
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20))
-    cases = {"all-linear": "matches no linear module", ("c_attn",): "names 'c_attn'", ".*c_attn": "is not a linear module"}
+    cases = {
+        "all-linear": "matches no linear module",
+        ("c_attn",): "names 'c_attn'",
+        ".*c_attn": "is not a linear module",
+    }
     for targets, expected in cases.items():
         with pytest.raises(ValueError, match=expected):
             lora = LoraSection(target_modules=targets if isinstance(targets, str) else [*targets])
@@ -116,9 +133,13 @@ def test_a_fully_trained_model_is_what_was_trained(model_folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         save_product(engine, train, section.path, section, tmp_path / "out", make_tokenizer())
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "model", output_loading_info=True
+    )
     assert not any(report.values()) and torch.equal(logits(model), logits(engine.module))
-    assert "lm_head.weight" not in WeightFiles(tmp_path / "out" / "model"), "tied weights are written once"
+    assert "lm_head.weight" not in WeightFiles(tmp_path / "out" / "model"), (
+        "tied weights are written once"
+    )
     assert (tmp_path / "out" / "model" / "tokenizer.json").is_file()
 
 

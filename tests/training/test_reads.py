@@ -20,7 +20,11 @@ def test_the_count_sees_every_way_to_read(wrong):
         lambda: tensor[tensor > 0], lambda: tensor.nonzero(), lambda: tensor.add(1.0, alpha=tensor[0].detach()),
         lambda: torch.equal(tensor, tensor), lambda: tensor.numpy(),
     ]  # fmt: skip
-    harmless = [lambda: tensor.sum().sqrt(), lambda: tensor[torch.tensor([0, 2])], lambda: torch.stack([tensor, tensor])]
+    harmless = [
+        lambda: tensor.sum().sqrt(),
+        lambda: tensor[torch.tensor([0, 2])],
+        lambda: torch.stack([tensor, tensor]),
+    ]
     for way in ways if wrong else harmless:
         with counted() as found:
             way()
@@ -29,7 +33,9 @@ def test_the_count_sees_every_way_to_read(wrong):
 
 @pytest.mark.parametrize(("budget", "packing"), [(None, False), (40, False), (40, True)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("model", [tiny_lora, lambda: family_model("gemma3", tied=True)], ids=["lora", "gemma3"])
+@pytest.mark.parametrize(
+    "model", [tiny_lora, lambda: family_model("gemma3", tied=True)], ids=["lora", "gemma3"]
+)
 def test_a_plain_step_reads_once(model, checkpointing, budget, packing, tmp_path, monkeypatch):
     """However many micro-batches it has; what is looked at while they are built lies on the CPU."""
     monkeypatch.setattr(launch, "adamw", fused)
@@ -54,5 +60,7 @@ def test_a_plain_step_reads_once(model, checkpointing, budget, packing, tmp_path
             per_step.append(found)
             return asked
 
-    assert Counted(engine, PlainStep(engine), TrainingData(tiny_rows(), [], 0), train, 0, tmp_path, "tiny").run()
+    assert Counted(
+        engine, PlainStep(engine), TrainingData(tiny_rows(), [], 0), train, 0, tmp_path, "tiny"
+    ).run()
     assert per_step == [["tolist"]] * 3

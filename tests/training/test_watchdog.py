@@ -25,9 +25,15 @@ with Watchdog(0.5, rank=3) as watchdog:
 
 
 def test_a_hanging_rank_says_where_and_ends():
-    found = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    found = subprocess.run(
+        [sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert found.returncode == EXIT_CODE
-    assert "rank 3 on " in found.stderr and "after step 12" in found.stderr and "stuck_in_the_collective" in found.stderr
+    assert (
+        "rank 3 on " in found.stderr
+        and "after step 12" in found.stderr
+        and "stuck_in_the_collective" in found.stderr
+    )
 
 
 QUIET = {
@@ -52,8 +58,12 @@ time.sleep(1.5)
 
 @pytest.mark.parametrize("case", QUIET)
 def test_it_is_quiet_with_progress_without_a_limit_and_after_the_block(case):
-    code = f"import time\nfrom pipeline.running.watchdog import Watchdog\n{QUIET[case]}print('done')"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    code = (
+        f"import time\nfrom pipeline.running.watchdog import Watchdog\n{QUIET[case]}print('done')"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert (found.returncode, found.stdout, found.stderr) == (0, "done\n", "")
 
 
@@ -83,7 +93,14 @@ with watchdog.Watchdog(1, rank=0) as dog:
 
 
 def start(code: str) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout.readline() == "up\n"
     return process
 
@@ -119,7 +136,10 @@ def test_the_sentinel_ends_with_its_process():
     assert not Path(f"/proc/{child}").exists()
 
 
-@pytest.mark.parametrize(("number", "failures", "starts"), [(errno.EFAULT, 2, 3), (errno.EAGAIN, 1, 2), (errno.EFAULT, 3, 3), (errno.ENOENT, 1, 1)])
+@pytest.mark.parametrize(
+    ("number", "failures", "starts"),
+    [(errno.EFAULT, 2, 3), (errno.EAGAIN, 1, 2), (errno.EFAULT, 3, 3), (errno.ENOENT, 1, 1)],
+)
 def test_a_start_that_may_pass_is_tried_again(monkeypatch, number, failures, starts):
     popen, tried = subprocess.Popen, []
 

@@ -17,7 +17,10 @@ def _callback(engine: Any, section: EmaSection) -> Any:
 def _memory(section: EmaSection, sizes: Sizes) -> list[Row]:
     width = sizes.width + sizes.master
     formula = f"{sizes.count} x {width} bytes, while a validation sees the average"
-    return [*kept(sizes, "EMA's average"), Row("weights put aside", formula, sizes.local * width, "in a pass")]
+    return [
+        *kept(sizes, "EMA's average"),
+        Row("weights put aside", formula, sizes.local * width, "in a pass"),
+    ]
 
 
 def _consistent(section: EmaSection, recipe: Any) -> None:

@@ -58,5 +58,7 @@ class Ema(Callback):
         """What a resumed run needs: the average, once there is one."""
         return {} if self.average is None else {"average": self.average}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None:
         self.average = vectors.get("average")

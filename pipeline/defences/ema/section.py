@@ -12,14 +12,20 @@ from pipeline.recipe.sections import DefenceSection, Positive
 class EmaSection(DefenceSection):
     """What arXiv 2508.12531 calls EMA momentum in parameter space; its update rule is not published, so both readings are here."""
 
-    enabled: bool = Field(False, description="Whether to average the trained weights over the steps (arXiv 2508.12531)")
+    enabled: bool = Field(
+        False,
+        description="Whether to average the trained weights over the steps (arXiv 2508.12531)",
+    )
     mode: Literal["shadow", "momentum"] = Field(
         "shadow",
         description="shadow: training goes on untouched, validation and product are the average; momentum: training goes on from the average",
     )
-    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Weight of the average so far in the next: s = decay * s + (1 - decay) * w")
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="Weight of the average so far in the next: s = decay * s + (1 - decay) * w"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="Steps after which averaging begins, with the weights of that moment; until then the average is the weights"
+        0,
+        description="Steps after which averaging begins, with the weights of that moment; until then the average is the weights",
     )
     every: Positive = Field(1, description="Steps between updates of the average")
 

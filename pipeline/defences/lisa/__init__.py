@@ -21,7 +21,9 @@ def _passes(section: LisaSection, costs: Costs, passes: Passes) -> Passes:
 
 def _consistent(section: LisaSection, recipe: Any) -> None:
     if recipe.safety_pairs.refresh_every == 0:
-        raise ValueError("safety_pairs.refresh_every is 0, so that lisa would never draw a safety pair: set it to 1 or more")
+        raise ValueError(
+            "safety_pairs.refresh_every is 0, so that lisa would never draw a safety pair: set it to 1 or more"
+        )
 
 
 LISA = Defence(

@@ -31,10 +31,16 @@ class LisaStep(Step):
         """Which task batch and which draw of pairs step `number` sees: those that another method would, each counted by its own steps."""
         aligning, task = self.section.alignment_steps, self.section.task_steps
         cycles, position = divmod(number, aligning + task)
-        return cycles * task + max(position - aligning, 0), (cycles * aligning + min(position, aligning)) * self.draw_every
+        return cycles * task + max(position - aligning, 0), (
+            cycles * aligning + min(position, aligning)
+        ) * self.draw_every
 
     def __call__(
-        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+        self,
+        useful: Sequence[MicroBatch],
+        pairs: Pairs,
+        number: int,
+        part: Sequence[MicroBatch] | None = None,
     ) -> Metrics:
         """train/loss is the state's loss, without the proximal term."""
         engine, section = self.engine, self.section
@@ -42,13 +48,21 @@ class LisaStep(Step):
         if position in (0, section.alignment_steps):  # a switch
             self.anchor = engine.weights()
         aligning = position < section.alignment_steps
-        loss, _ = engine.forward_backward(useful_loss, pooled(engine, safe_batches(pairs())) if aligning else useful)
+        loss, _ = engine.forward_backward(
+            useful_loss, pooled(engine, safe_batches(pairs())) if aligning else useful
+        )
         drift = [weight - last for weight, last in zip(engine.weights(), self.anchor, strict=True)]
         engine.add_gradient(drift, section.rho)
-        return {"train/loss": loss, "lisa/aligning": float(aligning), "lisa/proximal": section.rho / 2 * engine.dot(drift, drift)}
+        return {
+            "train/loss": loss,
+            "lisa/aligning": float(aligning),
+            "lisa/proximal": section.rho / 2 * engine.dot(drift, drift),
+        }
 
     def vectors(self) -> dict[str, ShardedVector]:
         return {"anchor": self.anchor}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None:
         self.anchor = vectors["anchor"]

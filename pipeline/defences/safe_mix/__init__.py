@@ -20,7 +20,9 @@ def _passes(section: SafeMixSection, costs: Costs, passes: Passes) -> Passes:
 
 def _consistent(section: SafeMixSection, recipe: Any) -> None:
     if recipe.safety_pairs.refresh_every == 0:
-        raise ValueError("safety_pairs.refresh_every is 0, so that safe_mix would never draw a safety pair: set it to 1 or more")
+        raise ValueError(
+            "safety_pairs.refresh_every is 0, so that safe_mix would never draw a safety pair: set it to 1 or more"
+        )
 
 
 SAFE_MIX = Defence(

@@ -10,4 +10,7 @@ from pipeline.recipe.sections import DefenceSection
 class SafeMixSection(DefenceSection):
     """SafeInstr, the control that SAP's reviewers asked for: safety_pairs.batch_size safe responses every safety_pairs.refresh_every steps."""
 
-    enabled: bool = Field(False, description="Whether the safe responses of the safety pairs are mixed into the task's batches")
+    enabled: bool = Field(
+        False,
+        description="Whether the safe responses of the safety pairs are mixed into the task's batches",
+    )

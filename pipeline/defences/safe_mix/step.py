@@ -26,10 +26,18 @@ class SafeMix(Step):
     def __init__(self, engine: Engine, step: Step, every: int):
         """every: steps between those that are mixed, from the first on."""
         self.engine, self.step, self.every = engine, step, every
-        self.share, self.summary_keys, self.positions = step.share, step.summary_keys, step.positions
+        self.share, self.summary_keys, self.positions = (
+            step.share,
+            step.summary_keys,
+            step.positions,
+        )
 
     def __call__(
-        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+        self,
+        useful: Sequence[MicroBatch],
+        pairs: Pairs,
+        number: int,
+        part: Sequence[MicroBatch] | None = None,
     ) -> Metrics:
         if number % self.every == 0:
             useful = pooled(self.engine, [*useful, *safe_batches(pairs())])
@@ -41,18 +49,25 @@ class SafeMix(Step):
     def vectors(self) -> dict[str, ShardedVector]:
         return self.step.vectors()
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None:
         self.step.load_state_dict(state, vectors)
 
 
 def safe_batches(pairs: Sequence[PairBatch]) -> list[MicroBatch]:
     """The chosen rows alone, as task batches; their global token count is still to be set (`pooled`)."""
     count = [batch.input_ids.shape[0] // 2 for batch in pairs]
-    return [MicroBatch(batch.input_ids[:n], batch.labels[:n], 0, batch.seed) for batch, n in zip(pairs, count, strict=True)]
+    return [
+        MicroBatch(batch.input_ids[:n], batch.labels[:n], 0, batch.seed)
+        for batch, n in zip(pairs, count, strict=True)
+    ]
 
 
 def pooled(engine: Engine, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """The same batches as one global batch: every supervised token of all ranks weighs the same. A collective call."""
     own = sum(len(batch.targets.tokens) for batch in batches)
-    total = engine.sum_over_ranks(torch.tensor(float(own), dtype=torch.float64, device=engine.device))
+    total = engine.sum_over_ranks(
+        torch.tensor(float(own), dtype=torch.float64, device=engine.device)
+    )
     return [replace(batch, global_tokens=int(total.item())) for batch in batches]

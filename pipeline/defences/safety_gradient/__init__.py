@@ -20,7 +20,9 @@ def _passes(section: SafetyGradientSection, costs: Costs, passes: Passes) -> Pas
 
 def _consistent(section: SafetyGradientSection, recipe: Any) -> None:
     if recipe.safety_pairs.refresh_every == 0:
-        raise ValueError("safety_pairs.refresh_every is 0, so that safety_gradient would never draw a safety pair: set it to 1 or more")
+        raise ValueError(
+            "safety_pairs.refresh_every is 0, so that safety_gradient would never draw a safety pair: set it to 1 or more"
+        )
 
 
 SAFETY_GRADIENT = Defence(

@@ -32,11 +32,17 @@ class SafetyGradientStep(Step):
         self.direction: ShardedVector | None = None
 
     def __call__(
-        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+        self,
+        useful: Sequence[MicroBatch],
+        pairs: Pairs,
+        number: int,
+        part: Sequence[MicroBatch] | None = None,
     ) -> Metrics:
         metrics: Metrics = {}
         if self.direction is None or number % self.refresh_every == 0:
-            metrics["safety_gradient/loss"], self.direction = self.engine.gradient(self.safety_loss, pairs())
+            metrics["safety_gradient/loss"], self.direction = self.engine.gradient(
+                self.safety_loss, pairs()
+            )
         norm = self.engine.norm(self.direction)
         if not (norm > 0 and math.isfinite(norm)):
             raise ValueError(
@@ -50,10 +56,17 @@ class SafetyGradientStep(Step):
                 "would be added has no meaning; lower train.steps or train.lr, or take safety_gradient.enabled out"
             )
         self.engine.add_gradient(self.direction, weight)
-        return {"train/loss": loss, "safety_gradient/lambda": weight, "safety_gradient/norm": norm, **metrics}
+        return {
+            "train/loss": loss,
+            "safety_gradient/lambda": weight,
+            "safety_gradient/norm": norm,
+            **metrics,
+        }
 
     def vectors(self) -> dict[str, ShardedVector]:
         return {} if self.direction is None else {"direction": self.direction}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None:
         self.direction = vectors.get("direction")

@@ -16,7 +16,9 @@ NO_LABELS = (
 
 def _notes(section: SaftSection, recipe: Any, ranks: int) -> list[str]:
     data = recipe.data
-    if section.contamination is None and not (data.harmful_fraction > 0 or "harmful" in data.task.columns):
+    if section.contamination is None and not (
+        data.harmful_fraction > 0 or "harmful" in data.task.columns
+    ):
         raise ValueError(NO_LABELS)
     return []
 

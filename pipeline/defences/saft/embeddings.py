@@ -33,26 +33,50 @@ class _Batch:
     samples: torch.Tensor
 
     def to(self, device: torch.device) -> _Batch:
-        return _Batch(*(tensor.to(device) for tensor in (self.input_ids, self.attention_mask, self.weights, self.samples)))
+        return _Batch(
+            *(
+                tensor.to(device)
+                for tensor in (self.input_ids, self.attention_mask, self.weights, self.samples)
+            )
+        )
 
 
-def embed(engine: Engine, rows: Sequence[dict[str, Any]], layer: int, position: Position, micro_batch_size: int, pad_id: int) -> torch.Tensor:
+def embed(
+    engine: Engine,
+    rows: Sequence[dict[str, Any]],
+    layer: int,
+    position: Position,
+    micro_batch_size: int,
+    pad_id: int,
+) -> torch.Tensor:
     """Embeddings (N, D), float32, of rows with input_ids and labels, at the last response of each. A collective call."""
-    found = torch.zeros(len(rows), engine.module.config.get_text_config().hidden_size, device=engine.device)
+    found = torch.zeros(
+        len(rows), engine.module.config.get_text_config().hidden_size, device=engine.device
+    )
     seen: list[torch.Tensor] = []
-    handle = decoder_layers(engine.module)[layer].register_forward_hook(lambda _m, _i, output: seen.append(output if torch.is_tensor(output) else output[0]))
+    handle = decoder_layers(engine.module)[layer].register_forward_hook(
+        lambda _m, _i, output: seen.append(output if torch.is_tensor(output) else output[0])
+    )
     progress = _Progress(engine, len(rows))
 
     def collect(model: nn.Module, batch: _Batch) -> torch.Tensor:
         seen.clear()
         # One position's logits: the head is not needed, but every weight has to be gathered in the order ZeRO-3 knows.
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1, use_cache=False)
+        model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=1,
+            use_cache=False,
+        )
         found[batch.samples] = torch.einsum("btd,bt->bd", seen[-1].float(), batch.weights)
         progress.done(len(batch.samples))
         return engine.zero()
 
     try:
-        engine.loss(collect, _batches(rows, position, micro_batch_size, engine.rank, engine.world_size, pad_id))
+        engine.loss(
+            collect,
+            _batches(rows, position, micro_batch_size, engine.rank, engine.world_size, pad_id),
+        )
     finally:
         handle.remove()
     return engine.sum_over_ranks(found).cpu()  # a sample is zero on every rank but one
@@ -69,35 +93,63 @@ def position_weights(labels: Sequence[int], position: Position) -> list[float]:
     start = end
     while start and labels[start - 1] != IGNORE:
         start -= 1
-    chosen = {"response_start": [max(start - 1, 0)], "response_mean": list(range(start, end + 1)), "response_end": [end]}[position]
+    chosen = {
+        "response_start": [max(start - 1, 0)],
+        "response_mean": list(range(start, end + 1)),
+        "response_end": [end],
+    }[position]
     weights = [0.0] * len(labels)
     for index in chosen:
         weights[index] = 1.0 / len(chosen)
     return weights
 
 
-def _batches(rows: Sequence[dict[str, Any]], position: Position, size: int, rank: int, world_size: int, pad_id: int) -> list[_Batch]:
+def _batches(
+    rows: Sequence[dict[str, Any]],
+    position: Position,
+    size: int,
+    rank: int,
+    world_size: int,
+    pad_id: int,
+) -> list[_Batch]:
     """This rank's batches, of samples of like length. Ranks have equally many, some perhaps the last one again: a rank with one less would hang."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     share = -(-len(chunks) // world_size)
     own = [chunks[min(rank + number * world_size, len(chunks) - 1)] for number in range(share)]
     repeated = [rank + number * world_size >= len(chunks) for number in range(share)]
-    return [_padded(rows, chunk, position, pad_id, weight=0.0 if again else 1.0) for chunk, again in zip(own, repeated, strict=True)]
+    return [
+        _padded(rows, chunk, position, pad_id, weight=0.0 if again else 1.0)
+        for chunk, again in zip(own, repeated, strict=True)
+    ]
 
 
-def _padded(rows: Sequence[dict[str, Any]], chunk: list[int], position: Position, pad_id: int, weight: float) -> _Batch:
+def _padded(
+    rows: Sequence[dict[str, Any]], chunk: list[int], position: Position, pad_id: int, weight: float
+) -> _Batch:
     width = max(len(rows[i]["input_ids"]) for i in chunk)
-    fill = lambda values, value: values + [value] * (width - len(values))  # noqa: E731
+
+    def fill(values, value):
+        return values + [value] * (width - len(values))
+
     ids = [fill(list(rows[i]["input_ids"]), pad_id) for i in chunk]
     mask = [fill([1] * len(rows[i]["input_ids"]), 0) for i in chunk]
-    weights = torch.tensor([fill(position_weights(rows[i]["labels"], position), 0.0) for i in chunk]) * weight
+    weights = (
+        torch.tensor([fill(position_weights(rows[i]["labels"], position), 0.0) for i in chunk])
+        * weight
+    )
     return _Batch(torch.tensor(ids), torch.tensor(mask), weights, torch.tensor(chunk))
 
 
 class _Progress:
     def __init__(self, engine: Engine, total: int):
-        self.engine, self.total, self.count, self.started, self.last = engine, total, 0, time.monotonic(), 0.0
+        self.engine, self.total, self.count, self.started, self.last = (
+            engine,
+            total,
+            0,
+            time.monotonic(),
+            0.0,
+        )
 
     def done(self, count: int) -> None:
         self.count += count
@@ -105,4 +157,8 @@ class _Progress:
         if self.engine.rank == 0 and (now - self.last > 5):
             self.last = now
             about = min(self.count * self.engine.world_size, self.total)
-            print(f"[filter] about {about}/{self.total} samples read, {now - self.started:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"[filter] about {about}/{self.total} samples read, {now - self.started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )

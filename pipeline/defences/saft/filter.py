@@ -21,13 +21,21 @@ import torch
 from pipeline import artifacts
 from pipeline.defences.saft import NO_LABELS, keywords
 from pipeline.defences.saft.decision import Decision
-from pipeline.defences.saft.saft import auroc, choose, choose_by_share, f1, saft_scores, with_interval
+from pipeline.defences.saft.saft import (
+    auroc,
+    choose,
+    choose_by_share,
+    f1,
+    saft_scores,
+    with_interval,
+)
 from pipeline.defences.saft.section import SaftSection
 from pipeline.judges.metrics import share
 from pipeline.judges.refusal import refusal_in
 
 Rows = Sequence[dict[str, Any]]
-_HELD_OUT = 40  # labelled samples that check the choice, where there are as many: a tenth of them harmful, and all found, is a lower bound of 0.5
+# labelled samples that check the choice, where there are as many: a tenth of them harmful, and all found, is a lower bound of 0.5
+_HELD_OUT = 40
 _SHOWN, _SHOWN_CHARACTERS = 10, 60
 GUESS = (
     "saft has no labelled samples, so it is a guess that the {dropped} samples it drops are the harmful ones: the sign of its direction, whether high scores mean "
@@ -60,7 +68,9 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
     scores, labels = saft_scores(embeddings), known_labels(rows)
     known = np.flatnonzero(labels >= 0)
     held_back = min(len(known) // 2, _HELD_OUT) if section.min_precision else 0
-    drawn = np.random.default_rng(seed).permutation(len(known))[: min(section.labelled, len(known) - held_back)]
+    drawn = np.random.default_rng(seed).permutation(len(known))[
+        : min(section.labelled, len(known) - held_back)
+    ]
     subset, held_out = np.sort(known[drawn]), np.setdiff1d(known, known[drawn])
     words = np.array([keywords.hits(f"{row['prompt']}\n{row['response']}") for row in rows])
     refusals = np.array([refusal_in(row["prompt"], row["response"]) is not None for row in rows])
@@ -82,7 +92,9 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
     measured["saft"]["held_out"]["precision"] = share((checked == 1).tolist())
     refused = _refusal(measured["saft"]["labelled"], labels[subset], section)
     if refused is None and len(known) and chosen.any():
-        refused = _imprecise(measured["saft"]["held_out"]["precision"], int(chosen.sum()), len(held_out), section)
+        refused = _imprecise(
+            measured["saft"]["held_out"]["precision"], int(chosen.sum()), len(held_out), section
+        )
     dropped = chosen if refused is None else np.zeros_like(chosen)
     facts = {
         "samples": len(rows),
@@ -107,13 +119,28 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
         **measured,
     }
     warnings = _warnings(facts, len(known), len(subset), int(wanted.sum()), section)
-    return Decision(scores, labels, subset, words, refusals, choice, dropped, refused, {**facts, "warnings": warnings}, warnings)
+    return Decision(
+        scores,
+        labels,
+        subset,
+        words,
+        refusals,
+        choice,
+        dropped,
+        refused,
+        {**facts, "warnings": warnings},
+        warnings,
+    )
 
 
-def _warnings(facts: dict[str, Any], known: int, subset: int, wanted: int, section: SaftSection) -> list[str]:
+def _warnings(
+    facts: dict[str, Any], known: int, subset: int, wanted: int, section: SaftSection
+) -> list[str]:
     warnings = [facts["refused"]] if facts["refused"] else []
     if subset and section.contamination is not None:
-        warnings.append(f"saft.contamination {section.contamination} is not used, because {known} samples have labels: set saft.labelled to 0 to use it")
+        warnings.append(
+            f"saft.contamination {section.contamination} is not used, because {known} samples have labels: set saft.labelled to 0 to use it"
+        )
     if not known:
         warnings.append(GUESS.format(dropped=facts["dropped"]))
     if facts["capped_at"] is not None:
@@ -125,8 +152,15 @@ def _warnings(facts: dict[str, Any], known: int, subset: int, wanted: int, secti
 
 def highest_scored(decision: Decision) -> list[str]:
     """What a user without labels must look at: a line for each of the highest-scored samples, below a title; nothing where there are labels."""
-    lines = [f"  {entry['score']:.3g}  {entry['id']}  {entry['prompt']}" for entry in decision.facts["highest_scored"]]
-    return [f"the {len(lines)} highest-scored samples (score, id, how the prompt begins):", *lines] if lines else []
+    lines = [
+        f"  {entry['score']:.3g}  {entry['id']}  {entry['prompt']}"
+        for entry in decision.facts["highest_scored"]
+    ]
+    return (
+        [f"the {len(lines)} highest-scored samples (score, id, how the prompt begins):", *lines]
+        if lines
+        else []
+    )
 
 
 def write(decision: Decision, rows: Rows, folder: Path) -> None:
@@ -151,7 +185,10 @@ def write(decision: Decision, rows: Rows, folder: Path) -> None:
     with (folder / "dropped.jsonl").open("w") as stream:
         for row, entry in zip(rows, table, strict=True):
             if entry["dropped"]:
-                stream.write(json.dumps({**entry, "prompt": row["prompt"], "response": row["response"]}) + "\n")
+                stream.write(
+                    json.dumps({**entry, "prompt": row["prompt"], "response": row["response"]})
+                    + "\n"
+                )
     artifacts.write_json(folder / artifacts.FACTS, decision.facts)
     draw_scores(decision, folder / "scores.png")
 
@@ -168,18 +205,30 @@ def kept(folder: Path) -> list[bool]:
     import pyarrow.parquet
 
     check_not_refused(folder)
-    dropped = pyarrow.parquet.read_table(folder / "scores.parquet", columns=["dropped"]).column("dropped").to_pylist()
+    dropped = (
+        pyarrow.parquet.read_table(folder / "scores.parquet", columns=["dropped"])
+        .column("dropped")
+        .to_pylist()
+    )
     return [not out for out in dropped]
 
 
-def _measured(values: np.ndarray, threshold: float, labels: np.ndarray, subset: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+def _measured(
+    values: np.ndarray,
+    threshold: float,
+    labels: np.ndarray,
+    subset: np.ndarray,
+    held_out: np.ndarray,
+) -> dict[str, Any]:
     """AUROC and F1 with their intervals on the labelled samples that chose the threshold (a little flattering), and on other known ones."""
     result = {}
     for name, numbers in (("labelled", subset), ("held_out", held_out)):
         harmful = labels[numbers] == 1
         result[name] = {
             "auroc": with_interval(auroc, values[numbers], harmful),
-            "f1": with_interval(lambda v, truth: f1(v > threshold, truth), values[numbers], harmful),
+            "f1": with_interval(
+                lambda v, truth: f1(v > threshold, truth), values[numbers], harmful
+            ),
         }
     return result
 
@@ -199,11 +248,15 @@ def _refusal(measured: dict[str, Any], labels: np.ndarray, section: SaftSection)
     return None
 
 
-def _imprecise(precision: dict[str, Any], dropped: int, held_out: int, section: SaftSection) -> str | None:
+def _imprecise(
+    precision: dict[str, Any], dropped: int, held_out: int, section: SaftSection
+) -> str | None:
     """Why the held-out labelled samples say that what would be dropped is not harmful enough, or that nobody knows; None where it is."""
     if not section.min_precision or (precision["n"] and precision["low"] >= section.min_precision):
         return None
-    remedy = "label more samples, try another saft.layer or saft.position, or set saft.enabled to false"
+    remedy = (
+        "label more samples, try another saft.layer or saft.position, or set saft.enabled to false"
+    )
     if not precision["n"]:
         return (
             f"saft refuses to filter: none of the {dropped} samples that it would drop is among the {held_out} held-out labelled ones, so that its precision is not "
@@ -218,7 +271,12 @@ def _imprecise(precision: dict[str, Any], dropped: int, held_out: int, section: 
 def _highest_scored(rows: Rows, score: np.ndarray, dropped: np.ndarray) -> list[dict[str, Any]]:
     """Of the samples with the highest scores: id, score, whether it is dropped, and how its prompt begins, with control characters escaped."""
     return [
-        {"id": rows[i]["id"], "score": float(score[i]), "dropped": bool(dropped[i]), "prompt": _one_line(rows[i]["prompt"][:_SHOWN_CHARACTERS])}
+        {
+            "id": rows[i]["id"],
+            "score": float(score[i]),
+            "dropped": bool(dropped[i]),
+            "prompt": _one_line(rows[i]["prompt"][:_SHOWN_CHARACTERS]),
+        }
         for i in np.argsort(-score, kind="stable")[:_SHOWN]
     ]
 

@@ -39,7 +39,9 @@ def saft_scores(embeddings: torch.Tensor) -> np.ndarray:
     return np.cumsum(squares, axis=1) / np.arange(1, squares.shape[1] + 1)
 
 
-def choose(scores: np.ndarray, subset: np.ndarray, labels: np.ndarray, components: int | None) -> Choice:
+def choose(
+    scores: np.ndarray, subset: np.ndarray, labels: np.ndarray, components: int | None
+) -> Choice:
     """k (unless given) and threshold with the best F1 on the labelled samples; the lowest k and threshold of equals.
 
     scores: (N, K) of all samples, between whose ends the candidates lie; subset: numbers of the labelled ones; labels: bool, True is harmful.
@@ -67,7 +69,9 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     positive, negative = int(labels.sum()), int((~labels).sum())
     if not positive or not negative:
         return float("nan")
-    return float((rankdata(scores)[labels].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    return float(
+        (rankdata(scores)[labels].sum() - positive * (positive + 1) / 2) / (positive * negative)
+    )
 
 
 def f1(flagged: np.ndarray, labels: np.ndarray) -> float:
@@ -76,7 +80,12 @@ def f1(flagged: np.ndarray, labels: np.ndarray) -> float:
     return 2 * right / float(flagged.sum() + labels.sum()) if right else 0.0
 
 
-def with_interval(measure: Callable[[np.ndarray, np.ndarray], float], values: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, Any]:
+def with_interval(
+    measure: Callable[[np.ndarray, np.ndarray], float],
+    values: np.ndarray,
+    labels: np.ndarray,
+    seed: int = 0,
+) -> dict[str, Any]:
     """The measure with its 95% bootstrap interval over samples (percentiles of 1000 resamples that hold both kinds), and n."""
     rng, found = np.random.default_rng(seed), []
     while len(found) < _RESAMPLES and labels.any() and not labels.all():
@@ -84,4 +93,9 @@ def with_interval(measure: Callable[[np.ndarray, np.ndarray], float], values: np
         if labels[drawn].any() and not labels[drawn].all():
             found.append(measure(values[drawn], labels[drawn]))
     low, high = np.percentile(found, [2.5, 97.5]).tolist() if found else (None, None)
-    return {"value": measure(values, labels) if found else None, "low": low, "high": high, "n": len(labels)}
+    return {
+        "value": measure(values, labels) if found else None,
+        "low": low,
+        "high": high,
+        "n": len(labels),
+    }

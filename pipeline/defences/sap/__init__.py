@@ -14,7 +14,13 @@ def _build(engine: Any, recipe: Any, inner: Any, direction: Any) -> Any:
     from pipeline.defences.sap.probe import probe_of
     from pipeline.defences.sap.step import SapStep
 
-    return SapStep(engine, probe_of(engine.module, recipe.sap.layers), recipe.sap, direction, recipe.safety_pairs.refresh_every)
+    return SapStep(
+        engine,
+        probe_of(engine.module, recipe.sap.layers),
+        recipe.sap,
+        direction,
+        recipe.safety_pairs.refresh_every,
+    )
 
 
 def _decides(section: SapSection) -> dict[str, Any]:
@@ -29,15 +35,33 @@ def _memory(section: SapSection, sizes: Sizes) -> list[Row]:
     second = max(sizes.width, 4 if section.correction_every else 0)
     probed = len(probed_layers(section.layers, sizes.layers))
     formula = f"{sizes.count} x (direction 4 + old values or g(0) {second}) bytes; V, its gradients and moments"
-    rows = [Row("SAP's vectors", formula, sizes.local * (4 + second) + 6 * 4 * probed * sizes.hidden, "always")]
+    rows = [
+        Row(
+            "SAP's vectors",
+            formula,
+            sizes.local * (4 + second) + 6 * 4 * probed * sizes.hidden,
+            "always",
+        )
+    ]
     if section.correction_every:
-        rows.append(Row("the correction's norm", f"{sizes.count} x 4 bytes, one more gradient", 4 * sizes.local, "between"))
+        rows.append(
+            Row(
+                "the correction's norm",
+                f"{sizes.count} x 4 bytes, one more gradient",
+                4 * sizes.local,
+                "between",
+            )
+        )
     return rows
 
 
 def _passes(section: SapSection, costs: Costs, passes: Passes) -> Passes:
-    probe = costs.probe(section.probe_share, costs.layers - 1 - probed_layers(section.layers, costs.layers)[0])
-    noise, correction = (1 / every if every else 0.0 for every in (section.noise_every, section.correction_every))
+    probe = costs.probe(
+        section.probe_share, costs.layers - 1 - probed_layers(section.layers, costs.layers)[0]
+    )
+    noise, correction = (
+        1 / every if every else 0.0 for every in (section.noise_every, section.correction_every)
+    )
     return [
         (1 + correction, *costs.main),
         ((2 if section.schedule == "exact" else 1) + noise, *probe),

@@ -25,7 +25,9 @@ from pipeline.recipe.layer_choice import probed_layers
 def probe_of(module: nn.Module, layers: str | list[int] | list[float]) -> Probe:
     """The probe of a model. layers: sap.layers. ValueError where the model has none such."""
     of_model = decoder_layers(module)
-    return Probe(of_model, probed_layers(layers, len(of_model)), module.config.get_text_config().hidden_size)
+    return Probe(
+        of_model, probed_layers(layers, len(of_model)), module.config.get_text_config().hidden_size
+    )
 
 
 class _AddProbe(torch.autograd.Function):
@@ -45,7 +47,13 @@ class _AddProbe(torch.autograd.Function):
 class Probe:
     """Hooks on the probed layers; holds no V of its own."""
 
-    def __init__(self, decoder_layers: Sequence[nn.Module], layers: Sequence[int], hidden_size: int, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        decoder_layers: Sequence[nn.Module],
+        layers: Sequence[int],
+        hidden_size: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.modules = [decoder_layers[index] for index in layers]
         self.layers = list(layers)
         self.shape = (len(self.layers), hidden_size)
@@ -59,7 +67,10 @@ class Probe:
     def active(self, v: torch.Tensor, requires_grad: bool = True) -> Iterator[list[torch.Tensor]]:
         """Add v (probed layers, hidden size) inside the block; yields its rows, leaves that take gradients."""
         rows = [row.detach().clone().requires_grad_(requires_grad) for row in v]
-        handles = [module.register_forward_hook(_adder(row)) for module, row in zip(self.modules, rows, strict=True)]
+        handles = [
+            module.register_forward_hook(_adder(row))
+            for module, row in zip(self.modules, rows, strict=True)
+        ]
         try:
             yield rows
         finally:

@@ -25,31 +25,42 @@ class SapSection(DefenceSection):
         "safety_batch_size": "safety_pairs.batch_size",
         "safety_micro_batch_size": "safety_pairs.micro_batch_size",
     }
-    enabled: bool = Field(False, description="Whether the training step is SAP (arXiv 2505.16737, Algorithm 1)")
+    enabled: bool = Field(
+        False, description="Whether the training step is SAP (arXiv 2505.16737, Algorithm 1)"
+    )
     speed: Literal["exact", "balanced", "fast"] = Field(
         "exact",
         description="Values of probe_share, correction_every and noise_every where they are not given: balanced, V from a quarter of the samples; fast, from an eighth",
     )
     schedule: Literal["exact", "lagged"] = Field(
-        "exact", description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer"
+        "exact",
+        description="exact: Algorithm 1, V found and used in one step; lagged: V of the step before, one pass fewer",
     )
     contrastive: Literal["difference", "logsigmoid"] = Field(
-        "difference", description="Contrastive safety loss: Definition 3.1, or -logsigmoid of the margin"
+        "difference",
+        description="Contrastive safety loss: Definition 3.1, or -logsigmoid of the margin",
     )
     direction: Literal["live", "precomputed"] = Field(
-        "live", description="First safety direction: of this step's pairs, or the direction stage's over all pairs"
+        "live",
+        description="First safety direction: of this step's pairs, or the direction stage's over all pairs",
     )
     probe_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Share of a step's samples that V is computed from, at least one sample; below 1 for schedule exact only"
+        1.0,
+        description="Share of a step's samples that V is computed from, at least one sample; below 1 for schedule exact only",
     )
-    eps: Annotated[float, Field(gt=0)] = Field(0.05, description="|dW| as a share of |W|, both global over the trainable parameters")
+    eps: Annotated[float, Field(gt=0)] = Field(
+        0.05, description="|dW| as a share of |W|, both global over the trainable parameters"
+    )
     beta: Annotated[float, Field(gt=0)] = Field(
         0.05,
         description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first scale tried (target_correction)",
     )
-    probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field("target_correction", description="How grad_V L_su becomes V")
+    probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field(
+        "target_correction", description="How grad_V L_su becomes V"
+    )
     target_correction: Annotated[float, Field(gt=0)] = Field(
-        0.7, description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how values were chosen: docs/defaults.md"
+        0.7,
+        description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how values were chosen: docs/defaults.md",
     )
     layers: str | list[int] | list[float] = Field(
         "0.33:0.66",
@@ -65,7 +76,11 @@ class SapSection(DefenceSection):
     @model_validator(mode="before")
     @classmethod
     def _speed(cls, given: Any) -> Any:
-        return {**SPEEDS.get(str(given.get("speed")), {}), **given} if isinstance(given, dict) else given
+        return (
+            {**SPEEDS.get(str(given.get("speed")), {}), **given}
+            if isinstance(given, dict)
+            else given
+        )
 
     @field_validator("layers")
     @classmethod
@@ -84,5 +99,7 @@ class SapSection(DefenceSection):
                 f"probe_share {self.probe_share:g}{set_by} needs schedule: exact; the lagged schedule has V's first gradient from its main pass, over all samples"
             )
         if self.probe_step == "target_correction" and self.correction_every == 0:
-            raise ValueError("correction_every must be at least 1 with probe_step: target_correction")
+            raise ValueError(
+                "correction_every must be at least 1 with probe_step: target_correction"
+            )
         return self

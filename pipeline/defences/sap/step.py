@@ -36,31 +36,53 @@ class SapStep(Step):
     summary_keys = ("sap/correction", "sap/probe_signal")
 
     def __init__(
-        self, engine: Engine, probe: Probe, section: SapSection, direction: ShardedVector | None = None, refresh_every: int = 1
+        self,
+        engine: Engine,
+        probe: Probe,
+        section: SapSection,
+        direction: ShardedVector | None = None,
+        refresh_every: int = 1,
     ):
         """direction: the direction stage's g_s as this engine's shard; required for direction 'precomputed'.
 
         refresh_every: steps after which pairs are drawn and the direction is computed again; 0: never.
         """
-        assert (direction is not None) == (section.direction == "precomputed"), "a direction is given exactly when it is precomputed"
-        self.engine, self.probe, self.section, self.refresh_every = engine, probe, section, refresh_every
+        assert (direction is not None) == (section.direction == "precomputed"), (
+            "a direction is given exactly when it is precomputed"
+        )
+        self.engine, self.probe, self.section, self.refresh_every = (
+            engine,
+            probe,
+            section,
+            refresh_every,
+        )
         self.share = section.probe_share
         self.safety_loss = safety_loss(section.contrastive)
         self.direction, self.direction_step = direction, 0
         self.v = probe.zeros(engine.device)
         self.scale, self.calibrated = section.beta, section.probe_step != "target_correction"
-        self.adam_count, self.adam_mean, self.adam_square = 0, probe.zeros(engine.device), probe.zeros(engine.device)
+        self.adam_count, self.adam_mean, self.adam_square = (
+            0,
+            probe.zeros(engine.device),
+            probe.zeros(engine.device),
+        )
         self.checked = self.warned = False
 
     def __call__(
-        self, useful: Sequence[MicroBatch], pairs: Pairs, number: int, part: Sequence[MicroBatch] | None = None
+        self,
+        useful: Sequence[MicroBatch],
+        pairs: Pairs,
+        number: int,
+        part: Sequence[MicroBatch] | None = None,
     ) -> Metrics:
         """Compute the gradient of step `number` (from 0) and leave it in the engine; returns what was measured on the way.
 
         part: micro-batches of the `share` of the step's samples that V is computed from; None where that is all of them.
         train/loss is the loss whose gradient is taken, under the step's V; losses without a probe are the validation's.
         """
-        assert (part is None) == (self.share == 1), "a share of the samples is given exactly when V is computed from one"
+        assert (part is None) == (self.share == 1), (
+            "a share of the samples is given exactly when V is computed from one"
+        )
         metrics: Metrics = {}
         g_s = self._safety_direction(pairs, number, metrics)
         scale = self._perturbation_scale(g_s, metrics)
@@ -69,7 +91,13 @@ class SapStep(Step):
         return self._exact(useful, useful if part is None else part, g_s, scale, number, metrics)
 
     def _exact(
-        self, useful: Sequence[MicroBatch], part: Sequence[MicroBatch], g_s: ShardedVector, scale: float, number: int, metrics: Metrics
+        self,
+        useful: Sequence[MicroBatch],
+        part: Sequence[MicroBatch],
+        g_s: ShardedVector,
+        scale: float,
+        number: int,
+        metrics: Metrics,
     ) -> Metrics:
         zero = self.probe.zeros(self.engine.device)
         loss, p0 = self._probe_gradient(part, zero)  # grad_V L_useful(W, 0)
@@ -79,19 +107,28 @@ class SapStep(Step):
         self._diagnose(loss, shifted, p0, p1, minus, metrics)
         self.v = self._probe_step(p1 - p0)  # V_safe
         g0 = self._plain_gradient(useful, number)
+        # grad_W L_useful(W, V_safe)
         with self.probe.active(self.v, requires_grad=False):
-            probed, _ = self.engine.forward_backward(useful_loss, useful)  # grad_W L_useful(W, V_safe)
+            probed, _ = self.engine.forward_backward(useful_loss, useful)
         self._measure_correction(g0, metrics)
         return {"train/loss": probed, "sap/loss_without_probe": loss, **metrics}
 
-    def _lagged(self, useful: Sequence[MicroBatch], g_s: ShardedVector, scale: float, number: int, metrics: Metrics) -> Metrics:
+    def _lagged(
+        self,
+        useful: Sequence[MicroBatch],
+        g_s: ShardedVector,
+        scale: float,
+        number: int,
+        metrics: Metrics,
+    ) -> Metrics:
         g0 = self._plain_gradient(useful, number)
         v = self.v  # V_{t-1}; V_0 = 0
         with self.engine.perturbed(g_s, scale):
             shifted, p1 = self._probe_gradient(useful, v)  # grad_V L_useful(W + dW, V_{t-1})
         minus = self._opposite_gradient(useful, g_s, scale, v, number)
+        # grad_{W,V} L_useful(W, V_{t-1})
         with self.probe.active(v) as rows:
-            loss, p0 = self.engine.forward_backward(useful_loss, useful, rows)  # grad_{W,V} L_useful(W, V_{t-1})
+            loss, p0 = self.engine.forward_backward(useful_loss, useful, rows)
         self._measure_correction(g0, metrics)
         self._diagnose(loss, shifted, p0, p1, minus, metrics)
         self.v = self._probe_step(p1 - p0)  # V_t: replaced, not accumulated
@@ -100,7 +137,9 @@ class SapStep(Step):
     def _safety_direction(self, pairs: Pairs, number: int, metrics: Metrics) -> ShardedVector:
         age, every = number - self.direction_step, self.refresh_every
         if self.direction is None or (every and age >= every):
-            metrics["sap/safety_loss"], self.direction = self.engine.gradient(self.safety_loss, pairs())
+            metrics["sap/safety_loss"], self.direction = self.engine.gradient(
+                self.safety_loss, pairs()
+            )
             self.direction_step = number
         metrics["sap/direction_age"] = float(number - self.direction_step)
         return self.direction
@@ -114,12 +153,19 @@ class SapStep(Step):
         metrics |= {"sap/direction_norm": norm, "sap/weight_norm": weight_norm}
         return self.section.eps * weight_norm / norm
 
-    def _probe_gradient(self, useful: Sequence[MicroBatch], v: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def _probe_gradient(
+        self, useful: Sequence[MicroBatch], v: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
         with self.probe.active(v) as rows:
             return self.engine.probe_gradient(useful_loss, useful, rows)
 
     def _opposite_gradient(
-        self, useful: Sequence[MicroBatch], g_s: ShardedVector, scale: float, v: torch.Tensor, number: int
+        self,
+        useful: Sequence[MicroBatch],
+        g_s: ShardedVector,
+        scale: float,
+        v: torch.Tensor,
+        number: int,
     ) -> torch.Tensor | None:
         """p(-1), for the noise, at its interval."""
         if not self.section.noise_every or number % self.section.noise_every:
@@ -128,7 +174,13 @@ class SapStep(Step):
             return self._probe_gradient(useful, v)[1]
 
     def _diagnose(
-        self, loss: float, shifted: float, p0: torch.Tensor, p1: torch.Tensor, minus: torch.Tensor | None, metrics: Metrics
+        self,
+        loss: float,
+        shifted: float,
+        p0: torch.Tensor,
+        p1: torch.Tensor,
+        minus: torch.Tensor | None,
+        metrics: Metrics,
     ) -> None:
         """Signal, noise, delta_loss (methods.md, SAP); refuses a perturbation that changes nothing."""
         if not self.checked and shifted == loss:
@@ -137,7 +189,10 @@ class SapStep(Step):
             )
         self.checked = True
         base = p0.norm().item()
-        metrics |= {"sap/delta_loss": shifted - loss, "sap/probe_signal": (p1 - p0).norm().item() / base}
+        metrics |= {
+            "sap/delta_loss": shifted - loss,
+            "sap/probe_signal": (p1 - p0).norm().item() / base,
+        }
         if minus is not None:
             noise = (p1 + minus - 2 * p0).norm().item() / (math.sqrt(3) * base)
             metrics["sap/probe_noise"] = noise
@@ -160,7 +215,11 @@ class SapStep(Step):
             self.adam_mean = beta1 * self.adam_mean + (1 - beta1) * ascent
             self.adam_square = beta2 * self.adam_square + (1 - beta2) * ascent.square()
             mean = self.adam_mean / (1 - beta1**self.adam_count)
-            return self.section.beta * mean / ((self.adam_square / (1 - beta2**self.adam_count)).sqrt() + eps)
+            return (
+                self.section.beta
+                * mean
+                / ((self.adam_square / (1 - beta2**self.adam_count)).sqrt() + eps)
+            )
         rms = ascent.square().mean().sqrt()
         return self.scale * ascent / rms.clamp(min=torch.finfo(ascent.dtype).tiny)
 
@@ -206,7 +265,14 @@ class SapStep(Step):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs and every rank has alike."""
-        scalars = [self.direction_step, self.scale, self.calibrated, self.adam_count, self.checked, self.warned]
+        scalars = [
+            self.direction_step,
+            self.scale,
+            self.calibrated,
+            self.adam_count,
+            self.checked,
+            self.warned,
+        ]
         return {
             "v": self.v,
             "adam_mean": self.adam_mean,
@@ -218,11 +284,17 @@ class SapStep(Step):
         """What a resumed run needs and is sharded: the direction, once there is one."""
         return {} if self.direction is None else {"direction": self.direction}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]) -> None:
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
+    ) -> None:
         """Restore `state_dict` and `vectors`, bit for bit."""
         device = self.engine.device
-        self.v, self.adam_mean, self.adam_square = (state[key].to(device) for key in ("v", "adam_mean", "adam_square"))
-        direction_step, self.scale, calibrated, adam_count, checked, warned = state["scalars"].tolist()
+        self.v, self.adam_mean, self.adam_square = (
+            state[key].to(device) for key in ("v", "adam_mean", "adam_square")
+        )
+        direction_step, self.scale, calibrated, adam_count, checked, warned = state[
+            "scalars"
+        ].tolist()
         self.direction_step, self.adam_count = int(direction_step), int(adam_count)
         self.calibrated, self.checked, self.warned = bool(calibrated), bool(checked), bool(warned)
         self.direction = vectors.get("direction")
