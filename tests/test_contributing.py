@@ -145,7 +145,7 @@ def test_slurm_submits_the_toy_stage(copy, project):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert found.returncode == 0, found.stderr
     (line,) = [line for line in found.stdout.splitlines() if line.startswith("count ")]

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,19 +30,31 @@ def project(tmp_path_factory) -> tuple[Path, dict]:
     return tracked_project(tmp_path_factory.mktemp("tracking"))
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """On a busy machine a delivery may need longer than a stage would wait for."""
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 300.0)
+
+
 def test_a_dead_server_costs_no_time_and_one_warning_and_is_caught_up_later(
     project, tmp_path, monkeypatch, capfd
 ):
     layout, losses = layout_in(project, tmp_path), [(step, 1.0 / step) for step in range(1, 41)]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
-    started = time.monotonic()
+    asked, real = [], tracking.Store
+
+    def asked_by(*given):
+        asked.append(threading.current_thread().name)
+        return real(*given)
+
+    monkeypatch.setattr(tracking, "Store", asked_by)
     with open_run(layout, "sft-s0", "train-1", cell=layout.experiment.cell("sft", 0)) as run:
         for step, loss in losses:
             run.log_metrics({"train/loss": loss}, step)
-        logging = time.monotonic() - started
-        time.sleep(1.0)  # the failure happens while the run goes on
+        # the failure happens while the run goes on
+        until(lambda: bool(asked) and run.sender._name() in tracking._warned)
         run.log_metrics({"train/loss": 0.5}, 41)
-    assert logging < 1.0 and time.monotonic() - started < 25.0
+    assert set(asked) == {"mlflow"}, "the training asks for nothing itself"
     error = capfd.readouterr().err
     assert (
         error.lower().count("warning") == 1
@@ -292,16 +305,25 @@ def test_a_full_disk_costs_a_warning_not_the_training(project, tmp_path, capfd):
 
 def test_a_server_that_never_answers_is_waited_for_once(project, tmp_path, monkeypatch, capfd):
     layout = layout_in(project, tmp_path)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 3.0)
+    waited, join = [], threading.Thread.join
+
+    def wait(thread, timeout=None):
+        if thread.name == "mlflow":
+            waited.append(timeout)
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", wait)
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:  # accepts, and says nothing
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
-        seconds = []
         for key in ("prepare-1", "train-1", "report-1"):
-            started = time.monotonic()
             with open_run(layout, key, key):
                 pass
-            seconds.append(time.monotonic() - started)
-    assert seconds[0] < 21 and max(seconds[1:]) < 3, seconds
+    for thread in [each for each in threading.enumerate() if each.name == "mlflow"]:
+        join(thread)  # it has nobody to ask now, and must not warn in another test
+    assert waited == [3.0, tracking._CLOSE_SECONDS_WARNED, tracking._CLOSE_SECONDS_WARNED]
+    assert tracking._CLOSE_SECONDS_WARNED < 3.0
     assert capfd.readouterr().err.count("warning") == 1
 
 

@@ -92,7 +92,7 @@ def test_nothing_heavy_is_imported(project, arguments):
         env=quiet(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
 

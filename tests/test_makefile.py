@@ -24,7 +24,7 @@ def test_setup_is_not_complete_where_pip_has_failed(tmp_path, code, ready):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "setup", f"PYTHON={python}", f"VENV={venv}"]
     made = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
+        command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment
     )
     assert (made.returncode == 0, (venv / "ready").exists()) == (ready, ready), made.stderr
     assert "said by pip" in made.stdout and "WARNING: Location" not in made.stdout

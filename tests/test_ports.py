@@ -39,7 +39,7 @@ def test_two_runs_without_a_launcher_are_up_at_the_same_time():
         said = [run.stdout.readline() for run in runs]
         assert said == ["up 1\n"] * 2, [run.poll() is None or run.stderr.read() for run in runs]
         assert [run.poll() for run in runs] == [None, None]
-        ends = [run.communicate(timeout=60)[1] for run in runs]
+        ends = [run.communicate(timeout=900)[1] for run in runs]
         assert [run.returncode for run in runs] == [0, 0], ends
     finally:
         for run in runs:

@@ -92,16 +92,16 @@ def test_the_allocator_is_told_to_keep_memory_and_the_user_has_the_last_word(
 
 def test_a_failed_rank_ends_the_others_and_gives_its_code(launch, warm, monkeypatch):
     monkeypatch.setattr(runner, "_GRACE", 0.5)
-    launch("sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)")
-    started = time.monotonic()
-    assert runner.run_ranks("job.py", [], 2, warm) == 7
-    assert time.monotonic() - started < 30, "the hanging rank was not waited for"
+    launch("sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(1000)")
+    assert runner.run_ranks("job.py", [], 2, warm) == 7  # nobody waits for the rank that hangs
 
 
 @pytest.mark.parametrize("handler", ["lambda *_: sys.exit(0)", "signal.SIG_DFL"])
 def test_a_request_to_stop_is_passed_on_and_remembered(launch, warm, handler):
     """Also where the processes then end with 0, because the work was done, or have no handler yet."""
-    out = launch(f"signal.signal(signal.SIGTERM, {handler})\n(out / 'up').touch()\ntime.sleep(60)")
+    out = launch(
+        f"signal.signal(signal.SIGTERM, {handler})\n(out / 'up').touch()\ntime.sleep(1000)"
+    )
     thread = signal_when(out / "up")
     assert runner.run_ranks("job.py", [], 1, warm) == runner.STOPPED
     thread.join()
@@ -129,7 +129,7 @@ def test_a_failure_leaves_the_other_jobs_alone_and_is_told_in_the_end(launch, wa
 
 
 def test_after_a_stop_nothing_new_is_started(launch, warm):
-    out = launch("(out / sys.argv[1]).touch()\ntime.sleep(60)")
+    out = launch("(out / sys.argv[1]).touch()\ntime.sleep(1000)")
     thread = signal_when(out / "third")
     assert (
         runner.run_side_by_side("job.py", [["third"], ["fourth"]], slots=1, warm=warm)
@@ -145,7 +145,7 @@ def test_a_request_to_stop_outweighs_what_failed_before_it(launch, warm, monkeyp
     saves = "signal.signal(signal.SIGTERM, lambda *_: ((out / 'saved').touch(), sys.exit(0)))\n"
     out = launch(
         f"name = (sys.argv + [os.environ.get('RANK')])[1]\nif name in ('bad', '1'): sys.exit(3)\n{saves}"
-        "time.sleep(0.3)\n(out / 'up').touch()\ntime.sleep(60)"
+        "time.sleep(0.3)\n(out / 'up').touch()\ntime.sleep(1000)"
     )
 
     def beside():
@@ -163,7 +163,7 @@ def test_a_request_to_stop_outweighs_what_failed_before_it(launch, warm, monkeyp
 def test_a_request_that_comes_while_ranks_are_started_reaches_those_and_starts_no_more(
     launch, warm, monkeypatch
 ):
-    launch("sys.argv[1:] == ['at once'] or time.sleep(60)")
+    launch("sys.argv[1:] == ['at once'] or time.sleep(1000)")
     # a parent that still imports would start none at all
     assert runner.run_ranks("job.py", ["at once"], 1, warm) == 0
     started, start = [], runner._start
@@ -188,16 +188,16 @@ def test_a_ctrl_c_reaches_jobs_through_us_alone(launch, warm):
     assert runner.run_ranks("job.py", [], 1, warm) == 0 and (out / "went on").exists()
 
 
-def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(launch, warm, capfd):
+def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(
+    launch, warm, capfd, monkeypatch
+):
+    """Nobody waits for the rank that hangs in a collective."""
+    monkeypatch.setattr(runner, "_GRACE", 1000.0)
     launch(
         f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline.running import entry\n"
-        "def main():\n    if os.environ['RANK'] == '2': time.sleep(60)\n    raise OSError(28, 'No space left on device', '/runs')\nentry.run(main)"
+        "def main():\n    if os.environ['RANK'] == '2': time.sleep(1000)\n    raise OSError(28, 'No space left on device', '/runs')\nentry.run(main)"
     )
-    started = time.monotonic()
     assert runner.run_ranks("job.py", [], 3, warm) == runner.SYSTEM_ERROR
-    assert time.monotonic() - started < runner._GRACE, (
-        "nobody waits for the rank that hangs in a collective"
-    )
     said = capfd.readouterr().err
     assert (
         said.count("error: /runs: No space left on device") == 1
@@ -209,7 +209,7 @@ def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(launc
 def test_a_rank_that_alone_meets_an_error_of_the_system_says_so(launch, warm, capfd):
     launch(
         f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nfrom pipeline.running import entry\nentry._BEHIND_THE_FIRST = 0.1\n"
-        "def main():\n    if os.environ['RANK'] == '0': time.sleep(60)\n    raise OSError(5, 'Input/output error', '/data')\nentry.run(main)"
+        "def main():\n    if os.environ['RANK'] == '0': time.sleep(1000)\n    raise OSError(5, 'Input/output error', '/data')\nentry.run(main)"
     )
     assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
     assert (
@@ -262,11 +262,13 @@ def test_ranks_that_are_left_alone_are_no_second_sentence(launch, warm, capfd, e
 CUT_WHILE_READ = "import mmap\nf = open(out / 'f', 'w+b'); f.truncate(8192); m = mmap.mmap(f.fileno(), 8192); f.truncate(0); m[5000]"
 
 
-def test_a_mapped_file_that_is_cut_ends_a_rank_without_a_word_so_we_say_it(launch, warm, capfd):
-    launch(f"if os.environ['RANK'] == '0': time.sleep(60)\n{CUT_WHILE_READ}")
-    started = time.monotonic()
+def test_a_mapped_file_that_is_cut_ends_a_rank_without_a_word_so_we_say_it(
+    launch, warm, capfd, monkeypatch
+):
+    """Nor is the grace waited for."""
+    monkeypatch.setattr(runner, "_GRACE", 1000.0)
+    launch(f"if os.environ['RANK'] == '0': time.sleep(1000)\n{CUT_WHILE_READ}")
     assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
-    assert time.monotonic() - started < runner._GRACE
     said = capfd.readouterr().err
     assert (
         said.startswith("error: a file of weights was cut short while it was read")
@@ -278,7 +280,7 @@ def test_what_we_kill_after_another_one_s_failure_is_no_error_of_its_own(
     launch, warm, capfd, monkeypatch
 ):
     monkeypatch.setattr(runner, "_GRACE", 0.5)
-    launch("if os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(60)")
+    launch("if os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(1000)")
     assert runner.run_ranks("job.py", [], 2, warm) == 3 and "SIGKILL" not in capfd.readouterr().err
 
 
@@ -297,7 +299,7 @@ def test_a_request_while_we_work_ourselves_is_raised_once_and_handlers_come_back
     with pytest.raises(runner.Stopped, match="SIGUSR1"), runner.stoppable():
         try:
             os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(60)
+            time.sleep(1000)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # a scheduler that grows impatient
             tidied.append(True)

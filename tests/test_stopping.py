@@ -34,7 +34,7 @@ def save(*_):
 signal.signal(signal.SIGTERM, save)
 (root / f"up-{{method}}").touch()
 if method.startswith("slow"):
-    time.sleep(60)
+    time.sleep(1000)
 folder = pathlib.Path(json.loads((root / "folders.json").read_text())[method])
 folder.mkdir(parents=True)
 (folder / "DONE").touch()
@@ -43,7 +43,7 @@ EVALUATE = """
 import pathlib, sys, time
 root, method = pathlib.Path({root!r}), sys.argv[sys.argv.index("--method") + 1]
 (root / f"evaluated-{{method}}").touch()
-time.sleep(60 if method == "slow" else 0)
+time.sleep(1000 if method == "slow" else 0)
 """
 
 
@@ -203,7 +203,7 @@ def test_a_stop_while_the_command_itself_prepares_leaves_nothing_half_written(
         with artifacts.building(Layout(experiment).prepare(), {}) as folder:
             (folder / "half.parquet").touch()
             os.kill(os.getpid(), number)
-            time.sleep(60)
+            time.sleep(1000)
 
     assert cli.main(["run", str(project("good", prepare=prepare))]) == runner.STOPPED
     assert (

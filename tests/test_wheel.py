@@ -30,7 +30,7 @@ class Installed:
         clean = {name: value for name, value in quiet(environment).items() if name != "PYTHONPATH"}
         command = [str(self.environment / "bin" / program), *map(str, arguments)]
         return subprocess.run(
-            command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=280
+            command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=900
         )
 
 
@@ -51,7 +51,7 @@ def installed(tmp_path_factory) -> Installed:
 
     def run(*command: str | Path) -> None:
         found = subprocess.run(
-            [str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=280
+            [str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=900
         )
         assert found.returncode == 0, found.stdout + found.stderr
 
@@ -202,7 +202,7 @@ def test_the_recipes_that_it_holds_are_listed(installed, empty):
         cwd=empty,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
     )
     lines = found.stdout.splitlines()
     assert found.returncode == 0 and [line.split()[0] for line in lines] == sorted(
@@ -218,7 +218,7 @@ def test_its_job_scripts_submit_themselves(installed, empty):
     clean |= {"SAP_PYTHON": str(installed.environment / "bin" / "python"), "HF_HUB_OFFLINE": "1"}
     command = [scripts / "submit.sh", "launch/recipes/llama_7b_sap.yaml", "--dry-run"]
     found = subprocess.run(
-        command, cwd=empty, env=clean, capture_output=True, text=True, timeout=60
+        command, cwd=empty, env=clean, capture_output=True, text=True, timeout=900
     )
     assert found.returncode == 0, found.stderr
     assert (

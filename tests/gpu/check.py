@@ -63,7 +63,11 @@ class Setting:
 
     def sap(self, part: Part, seconds: float, *arguments: str) -> str:
         """Run `sap`; returns what it printed. A part's problem where it fails or takes longer."""
-        return self.run(part, seconds, "-m", "pipeline.cli", *arguments)
+        return self.run(part, self.limit(seconds), "-m", "pipeline.cli", *arguments)
+
+    def limit(self, seconds: float) -> float:
+        """What may take so long on a GPU; more for tiny shapes, on cores that others use too."""
+        return 10 * seconds if self.tiny else seconds
 
     def run(self, part: Part, seconds: float, *arguments: str) -> str:
         log = self.folder / f"{part.name}.log"
@@ -102,7 +106,10 @@ def parity(part: Part, setting: Setting) -> None:
 
     def ask(engine, kind, **more):
         return setting.processes.call(
-            "tests.gpu.parity:examine", {"engine": engine, "quantization": kind}, seconds=60, **more
+            "tests.gpu.parity:examine",
+            {"engine": engine, "quantization": kind},
+            seconds=setting.limit(60),
+            **more,
         )
 
     for kind in ("none", "nf4"):
@@ -247,14 +254,18 @@ def memory(part: Part, setting: Setting) -> None:
 def loading(part: Part, setting: Setting) -> None:
     """Seconds from the files to an engine that could train, in bfloat16 and in 4 bits, and what the host had to hold."""
     folder = setting.folder / "model"
-    size = setting.processes.call("tests.gpu.loading:write", setting.case, str(folder), seconds=90)
+    size = setting.processes.call(
+        "tests.gpu.loading:write", setting.case, str(folder), seconds=setting.limit(90)
+    )
     for kind in ("none", "nf4"):
         for engine in ("fsdp2", "zero3"):
             if kind == "nf4" and not shards_4_bit(engine):
                 part.lines.append(f"{engine:<7} {kind:<5} not run: it needs a newer torch")
                 continue
             case = replace(setting.case, system=engine, quantization=kind)
-            row = setting.processes.call("tests.gpu.loading:load", case, str(folder), seconds=60)
+            row = setting.processes.call(
+                "tests.gpu.loading:load", case, str(folder), seconds=setting.limit(60)
+            )
             part.rows.append(row | {"bytes": size})
             part.lines.append(
                 f"{engine:<7} {kind:<5} {row['seconds']:.1f} s, host {row['host_gib']:.1f} GiB more, device {row['device_gib'] or 0:.1f} GiB"

@@ -57,7 +57,7 @@ def test_an_unknown_part_and_a_machine_without_a_gpu_are_one_sentence(capsys):
 
 def test_a_run_that_takes_too_long_or_fails_is_a_problem(tmp_path):
     setting, part = check.Setting(True, tmp_path, None), check.Part("slow")
-    setting.run(part, 0.5, "-c", "import time; time.sleep(60)")
+    setting.run(part, 0.5, "-c", "import time; time.sleep(1000)")
     setting.run(part, 30, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)")
     setting.run(part, 30, "-c", "import os; os.kill(os.getpid(), 11)")
     assert "ended with -11" in part.problems[2], "a signal is no success"

@@ -270,10 +270,10 @@ def test_failing_stage_cancels_what_waits_for_it(site, undisturbed):
         shutil.rmtree(folder)
     clock = Stopwatch()
     jobs = site.chain(output, recipe=recipe)
-    site.wait(jobs["prepare"], "FAILED", 60)
+    site.wait(jobs["prepare"], "FAILED")
     assert "error: " in site.log(jobs["prepare"]) and "gives up" in site.log(jobs["prepare"])
     for waiting in set(jobs) - {"prepare"}:
-        site.wait(jobs[waiting], "CANCELLED", 30)
+        site.wait(jobs[waiting], "CANCELLED")
         assert f"job {jobs['prepare']} gave up: " in site.cluster.job(jobs[waiting])["Comment"]
     SEEN.append(
         (
@@ -290,7 +290,7 @@ def test_scancel_never_comes_back_and_the_work_is_kept(site, undisturbed):
     site.wait_for_step(output, SAVE_EVERY, job)
     clock = Stopwatch()
     site.shell("scancel", job)
-    site.wait(job, "CANCELLED", 60)
+    site.wait(job, "CANCELLED")
     ended = clock()
     assert "asked to leave by SIGTERM" in site.log(job) and "(common.sh, line" not in site.log(
         job
@@ -376,7 +376,7 @@ def test_wrong_recipe_fails_in_the_first_seconds(site, undisturbed):
     recipe.write_text(site.recipe.read_text() + "\nlearning_rat: 1\n")
     clock = Stopwatch()
     job = site.sbatch(*SHAPE_OF_ALL, "--ntasks-per-node=2", "slurm/sap_7b.sh", recipe)
-    site.wait(job, "FAILED", 30)
+    site.wait(job, "FAILED")
     assert (
         "unknown key 'learning_rat'" in site.log(job)
         and site.cluster.job(job)["ExitCode"] == "2:0"
@@ -387,7 +387,7 @@ def test_wrong_recipe_fails_in_the_first_seconds(site, undisturbed):
 
 def test_batch_size_that_does_not_divide_by_the_ranks_fails_before_any_rank(site, undisturbed):
     job = site.train(site.output("divide"), overrides=("--train.batch_size=6",))
-    site.wait(job, "FAILED", 90)
+    site.wait(job, "FAILED")
     assert (
         "is not divisible by 4 ranks" in site.log(job)
         and site.cluster.job(job)["ExitCode"] == "2:0"

@@ -65,7 +65,7 @@ def gone(folder: Path, seconds: float) -> None:
 def tool(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-S", "-m", "tests.slurm.minicluster", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900
     )
 
 
@@ -100,7 +100,7 @@ def test_gpus_are_given_to_the_job_that_asks_for_them(cluster, shared):
         "--gpus-per-node=2",
         "--comment=a b = c",
     )
-    assert int(job) >= 70 and cluster.wait(job, 30) == "COMPLETED"
+    assert int(job) >= 70 and cluster.wait(job, 200) == "COMPLETED"
     assert sorted(log.read_text().splitlines()) == ["n1 0,1", "task 0 0,1", "task 1 0,1"]
     assert cluster.job(job)["Comment"] == "a b = c" and cluster.job(job)["NodeList"] == "n1"
 
@@ -121,14 +121,14 @@ def test_a_failure_is_told_with_what_was_printed(cluster, shared):
     ):
         cluster.run(["sbatch", "-p", "absent", "--wrap=true"])
     job, log = submit(cluster, shared, "endless", "echo the last words; sleep 100", "-N1")
-    cluster.wait_for(prints(log, "the last words"), 20, "the job is to start")
+    cluster.wait_for(prints(log, "the last words"), 200, "the job is to start")
     with pytest.raises(
         AssertionError,
         match=r"(?s)is RUNNING, not COMPLETED, after 0 s.*NumNodes=1.*the last words.*slurmctld.log",
     ):
         cluster.wait(job, 0, until="COMPLETED")
     cluster.run(["scancel", job])
-    assert cluster.wait(job, 20) == "CANCELLED"
+    assert cluster.wait(job, 200) == "CANCELLED"
 
 
 def test_an_urgent_job_warns_and_requeues_another(cluster, shared):
@@ -143,32 +143,34 @@ def test_an_urgent_job_warns_and_requeues_another(cluster, shared):
         "--signal=B:USR1@30",
         "--requeue",
     )
-    cluster.wait_for(prints(log, "running"), 20, "the job is to run")
+    cluster.wait_for(prints(log, "running"), 200, "the job is to run")
     urgent, _ = submit(
         cluster, shared, "urgent", "true", "-N2", "--gpus-per-node=2", "-p", "urgent"
     )
-    assert cluster.wait(urgent, 30) == "COMPLETED"
+    assert cluster.wait(urgent, 200) == "COMPLETED"
     assert prints(log, "warned")() and cluster.job(job)["Restarts"] == "1"
     cluster.run(["scancel", job])
-    assert cluster.wait(job, 20) == "CANCELLED"
+    assert cluster.wait(job, 200) == "CANCELLED"
 
 
 def test_a_job_is_requeued_when_a_node_is_lost_and_runs_when_it_is_back(cluster, shared):
     body = '[ -n "$SLURM_RESTART_COUNT" ] && exit; srun sh -c "echo running; sleep 100"'
     job, log = submit(cluster, shared, "lost", body, "-N2", "--gpus-per-node=2", "--requeue")
     # an srun that is still starting its tasks fails at once, and the job with it
-    cluster.wait_for(prints(log, "running", 2), 20, "the tasks are to run")
+    cluster.wait_for(prints(log, "running", 2), 200, "the tasks are to run")
     cluster.power_off("n2")
     with pytest.raises(ClusterError, match="node n2 is powered off"):
         cluster.on("n2", ["true"])
-    cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "1", 40, "Slurm is to requeue the job")
+    cluster.wait_for(
+        lambda: cluster.job(job)["Restarts"] == "1", 200, "Slurm is to requeue the job"
+    )
     assert "DOWN" in cluster.run(["scontrol", "show", "node", "n2"]).stdout
     cluster.boot("n2")
     assert (
         cluster.on("n2", ["hostname"]).stdout == "n2\n"
         and cluster.on("n1", ["ls", "/tmp"]).stdout.split().count("of-n1") == 1
     )
-    assert cluster.wait(job, 40) == "COMPLETED"
+    assert cluster.wait(job, 200) == "COMPLETED"
 
 
 def test_from_a_shell_and_nothing_stays_but_the_folder(tmp_path):
@@ -215,7 +217,7 @@ import time
 from tests.slurm.minicluster import Cluster
 Cluster({str(tmp_path / "owned")!r}, nodes=1).up()
 print("up", flush=True)
-time.sleep(100)
+time.sleep(1000)
 """
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True

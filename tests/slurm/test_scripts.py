@@ -35,7 +35,7 @@ def submit(
     }
     clean |= {"SAP_PYTHON": sys.executable, "SAP_SITE_ENV": "/nowhere", **environment}
     command = [str(ROOT / "slurm/submit.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=clean, capture_output=True, text=True, cwd=cwd, timeout=300)
+    return subprocess.run(command, env=clean, capture_output=True, text=True, cwd=cwd, timeout=900)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
@@ -127,7 +127,7 @@ def test_what_is_counted_with_is_a_number_and_never_a_command(tmp_path, script, 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
     )
     assert found.returncode == 2 and name in found.stderr and "error: " in found.stderr
     assert not (tmp_path / "ran").exists()
