@@ -1,6 +1,7 @@
 """Folder names: everything that decides a stage's content changes them, nothing else does."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data import builtin, contrastive
 from pipeline.data.fingerprint import fingerprint
-from pipeline.defences import recipes
+from pipeline.defences import DEFENCES, recipes
 from pipeline.recipe import strict_yaml
 from pipeline.recipe.sections import TrainSection
 from pipeline.running import devices
@@ -276,3 +277,31 @@ def test_harmful_prompts_without_a_limit_tie_the_alignment_to_the_task(project):
             assert (
                 before["prepare"] != after["prepare"] and before["train sft"] != after["train sft"]
             )
+
+
+@pytest.mark.parametrize("name", [name for name, each in DEFENCES.items() if each.draws_pairs])
+def test_a_method_that_draws_pairs_counts_how_it_draws_them(project, name):
+    """Another number of pairs is another training; never a draw is another one, or refused."""
+    on = f"--methods.sft.{name}.enabled=true"
+    for argument in ("--safety_pairs.batch_size=3", "--safety_pairs.refresh_every=0"):
+        try:
+            assert "train sft" in changed_from(project, on, argument)
+        except ValueError as refused:
+            assert argument.endswith("=0") and "safety_pairs.refresh_every" in str(refused)
+
+
+def changed_from(path: Path, base: str, argument: str) -> set[str]:
+    before, after = names(path, base), names(path, base, argument)
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+def test_a_method_reads_any_stage_that_it_names(project, monkeypatch):
+    """Layout has the folder by the stage's name: no list of those that defences may read."""
+    monkeypatch.setitem(
+        DEFENCES, "safe_mix", replace(DEFENCES["safe_mix"], reads=lambda section: ("mine",))
+    )
+    monkeypatch.setattr(Layout, "mine", lambda self, cell: self.root / "mine", raising=False)
+    on = strict_yaml.parse_overrides(["--methods.sft.safe_mix.enabled=true"])
+    layout = Layout(recipes.load(project, on))
+    cell = layout.experiment.cell("sft", 0)
+    assert layout.read_by(cell) == {"mine": layout.root / "mine"}

@@ -52,9 +52,26 @@ def test_ranks_whose_launcher_does_not_say_where_to_meet_are_refused(monkeypatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
-    missing = "no RANK and no LOCAL_RANK and no MASTER_ADDR and no MASTER_PORT"
+    missing = "no RANK and no MASTER_ADDR and no MASTER_PORT"
     with pytest.raises(
         ValueError, match=f"^the environment has WORLD_SIZE 2, but {missing}: .*torchrun"
     ):
         init_distributed(TrainSection(engine="fsdp2", steps=1))
     assert "MASTER_PORT" not in os.environ
+
+
+def test_a_launcher_of_one_rank_a_node_need_not_count_them(monkeypatch):
+    given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    joined = []
+    monkeypatch.setattr(
+        "torch.distributed.init_process_group",
+        lambda *_, **__: joined.append(os.environ["LOCAL_RANK"]),
+    )
+    init_distributed(TrainSection(engine="fsdp2", steps=1))
+    assert joined == ["0"]
+    del os.environ["LOCAL_RANK"]

@@ -141,3 +141,54 @@ def test_the_store_is_named_for_people(project, capsys):
     main(["status", str(project)])
     comment = capsys.readouterr().out.splitlines()[-1]
     assert comment.startswith("# mlflow") and "experiment tiny" in comment and "sap-s0" in comment
+
+
+def test_a_recipe_of_many_methods_is_checked_once_a_cell(project, monkeypatch):
+    """Each cell is validated as it is made: hundreds of them, for each folder, took minutes."""
+    methods = {f"m{number}": {"sap": {"enabled": True}} for number in range(20)}
+    experiment = recipes.load(project, {"methods": methods})
+    made, cell = [], type(experiment).cell
+    monkeypatch.setattr(
+        type(experiment), "cell", lambda self, *given: (made.append(given), cell(self, *given))[1]
+    )
+    chain = Chain(experiment, ALL_STAGES, None)
+    begun = len(made)
+    for stage in ALL_STAGES:
+        chain.pending(stage)
+    layout_makes = len(made) - begun
+    assert layout_makes <= len(ALL_STAGES) * begun, "not for each folder"
+
+
+def test_a_report_that_is_there_is_not_shown_where_what_it_reports_is_gone(
+    project, tmp_path, capsys
+):
+    experiment = recipes.load(project, {"output_dir": str(tmp_path)})
+    layout = Layout(experiment)
+    chain = Chain(experiment, ALL_STAGES, None)
+    for stage in ALL_STAGES:
+        for unit in chain.units(stage):
+            unit.folder.mkdir(parents=True, exist_ok=True)
+            (unit.folder / artifacts.MARKER).touch()
+    gone = layout.evaluate(next(iter(layout.subjects())))
+    (gone / artifacts.MARKER).unlink()
+    assert main(["report", str(project), f"--output_dir={tmp_path}"]) == 2
+    assert f"{gone} is not complete: run `sap evaluate" in capsys.readouterr().err
+
+
+def test_filters_wait_for_embeddings_only_where_they_are_missing(project, tmp_path):
+    changes = {
+        "output_dir": str(tmp_path),
+        "methods": {
+            "one": {"saft": {"enabled": True}},
+            "two": {"saft": {"enabled": True, "min_auroc": 0.1}},
+        },
+    }
+    chain = Chain(recipes.load(project, changes), ALL_STAGES, None)
+    units = [unit for unit in chain.units("filter") if unit.method in ("one", "two")]
+    waves = ALL_STAGES["filter"].waves(chain.layout, units)
+    assert [[unit.method for unit in wave] for wave in waves] == [["one"], ["two"]]
+    shared = chain.layout.embeddings(units[0].cell)
+    shared.mkdir(parents=True)
+    (shared / artifacts.MARKER).touch()
+    waves = ALL_STAGES["filter"].waves(chain.layout, units)
+    assert [[unit.method for unit in wave] for wave in waves] == [[], ["one", "two"]]

@@ -301,3 +301,68 @@ def test_size_follows_from_the_recipes_name():
         )
         assert f"slurm/sap_{size}.sh" in found.stdout, found.stderr
         assert yaml.safe_load((ROOT / f"launch/recipes/llama_{size}_sap.yaml").read_text())
+
+
+# Stands in for the Python of SAP_PYTHON: it answers `sap stages`, and fails as it is told.
+STAND_IN = """#!/bin/bash
+[ "$3" = stages ] && [ -z "${FAILS:-}" ] || { echo "the node is broken" >&2; exit ${FAILS:-3}; }
+exec "$REAL_PYTHON" "$@"
+"""
+
+
+def job(folder: Path, script: str, **environment: str) -> subprocess.CompletedProcess:
+    """A job script where every program of Slurm's only says how it is called; what asks for a requeue ends there."""
+    programs = folder / "bin"
+    programs.mkdir()
+    texts = {
+        "scontrol": '#!/bin/bash\necho "scontrol $*" >&2\n[ "$1" != requeue ] || kill -KILL $PPID\n',
+        "squeue": "#!/bin/bash\n",
+        "scancel": "#!/bin/bash\n",
+        "python": STAND_IN,
+    }
+    for name, text in texts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o700)
+    return subprocess.run(
+        ["bash", str(ROOT / "slurm" / script), "recipe.yaml"],
+        env={
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SAP_SITE_ENV": "/nowhere",
+            "SAP_PYTHON": str(programs / "python"),
+            "SAP_RETRY_SECONDS": "0",
+            "REAL_PYTHON": sys.executable,
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def test_a_job_that_was_right_once_is_requeued_from_a_node_where_nothing_works(tmp_path):
+    found = job(tmp_path, "sap_7b.sh", FAILS="1", SLURM_RESTART_COUNT="1")
+    assert found.stderr.count("the node is broken") == 5, found.stderr
+    assert "requeue: sap stages failed with exit code 1" in found.stderr
+    assert "scontrol requeue 7" in found.stderr
+
+
+def test_a_job_that_is_refused_at_first_gives_up(tmp_path):
+    found = job(tmp_path, "sap_7b.sh", FAILS="2")
+    assert found.returncode == 2 and "gives up: the recipe" in found.stderr
+    assert "requeue" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "stage", "takes"),
+    [
+        ("sap_7b.sh", "evaluate", "align filter direction train"),
+        ("sap_7b.sh", "no-such", "align filter direction train"),
+        ("prepare.sh", "train", "prepare report"),
+    ],
+)
+def test_a_stage_that_a_script_does_not_run_is_refused(tmp_path, script, stage, takes):
+    found = job(tmp_path, script, SAP_STAGE=stage)
+    assert found.returncode == 2
+    assert f"SAP_STAGE is '{stage}': this script takes {takes}" in found.stderr

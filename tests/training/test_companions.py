@@ -1,11 +1,13 @@
 """Companion methods on one process: equal to the dense reference, and what each promises by itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.defences import DEFENCES
 from pipeline.defences.ema.average import Ema
 from pipeline.defences.ema.section import EmaSection
 from pipeline.defences.lisa.section import LisaSection
@@ -358,3 +360,31 @@ def test_methods_draw_the_same_pairs_at_the_same_steps(method):
         step(batches.useful(number), lambda n=number: counted(batches, n), number)
         trained.step(LR)
     assert counted.numbers == {0, 2, 4}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_step_that_stands_alone_is_made_first(monkeypatch, turned):
+    """Else it would drop the step around it, in an order of DEFENCES that nothing asks for."""
+    recipe = recipe_of(**PAIRS, safe_mix={"enabled": True}, sap={"enabled": True})
+    order = list(reversed(recipe.parts)) if turned else recipe.parts
+    monkeypatch.setattr(type(recipe), "parts", property(lambda self: order))
+    made = make_step(recipe, engine())
+    assert type(made).__name__ == "SafeMix" and type(made.step).__name__ == "SapStep"
+
+
+def test_two_steps_that_stand_alone_are_refused():
+    """Also where no conflict is named."""
+    conflicts = {name: replace(each, conflicts={}) for name, each in DEFENCES.items()}
+    with pytest.MonkeyPatch.context() as patched:
+        for name, each in conflicts.items():
+            patched.setitem(DEFENCES, name, each)
+        with pytest.raises(
+            ValueError, match="sap.enabled and lisa.enabled do not go together: each has"
+        ):
+            recipe_of(**PAIRS, sap={"enabled": True}, lisa={"enabled": True})
+
+
+def test_lisa_without_a_safety_pair_is_refused():
+    never = {"safety_pairs": {"refresh_every": 0}}
+    with pytest.raises(ValueError, match="safety_pairs.refresh_every is 0, so that lisa would"):
+        recipe_of(**never, lisa={"enabled": True})

@@ -121,8 +121,12 @@ def test_once_started_a_run_has_a_checkpoint_of_its_own(work, tmp_path_factory, 
             "train.lora.alpha was 8 there, and is 16 here; make it the same",
         ),
         ({"steps": 4}, "is at step 4, and the training has 4: set train.steps beyond it"),
+        (
+            {"basis": {"format": 99, "the start model": "another"}},
+            "whose checkpoints have another form: another version has written it, so begin without",
+        ),
     ],
-    ids=["step", "folder", "model", "engine", "adapter", "steps"],
+    ids=["step", "folder", "model", "engine", "adapter", "steps", "version"],
 )
 def test_a_checkpoint_that_does_not_go_with_the_run_is_refused(
     work, tmp_path_factory, changes, sentence
