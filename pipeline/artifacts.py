@@ -12,6 +12,7 @@ of the manifest too, and a folder without the right one is damaged. Python:
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import json
@@ -271,7 +272,11 @@ def claim(target: Path) -> Callable[[], None]:
     try:
         # Not ours either where it was given up and deleted between our open and our lock.
         ours = locked(lock, wait=False) and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
-    except FileNotFoundError:
+    except OSError as error:
+        lock_is_gone = error.errno in (errno.ENOENT, errno.ESTALE)  # as NFS says it
+        if not lock_is_gone:
+            lock.close()
+            raise
         ours = False
     if not ours:
         lock.close()

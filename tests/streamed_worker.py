@@ -29,7 +29,7 @@ LR, STEPS, WORLD = 1e-2, 3, 2
 # Adam divides a gradient that is almost zero by itself: at 1e-8 one such coordinate of 4840 moved by 4e-4 of its size with the order of a sum.
 ADAM_EPS = 1e-3
 LORA = LoraSection(r=FAMILY_RANK, alpha=10, target_modules=["q_proj", "v_proj", "down_proj"])
-SAP = SapSection(enabled=True, probe_step="rms", beta=0.02, noise_every=0, correction_every=0)
+SAP = SapSection(enabled=True, target_correction=0.5, beta=0.02, noise_every=0, correction_every=1)
 LOADS = [
     (adapter, dtype, tied)
     for adapter in ("lora", "full")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,23 @@ def test_one_writer_at_a_time(tmp_path):
     release()
     artifacts.claim(tmp_path / "stage")()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+def test_a_lock_that_was_given_up_meanwhile_is_another_one_s(tmp_path, monkeypatch, number):
+    """Over NFS its file is not missing but stale."""
+    stat = Path.stat
+
+    def gone(path, **given):
+        if path.suffix == ".lock":
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", gone)
+        with pytest.raises(artifacts.Busy, match="another process is writing"):
+            artifacts.claim(tmp_path / "stage")
+    artifacts.claim(tmp_path / "stage")()
 
 
 def test_who_needs_a_folder_waits_for_its_writer(tmp_path):

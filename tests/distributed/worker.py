@@ -28,9 +28,10 @@ from tests.training import companions as methods
 
 LR, STEPS = 1e-2, 5
 TOKEN_BUDGET = 80  # rows of up to 60 tokens: micro-batches of 1 to 16 rows
+# The default probe_step: V's scale is found at the first V, and moved at every other step.
 SAP = {
     "enabled": True,
-    "probe_step": "rms",
+    "target_correction": 0.5,
     "beta": 0.02,
     "noise_every": 2,
     "correction_every": 2,
