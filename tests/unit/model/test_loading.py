@@ -432,6 +432,7 @@ def large(tmp_path_factory) -> tuple[Path, int]:
     return folder, max(path.stat().st_size for path in files)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_host_memory_stays_below_the_shards_and_one_file(large, engine, tmp_path):
     folder, file_bytes = large

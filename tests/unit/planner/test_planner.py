@@ -408,6 +408,7 @@ def check_engine(rank: int, engine_name: str, adapter: str) -> None:
         assert 0.85 * received <= gathered <= received + ahead, (name, gathered, received)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("engine", "adapter"), [("zero3", "lora"), ("zero3", "full"), ("fsdp2", "lora")]
 )
@@ -615,6 +616,7 @@ def agree(rank: int) -> None:
     assert largest_of_ranks(7 - rank) == 7
 
 
+@pytest.mark.distributed
 def test_ranks_with_other_gpus_agree_on_the_most():
     spawn(2, agree)
     assert largest_of_ranks(3) == 3, "a process that is alone"

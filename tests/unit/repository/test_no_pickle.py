@@ -49,6 +49,7 @@ def told(rank: int) -> None:
     leave()
 
 
+@pytest.mark.distributed
 @pytest.mark.processes
 def test_ranks_tell_each_other_what_json_holds():
     spawn(3, told)
