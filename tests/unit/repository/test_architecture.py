@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,17 @@ def test_only_the_command_and_the_artefact_store_stand_in_the_root():
         "artifacts.py",
         "cli.py",
     }
+
+
+def test_tests_stand_in_folders_of_the_wings_names():
+    """tests/unit has a folder a wing, and one for the repository's own files; no test stands beside the folders."""
+    files = subprocess.run(
+        ["git", "ls-files", "tests"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    folders = {str(Path(file).parent.relative_to("tests")) for file in files if "/test_" in file}
+    wings = {name for wings in FLOORS for name in wings}
+    units = {f"unit/{name}" for name in wings | {"repository"}}
+    assert len(folders) > 20 and folders <= units | {"distributed", "gpu", "slurm", "tools"}
 
 
 def test_no_wing_uses_what_another_keeps_to_itself():
