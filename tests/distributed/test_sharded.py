@@ -17,7 +17,7 @@ from tests.distributed.ranks import spawn
 from tests.distributed.worker import budgeted, make_step, run_steps, shares, train_section
 from tests.tiny import tiny_lora, tiny_model, tiny_rows
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 SHARDED = ["zero3-0", "zero3-1000000", "fsdp2"]
 

@@ -12,7 +12,7 @@ from tests.distributed import streamed_worker as worker
 from tests.distributed.ranks import spawn
 from tests.tiny import family_model
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 ENGINES = ["zero3", "fsdp2"]
 

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from tests.gpu import check
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_part_but_the_chain_runs_on_a_cpu(tmp_path, capsys):

@@ -7,7 +7,7 @@ from pipeline.bench.levers import HEADER, Levers, Row, table
 from pipeline.defences import recipes
 from tests.project import make_project, run, sap, write_recipe
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pipeline import artifacts
 from pipeline.running.runner import free_port
 from tests.project import ROOT, make_project, quiet, run, sap, write_jsonl, write_recipe
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pipeline.stages.layout import Layout
 from pipeline.training.product import load_adapter
 from tests.project import make_project, sap, write_recipe
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 SAFT = {
     "enabled": True,

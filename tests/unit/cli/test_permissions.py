@@ -9,7 +9,7 @@ from pipeline import artifacts
 from pipeline.defences import recipes
 from tests.project import make_project, run, write_recipe
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 MODES = {"private": (0o700, 0o600), "group": (0o750, 0o640), "all": (0o755, 0o644)}
 
 

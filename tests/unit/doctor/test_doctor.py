@@ -24,7 +24,7 @@ from pipeline.objectives.losses import useful_loss
 from tests.project import make_project, run, sap, write_recipe
 from tests.tiny import HIDDEN, StepBatches, tiny_lora
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 class Unseen(SingleEngine):

@@ -23,7 +23,7 @@ from pipeline.stages import prepare
 from pipeline.stages.layout import Layout
 from tests.project import ROOT, make_project, quiet, run, write_recipe
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 COUNTS = {"harmful": 6, "harmless": 4, "task": 2}  # of three shards one has no task prompt
 

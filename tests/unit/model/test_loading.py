@@ -32,7 +32,7 @@ from tests.project import make_model
 from tests.tiny import FAMILIES, family_model
 from tests.tools import measure_loading
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 def saved(folder: Path, family: str = "llama", tied: bool = True) -> str:

@@ -14,7 +14,7 @@ from tests.project import ROOT, make_project, quiet, write_recipe
 DEFENCE, LINE, STAGE, STAGE_LINE = re.findall(
     r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL
 )
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 def sap(copy: Path, *arguments: str | Path) -> subprocess.CompletedProcess:

@@ -11,7 +11,7 @@ import yaml
 from pipeline.defences import recipes
 from tests.project import ROOT, sap
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 # Sizes only: two steps, a few prompts and tokens. Model, data, ranks and methods are the block's own.
 SMALL = [
     "--train.steps=2", "--evaluate.harmful_prompts=4", "--evaluate.harmless_prompts=2", "--evaluate.task_prompts=2",

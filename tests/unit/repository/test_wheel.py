@@ -14,6 +14,7 @@ import pytest
 
 from tests.project import ROOT, make_project, quiet, write_recipe
 
+pytestmark = pytest.mark.slow
 SOURCES = ("pipeline", "launch", "ds_configs", "slurm", "pyproject.toml", "README.md", "LICENSE")
 
 

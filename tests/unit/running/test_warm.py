@@ -16,7 +16,7 @@ from pipeline.running import runner
 from pipeline.running.warm import WarmParents
 from tests.project import ROOT, make_project, sap, write_recipe
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 SEPARATE = "note: every process imports for itself, which takes seconds: "
 
 # All that a job may have inherited from the process it was forked from, as its first lines see it.

@@ -31,6 +31,7 @@ def trained(tmp_path_factory):
     return recipes.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("stage", ["train", "direction", "prepare", "evaluate", "report"])
 def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(
@@ -67,6 +68,7 @@ def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(
     assert looks and {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("stage", ["train", "direction"])
