@@ -49,10 +49,10 @@ matrix: $(VENV)/ready
 test-all: test matrix
 
 mutants: $(VENV)/ready
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(VENV)/bin/python -m tests.mutants
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(VENV)/bin/python -m tests.tools.mutants
 
 faults: $(VENV)/ready
-	@$(VENV)/bin/python -m tests.faults --minutes $(MINUTES) --seed $(SEED)
+	@$(VENV)/bin/python -m tests.tools.faults --minutes $(MINUTES) --seed $(SEED)
 
 slurm: $(VENV)/ready
 	@$(VENV)/bin/python -m pytest -q -s tests/slurm/chains.py tests/slurm/faults.py

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,16 +13,27 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 # tiny tensors gain nothing from a second, and stages started here inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+TESTS = Path(__file__).parent
+MARKED = ("distributed", "gpu", "slurm")  # folders, each a mark of what stands in it
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before any test module brings in torch."""
+    """Before any test module brings in torch. What needs a GPU is asked for by name, whatever else is chosen."""
+    chosen = config.option.markexpr
+    if "gpu" not in chosen:
+        config.option.markexpr = f"({chosen}) and not gpu" if chosen else "not gpu"
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def pytest_collection_modifyitems(items) -> None:
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that start processes come first: they take longest, and none may be left to run alone at the end."""
+    for item in items:
+        for folder in MARKED:
+            if item.path.is_relative_to(TESTS / folder):
+                item.add_marker(folder)
     items.sort(key=lambda item: item.get_closest_marker("processes") is None)
 
 

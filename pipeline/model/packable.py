@@ -5,7 +5,7 @@
 Not every decoder can: some carry a state from token to token (Mamba, linear attention, short convolutions), some have
 attention biases by distance in the row (ALiBi) or masks of their own, some take no positions. What a config does not
 say, a comparison does: loss and gradient of each type below, in float32, packed and with a row for each sample
-(tests/sap/test_packed.py). Needs no torch.
+(tests/unit/objectives/test_packed.py). Needs no torch.
 """
 
 from __future__ import annotations

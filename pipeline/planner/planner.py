@@ -5,7 +5,7 @@
 
 The model's modules are built without memory and counted (model_size.py). What the engines hold is read off pipeline/sharding and DeepSpeed 0.19's ZeRO-3;
 activations off transformers' decoders (gated MLP, RMSNorm in float32) and PEFT's LoRA. Sequences count at full length with every token
-supervised, so the sums lie above what happens; tests/test_planner.py holds them against engines, graphs and FLOP counts on a CPU. Not
+supervised, so the sums lie above what happens; tests/unit/planner/test_planner.py holds them against engines, graphs and FLOP counts on a CPU. Not
 counted: fragmentation of the allocator's memory (leave headroom), offloading to CPUs, ZeRO++, experts, what a run does once, and what a
 validation leaves gathered for the pass after it (ZeRO-3 has prefetched for a backward pass that does not come).
 """

@@ -6,7 +6,7 @@ A stage's hash covers the fields of the recipe that decide its result and its up
 setting makes a new folder and everything below it, and a folder that is complete never has to be made again. Files
 count by what is in them, not by where they are. What cannot change a result (ranks, file of DeepSpeed settings,
 intervals of checkpoints, settings of what is switched off) is left out. docs/stages.md says for every field of the
-recipe what runs again, and tests/test_stages_doc.py holds it against this module.
+recipe what runs again, and tests/unit/stages/test_stages_doc.py holds it against this module.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tests.distributed.ranks import spawn
 from tests.distributed.resume_worker import open_case
 from tests.distributed.worker import make_step, train_section
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 def save_or_load(rank: int, folder: Path, alone: int, verb: str) -> None:

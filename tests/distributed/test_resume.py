@@ -12,7 +12,7 @@ from tests.distributed.resume_worker import CASES, SAVED, STEPS, name_of
 from tests.distributed.worker import make_step, run_steps
 from tests.tiny import StepBatches, tiny_lora, tiny_model
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 TOLERANCE = {"lora": 1e-5, "full": 1e-4}  # shares of the whole update, as in docs/correctness.md
 

@@ -11,13 +11,13 @@ import torch
 
 from pipeline.defences.saft.embeddings import embed
 from pipeline.engines.open import open_engine
+from tests.companions import METHODS, Dense
 from tests.distributed import worker
 from tests.distributed.ranks import spawn
 from tests.distributed.worker import budgeted, make_step, run_steps, shares, train_section
 from tests.tiny import tiny_lora, tiny_model, tiny_rows
-from tests.training.companions import METHODS, Dense
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 SHARDED = ["zero3-0", "zero3-1000000", "fsdp2"]
 

@@ -22,9 +22,9 @@ from pipeline.model.models import decoder_layers, enable_checkpointing
 from pipeline.objectives import head
 from pipeline.objectives.losses import safety_loss, useful_loss
 from pipeline.recipe.sections import TrainSection
+from tests import companions as methods
 from tests.reads import counted, fused
 from tests.tiny import HIDDEN, VOCABULARY, StepBatches, tiny_lora, tiny_model, tiny_rows
-from tests.training import companions as methods
 
 LR, STEPS = 1e-2, 5
 DISTANCE = 3e-3  # between weights: a loss moves by its gradient over it, and far more than rounding

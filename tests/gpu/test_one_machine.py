@@ -9,8 +9,6 @@ from pipeline.recipe.sections import TrainSection
 from pipeline.running import devices
 from tests.project import make_project, run, sap, write_recipe
 
-pytestmark = pytest.mark.gpu
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
