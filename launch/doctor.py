@@ -13,6 +13,7 @@ from pipeline.stages import command_line
 
 
 def main() -> int:
+    """Run the checks on this process's rank; returns the exit code, 0 or 1."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path, help="also write the findings to this file")
     own, rest = parser.parse_known_args()

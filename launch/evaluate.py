@@ -16,6 +16,7 @@ from pipeline.stages import command_line
 
 
 def main() -> None:
+    """Evaluate the subjects of the recipe, or the shard of them that --shard names."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--shard")
     own, rest = parser.parse_known_args()

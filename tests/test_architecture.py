@@ -55,9 +55,10 @@ def _private_uses(module):
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name)
             and node.value.id in bound
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
         ):
-            if node.attr.startswith("_") and not node.attr.startswith("__"):
-                yield f"{module}:{node.lineno} uses {bound[node.value.id]}.{node.attr}"
+            yield f"{module}:{node.lineno} uses {bound[node.value.id]}.{node.attr}"
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,9 @@ def test_one_file_is_checked_by_its_name(tmp_path):
     folder = published(tmp_path / "stage")
     (folder / artifacts.FACTS).write_text('{"samples": 4}')
     artifacts.verify(folder, "data.txt")
-    with pytest.raises(ValueError, match="facts.json does not match"):
+    with pytest.raises(ValueError, match=r"facts.json does not match"):
         artifacts.verify(folder, "data.txt", artifacts.FACTS)
-    with pytest.raises(ValueError, match="does not list other.txt"):
+    with pytest.raises(ValueError, match=r"does not list other.txt"):
         artifacts.verify(folder, "other.txt")
 
 
@@ -154,7 +154,7 @@ class Recorded:
 
         def fsync(descriptor):
             self.events.append(
-                ("disk", names.get(descriptor, os.readlink(f"/proc/self/fd/{descriptor}")))
+                ("disk", names.get(descriptor, str(Path(f"/proc/self/fd/{descriptor}").readlink())))
             )
             synced(descriptor)
 

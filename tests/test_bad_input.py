@@ -334,7 +334,7 @@ def test_a_damaged_model_folder(project, capsys, tmp_path, damage, expected):
 
 
 def test_eos_of_the_config_serves_a_tokenizer_without(project, tmp_path):
-    folder, content = project
+    folder, _ = project
     shutil.copytree(folder / "model", tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
     change(path, eos_token=None, pad_token=None)

@@ -242,7 +242,7 @@ def test_an_attention_that_the_model_has_not_is_refused(
     if said is None:
         check_attention(without_weights(config, "m"), section)
         return
-    with pytest.raises(ValueError, match="set model.attention to eager$") as caught:
+    with pytest.raises(ValueError, match=r"set model.attention to eager$") as caught:
         check_attention(without_weights(config, "m"), section)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
@@ -282,7 +282,7 @@ def test_a_driver_that_is_too_old_for_torch_is_one_sentence(machine):
     machine(gpu(), cuda=12020)
     with pytest.raises(
         ValueError,
-        match="torch 2.13.0 is built for CUDA 13.0, and this machine's driver 535.104.05 knows CUDA 12.2: install a newer",
+        match=r"torch 2.13.0 is built for CUDA 13.0, and this machine's driver 535.104.05 knows CUDA 12.2: install a newer",
     ):
         devices.gpus()
     machine(gpu(), cuda=12020, built="12.8")  # minor versions go together
@@ -370,7 +370,7 @@ def test_a_launcher_that_starts_more_processes_than_gpus_is_told_so(monkeypatch)
             monkeypatch.context() as patch,
             pytest.raises(
                 ValueError,
-                match="^4 processes were started on this machine, and each sees 2 GPUs: start at most 2",
+                match=r"^4 processes were started on this machine, and each sees 2 GPUs: start at most 2",
             ),
         ):
             patch.setenv(name, value)

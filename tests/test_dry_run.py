@@ -218,7 +218,7 @@ def test_every_row_is_looked_at(project, capsys, case):
     folder, content = project
     row, sentence = BAD_ROWS[case]
     rows = [{"question": f"question {i}" if row else "", "answer": "yes"} for i in range(80)]
-    write_jsonl(folder / "rows.jsonl", rows + [row] if row else rows)
+    write_jsonl(folder / "rows.jsonl", [*rows, row] if row else rows)
     path = write_recipe(folder, content)
     code, lines, error = dry_run(capsys, path, f"--data.task.source={folder / 'rows.jsonl'}")
     assert code == 2 and not lines and sentence in error

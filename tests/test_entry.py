@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_threads_that_still_run_do_not_hold_the_process():
     ],
 )
 def test_the_system_and_requests_to_stop_are_one_sentence(body, code, said, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     monkeypatch.chdir(tmp_path)
     found, _, err = ended(body)
     assert found == code and err.startswith(said) and err.count("\n") == 1

@@ -790,7 +790,7 @@ def test_a_config_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     cell = experiment.cell("sap", 0)
     with pytest.raises(
         ValueError,
-        match="train.batch_size 16 is not divisible by 3 ranks: use a multiple of 3, or 2 ranks",
+        match=r"train.batch_size 16 is not divisible by 3 ranks: use a multiple of 3, or 2 ranks",
     ):
         plan_cell(experiment, cell, ranks=3, gpu_gb=80)
     hub = local_recipe(tmp_path, model={"path": "owner/gated"})
@@ -798,7 +798,7 @@ def test_a_config_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
         AutoConfig, "from_pretrained", Mock(side_effect=OSError("401 Client Error"))
     )
     with pytest.raises(
-        ValueError, match="model.path 'owner/gated' could not be loaded: .*401 Client Error"
+        ValueError, match=r"model.path 'owner/gated' could not be loaded: .*401 Client Error"
     ):
         plan_cell(hub, hub.cell("sap", 0), ranks=4, gpu_gb=80)
 

@@ -66,7 +66,7 @@ def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, cap
     layout = Layout(experiment)
     chain = Chain(experiment, ALL_STAGES, None)
     assert chain.pending("prepare") == [layout.prepare(), layout.prompts()]
-    with pytest.raises(ValueError, match="prepare-.* is not complete: run `sap prepare"):
+    with pytest.raises(ValueError, match=r"prepare-.* is not complete: run `sap prepare"):
         chain.need("align")
     layout.prepare().mkdir(parents=True)
     (layout.prepare() / artifacts.MARKER).touch()

@@ -58,7 +58,7 @@ def tracked(project, tmp_path_factory) -> tuple[Layout, Store]:
 
 
 def test_there_is_one_parent_and_one_child_per_key(tracked):
-    layout, store = tracked
+    _, store = tracked
     parents = [run for run in store.runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in store.runs if "mlflow.parentRunId" in run.data.tags]
     assert len(parents) == 1 and parents[0].info.run_name == "tiny"

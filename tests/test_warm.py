@@ -132,7 +132,7 @@ def test_what_imports_put_into_the_environment_is_there_and_what_is_a_job_s_own_
         ("raise KeyError('lost')", 1),
         ("sys.exit(7)", 7),
         ("os._exit(8)", 8),
-    ],  # fmt: skip
+    ],
 )
 def test_a_job_ends_alone_and_its_exit_code_is_told(launch, capfd, body, code):
     out = launch(

@@ -60,6 +60,7 @@ class Case:
 
     @property
     def model(self) -> Shape:
+        """The model's shape, with `layers` decoder layers where that is given."""
         shape = SHAPES[self.shape]
         return (
             shape

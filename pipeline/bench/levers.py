@@ -254,6 +254,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
+    """Measure the levers of the recipe's SAP method, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.bench.levers",
         description=__doc__,

@@ -60,6 +60,7 @@ class Clock:
         self.profiler = torch.profiler.profile(activities=activities) if case.profile else None
 
     def tick(self, loss: float) -> None:
+        """A step has ended with this loss: note the time, and profile the steps after the warm-up."""
         _wait()
         self.marks.append(time.perf_counter())
         self.losses.append(loss)

@@ -81,6 +81,7 @@ class StoredRows(Sequence[Row]):
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the columns take."""
         return sum(column.nbytes for column in self._columns.values())
 
 

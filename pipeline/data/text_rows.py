@@ -75,7 +75,7 @@ def csv_rows(
             continue
         if values is None:
             return names, rows, bad, doubtful
-        if not values or place.number == 1 and _names_the_sign(spanned[0], delimiter):
+        if not values or (place.number == 1 and _names_the_sign(spanned[0], delimiter)):
             continue  # a blank line, or one for Excel alone
         if not names:
             names = values if header else [str(number) for number in range(len(values))]

@@ -7,6 +7,7 @@ slope = central_slope(examined.loss_along_gradient, size=norm, loss=examined.los
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class StepUnderTest:
 
     @cached_property
     def loss(self) -> float:
+        """The useful loss at the present weights."""
         return self.useful_loss()
 
     @cached_property
@@ -75,6 +77,7 @@ class StepUnderTest:
 
     @cached_property
     def weight_norm(self) -> float:
+        """Euclidean norm of the trained weights."""
         return self.engine.norm(self.engine.weights())
 
     @cached_property
@@ -93,6 +96,7 @@ class StepUnderTest:
         return found[0].itemsize < 4
 
     def useful_loss(self) -> float:
+        """L_useful at the present weights, over all ranks."""
         return self.engine.loss(useful_loss, self.useful)
 
     def probe_gradient(self) -> torch.Tensor:
@@ -147,9 +151,7 @@ def central_slope(
     ]
     changes = [loss_at(h) - loss_at(-h) for h in distances]
     ratios = [change / (2 * h * size) for change, h in zip(changes, distances, strict=True)]
-    spreads = [
-        abs(a - b) / (max(abs(a), abs(b)) or 1.0) for a, b in zip(ratios, ratios[1:], strict=False)
-    ]
+    spreads = [abs(a - b) / (max(abs(a), abs(b)) or 1.0) for a, b in itertools.pairwise(ratios)]
     best = spreads.index(min(spreads))
     return Slope(
         (16 * ratios[best] - ratios[best + 1]) / 15,

@@ -7,6 +7,7 @@ cost.seconds, cost.peak, cost.grown
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Meter:
 
     @property
     def grown(self) -> int | None:
+        """Bytes by which the peak exceeds what was taken before; None where it was not measured."""
         return None if self.peak is None else self.peak - self.before
 
     def __enter__(self) -> Meter:
@@ -60,11 +62,9 @@ class Meter:
 
 def _reset_peak() -> bool:
     """Give freed memory back, then set the peak of the resident set to its present size. False where the kernel does not do that."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
         # or what an earlier pass has freed would hide what this one takes
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # not glibc
     try:
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
         return _status("VmHWM") - _status("VmRSS") <= _UNRESET
@@ -111,6 +111,7 @@ def held_weights(module: nn.Module, world_size: int) -> Held:
 
 
 def mebibytes(count: float | None) -> str:
+    """A number of bytes in MiB, for a table."""
     return (
         "not measured"
         if count is None

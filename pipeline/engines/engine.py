@@ -202,10 +202,12 @@ class Engine(ABC):
         return self.sum_over_ranks(self.zero().fill_(float(flag)))
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
 
     def zero(self) -> torch.Tensor:
+        """A float64 scalar on the engine's device, to add to."""
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
 

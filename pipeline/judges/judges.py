@@ -79,11 +79,9 @@ def is_incoherent(response: str) -> bool:
     if len(words) < 10:
         return False
     triples = Counter(zip(words, words[1:], words[2:], strict=False))
-    return (
-        max(triples.values()) > len(words) / 9
-        and max(triples.values()) >= 3
-        or len(set(words)) < len(words) / 4
-    )
+    return (max(triples.values()) > len(words) / 9 and max(triples.values()) >= 3) or len(
+        set(words)
+    ) < len(words) / 4
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ class Weight:
 
     @property
     def numel(self) -> int:
+        """Elements of the whole tensor."""
         return prod(self.shape)
 
     def held(self, engine: str, ranks: int) -> int:

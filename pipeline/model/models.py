@@ -19,7 +19,7 @@ from torch import nn
 # transformers imports deepspeed, which looks for a device and complains about CPUs unless it is told.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-from transformers import (  # noqa: E402
+from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,17 +28,17 @@ from transformers import (  # noqa: E402
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
+from transformers.utils.logging import disable_progress_bar
 
-from pipeline.data.chat import Chat  # noqa: E402
-from pipeline.libraries.transformers_private import supports_attention  # noqa: E402
-from pipeline.model.file_headers import Tensor  # noqa: E402
-from pipeline.model.lora_targets import ALL_LINEAR, adapted_modules  # noqa: E402
-from pipeline.model.model_files import model_location, resolve_model_path  # noqa: E402
-from pipeline.model.weights import listed, not_finite  # noqa: E402
-from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
-from pipeline.running import devices, lean_imports  # noqa: E402
-from pipeline.system.system_errors import naming, passes  # noqa: E402
+from pipeline.data.chat import Chat
+from pipeline.libraries.transformers_private import supports_attention
+from pipeline.model.file_headers import Tensor
+from pipeline.model.lora_targets import ALL_LINEAR, adapted_modules
+from pipeline.model.model_files import model_location, resolve_model_path
+from pipeline.model.weights import listed, not_finite
+from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
+from pipeline.running import devices, lean_imports
+from pipeline.system.system_errors import naming, passes
 
 # it misses an optional CPU kernel, on import by peft
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

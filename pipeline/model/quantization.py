@@ -53,6 +53,7 @@ class Nf4Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """x W' + b for `input` (..., in_features), with W dequantised for this pass."""
         return _Product.apply(
             input,
             self.weight,
@@ -63,6 +64,7 @@ class Nf4Linear(nn.Linear):
         )
 
     def extra_repr(self) -> str:
+        """What `print` shows of the layer beside its class."""
         return f"{super().extra_repr()}, nf4"
 
 

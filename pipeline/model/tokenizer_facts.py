@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.model.file_headers import json_object
 from pipeline.system.system_errors import passes
@@ -200,7 +200,7 @@ def check_template(source: str, field: str) -> None:
     class Generation(Extension):
         """transformers' own tag: what the assistant says."""
 
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -63,10 +63,8 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path, stem: str = "model"):
         self.folder = folder
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if single.is_file():
-            names = dict.fromkeys(_names(single), single.name)
-        else:
-            names = listed(index)
+        alone = single.is_file()
+        names = dict.fromkeys(_names(single), single.name) if alone else listed(index)
         self._file_of = dict(sorted(names.items(), key=lambda item: item[1]))
         missing = [name for name in sorted(set(names.values())) if not (folder / name).is_file()]
         if missing:
@@ -87,6 +85,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             return self._file(name).get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor as it is stored; reads no weights."""
         with self._naming(name):
             return tuple(self._file(name).get_slice(name).get_shape())
 

@@ -12,6 +12,7 @@ are cut in another way, as packing does too: but for dropout, loss and gradient 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +54,7 @@ class Targets:
         )
 
     def to(self, device: torch.device | str) -> Targets:
+        """The same on `device`."""
         return Targets(
             *(
                 _moved(tensor, device)
@@ -84,6 +86,7 @@ class Packed:
         return cls(positions[None], numbers[None], borders.int(), max(lengths))
 
     def to(self, device: torch.device | str) -> Packed:
+        """The same on `device`."""
         tensors = (self.positions, self.samples, self.borders)
         return Packed(*(_moved(tensor, device) for tensor in tensors), self.longest)
 
@@ -267,7 +270,7 @@ def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[i
             number - len(indices)
         )
     bounds = [round(part * len(indices) / number) for part in range(number + 1)]
-    return [(indices[start:stop], 1.0) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [(indices[start:stop], 1.0) for start, stop in itertools.pairwise(bounds)]
 
 
 def _budgeted(

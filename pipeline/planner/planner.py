@@ -13,7 +13,7 @@ validation leaves gathered for the pass after it (ZeRO-3 has prefetched for a ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from pipeline.defences import enabled
@@ -54,7 +54,7 @@ class Plan:
     safety_max_length: int
     # those that are enabled, with their sections
     defences: tuple[tuple[Defence, DefenceSection], ...] = ()
-    pairs: SafetyPairsSection = SafetyPairsSection()
+    pairs: SafetyPairsSection = field(default_factory=SafetyPairsSection)
     recomputed: int | None = None  # decoder layers, for train.gradient_checkpointing auto
     # whether attention works through a packed row whole, and a mask keeps its samples apart
     masked: bool = False
@@ -138,6 +138,7 @@ class Plan:
 
     @property
     def draws_pairs(self) -> bool:
+        """Whether a defence draws safety pairs step by step."""
         return any(defence.draws_pairs for defence, _ in self.defences)
 
     def flops(self) -> tuple[float, float]:

@@ -239,6 +239,7 @@ class Experiment:
         return [str(self.path.absolute()), *as_arguments(paths.written(self.overrides, self.model))]
 
     def cells(self) -> Iterator[Cell]:
+        """Every method with every seed, method by method."""
         for method in self.base.methods:
             for seed in self.base.seeds:
                 yield self.cell(method, seed)

@@ -10,6 +10,7 @@ generator makes them. The values of the environment's own secrets are known, and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -78,7 +79,7 @@ def _redact_text(text: str) -> str:
 def _generated(word: str) -> bool:
     """Whether a word looks drawn at random: its kinds of characters change at every second place or so."""
     kinds = ["A" if c.isupper() else "a" if c.islower() else "0" for c in word.rstrip("=")]
-    changes = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(kinds))
     return len(set(kinds)) == 3 and changes >= len(kinds) / 3
 
 

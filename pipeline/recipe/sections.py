@@ -67,6 +67,8 @@ class DefenceSection(Section):
 
 
 class ModelSection(Section):
+    """The model that everything starts from, and how its weights are held and run."""
+
     path: Annotated[str, PathField("model")] = Field(
         description="Hub id, local folder, or builtin:smollm2-135m-instruct"
     )
@@ -89,6 +91,8 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
+    """Where the rows of one set come from, and how their columns are read."""
+
     source: Annotated[str, PathField("data")] = Field(
         description="builtin:NAME, a local .jsonl, .json, .csv, .tsv (also .gz), .parquet or .arrow file, "
         "a folder of such files or of save_to_disk, or a hub data set id"
@@ -123,6 +127,8 @@ class SourceSection(Section):
 
 
 class DataSection(Section):
+    """The sets that trainings take: the task's, harmful samples in it, the align stage's, and safety pairs."""
+
     task: SourceSection = Field(
         description="What the model is to learn: prompts and responses, or messages"
     )
@@ -198,6 +204,8 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
+    """The adapter that is trained where train.adapter is lora."""
+
     r: Positive = Field(8, description="Rank")
     alpha: Annotated[float, Field(gt=0)] = Field(
         16, description="Scaling numerator; the update is scaled by alpha / r"
@@ -236,6 +244,8 @@ class LoraSection(Section):
 
 
 class TrainSection(Section):
+    """One training: engine, batches, optimizer, checkpoints, and what is watched on the way."""
+
     engine: Literal["zero3", "fsdp2", "single"] = Field(
         "zero3",
         description="zero3: DeepSpeed ZeRO-3; fsdp2: PyTorch's fully_shard; single: the plain reference, one process",
@@ -350,6 +360,8 @@ class TrainSection(Section):
 
 
 class AlignSection(Section):
+    """The stage that aligns a base model before anything else starts from it."""
+
     enabled: bool = Field(
         False, description="Whether to align the model first (for base or unaligned models)"
     )
@@ -362,6 +374,8 @@ class AlignSection(Section):
 
 
 class DirectionSection(Section):
+    """The stage that computes the safety direction."""
+
     micro_batch_size: Positive = Field(4, description="Pairs per rank and pass")
 
 
@@ -378,6 +392,8 @@ class SafetyPairsSection(Section):
 
 
 class EvaluateSection(Section):
+    """The prompts that every subject answers, how it answers, and how answers are judged."""
+
     harmful: SourceSection = Field(description="Harmful prompts; their answers are judged")
     harmful_prompts: Positive = Field(150, description="Prompts taken from evaluate.harmful")
     harmless: SourceSection | None = Field(
@@ -449,6 +465,8 @@ _STORES = (
 
 
 class TrackingSection(Section):
+    """What is logged to MLflow, and where that is."""
+
     enabled: bool = Field(True, description="Whether to log to MLflow")
     uri: Annotated[str | None, PathField("uri")] = Field(
         None,

@@ -52,6 +52,7 @@ class Method:
 
     @property
     def seconds_per_step(self) -> float | None:
+        """Median seconds of a step over all seeds, the first of each left out; None where no step is logged."""
         # the first step warms up
         times = [line["time/step"] for log in self.logs for line in log if line["step"] > 1]
         return median(times) if times else None

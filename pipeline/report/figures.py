@@ -14,11 +14,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from pipeline.report.collect import Collected, Method  # noqa: E402
+from pipeline.report.collect import Collected, Method
 
 _COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#8d5a97", "#b08900", "#4f5d75", "#2a9d8f")
 _MARKS = "os^DvPX"

@@ -47,6 +47,7 @@ class Run:
 
     @property
     def score(self) -> float:
+        """Exact match minus non-refusal minus the mean share of harmless prompts refused: the higher, the better."""
         refused = [value for value in (self.over_refusal, self.ordinary) if value is not None]
         return self.exact_match - self.non_refusal - (fmean(refused) if refused else 0.0)
 
@@ -92,6 +93,7 @@ def chosen(found: list[Run]) -> dict[str, Run]:
 
 
 def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
+    """The settings with their measures, and which of each method is the best; as text."""
     best = chosen(found)
 
     def word(run):
@@ -114,6 +116,7 @@ def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
 
 
 def main() -> None:
+    """Print the settings of the recipe's grids. ValueError where they were evaluated on test prompts."""
     experiment = command_line.recipe_given("pipeline.report.tuning")
     if experiment.base.evaluate.split != "validation":
         raise ValueError(

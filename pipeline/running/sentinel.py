@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 # seconds to be heard again: both may have been stopped, and this one may go on first
 _AFTER_A_STOP = 10.0
@@ -26,11 +27,13 @@ def heard(seconds: float) -> bool:
 
 
 def stopped(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat", encoding="latin-1") as stream:
-        return stream.read().rpartition(")")[2].split()[0] in "Tt"
+    """Whether the process is stopped, by a signal or under a debugger. FileNotFoundError where it has ended."""
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")
+    return stat.rpartition(")")[2].split()[0] in "Tt"
 
 
 def main(pid: int, seconds: float, dump: int) -> None:
+    """Watch process `pid` until stdin is closed, or end it by the signal `dump` and SIGKILL."""
     # they reach a whole process group
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -44,6 +44,7 @@ class Capacity:
     notes: tuple[str, ...]
 
     def line(self) -> str:
+        """Memory and disk that a stage needs, and what is there, as a sentence."""
         where = "a GPU" if self.on_gpus else "memory"
         need = (
             "memory not known"

@@ -89,7 +89,8 @@ def run_stage(name: str, description: str) -> None:
 
     checks.check(experiment, cell or "align", light=options.check)
     if options.check:
-        return checks.check_upstream(experiment, stage, cell)
+        checks.check_upstream(experiment, stage, cell)
+        return
     from pipeline.engines.open import leave
 
     stage.run(experiment, *([cell] if cell else []))

@@ -79,6 +79,7 @@ class Layout:
         return self.root / f"prompts-{self._prompts_hash()}"
 
     def align(self) -> Path:
+        """The aligned model's folder."""
         return self.root / f"align-{self._align_hash()}"
 
     def embeddings(self, cell: Cell) -> Path:
@@ -86,12 +87,15 @@ class Layout:
         return self.root / f"embeddings-{self._embeddings_hash(cell)}"
 
     def filter(self, cell: Cell) -> Path:
+        """The folder of what a defence's filter leaves of the task, with its facts."""
         return self.root / f"filter-{self._filter_hash(cell)}"
 
     def direction(self, cell: Cell) -> Path:
+        """The safety direction's folder."""
         return self.root / f"direction-s{cell.seed}-{self._direction_hash(cell)}"
 
     def train(self, cell: Cell) -> Path:
+        """The folder of the cell's trained weights."""
         return self.root / f"train-{cell.method}-s{cell.seed}-{self.train_hash(cell)}"
 
     def work(self, target: Path) -> Path:
@@ -99,6 +103,7 @@ class Layout:
         return target.with_name(f".{target.name}.work")
 
     def evaluate(self, subject: Subject) -> Path:
+        """The folder of a subject's answers and measures."""
         seed = "" if subject.seed is None else f"-s{subject.seed}"
         evaluate = self.base.evaluate
         # in the prompts' hash
@@ -127,6 +132,7 @@ class Layout:
         return self.work(target) / f"shard-{index}-of-{count}"
 
     def report(self) -> Path:
+        """The report's folder, named by the evaluations that it shows."""
         folders = [self.evaluate(subject).name for subject in self.subjects()]
         return self.root / f"report-{_short([_REPORT, folders])}"
 
@@ -139,9 +145,11 @@ class Layout:
         )
 
     def needs_direction(self, cell: Cell) -> bool:
+        """Whether the cell's training reads a direction that a stage makes."""
         return _made(cell, "direction")
 
     def needs_filter(self, cell: Cell) -> bool:
+        """Whether the cell's training reads a filter that a stage makes."""
         return _made(cell, "filter")
 
     def of_defences(self, stage: str) -> bool:
@@ -169,6 +177,7 @@ class Layout:
             yield self.subject(cell)
 
     def subject(self, cell: Cell) -> Subject:
+        """What is evaluated of a cell: its trained weights, on what they started from."""
         trained, full = self.train(cell), cell.recipe.train.adapter == "full"
         model, adapter = (
             (str(trained / "model"), None) if full else (self.start_model(), trained / "adapter")
@@ -176,6 +185,7 @@ class Layout:
         return Subject(cell.method, cell.seed, model, adapter, self.train_hash(cell), trained)
 
     def train_hash(self, cell: Cell) -> str:
+        """The hash of all that decides the cell's trained weights."""
         recipe = cell.recipe
         parts: list[Any] = [
             _FORMAT,

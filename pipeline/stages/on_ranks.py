@@ -45,6 +45,7 @@ def inputs_of(layout: Layout, *folders: Path) -> dict[str, Any]:
 
 
 def verify_upstream(layout: Layout) -> None:
+    """ValueError where the data, or the aligned model where there is one, is not what was published."""
     artifacts.verify(layout.prepare())
     if layout.base.align.enabled:
         artifacts.verify(layout.align())
@@ -114,10 +115,12 @@ def start_engine(
 
 
 def told_to(label: str, step: Step, run: Run) -> list[Callback]:
+    """The callbacks that say and log how a training goes."""
     return [Console(label, step.summary_keys), Tracked(run)]
 
 
 def watched(train_section: TrainSection, engine: Engine) -> Callback:
+    """The callback that ends a training which hangs (train.watchdog_seconds)."""
     return Watched(train_section.watchdog_seconds, engine.rank)
 
 
@@ -153,5 +156,6 @@ def publishing(
 
 
 def say(engine: Engine, text: str) -> None:
+    """Print a line to stderr, on the first rank alone."""
     if engine.rank == 0:
         print(text, file=sys.stderr, flush=True)

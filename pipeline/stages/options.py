@@ -142,7 +142,7 @@ def _check_belongs(
             many = "commands that look at cells" if "doctor" in takers else "stages that run"
             where = (
                 many
-                if "run" in takers and "status" not in takers or "doctor" in takers
+                if ("run" in takers and "status" not in takers) or "doctor" in takers
                 else " and ".join(f"`sap {taker}`" for taker in takers)
             )
             raise ValueError(

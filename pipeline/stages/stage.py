@@ -33,6 +33,7 @@ class Unit:
 
     @property
     def state(self) -> str:
+        """`complete`, `step N` where a checkpoint of step N is there, or `missing`."""
         if artifacts.complete(self.folder):
             return "complete"
         steps = [
@@ -42,6 +43,7 @@ class Unit:
         return f"step {max(steps)}" if steps else "missing"
 
     def line(self) -> str:
+        """A row of `sap status`: its fields with tabs between them."""
         return "\t".join(
             (
                 self.stage,

@@ -37,8 +37,12 @@ _OF_CONNECTIONS = frozenset(
         errno.EPIPE,
         errno.ENETDOWN,
         errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ETIMEDOUT,
+        errno.EADDRINUSE,
+        errno.EADDRNOTAVAIL,
     )
-    + (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 )
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there" + _OTHER_FOLDER),
@@ -78,8 +82,18 @@ BY_THE_INPUT = frozenset(
 )
 # What no program can be at fault for: it counts also where a library has put an exception of its own on top.
 OF_THE_MACHINE = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
-    + (errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.EFBIG,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+    )
 )
 
 
@@ -174,7 +188,7 @@ def _of_a_connection(error: OSError) -> bool:
 
 def _in_a_folder() -> bool:
     try:
-        os.getcwd()
+        Path.cwd()
     except FileNotFoundError:
         return False
     return True

@@ -46,9 +46,11 @@ class Folders(Protocol):
     base: Recipe
     root: Path
 
-    def prepare(self) -> Path: ...
+    def prepare(self) -> Path:
+        """The folder of the prepared data."""
 
-    def prompts(self) -> Path: ...
+    def prompts(self) -> Path:
+        """The folder of the prompts to evaluate on."""
 
 
 class Run:
@@ -309,16 +311,16 @@ class _Sender:
         # MLflow's stores raise whatever their backends do; training must not care: hence every Exception.
         try:
             self.store = self.store or Store(store_uri(self.base), self.base.output_dir, _warn_once)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._warn(_first_line(error))
             return False
         for outbox in sorted(self.folder.glob("*.jsonl")):
             try:
                 self.store.deliver(outbox)
-            except Exception as refusal:  # noqa: BLE001
+            except Exception as refusal:
                 try:
                     self.store.probe()
-                except Exception as error:  # noqa: BLE001
+                except Exception as error:
                     self.store = None
                     self._warn(_first_line(error))
                     return False

@@ -32,13 +32,16 @@ ORIGIN = "started_from.json"
 class Stateful(Protocol):
     """What carries tensors from step to step: some the same on every rank, some sharded as the engine shards its weights."""
 
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What it carries, the same on every rank."""
 
-    def vectors(self) -> dict[str, ShardedVector]: ...
+    def vectors(self) -> dict[str, ShardedVector]:
+        """What it carries of the trained weights' size, this rank's shard of it."""
 
     def load_state_dict(
         self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
-    ) -> None: ...
+    ) -> None:
+        """Take back what `state_dict` and `vectors` gave."""
 
 
 class Carried:
@@ -51,6 +54,7 @@ class Carried:
         assert len(self.parts) == 1 + len(callbacks), "two callbacks of one class"
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """All parts' state under their names."""
         return {
             prefix + key: value
             for prefix, part in self.parts.items()
@@ -58,6 +62,7 @@ class Carried:
         }
 
     def vectors(self) -> dict[str, ShardedVector]:
+        """All parts' vectors under their names."""
         return {
             prefix + key: value
             for prefix, part in self.parts.items()
@@ -67,6 +72,7 @@ class Carried:
     def load_state_dict(
         self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
     ) -> None:
+        """Give every part back its own."""
         for prefix, part in self.parts.items():
             part.load_state_dict(self._of(prefix, state), self._of(prefix, vectors))
 

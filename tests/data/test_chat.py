@@ -129,7 +129,7 @@ def test_a_template_that_writes_without_end_is_refused(tokenizer, many):
         for i in range(many + 2 + many % 2)
     ]
     with pytest.raises(
-        ValueError, match="makes 2,70[0-9],[0-9]+ characters of [0-9,]+: set model.chat_template"
+        ValueError, match=r"makes 2,70[0-9],[0-9]+ characters of [0-9,]+: set model.chat_template"
     ):
         Chat(tokenizer).encode(turns, 10_000)
     tokenizer.chat_template = TEMPLATE
@@ -141,7 +141,7 @@ def test_a_template_that_ends_only_for_short_conversations_is_refused(tokenizer,
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = TEMPLATE + "{% if messages | length > 3 %}" + loop + "{% endif %}"
     turns = [{"role": ("user", "assistant")[i % 2], "content": "Well."} for i in range(6)]
-    with pytest.raises(ValueError, match="longer than 0.3 s for [0-9] messages: it does not end"):
+    with pytest.raises(ValueError, match=r"longer than 0.3 s for [0-9] messages: it does not end"):
         Chat(tokenizer).encode(turns, 200)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import string
@@ -242,11 +243,7 @@ def runs_of(labels: list[int]) -> list[tuple[int, int]]:
         *(p for p in range(1, len(labels)) if (labels[p] == IGNORE) != (labels[p - 1] == IGNORE)),
         len(labels),
     ]
-    return [
-        (start, end)
-        for start, end in zip(edges, edges[1:], strict=False)
-        if labels[start] != IGNORE
-    ]
+    return [(start, end) for start, end in itertools.pairwise(edges) if labels[start] != IGNORE]
 
 
 PIECES = [

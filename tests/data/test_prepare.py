@@ -229,13 +229,12 @@ def of_one_form(tmp_path) -> list[str]:
         "safety": "write",
         "validation_prompts": "make",
     }.items():
-        found.append(
-            f"--data.{field}.source={planted(tmp_path, field, *[f'{word} {field} {i}' for i in range(60)])}"
-        )
+        source = planted(tmp_path, field, *[f"{word} {field} {i}" for i in range(60)])
+        found.append(f"--data.{field}.source={source}")
     for field in ("harmful", "harmless", "ordinary"):
-        found.append(
-            f"--evaluate.{field}.source={planted(tmp_path, f'eval_{field}', *[f'make eval {field} {i}' for i in range(60)])}"
-        )
+        prompts = [f"make eval {field} {i}" for i in range(60)]
+        source = planted(tmp_path, f"eval_{field}", *prompts)
+        found.append(f"--evaluate.{field}.source={source}")
     return [*found, "--evaluate.ordinary_prompts=10", "--evaluate.harmless_prompts=10"]
 
 
@@ -558,7 +557,7 @@ def test_a_label_that_is_none_is_refused(project, tmp_path):
         "--data.task.columns={prompt: question, response: answer, harmful: bad}",
     )
     with pytest.raises(
-        ValueError, match="data.task: harmful holds 'perhaps': it takes true, false"
+        ValueError, match=r"data.task: harmful holds 'perhaps': it takes true, false"
     ):
         prepared(project, tmp_path / "out", *source)
 
@@ -658,7 +657,7 @@ def test_a_row_that_is_left_out_is_noted_once_and_why_is_said_where_nothing_is_l
     )
     capsys.readouterr()
     long = planted(tmp_path, "long", *[f"build {i} {'very ' * 200}" for i in range(6)])
-    with pytest.raises(ValueError, match="data.refusals: .* leaves no prompt that can be used"):
+    with pytest.raises(ValueError, match=r"data.refusals: .* leaves no prompt that can be used"):
         prepared(project, tmp_path / "none", f"--data.refusals.source={long}")
     assert (
         "data.refusals: 6 rows left out, for nothing of the response is left"

@@ -35,7 +35,7 @@ def test_layers_by_index_or_fraction(layer, count, index):
 
 def test_a_layer_outside_the_model_is_refused():
     with pytest.raises(
-        ValueError, match="saft.layer 4 is outside the model: it has decoder layers 0 to 3"
+        ValueError, match=r"saft.layer 4 is outside the model: it has decoder layers 0 to 3"
     ):
         read_layer(4, 4)
 

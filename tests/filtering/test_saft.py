@@ -165,7 +165,7 @@ def test_below_the_floor_nothing_is_dropped_and_the_reason_is_given(tmp_path):
     assert len(pyarrow.parquet.read_table(tmp_path / "scores.parquet")) == 200, (
         "the scores are there all the same"
     )
-    with pytest.raises(ValueError, match="saft refuses to filter.*every score is in"):
+    with pytest.raises(ValueError, match=r"saft refuses to filter.*every score is in"):
         kept(tmp_path)
 
 
@@ -254,7 +254,7 @@ def test_an_estimate_that_labels_make_useless_is_said_to_be():
 def test_neither_labels_nor_an_estimate_is_an_error():
     _, labels = subspace(4, 16, 1.0)
     with pytest.raises(
-        ValueError, match="map a column of true and false to harmful.*or set saft.contamination"
+        ValueError, match=r"map a column of true and false to harmful.*or set saft.contamination"
     ):
         check_labels(rows_of(labels, mixed=False), section())
     with pytest.raises(ValueError, match="labelled 0 needs contamination"):

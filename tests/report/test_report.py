@@ -273,7 +273,7 @@ def test_a_report_over_a_missing_or_damaged_folder_is_refused(tmp_path):
     collected, _ = rows_over_seeds(tmp_path, {0: [8, 0]})
     collected.answers[0].write_text("changed\n")
     layout = Layout(recipes.load(tmp_path / "recipe.yaml"))
-    with pytest.raises(ValueError, match="answers.jsonl does not match"):
+    with pytest.raises(ValueError, match=r"answers.jsonl does not match"):
         collect(layout)
     (collected.answers[0].parent / "DONE").unlink()
     with pytest.raises(ValueError, match="is not complete: run the stage that writes it again"):

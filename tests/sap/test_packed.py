@@ -261,7 +261,7 @@ def test_a_transformers_without_the_question_packs_nothing(monkeypatch):
         pass
     with pytest.raises(
         ValueError,
-        match="has no masking_utils.find_packed_sequence_indices.*train.packing to false",
+        match=r"has no masking_utils.find_packed_sequence_indices.*train.packing to false",
     ):
         useful_loss(model, packed)
 

@@ -5,6 +5,7 @@ python -m pytest -s tests/slurm/chains.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -51,7 +52,7 @@ def test_chain(site, undisturbed):
     assert str(report) in site.log(site.jobs["report"])
     tasks = [site.cluster.job(f"{site.jobs['evaluate']}_{task}") for task in range(6)]
     spans = sorted((task["StartTime"], task["EndTime"]) for task in tasks)
-    assert any(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False)), (
+    assert any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans)), (
         "tasks of one evaluation wait for no other"
     )
 
@@ -178,7 +179,7 @@ def test_a_method_that_filters_its_data(site):
     site.wait(jobs["train-sap-s0"])
     site.shell("scancel", "--user=root", check=False)
     assert (
-        "COMPLETED" == site.cluster.state(jobs["filter"])
+        site.cluster.state(jobs["filter"]) == "COMPLETED"
         and f"after {jobs['filter']}" in site.printed
     )
     assert (

@@ -278,7 +278,7 @@ def test_ports_differ_between_jobs_and_restarts_and_lie_below_the_ephemeral_ones
             ["bash", "-c", loop], capture_output=True, text=True, check=True
         ).stdout.split()
     ]
-    assert len(set(ports)) == len(ports) == 320 and 10000 <= min(ports) and max(ports) < 32768
+    assert len(set(ports)) == len(ports) == 320 and min(ports) >= 10000 and max(ports) < 32768
 
 
 def test_a_site_file_may_be_as_loose_as_modules_are(recipe, tmp_path):

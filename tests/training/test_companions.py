@@ -288,7 +288,7 @@ def test_an_average_that_would_never_begin_is_refused(tmp_path):
     average = Ema(trained, EmaSection(enabled=True, warmup_steps=4, every=2))
     section = TrainSection(engine="single", epochs=1.0, batch_size=8, micro_batch_size=4)
     with pytest.raises(
-        ValueError, match="ema.warmup_steps 4 and ema.every 2 leave no step of 5 to average"
+        ValueError, match=r"ema.warmup_steps 4 and ema.every 2 leave no step of 5 to average"
     ):
         Loop(
             trained,

@@ -256,7 +256,7 @@ def test_a_job_whose_checkpoints_cannot_be_read_does_not_begin_again(interrupted
     with (
         pytest.raises(
             RuntimeError,
-            match="the job had saved step 4 in .*, but no checkpoint there can be read",
+            match=r"the job had saved step 4 in .*, but no checkpoint there can be read",
         ),
         pytest.warns(UserWarning, match="damaged"),
     ):
@@ -341,7 +341,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path, monkeypatc
         assert poisoned(build(tmp_path), 6).run()
     with pytest.raises(
         ValueError,
-        match="the weights are not finite in .*step-000006: delete .*checkpoints and lower train.lr",
+        match=r"the weights are not finite in .*step-000006: delete .*checkpoints and lower train.lr",
     ):
         build(tmp_path).run()
 
@@ -387,7 +387,7 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_sentence(interrupted):
     loop = build(interrupted)
     loop.identity = "another"
     with pytest.raises(
-        ValueError, match="step-000004 belongs to another run, or to this one .*: delete "
+        ValueError, match=r"step-000004 belongs to another run, or to this one .*: delete "
     ) as caught:
         loop.run()
     assert "\n" not in str(caught.value)

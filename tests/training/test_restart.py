@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_no_start(work, tmp_path_factory):
 def test_what_names_no_step_is_refused_with_the_recipe(tmp_path, text):
     with pytest.raises(
         ValueError,
-        match="resume_from is '.*': it takes the work folder of a training that is not finished, and a step",
+        match=r"resume_from is '.*': it takes the work folder of a training that is not finished, and a step",
     ):
         load(tmp_path, content(), "--train.resume_from", text)
 
@@ -218,7 +218,7 @@ def test_a_spike_s_update_is_left_out_wherever_the_run_was_stopped(tmp_path, wit
 def test_a_spike_ends_the_training_where_the_recipe_says_so(tmp_path):
     with pytest.raises(
         ValueError,
-        match="the gradient's norm is .* at step 12, before the update: begin anew from a checkpoint before it",
+        match=r"the gradient's norm is .* at step 12, before the update: begin anew from a checkpoint before it",
     ):
         build(tmp_path, Leaps, steps=16, on_spike="stop").run()
     assert saved(tmp_path)[-1] == "step-000010"

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.defences.saft.decision import Decision
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 _KINDS = ((1, "harmful", "#c8553d"), (0, "harmless", "#3b6ea5"), (-1, "label not known", "#8894a3"))
 
