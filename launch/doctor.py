@@ -1,4 +1,6 @@
-"""Check the SAP step on this model and these ranks: a table, and exit code 0, or 1 where a check failed. Minutes; writes nothing.
+"""Check the SAP step on this model and these ranks: a table, and exit code 0, or 1 where a check failed.
+
+Minutes; writes nothing.
 
 deepspeed launch/doctor.py --config launch/recipes/llama_7b_sap.yaml
 torchrun --nproc-per-node 8 launch/doctor.py --config launch/recipes/llama_7b_sap.yaml --method sap --json doctor.json

@@ -1,4 +1,7 @@
-"""Imports go down: from a floor of tests/architecture.py to those below it. And what one wing keeps to itself, no other uses."""
+"""Imports go down: from a floor of tests/architecture.py to those below it.
+
+And what one wing keeps to itself, no other uses.
+"""
 
 import ast
 import re

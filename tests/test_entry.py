@@ -165,7 +165,10 @@ atexit.register(lambda: __import__("colorsys"))
 )
 def test_a_lock_of_imports_that_stays_taken_does_not_keep_a_stopped_program(way):
     """As when a signal came while two threads imported: torch imports at its end."""
-    body = f"import sys, colorsys\ndel sys.modules['colorsys']\nfrom pipeline import cli; from pipeline.running import entry; from pipeline.running import runner\n{TAKEN_LOCK}"
+    body = (
+        "import sys, colorsys\ndel sys.modules['colorsys']\nfrom pipeline import cli; from "
+        f"pipeline.running import entry; from pipeline.running import runner\n{TAKEN_LOCK}"
+    )
     program = f"{body}\ndef main(): raise runner.Stopped('SIGINT')\nentry._LEAVING = 1.0\n{way}"
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60

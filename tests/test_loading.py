@@ -101,7 +101,9 @@ def test_a_seeds_adapter_has_the_same_bits_however_the_model_is_loaded(tmp_path,
 
 
 def rename(folder: Path, old: str = "model.", new: str = "") -> None:
-    """Give weights other names; these are those of a model that was saved without its head, and transformers knows them."""
+    """Give weights other names; these are those of a model that was saved without its head,
+    and transformers knows them.
+    """
     for path in folder.glob("*.safetensors"):
         state = load_file(path)
         save_file(

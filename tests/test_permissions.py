@@ -1,4 +1,6 @@
-"""What is written is this user's alone, unless the recipe says otherwise: answers to harmful prompts and the user's data are among it."""
+"""What is written is this user's alone, unless the recipe says otherwise:
+answers to harmful prompts and the user's data are among it.
+"""
 
 import os
 import stat

@@ -360,7 +360,10 @@ def test_merge_keys_and_what_is_written_beside_them(tmp_path):
     text = yaml.safe_dump({key: value for key, value in content().items() if key != "train"})
     path.write_text(
         text
-        + "train: &t {steps: 5, lr: 0.5, lora: &l {r: 4}}\nalign:\n  train: {<<: *t, lr: 0.25, lora: {<<: *l, alpha: 3}}\n"
+        + (
+            "train: &t {steps: 5, lr: 0.5, lora: &l {r: 4}}\nalign:\n  train: {<<: *t, lr: 0.25, "
+            "lora: {<<: *l, alpha: 3}}\n"
+        )
     )
     base = recipes.load(path).base
     assert (base.align.train.steps, base.align.train.lr, base.train.lr) == (5, 0.25, 0.5)
@@ -777,7 +780,9 @@ COMPARED = recipes.load(ROOT / "launch" / "recipes" / "compare.yaml")
 
 
 def test_the_comparison_gives_every_method_the_same_safety_pairs_and_task_steps():
-    """Pairs drawn in a whole training, times four a draw; SAP's and the controls' at every fourth step, Lisa's at its alignment steps."""
+    """Pairs drawn in a whole training, times four a draw; SAP's and the controls' at every fourth step,
+    Lisa's at its alignment steps.
+    """
     for cell in COMPARED.cells():
         found = cell.recipe
         steps, task_steps, draws = found.train.steps, found.train.steps, 0

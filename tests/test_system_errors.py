@@ -191,7 +191,8 @@ def folder_with_manifest(link: Path) -> object:
     "read",
     [
         artifacts.file_digest, files.read, recipes.load, folder_with_manifest,
-        lambda path: file_headers.json_object("model.path x", path), lambda path: file_headers.safetensors_header("model.path x", path),
+        lambda path: file_headers.json_object("model.path x", path),
+        lambda path: file_headers.safetensors_header("model.path x", path),
     ],
     ids=["digest", "data", "recipe", "manifest", "config", "weights"],
 )  # fmt: skip

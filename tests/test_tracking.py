@@ -264,7 +264,9 @@ def test_a_metric_under_a_secret_looking_name_is_a_number(project, tmp_path):
 
 @pytest.fixture(scope="module")
 def planted(project, tmp_path_factory) -> tuple[Path, Path, str]:
-    """`sap prepare` with secrets in a source, a tracking URI, a method and the recipe's path: recipe, output folder, everything printed."""
+    """`sap prepare` with secrets in a source, a tracking URI, a method and the recipe's path:
+    recipe, output folder, everything printed.
+    """
     folder, content = tmp_path_factory.mktemp("planted"), copy.deepcopy(project[1])
     (folder / TOKEN).mkdir()
     content["data"]["task"]["source"] = str(

@@ -179,7 +179,8 @@ def test_jobs_go_with_the_program_that_started_them_and_may_save_first(launch, n
     out = launch(
         "from pipeline.running.entry import run\nrank = os.environ['RANK']\n"
         "def save(*_):\n    (out / f'saved{rank}').touch()\n    os._exit(0)\n"
-        "def main():\n    signal.signal(signal.SIGTERM, save)\n    (out / f'up{rank}').write_text(str(os.getpid()))\n    time.sleep(60)\n"
+        "def main():\n    signal.signal(signal.SIGTERM, save)\n    (out / "
+        "f'up{rank}').write_text(str(os.getpid()))\n    time.sleep(60)\n"
         "run(main)"
     )
     program = subprocess.Popen([sys.executable, "-c", CLIENT, str(out), way], cwd=ROOT)

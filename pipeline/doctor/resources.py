@@ -61,7 +61,10 @@ class Meter:
 
 
 def _reset_peak() -> bool:
-    """Give freed memory back, then set the peak of the resident set to its present size. False where the kernel does not do that."""
+    """Give freed memory back, then set the peak of the resident set to its present size.
+
+    False where the kernel does not do that.
+    """
     with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
         # or what an earlier pass has freed would hide what this one takes
         ctypes.CDLL(None).malloc_trim(0)
@@ -81,7 +84,9 @@ def _status(key: str) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of weights on this rank. fair: what an even split gives it, rounded up; whole: the model; gathered: full copies beside shards."""
+    """Bytes of weights on this rank. fair: what an even split gives it, rounded up; whole: the model; gathered:
+    full copies beside shards.
+    """
 
     shard: int
     fair: int

@@ -33,9 +33,9 @@ _SPECIAL = (
 class TokenizerFacts:
     """What the tokenizer's files say.
 
-    vocabulary: token -> id of the model itself; empty where no file that is read here has it. added: token -> id of what
-    was added to it. named: bos_token, eos_token, pad_token, ... -> token, and those of other modalities (image_token).
-    chat_template: its source; None where there is none.
+    vocabulary: token -> id of the model itself; empty where no file that is read here has it. added: token -> id of
+    what was added to it. named: bos_token, eos_token, pad_token, ... -> token, and those of other modalities
+    (image_token). chat_template: its source; None where there is none.
     """
 
     vocabulary: Mapping[str, int]
@@ -57,7 +57,10 @@ class TokenizerFacts:
 
 
 def read_tokenizer(label: str, folder: Path, chat_template: Path | None) -> TokenizerFacts:
-    """What a folder says of its tokenizer. chat_template: file that replaces the folder's. ValueError for broken files."""
+    """What a folder says of its tokenizer. chat_template: file that replaces the folder's.
+
+    ValueError for broken files.
+    """
     given = {name: json_object(label, folder / name) for name in _tokenizer_files(folder)}
     config = given.get("tokenizer_config.json", {})
     template = _template(label, folder, config, chat_template)
@@ -71,7 +74,8 @@ def read_tokenizer(label: str, folder: Path, chat_template: Path | None) -> Toke
                     added[token] = max([*vocabulary.values(), *added.values()]) + 1
     except (TypeError, KeyError, AttributeError, ValueError):
         raise ValueError(
-            f"{label}: {' or '.join(given)} is not as a tokenizer's files are: save it again with tokenizer.save_pretrained"
+            f"{label}: {' or '.join(given)} is not as a tokenizer's files are: save it again with "
+            "tokenizer.save_pretrained"
         ) from None
     if "tokenizer.json" in given and not vocabulary:
         raise ValueError(
@@ -94,7 +98,8 @@ def check_loads(label: str, folder: Path) -> None:
             raise found from None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"the tokenizer of {label} cannot be read ({path.name}: {first}): save it again with tokenizer.save_pretrained"
+            f"the tokenizer of {label} cannot be read ({path.name}: {first}): save it again with "
+            "tokenizer.save_pretrained"
         ) from None
 
 

@@ -1,9 +1,10 @@
-"""The watchdog's last resort, a process of its own: nothing in a process can run where C code hangs with the interpreter's lock held.
+"""The watchdog's last resort, a process of its own: nothing in a process can run where C code
+hangs with the interpreter's lock held.
 
     python -I -S sentinel.py PID SECONDS SIGNAL        # stdin: a byte, again and again, as long as PID is alive
 
-Where none comes for SECONDS, PID gets SIGNAL, at which it prints its stacks (faulthandler), and is killed. A process that is stopped
-(SIGSTOP, a debugger, scontrol suspend) is waited for. It ends when stdin is closed.
+Where none comes for SECONDS, PID gets SIGNAL, at which it prints its stacks (faulthandler), and is killed. A process
+that is stopped (SIGSTOP, a debugger, scontrol suspend) is waited for. It ends when stdin is closed.
 """
 
 import os
@@ -40,7 +41,8 @@ def main(pid: int, seconds: float, dump: int) -> None:
     while heard(seconds) or stopped(pid) or heard(_AFTER_A_STOP):
         pass
     print(
-        f"error: process {pid} has not answered for {seconds:.0f} s (train.watchdog_seconds): it hangs in C code; its stack:",
+        f"error: process {pid} has not answered for {seconds:.0f} s (train.watchdog_seconds): it "
+        "hangs in C code; its stack:",
         file=sys.stderr,
         flush=True,
     )

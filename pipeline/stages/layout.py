@@ -41,7 +41,9 @@ _ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "b
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to evaluate: a model folder or hub id, with or without an adapter. trained: folder of the stage whose product it is."""
+    """Something to evaluate: a model folder or hub id, with or without an adapter. trained:
+    folder of the stage whose product it is.
+    """
 
     name: str
     seed: int | None
@@ -83,7 +85,9 @@ class Layout:
         return self.root / f"align-{self._align_hash()}"
 
     def embeddings(self, cell: Cell) -> Path:
-        """The training samples' embeddings: what is filtered by is not in the name, so another threshold reads them again."""
+        """The training samples' embeddings: what is filtered by is not in the name,
+        so another threshold reads them again.
+        """
         return self.root / f"embeddings-{self._embeddings_hash(cell)}"
 
     def filter(self, cell: Cell) -> Path:
@@ -204,7 +208,8 @@ class Layout:
     def basis(self, cell: Cell | None) -> dict[str, Any]:
         """What a checkpoint of a training fits on, by the recipe's fields; of the alignment's without a cell. JSON.
 
-        A method's whole section is: what it carries from step to step (V and its scale, a direction, an average) was made with it.
+        A method's whole section is: what it carries from step to step (V and its scale, a direction,
+        an average) was made with it.
         """
         recipe, train = (
             (self.base, self.base.align.train) if cell is None else (cell.recipe, cell.recipe.train)
@@ -227,9 +232,17 @@ class Layout:
         kept = {"the direction stage": self._direction_hash(cell)} if never else {}
         return {
             "format": _FORMAT,
-            "the start model (with model.dtype, model.attention and align)": _short(self._weights()) if cell is None else self._start_hash(),
-            "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods": list(methods), **methods, **drawing, **kept,
-        }  # fmt: skip
+            "the start model (with model.dtype, model.attention and align)": (
+                _short(self._weights()) if cell is None else self._start_hash()
+            ),
+            "train.engine": train.engine,
+            "train.adapter": train.adapter,
+            **lora,
+            "methods": list(methods),
+            **methods,
+            **drawing,
+            **kept,
+        }
 
     def _embeddings_hash(self, cell: Cell) -> str:
         saft = cell.recipe.saft

@@ -1,4 +1,5 @@
-"""What the stages on ranks share: who makes a folder, the engine that a cell starts from, and how a folder is published together.
+"""What the stages on ranks share: who makes a folder, the engine that a cell starts from,
+and how a folder is published together.
 
 A stage's function returns True when its folder is complete afterwards. Present and complete: it returns at once
 (docs/stages.md says what a change of the recipe runs again). Interrupted: nothing half-written is ever read. Upstream
@@ -52,12 +53,17 @@ def verify_upstream(layout: Layout) -> None:
 
 
 def done_alone(target: Path) -> bool:
-    """Whether a process alone finds it complete. Ranks decide together (`claimed_together`): on two nodes a shared folder may look different for a while."""
+    """Whether a process alone finds it complete.
+
+    Ranks decide together (`claimed_together`): on two nodes a shared folder may look different for a while.
+    """
     return environment()[1] == 1 and artifacts.complete(target)
 
 
 def claimed_together(target: Path, train_section: TrainSection) -> bool:
-    """Let the ranks meet, and hold `target` until this process ends. False where it is complete by now: another run was faster.
+    """Let the ranks meet, and hold `target` until this process ends.
+
+    False where it is complete by now: another run was faster.
 
     All ranks raise Busy where another run holds it.
     """
@@ -128,7 +134,9 @@ def watched(train_section: TrainSection, engine: Engine) -> Callback:
 def publishing(
     engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]
 ) -> Iterator[Path]:
-    """artifacts.building for a stage of several ranks: all enter and leave together, rank 0 publishes and clears the work folder."""
+    """artifacts.building for a stage of several ranks: all enter and leave together,
+    rank 0 publishes and clears the work folder.
+    """
     folder, work = target.with_name(f".{target.name}.tmp"), layout.work(target)
     try:
         with naming(target):

@@ -98,14 +98,17 @@ OF_THE_MACHINE = frozenset(
 
 
 class BrokenFile(OSError):
-    """A file of weights that is not whole: a disk's error, or of who copied it, and none of the system. Its text names it."""
+    """A file of weights that is not whole: a disk's error, or of who copied it, and none of the system.
+
+    Its text names it.
+    """
 
 
 def behind(error: BaseException | None) -> OSError | None:
     """What of the system is behind an exception; None for any other, as for a fault of ours.
 
-    What it was raised from (`raise ... from`) counts where a machine does it to any program: a full disk, and not a file
-    that is not there.
+    What it was raised from (`raise ... from`) counts where a machine does it to any program:
+    a full disk, and not a file that is not there.
     """
     found, of_the_top = None, True
     while error is not None and found is None:
@@ -117,7 +120,9 @@ def behind(error: BaseException | None) -> OSError | None:
 
 
 def passes(error: BaseException) -> OSError | None:
-    """What is behind an error that says nothing of the input: it may pass, or not be there on another machine; else None."""
+    """What is behind an error that says nothing of the input:
+    it may pass, or not be there on another machine; else None.
+    """
     found = behind(error)
     if found is None or isinstance(found, BrokenFile):
         return found
@@ -196,7 +201,9 @@ def _in_a_folder() -> bool:
 
 @contextlib.contextmanager
 def reading_input() -> Iterator[None]:
-    """Inside the block, before anything runs, a file that cannot be read by the input's fault is a ValueError of one sentence."""
+    """Inside the block, before anything runs, a file that cannot be read by the input's fault is a
+    ValueError of one sentence.
+    """
     try:
         yield
     except OSError as error:

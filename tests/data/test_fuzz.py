@@ -125,7 +125,10 @@ class Grammar:
             else "{%- set ns.sys = m.content %}"
         ]
         parts += [
-            "{%- elif m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- set f = namespace(seen=false, answered=false) %}"
+            (
+                "{%- elif m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor "
+                "%}{%- set f = namespace(seen=false, answered=false) %}"
+            )
         ]
         parts += ["{%- for m in messages %}{%- if m.role == 'system' %}"]
         parts += [
@@ -141,7 +144,10 @@ class Grammar:
             f"('' if f.answered else '{opened('user')}')" if self.header else f"'{opened('user')}'"
         )
         parts += [
-            f"{{{{- {begun} + ((ns.sys + '\\n') if ns.sys and {condition} else '') + m.content + '{close}' }}}}{{%- set f.seen = true %}}"
+            (
+                f"{{{{- {begun} + ((ns.sys + '\\n') if ns.sys and {condition} else '') + m.content + "
+                f"'{close}' }}}}{{%- set f.seen = true %}}"
+            )
         ]
         said = "(m.content | trim)" if self.trimmed else "m.content"
         past = (
@@ -149,13 +155,19 @@ class Grammar:
         )
         after = f" + '{opened('user')}'" if self.header else ""
         parts += [
-            f"{{%- else %}}{{{{- '{opened('assistant')}' + {past} + '{close}'{after} }}}}{{%- set f.answered = true %}}{{%- endif %}}{{%- endfor %}}"
+            (
+                f"{{%- else %}}{{{{- '{opened('assistant')}' + {past} + '{close}'{after} }}}}{{%- set "
+                f"f.answered = true %}}{{%- endif %}}{{%- endfor %}}"
+            )
         ]
         generation = (opened("assistant") if self.generation else "") + self.thought.replace(
             "\n", "\\n"
         )
         parts += [
-            f"{{%- if add_generation_prompt %}}{{{{- '{generation}' }}}}{{%- else %}}{{{{- '{self.end}' }}}}{{%- endif %}}"
+            (
+                f"{{%- if add_generation_prompt %}}{{{{- '{generation}' }}}}{{%- else %}}{{{{- "
+                f"'{self.end}' }}}}{{%- endif %}}"
+            )
         ]
         return "".join(parts)
 

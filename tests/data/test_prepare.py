@@ -351,7 +351,8 @@ def test_a_set_whose_forms_are_its_counterpart_s_is_not_warned_about():
     )
     (sentence,) = form_warnings({"data.refusals": even, "data.harmless": far}, settings)
     assert sentence.startswith(
-        "data.refusals has 50% questions, 50% imperatives, data.harmless 80% questions, 20% imperatives: a model can tell"
+        "data.refusals has 50% questions, 50% imperatives, data.harmless 80% questions, 20% "
+        "imperatives: a model can tell"
     )
     assert sentence.endswith(
         "name sources of questions and imperatives in data.refusals and data.harmless"
@@ -500,7 +501,9 @@ def test_truncation_is_counted(project, tmp_path):
 def test_a_limited_pool_of_harmful_prompts_leaves_the_rest_alike_at_every_fraction(
     project, tmp_path
 ):
-    """What is left of a source that the alignment shares must not depend on how many are mixed in, or fractions start from different models."""
+    """What is left of a source that the alignment shares must not depend on how many are mixed in,
+    or fractions start from different models.
+    """
     pool = tmp_path / "pool.jsonl"
     write_jsonl(pool, [{"goal": f"forbidden thing number {i}"} for i in range(12)])
     shared = (
@@ -642,7 +645,8 @@ def test_a_row_that_is_left_out_is_noted_once_and_why_is_said_where_nothing_is_l
     project, tmp_path, capsys
 ):
     (tmp_path / "endless.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if "
+        "add_generation_prompt %}[assistant]{% endif %}"
     )
     rows = [{"question": f"ask {i}{' very' * 300 * (i < 5)}", "answer": "a"} for i in range(60)]
     write_jsonl(tmp_path / "task.jsonl", rows)

@@ -441,7 +441,8 @@ def test_what_is_left_before_an_answer_is_the_template_s_own(opening, between, l
 
 GLUED = [
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% else %}"
-    "{{ m.role + ': ' + m.content + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}",
+    "{{ m.role + ': ' + m.content + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'ASSISTANT:\n' }}{% endif %}",
     "{% for m in messages %}{{ 'Source: ' + m.role + '\n\n ' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Source: assistant\nDestination: user\n\n ' }}{% endif %}",
 ]
@@ -466,7 +467,8 @@ def test_no_text_of_the_user_becomes_part_of_an_answer(template, asked):
 def test_text_beside_calls_calls_of_earlier_turns_and_tools_are_not_left_out():
     wordless = (
         "{{ tools | tojson if tools else '' }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% "
+        "endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     chat = with_family(make_tokenizer(), Family(wordless, CHATML, "<|im_end|>"))

@@ -1,4 +1,6 @@
-"""Embeddings of one process against the layers' own outputs; sharded ones equal them: tests/distributed/test_sharded.py."""
+"""Embeddings of one process against the layers' own outputs; sharded ones equal them:
+tests/distributed/test_sharded.py.
+"""
 
 import pytest
 import torch

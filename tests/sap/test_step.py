@@ -33,7 +33,8 @@ def build(section: SapSection, dtype=torch.float64, dropout: float = 0.0):
 class DenseReference:
     """Algorithm 1 written out once more, sharing nothing with the product but the model's own layers.
 
-    The whole batch in one pass per sequence, V added by replacing the layers' forward, every gradient by torch.autograd.grad.
+    The whole batch in one pass per sequence, V added by replacing the layers' forward,
+    every gradient by torch.autograd.grad.
     """
 
     def __init__(self, model, section: SapSection):
@@ -299,7 +300,9 @@ def test_adam_probe_moves_each_coordinate_by_beta_at_first():
 
 
 def test_all_passes_see_the_same_dropout_masks():
-    """p(1) - p(0) is the perturbation's alone: with dropout and a tiny eps it stays tiny; other masks would make it large."""
+    """p(1) - p(0) is the perturbation's alone: with dropout and a tiny eps it stays tiny;
+    other masks would make it large.
+    """
     engine, step = build(section(schedule="exact", eps=1e-7, noise_every=0), dropout=0.5)
     batches = StepBatches()
     metrics = step(batches.useful(0), lambda: batches.pairs(0), 0)

@@ -133,11 +133,14 @@ def test_every_rank_is_distinct_and_ports_differ_by_job_and_restart(site, undist
     seen.mkdir()
     (site.folder / "ranks.py").write_text(
         "import json, os, pathlib, sys, time\n"
-        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'CUDA_VISIBLE_DEVICES', 'SLURMD_NODENAME')\n"
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', "
+        "'CUDA_VISIBLE_DEVICES', 'SLURMD_NODENAME')\n"
         "restart = os.environ.get('SLURM_RESTART_COUNT', '0')\n"
         f"seen, run = pathlib.Path({str(seen)!r}), f\"{{os.environ['SLURM_JOB_ID']}}-{{restart}}\"\n"
-        "(seen / f\"{run}-{os.environ['RANK']}\").write_text(json.dumps({name: os.environ.get(name) for name in names}))\n"
-        "deadline = time.time() + 60  # a launcher ends the others when the first one fails: it must not be before they have said who they are\n"
+        "(seen / f\"{run}-{os.environ['RANK']}\").write_text(json.dumps({name: "
+        "os.environ.get(name) for name in names}))\n"
+        "deadline = time.time() + 60  # a launcher ends the others when the first one fails: it "
+        "must not be before they have said who they are\n"
         "while len(list(seen.glob(f'{run}-*'))) < 4 and time.time() < deadline:\n"
         "    time.sleep(0.1)\n"
         "sys.exit(7 if restart == '0' else 0)\n"

@@ -252,7 +252,9 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, method, ema):
 
 
 def test_lisa_sees_the_task_samples_and_pairs_of_the_others():
-    """Each kind of step is counted by itself: no task batch is lost to an alignment step, and the draws are those of every other step."""
+    """Each kind of step is counted by itself: no task batch is lost to an alignment step,
+    and the draws are those of every other step.
+    """
     step = LisaStep(
         engine(), LisaSection(enabled=True, alignment_steps=2, task_steps=3), draw_every=4
     )

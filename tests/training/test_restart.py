@@ -420,7 +420,9 @@ def test_a_step_that_is_left_out_moves_no_average(tmp_path):
 
 @pytest.mark.parametrize("steps", [16, 60])
 def test_spikes_of_the_run_before_are_not_the_last_ten(tmp_path, steps):
-    """A run that only noted its spikes, begun anew with skip: it ends after ten of its own, or goes on where the spikes end."""
+    """A run that only noted its spikes, begun anew with skip:
+    it ends after ten of its own, or goes on where the spikes end.
+    """
     source = tmp_path / ".train-sft-s0-0123456789.work"
     old = build(source, steps=100, save_every=1, basis=BASIS)
     old.step = Leaping(old.engine, 14, 99)

@@ -1,4 +1,5 @@
-"""The picture of a filter: how its scores lie, where the threshold is, and how well the scores and the keywords tell the labelled apart.
+"""The picture of a filter: how its scores lie, where the threshold is,
+and how well the scores and the keywords tell the labelled apart.
 
 draw_scores(decision, Path("scores.png"))
 """
