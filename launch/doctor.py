@@ -1,4 +1,6 @@
-"""Check the SAP step on this model and these ranks: a table, and exit code 0, or 1 where a check failed. Minutes; writes nothing.
+"""Check the SAP step on this model and these ranks: a table, and exit code 0, or 1 where a check failed.
+
+Minutes; writes nothing.
 
 deepspeed launch/doctor.py --config launch/recipes/llama_7b_sap.yaml
 torchrun --nproc-per-node 8 launch/doctor.py --config launch/recipes/llama_7b_sap.yaml --method sap --json doctor.json
@@ -13,6 +15,7 @@ from pipeline.stages import command_line
 
 
 def main() -> int:
+    """Run the checks on this process's rank; returns the exit code, 0 or 1."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path, help="also write the findings to this file")
     own, rest = parser.parse_known_args()

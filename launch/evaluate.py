@@ -2,10 +2,11 @@
 
 python launch/evaluate.py --config launch/recipes/demo.yaml --method sap --seed 0
 python launch/evaluate.py --config launch/recipes/demo.yaml --method aligned
-python launch/evaluate.py --config launch/recipes/demo.yaml --method sap --seed 0 --shard 0/4    # a quarter; the others are 1/4, 2/4, 3/4
+python launch/evaluate.py --config launch/recipes/demo.yaml --method sap --seed 0 --shard 0/4
 
-Shards may run at once or one after the other, on any node that sees output_dir; the last to end merges them. Where more than one GPU is
-visible the model is spread over all of them.
+The last of these is a quarter; the others are 1/4, 2/4, 3/4. Shards may run at once or one after the other, on any node
+that sees output_dir; the last to end merges them. Where more than one GPU is visible the model is spread over all of
+them.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pipeline.stages import command_line
 
 
 def main() -> None:
+    """Evaluate the subjects of the recipe, or the shard of them that --shard names."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--shard")
     own, rest = parser.parse_known_args()

@@ -1,9 +1,9 @@
 """Artefact folders that exist completely or not at all.
 
-A stage writes into a temporary folder beside its target; `publish` adds a manifest (sizes, sha256, inputs, versions, git
-revision), renames the folder into place and writes the marker last, with the manifest's own sha256. `verify` reads it all back: what the
-manifest lists must be there as it was, and nothing else. With SAP_SIGNING_KEY in the environment the marker holds an HMAC
-of the manifest too, and a folder without the right one is damaged. Python:
+A stage writes into a temporary folder beside its target; `publish` adds a manifest (sizes, sha256, inputs, versions,
+git revision), renames the folder into place and writes the marker last, with the manifest's own sha256. `verify` reads
+it all back: what the manifest lists must be there as it was, and nothing else. With SAP_SIGNING_KEY in the environment
+the marker holds an HMAC of the manifest too, and a folder without the right one is damaged. Python:
 
     with artifacts.building(Path("runs/demo/prepare-1a2b3c4d"), inputs={"recipe": "..."}) as folder:
         (folder / "train.jsonl").write_text(...)
@@ -83,9 +83,11 @@ def complete(folder: Path) -> bool:
 
 
 def check_writable(folder: Path, field: str) -> None:
-    """ValueError where `folder` cannot be made, or nothing can be written into it. field: what names the folder, for the message.
+    """ValueError where `folder` cannot be made, or nothing can be written into it.
+    field: what names the folder, for the message.
 
-    OSError where that may pass (a full disk). Tried on the nearest folder that exists, with a nameless file: rights say little on a read-only or remote file system.
+    OSError where that may pass (a full disk). Tried on the nearest folder that exists, with a nameless file: rights say
+    little on a read-only or remote file system.
     """
     there = _nearest(folder, field)
     if not there.is_dir():
@@ -103,7 +105,10 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def free_bytes(folder: Path, field: str) -> int:
-    """Bytes that this user may still write where `folder` is or will be. ValueError as `check_writable` where it cannot be reached."""
+    """Bytes that this user may still write where `folder` is or will be.
+
+    ValueError as `check_writable` where it cannot be reached.
+    """
     return shutil.disk_usage(_nearest(folder, field)).free
 
 
@@ -125,7 +130,10 @@ def _nearest(folder: Path, field: str) -> Path:
 
 
 def source(folder: Path) -> dict[str, str]:
-    """What a stage that reads `folder` records of it among its inputs: its name, and what it held. `verify` checks it."""
+    """What a stage that reads `folder` records of it among its inputs: its name, and what it held.
+
+    `verify` checks it.
+    """
     return {"folder": folder.name, "content": _content(read_manifest(folder))}
 
 
@@ -143,8 +151,8 @@ def require(*folders: Path) -> None:
 def verify(folder: Path, *names: str) -> dict[str, Any]:
     """The manifest of a published folder, after checking every file's size and sha256 against it.
 
-    names: the files that are read of a folder too large to be read as a whole; only they are checked then. Raises ValueError where
-    the folder is incomplete, a file does not match, or one is there that the manifest does not list.
+    names: the files that are read of a folder too large to be read as a whole; only they are checked then. Raises
+    ValueError where the folder is incomplete, a file does not match, or one is there that the manifest does not list.
     """
     require(folder)
     found = damage(folder, names)
@@ -154,7 +162,8 @@ def verify(folder: Path, *names: str) -> dict[str, Any]:
 
 
 def damage(folder: Path, names: Sequence[str] = ()) -> str | None:
-    """What is wrong with a published folder, in half a sentence; None where it holds what its manifest lists, and nothing else.
+    """What is wrong with a published folder, in half a sentence;
+    None where it holds what its manifest lists, and nothing else.
 
     names: as `verify`.
     """
@@ -183,7 +192,9 @@ def damage(folder: Path, names: Sequence[str] = ()) -> str | None:
 
 
 def _other_source(folder: Path, inputs: Any) -> str | None:
-    """The half sentence where what a folder was made from is there, and is not what it was: made again, and otherwise."""
+    """The half sentence where what a folder was made from is there, and is not what it was:
+    made again, and otherwise.
+    """
     for recorded in inputs.values() if isinstance(inputs, dict) else ():
         if (
             isinstance(recorded, dict)
@@ -197,7 +208,10 @@ def _other_source(folder: Path, inputs: Any) -> str | None:
 
 
 def _unlisted(folder: Path, listed: dict[str, Any]) -> str | None:
-    """The half sentence for a file or a link that the manifest does not list. NFS keeps a file that is deleted while it is open as .nfs*."""
+    """The half sentence for a file or a link that the manifest does not list.
+
+    NFS keeps a file that is deleted while it is open as .nfs*.
+    """
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             return f"{path} is a link, or leads out of the folder"
@@ -212,8 +226,11 @@ def _unlisted(folder: Path, listed: dict[str, Any]) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest without checking the files. ValueError where it is missing, no manifest, or another than was published; OSError where this
-    machine cannot read it."""
+    """The manifest without checking the files.
+
+    ValueError where it is missing, no manifest, or another than was published; OSError where this machine cannot read
+    it.
+    """
     path = folder / MANIFEST
     try:
         with naming(path):
@@ -242,7 +259,10 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _check_marker(folder: Path, manifest: bytes) -> None:
-    """ValueError where the manifest is not the one that the marker was written for. An empty marker says nothing of it: older versions wrote those."""
+    """ValueError where the manifest is not the one that the marker was written for.
+
+    An empty marker says nothing of it: older versions wrote those.
+    """
     marker = (folder / MARKER).read_bytes().decode(errors="replace").splitlines()
     digest, *signature = _marks(manifest)
     if marker and marker[0] != digest:
@@ -265,7 +285,10 @@ def _marks(manifest: bytes) -> list[str]:
 
 
 def claim(target: Path) -> Callable[[], None]:
-    """Keep other processes from writing `target`; returns what gives it up. Busy (a ValueError) where another one holds it."""
+    """Keep other processes from writing `target`; returns what gives it up.
+
+    Busy (a ValueError) where another one holds it.
+    """
     path = target.with_name(f".{target.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.open("w")
@@ -341,9 +364,12 @@ def building(
 
 
 def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any) -> None:
-    """Write the manifest of `temporary`, move it to `target`, and mark it done. A facts.json in it becomes part of the manifest.
+    """Write the manifest of `temporary`, move it to `target`, and mark it done.
 
-    The marker is written when all before it is on the disk: a machine that dies on the way leaves a folder that is not complete.
+    A facts.json in it becomes part of the manifest.
+
+    The marker is written when all before it is on the disk:
+    a machine that dies on the way leaves a folder that is not complete.
     """
     assert not any(path.is_symlink() for path in temporary.rglob("*")), (
         f"a link in {temporary} would not be what its manifest says"
@@ -386,7 +412,9 @@ def publish(temporary: Path, target: Path, inputs: dict[str, Any], **facts: Any)
 
 
 def keep_from_others(umask: int) -> None:
-    """Set the umask of this process, for what a recipe's stages write; `shared` brings back the one that it was started with."""
+    """Set the umask of this process, for what a recipe's stages write;
+    `shared` brings back the one that it was started with.
+    """
     before = os.umask(umask)
     _started_with.setdefault("umask", before)
 
@@ -403,7 +431,9 @@ def shared() -> Iterator[None]:
 
 
 def _permit(folder: Path) -> None:
-    """Give all of a folder the modes that this process's umask says: copied files have those of what they were copied from."""
+    """Give all of a folder the modes that this process's umask says:
+    copied files have those of what they were copied from.
+    """
     umask = os.umask(0o077)
     os.umask(umask)
     for path in (folder, *folder.rglob("*")):

@@ -3,13 +3,14 @@
     sap run launch/recipes/demo.yaml
     sap train launch/recipes/demo.yaml --method sap --seed 1 --train.lr 2e-4
 
-`run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory and time
-training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and exits with 1 where a check fails.
-`sap data FILE` says what a data file holds and how a recipe would read it, `sap template MODEL` what of a conversation is trained,
-`sap bench` what a step costs, by engine and method, beside Trainer and TRL, on a GPU or a CPU. `sap recipes` lists the recipes that ship
-with the package, `sap stages` the stages, for scripts.
-Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone, a broken file), 75 stopped on request (SIGTERM, SIGUSR1,
-Ctrl-C; run it again to go on), whatever failed before, anything else a stage's own failure.
+`run` does all stages that are not complete yet; the others do one. `status` says how far each is, `plan` what memory
+and time training takes by arithmetic. `doctor` checks the SAP step on this model and these ranks, writes nothing, and
+exits with 1 where a check fails. `sap data FILE` says what a data file holds and how a recipe would read it, `sap
+template MODEL` what of a conversation is trained, `sap bench` what a step costs, by engine and method, beside Trainer
+and TRL, on a GPU or a CPU. `sap recipes` lists the recipes that ship with the package, `sap stages` the stages, for
+scripts. Exit codes: 0 done, 2 bad input, 74 an error of the system (a full disk, a folder that is gone, a broken file),
+75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C; run it again to go on), whatever failed before, anything else a stage's
+own failure.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def _main(argv: list[str]) -> int:
         raise ValueError(f"--jobs is {options.jobs}: it takes a number from 1")
     if options.method and options.stage == "report":
         raise ValueError(
-            "a report compares all methods of a recipe: leave --method out; a training of --resume-from is compared as a method of the recipe, "
+            "a report compares all methods of a recipe: leave --method out; a training of "
+            "--resume-from is compared as a method of the recipe, "
             "with train: {resume_from: FOLDER@STEP}"
         )
     with reading_input():
@@ -148,7 +150,10 @@ def _track(experiment: Experiment) -> int:
 
 
 def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
-    """Every check there is, and whether memory and disk suffice for what starts here; None where that is not known. What is no error is printed."""
+    """Every check there is, and whether memory and disk suffice for what starts here; None where that is not known.
+
+    What is no error is printed.
+    """
     checked = checks.check(chain.experiment, light=light, starts=starts)
     found = (
         capacity.capacity(chain.experiment, checked.facts, chain.cells)
@@ -161,7 +166,9 @@ def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
 
 
 def _alike(chain: Chain) -> list[str]:
-    """A sentence for every two methods that train the same: one of them changes nothing, as a section that nobody enabled."""
+    """A sentence for every two methods that train the same:
+    one of them changes nothing, as a section that nobody enabled.
+    """
     first: dict[str, str] = {}
     notes = []
     for cell in chain.cells:
@@ -169,20 +176,25 @@ def _alike(chain: Chain) -> list[str]:
             other = first.setdefault(chain.layout.train_hash(cell), cell.method)
             if other != cell.method:
                 notes.append(
-                    f"methods {other} and {cell.method} train the same: set what makes {cell.method} another one, e.g. lisa: {{enabled: true}}"
+                    f"methods {other} and {cell.method} train the same: set what makes "
+                    f"{cell.method} another one, e.g. lisa: {{enabled: true}}"
                 )
     return notes
 
 
 def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> int:
-    """The stages in turn; the first failure's exit code. Where some cells trained and others failed, those that trained are evaluated, and no report is made."""
+    """The stages in turn; the first failure's exit code.
+
+    Where some cells trained and others failed, those that trained are evaluated, and no report is made.
+    """
     failure = 0
     chain.begin(stages)
     for stage in stages:
         if stage == "report" and failure:
             names = ", ".join(folder.name for folder in chain.failed)
             print(
-                f"not trained: {names} (the reason is above); what trained is evaluated, and the report waits for the rest",
+                f"not trained: {names} (the reason is above); what trained is evaluated, and the "
+                "report waits for the rest",
                 file=sys.stderr,
             )
             break

@@ -1,4 +1,6 @@
-"""The companion methods as any engine trains them, and the same by hand: one process, whole batches, float64, nothing of the product."""
+"""The companion methods as any engine trains them, and the same by hand:
+one process, whole batches, float64, nothing of the product.
+"""
 
 from __future__ import annotations
 

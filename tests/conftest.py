@@ -1,4 +1,6 @@
-"""Tests never reach a hub, never share cores they do not have, and use the CPU, also where there are GPUs: `pytest -m gpu` is apart."""
+"""Tests never reach a hub, never share cores they do not have, and use the CPU, also where there are GPUs:
+`pytest -m gpu` is apart.
+"""
 
 import os
 import signal

@@ -1,4 +1,6 @@
-"""A whole tiny project on disk: a random Llama with a trained tokenizer, data files and a recipe that runs the demo's chain in a minute."""
+"""A whole tiny project on disk: a random Llama with a trained tokenizer,
+data files and a recipe that runs the demo's chain in a minute.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,9 @@ def make_model(folder: Path) -> None:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -67,7 +70,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_project(folder: Path) -> dict[str, Any]:
-    """Write model, data and a DeepSpeed file below folder; returns the recipe as a mapping (write it with `write_recipe`)."""
+    """Write model, data and a DeepSpeed file below folder; returns the recipe as a mapping (write
+    it with `write_recipe`).
+    """
     make_model(folder / "model")
     rng = random.Random(0)
     words = ["red", "blue", "green", "old", "new", "small", "large", "round"]
@@ -139,9 +144,10 @@ def make_project(folder: Path) -> dict[str, Any]:
         "train": train,
         "safety_pairs": {"batch_size": 4, "refresh_every": 4},
         "evaluate": {
-            "harmful": source("harmful_eval"), "harmful_prompts": 6, "harmless": source("lookalike"), "harmless_prompts": 4,
-            "ordinary": source("ordinary"), "ordinary_prompts": 4, "attacks": ["prefill", "role_play"], "attack_prompts": 3,
-            "task_prompts": 4, "max_new_tokens": 6, "batch_size": 4,
+            "harmful": source("harmful_eval"), "harmful_prompts": 6, "harmless": source("lookalike"),
+            "harmless_prompts": 4, "ordinary": source("ordinary"), "ordinary_prompts": 4,
+            "attacks": ["prefill", "role_play"], "attack_prompts": 3, "task_prompts": 4, "max_new_tokens": 6,
+            "batch_size": 4,
         },
         "methods": {
             "sft": {},

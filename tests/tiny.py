@@ -27,8 +27,9 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCau
     """Llama with grouped-query attention and odd sizes, so that shards are padded."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=50, num_hidden_layers=LAYERS, num_attention_heads=3,
-        num_key_value_heads=1, head_dim=10, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=50, num_hidden_layers=LAYERS,
+        num_attention_heads=3, num_key_value_heads=1, head_dim=10, max_position_embeddings=128,
+        tie_word_embeddings=True, initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype)
 
@@ -48,7 +49,8 @@ def tiny_lora(
     return model.train()
 
 
-# What each family adds to a plain decoder. Hidden size, vocabulary and LoRA's rank divide by neither 2 nor 3, so that shards are padded.
+# What each family adds to a plain decoder. Hidden size, vocabulary and LoRA's rank divide by neither 2 nor 3,
+# so that shards are padded.
 FAMILIES = {
     # Grouped queries: five heads share a key.
     "llama": (
@@ -83,8 +85,8 @@ def family_model(family: str, tied: bool, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model_class, config_class, own = FAMILIES[family]
     config = config_class(
-        vocab_size=VOCABULARY, hidden_size=FAMILY_HIDDEN, intermediate_size=53, num_hidden_layers=LAYERS, max_position_embeddings=128,
-        tie_word_embeddings=tied, initializer_range=0.2, pad_token_id=0, **own,
+        vocab_size=VOCABULARY, hidden_size=FAMILY_HIDDEN, intermediate_size=53, num_hidden_layers=LAYERS,
+        max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.2, pad_token_id=0, **own,
     )  # fmt: skip
     return model_class(config).train()
 
@@ -115,7 +117,9 @@ def tiny_pairs(count: int = 16, seed: int = 1, equal: bool = False) -> list[dict
 
 
 class StepBatches:
-    """Batches of step n for one rank: 8 sequences in micro-batches of 2 where not told otherwise, 4 pairs in micro-batches of 1."""
+    """Batches of step n for one rank: 8 sequences in micro-batches of 2 where not told otherwise,
+    4 pairs in micro-batches of 1.
+    """
 
     def __init__(
         self, rank: int = 0, world_size: int = 1, pairs: list[dict] | None = None, rows: list[dict] | None = None,

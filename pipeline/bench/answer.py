@@ -13,6 +13,7 @@ from pathlib import Path
 
 
 def main(folder: Path) -> int:
+    """Call the function that `folder`/asked names, and leave its answer, or what went wrong, in the folder."""
     sys.path[:], function, given = json.loads((folder / "asked").read_text())
     module, name = function.split(":")
     try:

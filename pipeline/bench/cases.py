@@ -45,7 +45,9 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One process of the benchmark. system: an engine, or one of OTHERS. lengths: fixed, or real (a few long rows, many short ones)."""
+    """One process of the benchmark. system: an engine, or one of OTHERS. lengths:
+    fixed, or real (a few long rows, many short ones).
+    """
 
     system: str
     method: str = "plain"
@@ -60,6 +62,7 @@ class Case:
 
     @property
     def model(self) -> Shape:
+        """The model's shape, with `layers` decoder layers where that is given."""
         shape = SHAPES[self.shape]
         return (
             shape
@@ -101,7 +104,9 @@ def _row(rng: random.Random, vocabulary: int, length: int) -> dict[str, list[int
 
 
 def forward_flops(shape: Shape, tokens: int, supervised: int) -> float:
-    """Of a forward pass: two a weight and token (the head at supervised positions), and attention's two products, causal ones counted half."""
+    """Of a forward pass: two a weight and token (the head at supervised positions), and attention's two products,
+    causal ones counted half.
+    """
     head_size = shape.hidden_size // shape.num_attention_heads
     attention = shape.hidden_size * (
         2 * shape.hidden_size + 2 * shape.num_key_value_heads * head_size
@@ -116,7 +121,9 @@ def forward_flops(shape: Shape, tokens: int, supervised: int) -> float:
 
 
 def plain_step_flops(case: Case) -> float:
-    """Of a plain LoRA step on rows of full length: forward, backward to the inputs of frozen weights, and a recomputation where asked for."""
+    """Of a plain LoRA step on rows of full length: forward, backward to the inputs of frozen weights, and a
+    recomputation where asked for.
+    """
     shape = case.model
     tokens = shape.batch_size * shape.length
     return forward_flops(shape, tokens, tokens // 2) * (3 if case.checkpointing else 2)

@@ -31,7 +31,10 @@ _ALIKE = {"cpu": 1e-4, "gpu": 2e-3}
 
 
 def command(argv: Sequence[str]) -> int:
-    """`sap bench`: prints the table; returns 1 where losses differ that must be the same. ValueError for what cannot be measured."""
+    """`sap bench`: prints the table; returns 1 where losses differ that must be the same.
+
+    ValueError for what cannot be measured.
+    """
     options = _options(argv)
     found: list[dict[str, Any]] = []
     cases = _cases(options)
@@ -134,7 +137,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"--{name} is {getattr(options, name)}: it must be at least 1")
     if not _cases(options):
         raise ValueError(
-            f"--systems {options.systems} and --methods {options.methods} go together in no case: methods other than plain need an engine"
+            f"--systems {options.systems} and --methods {options.methods} go together in no case: "
+            "methods other than plain need an engine"
         )
     return options
 
@@ -166,7 +170,10 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def table(found: list[dict[str, Any]], rate: float) -> str:
-    """One line a case, in the order they ran. Ratios are to the first line of the same setting; rate: FLOP/s of a large matrix product."""
+    """One line a case, in the order they ran.
+
+    Ratios are to the first line of the same setting; rate: FLOP/s of a large matrix product.
+    """
     groups: dict[tuple[bool, str, str], list[dict[str, Any]]] = {}
     for row in found:
         groups.setdefault((row["checkpointing"], row["system"], row["method"]), []).append(row)
@@ -194,9 +201,11 @@ def table(found: list[dict[str, Any]], rate: float) -> str:
             else None
         )
         cells = [
-            "on" if checkpointing else "off", system, method, f"{middle:.0f}", f"{min(times):.0f} to {max(times):.0f}", f"{middle / first[checkpointing]:.2f}",
-            f"{rows[0]['tokens_per_s'] * rows[0]['ms'] / middle:.0f}", "" if bound is None else f"{bound:.2f}",
-            "" if rows[0]["peak_gib"] is None else f"{max(row['peak_gib'] for row in rows):.1f}", f"{statistics.median(row['before_s'] for row in rows):.1f}",
+            "on" if checkpointing else "off", system, method, f"{middle:.0f}", f"{min(times):.0f} to {max(times):.0f}",
+            f"{middle / first[checkpointing]:.2f}", f"{rows[0]['tokens_per_s'] * rows[0]['ms'] / middle:.0f}",
+            "" if bound is None else f"{bound:.2f}",
+            "" if rows[0]["peak_gib"] is None else f"{max(row['peak_gib'] for row in rows):.1f}",
+            f"{statistics.median(row['before_s'] for row in rows):.1f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(
@@ -209,7 +218,9 @@ def table(found: list[dict[str, Any]], rate: float) -> str:
 
 
 def unlike(found: list[dict[str, Any]]) -> str | None:
-    """The sentence for losses that differ between systems that train the same way, or are no number; None where all agree."""
+    """The sentence for losses that differ between systems that train the same way,
+    or are no number; None where all agree.
+    """
     for row in found:
         if not math.isfinite(row["loss"]):
             return f"{_name(row)} ends with loss {row['loss']}: it is wrong"
@@ -218,5 +229,8 @@ def unlike(found: list[dict[str, Any]]) -> str | None:
         alike = [row for row in found if row["method"] == method]
         low, high = min(alike, key=itemgetter("loss")), max(alike, key=itemgetter("loss"))
         if high["loss"] - low["loss"] > allowed * abs(low["loss"]):
-            return f"{_name(low)} ends with loss {low['loss']:.6f}, {_name(high)} with {high['loss']:.6f}: one of them is wrong"
+            return (
+                f"{_name(low)} ends with loss {low['loss']:.6f}, {_name(high)} with "
+                f"{high['loss']:.6f}: one of them is wrong"
+            )
     return None

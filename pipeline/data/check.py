@@ -1,4 +1,5 @@
-"""What can be known of the data before anything is prepared: files, columns, every row of local files, and whether the splits can be filled.
+"""What can be known of the data before anything is prepared:
+files, columns, every row of local files, and whether the splits can be filled.
 
     notes = check_sources(recipe)      # ValueError for what is wrong; sentences about what was not looked at
 
@@ -23,7 +24,10 @@ _READ_WHOLE = 200e6  # bytes of unpacked data up to which every row is looked at
 
 
 def check_sources(recipe: Recipe) -> list[str]:
-    """Paths, mappings, built-in names and the rows of local files. Raises ValueError; returns sentences that are no errors."""
+    """Paths, mappings, built-in names and the rows of local files.
+
+    Raises ValueError; returns sentences that are no errors.
+    """
     data, notes, skipped = recipe.data, [], Skipped()
     for field, source in sources(recipe):
         check_source(source, field)

@@ -1,8 +1,8 @@
 """Contrastive safety pairs without harmful text: a refusal against an affirmative opening.
 
-Four families of openings are disjoint, so that nothing a method is trained against is what the data or the validation hold: those of the safety
-pairs, of the harmful mix, of the harmful validation set, and of the alignment. None of them begins as the evaluation's prefill does
-(attacks/attacks.py).
+Four families of openings are disjoint, so that nothing a method is trained against is what the data or the validation
+hold: those of the safety pairs, of the harmful mix, of the harmful validation set, and of the alignment. None of them
+begins as the evaluation's prefill does (attacks/attacks.py).
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def refusal(prompt: str) -> str:
 
 
 def opening(prompt: str, family: tuple[str, ...]) -> str:
-    """An affirmative opening that takes the request up, the same for the same prompt; it holds nothing the prompt does not."""
+    """An affirmative opening that takes the request up, the same for the same prompt;
+    it holds nothing the prompt does not.
+    """
     words = (request(prompt) or "do that").rstrip(".!?").split()
     return family[_choice(prompt, family[0], len(family))].format(request=" ".join(words[:14]))
 

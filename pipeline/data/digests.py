@@ -2,8 +2,9 @@
 
     content_digests([Path("model-00001-of-00030.safetensors"), ...])      # hex, in the order given
 
-Remembered below SAP_CACHE by path, size, times and inode, the time of the inode's own change among them: whoever sets a file's times back
-changes that. A file that changed within the last seconds is not remembered, or a second change in the same tick would go unnoticed.
+Remembered below SAP_CACHE by path, size, times and inode, the time of the inode's own change among them: whoever sets a
+file's times back changes that. A file that changed within the last seconds is not remembered, or a second change in the
+same tick would go unnoticed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ _PATIENCE, _SLOWEST = 10.0, 1e8
 
 
 def content_digests(paths: Sequence[Path]) -> list[str]:
-    """sha256 (hex) of every file's bytes, several read at a time. Processes of one machine that ask at once share the work."""
+    """sha256 (hex) of every file's bytes, several read at a time.
+
+    Processes of one machine that ask at once share the work.
+    """
     waiting = sum(
         path.stat().st_size
         for path in paths
@@ -82,8 +86,8 @@ def _remembered(path: Path) -> str | None:
 def _facts(path: Path) -> dict[str, Any]:
     status = path.stat()
     return {
-        "path": str(path.absolute()), "bytes": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns,
-        "inode": status.st_ino,
+        "path": str(path.absolute()), "bytes": status.st_size, "modified": status.st_mtime_ns,
+        "changed": status.st_ctime_ns, "inode": status.st_ino,
     }  # fmt: skip
 
 
@@ -99,7 +103,8 @@ def _entry(path: Path) -> Path:
 def _alone(path: Path) -> Iterator[None]:
     """One process at a time, where the cache can be written; the others then find what it has remembered.
 
-    Whoever waits longer than the file takes to read reads it: the one that holds the lock may be stopped, or on a node that is lost.
+    Whoever waits longer than the file takes to read reads it:
+    the one that holds the lock may be stopped, or on a node that is lost.
     """
     try:
         lock = _entry(path).with_suffix(".lock")

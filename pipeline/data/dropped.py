@@ -73,7 +73,10 @@ class Dropped:
                 )
                 lengths = [entry["tokens"] for entry in entries if entry["tokens"]]
                 needed = f"; they need {_span(lengths)} tokens" if lengths else ""
-                line = f"{field}: {count} {noun} left out, {_SAID[reason].format(other=other)} ({named(places)}{needed})"
+                line = (
+                    f"{field}: {count} {noun} left out, {_SAID[reason].format(other=other)} "
+                    f"({named(places)}{needed})"
+                )
                 print(line, file=sys.stderr, flush=True)
 
     def shortest(self, field: str) -> tuple[int, Place] | None:

@@ -364,7 +364,10 @@ def _of_arrow(table: Any, format: str) -> Table:
             try:
                 values += [(number, row) for row in table.slice(number - 1, 1).to_pylist()]
             except UnicodeDecodeError as error:
-                said = f"a text holds the byte 0x{error.object[error.start]:02x}, which is not valid UTF-8: write it as UTF-8"
+                said = (
+                    f"a text holds the byte 0x{error.object[error.start]:02x}, which is not valid "
+                    "UTF-8: write it as UTF-8"
+                )
                 bad.append(Bad(Place(number), "bytes that are not valid UTF-8", said))
     except (ValueError, OverflowError) as error:  # a date that Python does not know
         raise NotReadable(

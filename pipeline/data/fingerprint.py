@@ -1,4 +1,5 @@
-"""What a local model is, by its files: the same wherever the folder stands, another where a byte of what is read is another.
+"""What a local model is, by its files: the same wherever the folder stands,
+another where a byte of what is read is another.
 
 fingerprint(Path("/models/my-7b-chat"))      # {"config.json": [651, "9f0c..."], "model.safetensors": [...], ...}
 """

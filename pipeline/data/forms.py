@@ -202,8 +202,8 @@ def alternating(rows: Sequence[Row], family: Family) -> Iterator[Row]:
     """The rows (prompt, messages, response), questions and imperatives in turn: what is taken first is half and half.
 
     Where one form is used up, rows of the other are rewritten in every second place by the family's templates; their
-    `rewritten` is then the prompt as it was. A row with a response of its own, or with turns before its prompt, is never
-    rewritten. Rows of neither form come last.
+    `rewritten` is then the prompt as it was. A row with a response of its own, or with turns before its prompt, is
+    never rewritten. Rows of neither form come last.
     """
     waiting: dict[Form, deque[Row]] = {name: deque() for name in FORMS}
     # seen: they cannot be rewritten

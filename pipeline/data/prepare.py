@@ -40,7 +40,10 @@ _SECONDS = 5  # between two lines of progress
 
 
 def prepare(recipe: Recipe, chat: Chat, folder: Path) -> dict[str, Any]:
-    """Write every set below `folder`; returns the counts for the manifest. ValueError where a split gets no usable sample."""
+    """Write every set below `folder`; returns the counts for the manifest.
+
+    ValueError where a split gets no usable sample.
+    """
     return _Preparation(recipe, chat).write(folder)
 
 
@@ -193,7 +196,8 @@ class _Preparation:
         if len(pairs) < 2:
             self.claims.dropped.say()
             raise ValueError(
-                f"data.safety: {source.source} yields {len(pairs)} usable pairs (data.safety_max_length {self.data.safety_max_length}): at least 2 are needed"
+                f"data.safety: {source.source} yields {len(pairs)} usable pairs "
+                f"(data.safety_max_length {self.data.safety_max_length}): at least 2 are needed"
             )
         return pairs
 
@@ -201,7 +205,8 @@ class _Preparation:
         source, wanted = self.data.harmful, _share(self.data.harmful_fraction, task_samples)
         if source is None or (wanted == 0 and source.limit is None):
             return []
-        # With a limit the whole pool is claimed whatever the fraction, so that what is left for other sets does not depend on it.
+        # With a limit the whole pool is claimed whatever the fraction,
+        # so that what is left for other sets does not depend on it.
         found = self._by_form("harmful_mix", self._ordered("data.harmful", source), "train")
         self.counts["data.harmful"] = {"truncated": 0, "dropped": 0}
 
@@ -388,8 +393,8 @@ class _Preparation:
             spoken = [token for token in encoded.labels if token != IGNORE]
             response = self.chat.tokenizer.decode(spoken, skip_special_tokens=True).strip()
         return {
-            "id": f"{label}-{identity}", "kind": label, "prompt": row["prompt"], "response": response, "messages": json.dumps(before),
-            "input_ids": encoded.input_ids, "labels": encoded.labels, **known,
+            "id": f"{label}-{identity}", "kind": label, "prompt": row["prompt"], "response": response,
+            "messages": json.dumps(before), "input_ids": encoded.input_ids, "labels": encoded.labels, **known,
         }  # fmt: skip
 
     def _tell_notes(self) -> dict[str, dict[str, int]]:
@@ -476,7 +481,9 @@ def _shown(field: str, rows: list[Row]) -> Iterator[Row]:
 
 
 def _alike(chosen: Encoded, rejected: Encoded) -> bool:
-    """Whether no supervised position tells the sides apart: such a pair has no gradient, or none that means anything."""
+    """Whether no supervised position tells the sides apart:
+    such a pair has no gradient, or none that means anything.
+    """
     return chosen.input_ids == rejected.input_ids or chosen.labels[1:] == rejected.labels[1:]
 
 

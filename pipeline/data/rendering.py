@@ -4,8 +4,8 @@
     renderer.render(messages, tools, generation=True)
 
 Some templates want content as parts, take no system prompt, or want the arguments of calls as JSON: `wants_parts` and
-`folds_system` are set by who finds out (chat_template.py), the rest is tried. Whatever a template raises is a ValueError of
-one sentence that names it.
+`folds_system` are set by who finds out (chat_template.py), the rest is tried. Whatever a template raises is a
+ValueError of one sentence that names it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Renderer:
         self.wants_parts = self.folds_system = self.needs_tools = False
 
     def render(self, messages: list[Message], tools: Tools = None, generation: bool = False) -> str:
-        """The template's text. generation: with what it puts before an answer. Raises ValueError for what it refuses."""
+        """The template's text. generation: with what it puts before an answer.
+
+        Raises ValueError for what it refuses.
+        """
         if self.needs_tools and not tools:
             raise ValueError(
                 f"{self.name} needs `tools`: give every row a tools column, or set model.chat_template to another"

@@ -102,7 +102,8 @@ def _of_several_lines(found: Found) -> list[str]:
     if not places:
         return []
     return [
-        f"a field in quotes holds lines that look like rows in {len(places)} rows ({named(places)}): see whether a quote "
+        f"a field in quotes holds lines that look like rows in {len(places)} rows "
+        f"({named(places)}): see whether a quote "
         "closes too late there"
     ]
 
@@ -227,7 +228,8 @@ def _check_beside(raw: Row, messages: list[Message], field: str) -> None:
 
 
 def _pair(raw: Row, field: str) -> Row | None:
-    """A `_row` with chosen and rejected: texts ('' for none), or lists of messages whose last assistant's turns they are.
+    """A `_row` with chosen and rejected: texts ('' for none), or lists of messages whose last
+    assistant's turns they are.
 
     What both lists share is the prompt. Both are None where the lists part before those turns: they do not answer the
     same.
@@ -239,7 +241,8 @@ def _pair(raw: Row, field: str) -> Row | None:
             messages = parse_messages(value, where)
             if all(message["role"] != "assistant" for message in messages):
                 raise ValueError(
-                    f"{where} is a list of messages without an assistant's turn: map another column with {field}.columns"
+                    f"{where} is a list of messages without an assistant's turn: map another "
+                    f"column with {field}.columns"
                 )
             answer = messages.pop()
             if answer["role"] != "assistant":

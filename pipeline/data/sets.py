@@ -52,9 +52,12 @@ def tools_as_json(row: Row) -> Row:
 
 
 class StoredRows(Sequence[Row]):
-    """A set as it is stored: a row becomes a dict when it is asked for. Lists of integers (tokens) take four bytes each, and not Python's 36.
+    """A set as it is stored: a row becomes a dict when it is asked for.
 
-    Every rank reads a whole set, and eight ranks a machine's memory: 50,000 conversations of 500 tokens took 15 GB as lists.
+    Lists of integers (tokens) take four bytes each, and not Python's 36.
+
+    Every rank reads a whole set, and eight ranks a machine's memory:
+    50,000 conversations of 500 tokens took 15 GB as lists.
     """
 
     def __init__(self, table: pyarrow.Table):
@@ -81,12 +84,15 @@ class StoredRows(Sequence[Row]):
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the columns take."""
         return sum(column.nbytes for column in self._columns.values())
 
 
 @dataclass(frozen=True)
 class _Lists:
-    """A column of lists of integers: all values end to end, and where each list begins; `missing` where there is none."""
+    """A column of lists of integers: all values end to end, and where each list begins;
+    `missing` where there is none.
+    """
 
     values: np.ndarray  # int32
     bounds: np.ndarray  # int64, one more than there are lists

@@ -66,7 +66,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _blank(value: Any) -> bool:
-    return value is None or isinstance(value, str) and not value.strip()
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _asked(row: Row) -> Turns:

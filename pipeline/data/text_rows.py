@@ -49,7 +49,8 @@ def csv_rows(
     """Column names, rows of texts, malformed rows, and places of doubtful ones. header: whether the first line names
     the columns.
 
-    Doubtful is a row of a few lines that all look like rows: a text may, and a quote that closes too late takes in rows.
+    Doubtful is a row of a few lines that all look like rows:
+    a text may, and a quote that closes too late takes in rows.
 
     Raises NotReadable for a quote that takes in other lines, and for column names that no row could be mapped by.
     """
@@ -75,7 +76,7 @@ def csv_rows(
             continue
         if values is None:
             return names, rows, bad, doubtful
-        if not values or place.number == 1 and _names_the_sign(spanned[0], delimiter):
+        if not values or (place.number == 1 and _names_the_sign(spanned[0], delimiter)):
             continue  # a blank line, or one for Excel alone
         if not names:
             names = values if header else [str(number) for number in range(len(values))]
@@ -168,7 +169,10 @@ def undecoded(text: str, place: Place) -> Bad | None:
     found = _ESCAPED.search(text)
     if found is None:
         return None
-    said = f"the byte 0x{ord(found[0]) - 0xDC00:02x} is not valid UTF-8: save the file as UTF-8 (it may be Windows-1252)"
+    said = (
+        f"the byte 0x{ord(found[0]) - 0xDC00:02x} is not valid UTF-8: save the file as UTF-8 (it "
+        "may be Windows-1252)"
+    )
     return Bad(place, "bytes that are not valid UTF-8", said)
 
 

@@ -2,7 +2,8 @@
 
     python -m pipeline.data.text_to_sql | head       # JSON lines: prompt, response
 
-Written for this project; deterministic; every query runs in SQLite. A 135M model cannot do it as shipped and learns much of it in a hundred steps.
+Written for this project; deterministic; every query runs in SQLite. A 135M model cannot do it as shipped and learns
+much of it in a hundred steps.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ DEFENCES = {
 
 
 def enabled(recipe: Recipe) -> list[tuple[str, Defence]]:
-    """A recipe's, in the order in which its step is made: the one that replaces plain fine-tuning's, and those around it."""
+    """A recipe's, in the order in which its step is made: the one that replaces plain
+    fine-tuning's, and those around it.
+    """
     return sorted(
         ((name, DEFENCES[name]) for name in recipe.parts), key=lambda named: not named[1].replaces
     )

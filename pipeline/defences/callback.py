@@ -1,4 +1,6 @@
-"""What goes along with a training: the loop calls it at these points, and callbacks in the order in which they are given."""
+"""What goes along with a training: the loop calls it at these points,
+and callbacks in the order in which they are given.
+"""
 
 from __future__ import annotations
 

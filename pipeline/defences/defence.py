@@ -37,8 +37,8 @@ class Row:
 class Sizes:
     """Of a training on one rank. count: the trained weights / the ranks, as text; local: this rank's, in elements.
 
-    width: bytes of a trained weight; master: of its float32 copy, 0 where there is none. hidden: the model's width; layers:
-    its decoder layers.
+    width: bytes of a trained weight; master: of its float32 copy, 0 where there is none. hidden: the model's width;
+    layers: its decoder layers.
     """
 
     count: str
@@ -53,7 +53,8 @@ class Sizes:
 class Costs:
     """What passes of a step cost: main, of the task's samples; safe, of the pairs' safe responses; safety, of both.
 
-    draws: of pairs, a step. probe(share, layers): a pass without weight gradients of a share of the samples through the last layers.
+    draws: of pairs, a step. probe(share, layers): a pass without weight gradients of a share of
+    the samples through the last layers.
     """
 
     main: Cost
@@ -70,10 +71,12 @@ def _decides_all(section: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Defence:
-    """A defence, or a control. `section` and `title` make its part of a recipe; all else says what differs from plain fine-tuning.
+    """A defence, or a control.
 
-    source: the paper. draws_pairs: whether its training draws safety pairs step by step. conflicts: other defences that it
-    does not go with, and why. control: whether reports compare other methods with it.
+    `section` and `title` make its part of a recipe; all else says what differs from plain fine-tuning.
+
+    source: the paper. draws_pairs: whether its training draws safety pairs step by step. conflicts: other defences that
+    it does not go with, and why. control: whether reports compare other methods with it.
     """
 
     section: type[DefenceSection]
@@ -84,12 +87,13 @@ class Defence:
     control: bool = False
     # Whether its step is not around another one: it is made first, and no two of them go together.
     replaces: bool = False
-    # The step that it trains with, around the one that the defences before it make: (engine, recipe, that step, direction).
+    # The step that it trains with, around the one that the defences before it make:
+    # (engine, recipe, that step, direction).
     build: Callable[[Engine, Recipe, Step, ShardedVector | None], Step] | None = None
     # What goes along with the training: (engine, section).
     callback: Callable[[Engine, Any], Callback] | None = None
-    # Stages that make something of it, and those of them whose product its training reads: (section). Layout has a method
-    # by the name of each, which gives the folder.
+    # Stages that make something of it, and those of them whose product its training reads: (section). Layout has a
+    # method by the name of each, which gives the folder.
     stages: tuple[str, ...] = ()
     reads: Callable[[Any], tuple[str, ...]] = lambda section: ()
     # What of an enabled section decides the trained weights, beyond what `reads` names: (section), JSON.
@@ -99,7 +103,8 @@ class Defence:
     # Memory and passes beyond plain fine-tuning's: (section, sizes), (section, costs, passes of the step so far).
     memory: Callable[[Any, Sizes], list[Row]] = lambda section, sizes: []
     passes: Callable[[Any, Costs, Passes], Passes] = lambda section, costs, passes: passes
-    # ValueError where it does not go with other sections (section, recipe), or with a model of so many layers (section, layers).
+    # ValueError where it does not go with other sections (section, recipe),
+    # or with a model of so many layers (section, layers).
     consistent: Callable[[Any, Recipe], None] = lambda section, recipe: None
     fits: Callable[[Any, int], None] = lambda section, layers: None
     # Sentences about what it does on so many ranks: (section, recipe, ranks). ValueError for what cannot be.

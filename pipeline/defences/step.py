@@ -32,14 +32,18 @@ class Step(Protocol):
         number: int,
         part: Sequence[MicroBatch] | None = None,
     ) -> Metrics:
-        """Compute the gradient of step `number` (from 0) over the task's micro-batches; returns what was measured on the way.
+        """Compute the gradient of step `number` (from 0) over the task's micro-batches;
+        returns what was measured on the way.
 
-        part: micro-batches of `share` of the samples, where that is below 1. train/loss is the loss whose gradient is taken.
+        part: micro-batches of `share` of the samples, where that is below 1.
+        train/loss is the loss whose gradient is taken.
         """
         ...
 
     def positions(self, number: int) -> tuple[int, int]:
-        """Which task batch and which draw of pairs step `number` sees: a step of several kinds counts each by itself."""
+        """Which task batch and which draw of pairs step `number` sees:
+        a step of several kinds counts each by itself.
+        """
         return number, number
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
     case = open_case(experiment, choose_cell(experiment, method=None, seed=None))
 
-Nothing has to be prepared: without the align stage's model it is the recipe's own, without prepared data random tokens. Nothing is written.
+Nothing has to be prepared: without the align stage's model it is the recipe's own,
+without prepared data random tokens. Nothing is written.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def choose_cell(experiment: Experiment, method: str | None, seed: int | None) ->
     chosen = next((cell for cell in cells if cell.recipe.sap.enabled), None)
     if chosen is None:
         raise ValueError(
-            f"no method of {experiment.path} uses SAP ({', '.join(experiment.base.methods)}): set sap.enabled in one, or name one with --method"
+            f"no method of {experiment.path} uses SAP ({', '.join(experiment.base.methods)}): set "
+            "sap.enabled in one, or name one with --method"
         )
     return chosen
 
@@ -120,7 +122,10 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
         + ("" if sap.enabled else " (does not use SAP)"),
         "model": f"{source}{unaligned}, {str(dtype).removeprefix('torch.')}"
         + (", dropout set to 0" if silenced else ""),
-        "engine": f"{train.engine}, {engine.world_size} rank{'s' * (engine.world_size > 1)} on {engine.device.type}, after {WARM_UP} steps at lr {train.lr:g}",
+        "engine": (
+            f"{train.engine}, {engine.world_size} rank{'s' * (engine.world_size > 1)} on "
+            f"{engine.device.type}, after {WARM_UP} steps at lr {train.lr:g}"
+        ),
         "data": f"{data}; {_describe(steps[-1], pairs)}",
         "probe": f"{len(probed)} of {len(layers)} layers, {probed[0]} to {probed[-1]}; sap.eps {sap.eps:g}",
     }
@@ -138,7 +143,10 @@ def _check(experiment: Experiment, cell: Cell) -> None:
 
 
 def _silence_dropout(module: nn.Module) -> bool:
-    """Set every dropout to 0, as engine.loss has none: a difference of two losses is held against a gradient. True where there was one."""
+    """Set every dropout to 0, as engine.loss has none: a difference of two losses is held against a gradient.
+
+    True where there was one.
+    """
     found = False
     for part in module.modules():
         name = "p" if isinstance(part, _DROPOUTS) else "attention_dropout"
@@ -184,4 +192,7 @@ def _short(path: Path) -> str:
 
 def _describe(useful: list[MicroBatch], pairs: list[PairBatch]) -> str:
     longest = [max(batch.input_ids.shape[1] for batch in batches) for batches in (useful, pairs)]
-    return f"{useful[0].global_tokens} supervised tokens (longest {longest[0]}), {pairs[0].global_pairs} pairs (longest {longest[1]})"
+    return (
+        f"{useful[0].global_tokens} supervised tokens (longest {longest[0]}), "
+        f"{pairs[0].global_pairs} pairs (longest {longest[1]})"
+    )

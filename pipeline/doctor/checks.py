@@ -1,11 +1,13 @@
 """The checks: each measures one thing through the engine's verbs and yields findings.
 
-    report = diagnose(engine, probe, recipe.sap, useful_batches, pair_batches)     # all ranks together, on a warm engine without dropout
+    report = diagnose(engine, probe, recipe.sap, useful_batches, pair_batches)
+    # all ranks together, on a warm engine without dropout
     print(report.table())
 
-What goes silently wrong on sharded weights, and which check sees it: a perturbation that no pass uses (first order), one that is not
-undone in every copy of the weights (restore), gradients that leak from an auxiliary pass into the next (traces, main pass), losses
-weighted wrongly over ranks (first order, ranks), a probe signal below the rounding of a pass (signal), a flipped sign (sign).
+What goes silently wrong on sharded weights, and which check sees it: a perturbation that no pass uses (first order),
+one that is not undone in every copy of the weights (restore), gradients that leak from an auxiliary pass into the next
+(traces, main pass), losses weighted wrongly over ranks (first order, ranks), a probe signal below the rounding of a
+pass (signal), a flipped sign (sign).
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def diagnose(
 ) -> Report:
     """Run every check; progress on stderr. The engine ends as after one step at learning rate 0.
 
-    An exception is a FAIL and ends the examination: other ranks may be elsewhere, and no collective call would meet theirs.
+    An exception is a FAIL and ends the examination: other ranks may be elsewhere,
+    and no collective call would meet theirs.
     """
     examined, report = StepUnderTest(engine, probe, sap, useful, pairs), Report(dict(facts or {}))
     for name, check in CHECKS.items():
@@ -67,7 +70,10 @@ def diagnose(
                 report.add(finding)
         except Exception as error:
             traceback.print_exc()
-            what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+            what = (
+                f"{type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+            )
             report.add(
                 Finding(
                     name,
@@ -155,12 +161,17 @@ def check_shards(examined: StepUnderTest) -> Findings:
     gathered = max(across_ranks(engine, held.gathered))
     if gathered:
         verdict = WARN if engine.world_size > 1 and gathered > held.whole / 2 else INFO
-        advice = "most of the model stays gathered between passes: lower stage3_param_persistence_threshold in the DeepSpeed file"
+        advice = (
+            "most of the model stays gathered between passes: lower "
+            "stage3_param_persistence_threshold in the DeepSpeed file"
+        )
         yield Finding("full copies kept between passes", mebibytes(gathered), "-", verdict, advice)
 
 
 def check_restore(examined: StepUnderTest) -> Findings:
-    """After `perturbed` every bit is back: of the weights, and of the loss, which sees the copies that passes compute with."""
+    """After `perturbed` every bit is back: of the weights, and of the loss,
+    which sees the copies that passes compute with.
+    """
     engine = examined.engine
     scale, before, loss = (
         examined.scale(examined.sap.eps),
@@ -225,7 +236,9 @@ def check_restore(examined: StepUnderTest) -> Findings:
 
 
 def check_first_order(examined: StepUnderTest) -> Findings:
-    """The loss moves along a gradient by its norm times the distance: the perturbation is seen, and the gradient is the loss's own."""
+    """The loss moves along a gradient by its norm times the distance:
+    the perturbation is seen, and the gradient is the loss's own.
+    """
     engine = examined.engine
     for name, loss_fn, batches, gradient in (
         ("useful loss", useful_loss, examined.useful, examined.gradient),
@@ -246,7 +259,10 @@ def check_first_order(examined: StepUnderTest) -> Findings:
     with engine.perturbed(examined.direction, scale):
         change = examined.useful_loss() - examined.loss
     predicted = scale * engine.dot(examined.gradient, examined.direction)
-    advice = f"raise sap.eps (now {examined.sap.eps:g}) or use model.dtype float32: the perturbation changes no bit of the loss"
+    advice = (
+        f"raise sap.eps (now {examined.sap.eps:g}) or use model.dtype float32: the perturbation "
+        "changes no bit of the loss"
+    )
     yield Finding(
         "useful loss at W + dW (sap.eps)",
         f"{change:+.3g}",
@@ -286,7 +302,9 @@ def check_probe(examined: StepUnderTest) -> Findings:
 
 
 def check_signal(examined: StepUnderTest) -> Findings:
-    """p(1) - p(0) against its noise over a range of eps (methods.md, SAP); the recommended eps has the largest ratio of the two."""
+    """p(1) - p(0) against its noise over a range of eps (methods.md, SAP);
+    the recommended eps has the largest ratio of the two.
+    """
     p0, own = examined.p0, examined.sap.eps
     base = p0.norm().item()
     ratios: dict[float, float] = {}
@@ -318,7 +336,9 @@ def check_signal(examined: StepUnderTest) -> Findings:
 
 
 def check_sign(examined: StepUnderTest) -> Findings:
-    """SAP descends the safety loss: <g(V) - g(0), g_s> is positive, and to first order |p(1) - p(0)|^2 * (V's scale) / (dW's)."""
+    """SAP descends the safety loss: <g(V) - g(0), g_s> is positive, and to first order |p(1)
+    - p(0)|^2 * (V's scale) / (dW's).
+    """
     engine, g0, direction = examined.engine, examined.gradient, examined.direction
     scale = examined.scale(examined.best_eps)
     ascent = examined.perturbed_probe_gradient(scale) - examined.p0
@@ -358,7 +378,10 @@ def check_sign(examined: StepUnderTest) -> Findings:
         advice,
     )
     verdict = OK if 0.5 <= ratio <= 2 else wrong if not ratio > 0 else WARN
-    advice = "the correction is not beta H H^T dW: curvature or rounding is large at this eps and correction, or a gradient is wrong"
+    advice = (
+        "the correction is not beta H H^T dW: curvature or rounding is large at this eps and "
+        "correction, or a gradient is wrong"
+    )
     yield Finding(
         "<correction, g_s> over first order",
         f"x{ratio:.3f}",
@@ -369,7 +392,10 @@ def check_sign(examined: StepUnderTest) -> Findings:
 
 
 def check_main_pass(examined: StepUnderTest) -> Findings:
-    """The step's own pass, after all others: the same gradient and probe gradient as the auxiliary passes. Ends the step at rate 0."""
+    """The step's own pass, after all others: the same gradient and probe gradient as the auxiliary passes.
+
+    Ends the step at rate 0.
+    """
     engine = examined.engine
     with (
         examined.probe.active(examined.probe.zeros(engine.device)) as rows,
@@ -379,7 +405,10 @@ def check_main_pass(examined: StepUnderTest) -> Findings:
     difference = relative(engine, engine.accumulated_gradient(), examined.gradient)
     engine.step(0.0)
     tolerance = 1e-2 if examined.low else 1e-5
-    advice = "the step would not take the gradient that SAP reckons with: an auxiliary pass leaks, or losses are weighted differently"
+    advice = (
+        "the step would not take the gradient that SAP reckons with: an auxiliary pass leaks, or "
+        "losses are weighted differently"
+    )
     yield Finding(
         "main pass: gradient",
         _share(difference),
@@ -431,11 +460,20 @@ def _slope_finding(name: str, slope: Slope, where: str, low: bool, worst: str) -
     if verdict == FAIL:
         verdict = WARN if slope.spread > _INCONCLUSIVE else worst
     if slope.moved == 0:
-        advice = "the loss does not move: passes do not see the perturbation (stale gathered copies), so SAP would train on nothing"
+        advice = (
+            "the loss does not move: passes do not see the perturbation (stale gathered copies), "
+            "so SAP would train on nothing"
+        )
     elif verdict == WARN:
-        advice = "not quite the gradient's slope: rounding (bf16) or strong curvature; float32 on prepared data should come closer"
+        advice = (
+            "not quite the gradient's slope: rounding (bf16) or strong curvature; float32 on "
+            "prepared data should come closer"
+        )
     else:
-        advice = "the loss does not follow its gradient: passes may use stale copies of the weights, or weigh the ranks' losses wrongly"
+        advice = (
+            "the loss does not follow its gradient: passes may use stale copies of the weights, or "
+            "weigh the ranks' losses wrongly"
+        )
     return Finding(
         name, f"x{slope.ratio:.4f} (moved {slope.moved:+.2g} at {where})", "x1", verdict, advice
     )

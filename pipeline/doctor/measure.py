@@ -1,4 +1,5 @@
-"""What several checks need: slopes by central differences, digests, values of all ranks, and the passes' results, computed once.
+"""What several checks need: slopes by central differences, digests, values of all ranks,
+and the passes' results, computed once.
 
 examined = StepUnderTest(engine, probe, sap, useful, pairs)
 slope = central_slope(examined.loss_along_gradient, size=norm, loss=examined.loss)
@@ -7,6 +8,7 @@ slope = central_slope(examined.loss_along_gradient, size=norm, loss=examined.los
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,10 @@ _LOW_CHANGES = _CHANGES[1:]  # rounding is larger in less than float32
 
 
 class StepUnderTest:
-    """An engine under examination. Results that several checks use are computed at their first use, at the unperturbed weights and V = 0."""
+    """An engine under examination.
+
+    Results that several checks use are computed at their first use, at the unperturbed weights and V = 0.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class StepUnderTest:
 
     @cached_property
     def loss(self) -> float:
+        """The useful loss at the present weights."""
         return self.useful_loss()
 
     @cached_property
@@ -75,11 +81,14 @@ class StepUnderTest:
 
     @cached_property
     def weight_norm(self) -> float:
+        """Euclidean norm of the trained weights."""
         return self.engine.norm(self.engine.weights())
 
     @cached_property
     def low(self) -> bool:
-        """Whether the model computes in less than float32, seen at the first probed layer's output: weights may be cast on the way."""
+        """Whether the model computes in less than float32, seen at the first probed layer's output:
+        weights may be cast on the way.
+        """
         found: list[torch.dtype] = []
 
         def look(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -93,6 +102,7 @@ class StepUnderTest:
         return found[0].itemsize < 4
 
     def useful_loss(self) -> float:
+        """L_useful at the present weights, over all ranks."""
         return self.engine.loss(useful_loss, self.useful)
 
     def probe_gradient(self) -> torch.Tensor:
@@ -122,9 +132,11 @@ def _check_norm(what: str, norm: float) -> None:
 
 @dataclass(frozen=True)
 class Slope:
-    """A central difference. ratio: over the gradient's own slope, 1 if they agree; distance: how far it stepped; moved: the loss's change there.
+    """A central difference. ratio: over the gradient's own slope, 1 if they agree; distance: how far it stepped; moved:
+    the loss's change there.
 
-    spread: how far the two distances that agreed best are apart, as a share of the larger; large where nothing can be concluded.
+    spread: how far the two distances that agreed best are apart, as a share of the larger;
+    large where nothing can be concluded.
     """
 
     ratio: float
@@ -138,18 +150,16 @@ def central_slope(
 ) -> Slope:
     """Slope of loss_at(h) at 0 over `size`, what the gradient says it is.
 
-    Several h, four times as far each, chosen by the change of the loss they should make; taken where two neighbours agree best, between
-    rounding and curvature, and extrapolated from these to h = 0 (Richardson). Not where they agree best with `size`: a wrong slope may cross it.
-    low: the model computes in less than float32.
+    Several h, four times as far each, chosen by the change of the loss they should make; taken where two neighbours
+    agree best, between rounding and curvature, and extrapolated from these to h = 0 (Richardson). Not where they agree
+    best with `size`: a wrong slope may cross it. low: the model computes in less than float32.
     """
     distances = [
         change * max(abs(loss), 1.0) / abs(size) for change in (_LOW_CHANGES if low else _CHANGES)
     ]
     changes = [loss_at(h) - loss_at(-h) for h in distances]
     ratios = [change / (2 * h * size) for change, h in zip(changes, distances, strict=True)]
-    spreads = [
-        abs(a - b) / (max(abs(a), abs(b)) or 1.0) for a, b in zip(ratios, ratios[1:], strict=False)
-    ]
+    spreads = [abs(a - b) / (max(abs(a), abs(b)) or 1.0) for a, b in itertools.pairwise(ratios)]
     best = spreads.index(min(spreads))
     return Slope(
         (16 * ratios[best] - ratios[best + 1]) / 15,
@@ -180,7 +190,9 @@ def relative(engine: Engine, a: ShardedVector, b: ShardedVector) -> float:
 
 
 def gradients_left(engine: Engine) -> float:
-    """What a pass has left of gradients: the norm of the engine's accumulated one; infinity where only a parameter's `.grad` is set."""
+    """What a pass has left of gradients: the norm of the engine's accumulated one;
+    infinity where only a parameter's `.grad` is set.
+    """
     norm = engine.norm(engine.accumulated_gradient())
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
     visible = any(

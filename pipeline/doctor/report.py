@@ -27,16 +27,20 @@ class Finding:
 
 @dataclass
 class Report:
-    """facts: what was examined, in the table's head. completed: no check raised, so that all ranks are at the same place."""
+    """facts: what was examined, in the table's head. completed:
+    no check raised, so that all ranks are at the same place.
+    """
 
     facts: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     completed: bool = True
 
     def add(self, finding: Finding) -> None:
+        """Put a finding at the end."""
         self.findings.append(finding)
 
     def count(self, verdict: str) -> int:
+        """How many findings have the verdict."""
         return sum(finding.verdict == verdict for finding in self.findings)
 
     @property
@@ -47,23 +51,24 @@ class Report:
     def table(self) -> str:
         """Aligned plain text: facts, findings, advice, a last line with the verdict."""
         label = max((len(name) for name in self.facts), default=0)
-        lines = [f"{name:<{label}}  {value}" for name, value in self.facts.items()] + [""]
+        lines = [*(f"{name:<{label}}  {value}" for name, value in self.facts.items()), ""]
         rows = [("check", "measured", "expected", "verdict")]
         rows += [
             (found.name, found.measured, found.expected, found.verdict) for found in self.findings
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        for row in rows:
-            lines.append(
-                "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
-                + f"  {row[3]}"
-            )
+        lines += [
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
+            + f"  {row[3]}"
+            for row in rows
+        ]
         noted = [found for found in self.findings if found.verdict in (WARN, FAIL) and found.advice]
-        lines += [""] + [f"{found.verdict}: {found.name}: {found.advice}" for found in noted]
+        lines += ["", *(f"{found.verdict}: {found.name}: {found.advice}" for found in noted)]
         counts = ", ".join(f"{self.count(verdict)} {verdict}" for verdict in (OK, WARN, FAIL))
         return "\n".join([*lines, f"{'FAIL' if self.exit_code else 'ok'}: {counts}"])
 
     def as_json(self) -> dict[str, Any]:
+        """Facts, findings and exit code, for a JSON file."""
         return {
             "facts": self.facts,
             "findings": [asdict(finding) for finding in self.findings],
@@ -77,4 +82,5 @@ def graded(error: float, ok: float, fail: float) -> str:
 
 
 def passed(condition: bool) -> str:
+    """The verdict OK where the condition holds, else FAIL."""
     return OK if condition else FAIL

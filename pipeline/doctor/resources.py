@@ -7,6 +7,7 @@ cost.seconds, cost.peak, cost.grown
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Meter:
 
     @property
     def grown(self) -> int | None:
+        """Bytes by which the peak exceeds what was taken before; None where it was not measured."""
         return None if self.peak is None else self.peak - self.before
 
     def __enter__(self) -> Meter:
@@ -59,12 +61,13 @@ class Meter:
 
 
 def _reset_peak() -> bool:
-    """Give freed memory back, then set the peak of the resident set to its present size. False where the kernel does not do that."""
-    try:
+    """Give freed memory back, then set the peak of the resident set to its present size.
+
+    False where the kernel does not do that.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
         # or what an earlier pass has freed would hide what this one takes
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # not glibc
     try:
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
         return _status("VmHWM") - _status("VmRSS") <= _UNRESET
@@ -81,7 +84,9 @@ def _status(key: str) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of weights on this rank. fair: what an even split gives it, rounded up; whole: the model; gathered: full copies beside shards."""
+    """Bytes of weights on this rank. fair: what an even split gives it, rounded up; whole: the model; gathered:
+    full copies beside shards.
+    """
 
     shard: int
     fair: int
@@ -111,6 +116,7 @@ def held_weights(module: nn.Module, world_size: int) -> Held:
 
 
 def mebibytes(count: float | None) -> str:
+    """A number of bytes in MiB, for a table."""
     return (
         "not measured"
         if count is None

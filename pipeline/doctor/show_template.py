@@ -10,6 +10,7 @@ takes beside text. Reads the tokenizer alone, no weight.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ def marked(chat: Chat, sample: Encoded, colour: bool = False) -> str:
     ]
     borders = [0, *changes, len(labels)]  # the first token is never supervised
     text = ""
-    for number, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for number, (start, stop) in enumerate(itertools.pairwise(borders)):
         piece = chat.tokenizer.decode(
             sample.input_ids[start:stop], clean_up_tokenization_spaces=False
         )

@@ -51,8 +51,8 @@ _NAMES = (
         f"{_STAGE3}.{name}"
         for name in (
             "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
-            "grad_partitions_flat_buffer", "parameter_offload", "offload_optimizer", "optimizer", "_offload_boundary_param_ids",
-            "_finalize_offload_gradient_accumulation",
+            "grad_partitions_flat_buffer", "parameter_offload", "offload_optimizer", "optimizer",
+            "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation",
         )
     ),
     *(
@@ -91,10 +91,11 @@ def without_shared_memory() -> None:
 
 
 def fetched_whole(blocks: Sequence[nn.Module]) -> None:
-    """Have DeepSpeed fetch and release each block as a whole, with hooks on the block alone, in as little time as it can.
+    """Have DeepSpeed fetch and release each block as a whole, with hooks on the block alone,
+    in as little time as it can.
 
-    It walks through a leaf's modules for their parameters at every fetch and release, opens a range for NVIDIA's profiler
-    at every call, and asks for its rank for messages that it does not print.
+    It walks through a leaf's modules for their parameters at every fetch and release, opens a range for NVIDIA's
+    profiler at every call, and asks for its rank for messages that it does not print.
     """
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters
@@ -131,7 +132,8 @@ def gradients_by_parameter() -> Iterator[None]:
     """Engines that are made inside take the gradient of each parameter of a leaf module as it comes, as elsewhere.
 
     DeepSpeed takes a leaf's gradients in a full backward hook on the module. It fires before they are there where the
-    module's input needs no gradient (the first layer under LoRA), and leaves `grad` behind after passes that end no step.
+    module's input needs no gradient (the first layer under LoRA), and leaves `grad` behind after passes that end no
+    step.
     """
     from deepspeed.runtime.zero import stage3
 
@@ -221,9 +223,11 @@ def partition_of(parameter: nn.Parameter) -> Partition | None:
 
 
 def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) -> None:
-    """Make placeholders ZeRO-3 parameters whose shards are read from their sources: nothing is ever whole, sent, or moved as a whole.
+    """Make placeholders ZeRO-3 parameters whose shards are read from their sources:
+    nothing is ever whole, sent, or moved as a whole.
 
-    `zero.Init(module=...)` would do with whole parameters on every rank and broadcast each. The other parameters are left to DeepSpeed.
+    `zero.Init(module=...)` would do with whole parameters on every rank and broadcast each.
+    The other parameters are left to DeepSpeed.
     """
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus

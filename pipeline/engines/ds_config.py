@@ -15,19 +15,25 @@ from pipeline.running import devices
 
 
 def check_engine(field: str, train: TrainSection, world_size: int) -> None:
-    """ValueError where engine, ranks and DeepSpeed configuration do not go together. field: of the recipe, e.g. train. Reads no model."""
+    """ValueError where engine, ranks and DeepSpeed configuration do not go together. field: of the recipe, e.g. train.
+
+    Reads no model.
+    """
     if train.engine == "single" and world_size > 1:
         raise ValueError(
-            f"{field}.engine single runs one process, but there are {world_size} ranks: use {field}.engine zero3 or fsdp2, or {field}.ranks 1"
+            f"{field}.engine single runs one process, but there are {world_size} ranks: use "
+            f"{field}.engine zero3 or fsdp2, or {field}.ranks 1"
         )
     if train.engine == "zero3":
         read_ds_config(train, world_size, field)
 
 
 def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -> dict[str, Any]:
-    """The DeepSpeed configuration: the recipe's JSON plus what the recipe itself decides. field: the section's, for messages.
+    """The DeepSpeed configuration: the recipe's JSON plus what the recipe itself decides.
+    field: the section's, for messages.
 
-    Raises ValueError where the file is missing, no JSON, not stage 3, holds "auto", or sets what the recipe owns to another value.
+    Raises ValueError where the file is missing, no JSON, not stage 3, holds "auto",
+    or sets what the recipe owns to another value.
     """
     path = devices.ds_config(train)
     if not path.is_file():
@@ -50,7 +56,8 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
             "cpu",
         ):
             raise ValueError(
-                f"{field}.ds_config {path} sets zero_optimization.{key} to something other than device cpu, which the perturbation was never "
+                f"{field}.ds_config {path} sets zero_optimization.{key} to something other than "
+                "device cpu, which the perturbation was never "
                 'tested with: take it out, or write {"device": "cpu"}'
             )
     size, passes = (
@@ -70,14 +77,16 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
     for key, (named, value) in owned.items():
         if config.get(key, value) != value:
             raise ValueError(
-                f"{field}.ds_config {path} sets {key} to {config[key]!r}, but {named} of the recipe makes it {value}: take it out of the file"
+                f"{field}.ds_config {path} sets {key} to {config[key]!r}, but {named} of the "
+                f"recipe makes it {value}: take it out of the file"
             )
     for key in ("bf16", "fp16", "torch_autocast", "data_types"):
         if config.get(key) and (
             not isinstance(config[key], dict) or config[key].get("enabled", key == "data_types")
         ):
             raise ValueError(
-                f"{field}.ds_config {path} sets {key}, which would cast the adapter or its gradient: take it out and set model.dtype"
+                f"{field}.ds_config {path} sets {key}, which would cast the adapter or its "
+                "gradient: take it out and set model.dtype"
             )
     for key in ("optimizer", "scheduler"):
         if key in config:
@@ -87,16 +96,18 @@ def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -
     automatic = _auto_paths(config)
     if automatic:
         raise ValueError(
-            f'{field}.ds_config {path} sets {automatic[0]} to "auto", which plain DeepSpeed drops silently: write a value'
+            f'{field}.ds_config {path} sets {automatic[0]} to "auto", which plain DeepSpeed drops '
+            "silently: write a value"
         )
     # DeepSpeed multiplies it from the two, as if every micro-batch were full
     total = config.pop("train_batch_size", train.batch_size)
     if total != train.batch_size:
         raise ValueError(
-            f"{field}.ds_config {path} sets train_batch_size to {total!r}, but {field}.batch_size of the recipe makes it {train.batch_size}: take it out of the file"
+            f"{field}.ds_config {path} sets train_batch_size to {total!r}, but {field}.batch_size "
+            f"of the recipe makes it {train.batch_size}: take it out of the file"
         )
-    # DeepSpeed's own linear inspects a signature at every call, for memory that is not held anyway: saved weights are the
-    # parameters, which are released with their layer.
+    # DeepSpeed's own linear inspects a signature at every call, for memory that is not held anyway: saved weights are
+    # the parameters, which are released with their layer.
     zero.setdefault("memory_efficient_linear", False)
     # With an offloaded optimizer DeepSpeed insists on its own CPU Adam, which compiles for minutes, unless it is told.
     return {
@@ -117,7 +128,8 @@ def _refuse_fixed_passes(field: str, path: Path, config: dict[str, Any]) -> None
 
 
 def reduces_once(trained: int, everything: int) -> bool:
-    """Whether a rank of FSDP2 may hold gradients whole until the last micro-batch, and reduce them once: those of an adapter.
+    """Whether a rank of FSDP2 may hold gradients whole until the last micro-batch,
+    and reduce them once: those of an adapter.
 
     trained, everything: elements that are trained, and of all weights.
     """
@@ -127,8 +139,8 @@ def reduces_once(trained: int, everything: int) -> bool:
 def fetched_by_layer(zero: dict[str, Any], layer: int, others: int) -> dict[str, Any]:
     """zero_optimization with the sizes that fetching whole decoder layers wants, where the file says nothing of them.
 
-    layer, others: elements of the largest layer, and of all that is in none. One layer is fetched ahead while another is at work;
-    DeepSpeed's own default, 50e6 elements, would fetch a quarter of a 7B model's layer ahead.
+    layer, others: elements of the largest layer, and of all that is in none. One layer is fetched ahead while another
+    is at work; DeepSpeed's own default, 50e6 elements, would fetch a quarter of a 7B model's layer ahead.
     """
     sizes = {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": 2 * layer + others}
     said = {name for name in sizes if name in zero or name.removeprefix("stage3_") in zero}

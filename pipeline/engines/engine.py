@@ -1,13 +1,14 @@
 """The verbs every engine offers, and what they promise.
 
-Batches are this rank's micro-batches of one global step. A loss function returns a micro-batch's *share* of the global loss: shares add up
-over micro-batches and ranks, so no engine weighs anything and 1 or N ranks compute the same numbers.
+Batches are this rank's micro-batches of one global step. A loss function returns a micro-batch's *share* of the global
+loss: shares add up over micro-batches and ranks, so no engine weighs anything and 1 or N ranks compute the same
+numbers.
 
 Returned losses are global: 0-dimensional float64 tensors on the engine's device, which `read` turns into numbers. A GPU
 works behind the host that feeds it, and has nothing to do while the host waits for a number: so a step reads once.
 
-A `ShardedVector` is what one rank holds of a vector over all trainable parameters: float32 tensors in the engine's own order, padding zeroed.
-Two shards of one engine may be combined elementwise; only `norm` and `dot` see the whole vector.
+A `ShardedVector` is what one rank holds of a vector over all trainable parameters: float32 tensors in the engine's own
+order, padding zeroed. Two shards of one engine may be combined elementwise; only `norm` and `dot` see the whole vector.
 """
 
 from __future__ import annotations
@@ -52,13 +53,18 @@ class Engine(ABC):
     def gradient(
         self, loss_fn: LossFunction, batches: Sequence[Any]
     ) -> tuple[torch.Tensor, ShardedVector]:
-        """Auxiliary pass: the gradient's shard, a copy. Leaves no trace in weights, gradients, optimizer or counters."""
+        """Auxiliary pass: the gradient's shard, a copy.
+
+        Leaves no trace in weights, gradients, optimizer or counters.
+        """
 
     @abstractmethod
     def probe_gradient(
         self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Auxiliary pass: the gradient (len(v), D) with respect to v alone; backward stops at the lowest probed layer."""
+        """Auxiliary pass: the gradient (len(v), D) with respect to v alone;
+        backward stops at the lowest probed layer.
+        """
 
     @abstractmethod
     def perturbed(self, direction: ShardedVector, scale: float) -> AbstractContextManager[None]:
@@ -70,7 +76,9 @@ class Engine(ABC):
 
     @abstractmethod
     def add_gradient(self, shard: ShardedVector, scale: float) -> None:
-        """Add scale * shard to what `forward_backward` left for `step`, as if the loss had a term with that gradient."""
+        """Add scale * shard to what `forward_backward` left for `step`,
+        as if the loss had a term with that gradient.
+        """
 
     @abstractmethod
     def weights(self) -> ShardedVector:
@@ -82,7 +90,10 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def replaced(self, weights: ShardedVector) -> Iterator[None]:
-        """Inside the block the weights are these, for `weights` too; afterwards they are what they were, bit for bit. No `step` inside."""
+        """Inside the block the weights are these, for `weights` too; afterwards they are what they were, bit for bit.
+
+        No `step` inside.
+        """
         stash = [tensor.clone() for tensor in self.storage()]
         try:
             self.assign(weights)
@@ -94,7 +105,9 @@ class Engine(ABC):
 
     @abstractmethod
     def storage(self) -> list[torch.Tensor]:
-        """Everything of the trainable weights that this rank keeps, views and not copies: the compute copy, and a master where there is one."""
+        """Everything of the trainable weights that this rank keeps, views and not copies:
+        the compute copy, and a master where there is one.
+        """
 
     @abstractmethod
     def drop_gathered(self) -> None:
@@ -106,11 +119,14 @@ class Engine(ABC):
 
     @abstractmethod
     def discard(self) -> None:
-        """Forget what `forward_backward` left for `step`, as if the step had not been: weights, moments and counters stay."""
+        """Forget what `forward_backward` left for `step`, as if the step had not been:
+        weights, moments and counters stay.
+        """
 
     @abstractmethod
     def gathered(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole vector, one full tensor at a time with its parameter's name, on the CPU; nothing on ranks other than 0.
+        """The whole vector, one full tensor at a time with its parameter's name, on the CPU;
+        nothing on ranks other than 0.
 
         A collective call: every rank must exhaust the iterator. No rank ever holds two gathered tensors.
         """
@@ -121,11 +137,15 @@ class Engine(ABC):
 
     @abstractmethod
     def parts(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
-        """What this rank holds of every parameter's vector, flat, by the parameter's name; the same names in one order on all ranks."""
+        """What this rank holds of every parameter's vector, flat, by the parameter's name;
+        the same names in one order on all ranks.
+        """
 
     @abstractmethod
     def shard(self, named: Mapping[str, torch.Tensor]) -> ShardedVector:
-        """This rank's part of a vector given as full tensors by parameter name: the inverse of `gather`, without communication."""
+        """This rank's part of a vector given as full tensors by parameter name:
+        the inverse of `gather`, without communication.
+        """
 
     @abstractmethod
     def save(self, folder: Path, vectors: dict[str, ShardedVector]) -> None:
@@ -180,7 +200,9 @@ class Engine(ABC):
         return {**values, **dict(zip(waiting, numbers, strict=True))}
 
     def checksum(self, shard: ShardedVector) -> int:
-        """Sum of the whole vector's bit patterns (as int32) modulo 2**64: equal for equal vectors on any engine and any number of ranks."""
+        """Sum of the whole vector's bit patterns (as int32) modulo 2**64:
+        equal for equal vectors on any engine and any number of ranks.
+        """
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for _, part in self.parts(shard):
             total += part.contiguous().view(torch.int32).sum(dtype=torch.int64).to(self.device)
@@ -202,10 +224,12 @@ class Engine(ABC):
         return self.sum_over_ranks(self.zero().fill_(float(flag)))
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
 
     def zero(self) -> torch.Tensor:
+        """A float64 scalar on the engine's device, to add to."""
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
 
@@ -234,7 +258,9 @@ def _end_to_end(
 
 
 def clip(gradients: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
-    """Scale the gradient of norm `norm` to `max_norm` where it is larger: DeepSpeed's formula, so that engines agree to the last digits."""
+    """Scale the gradient of norm `norm` to `max_norm` where it is larger:
+    DeepSpeed's formula, so that engines agree to the last digits.
+    """
     factor = 1.0 / max(1.0, (norm + 1e-6) / max_norm)
     if factor < 1.0 and gradients:
         torch_private.multiply(gradients, factor)

@@ -1,4 +1,5 @@
-"""What ranks tell each other beside weights and gradients, as JSON: torch's collectives of objects unpickle what another rank sends.
+"""What ranks tell each other beside weights and gradients, as JSON:
+torch's collectives of objects unpickle what another rank sends.
 
 number = from_first(number)          # rank 0's, on every rank
 sentences = of_every_rank(sentence)  # in the order of ranks
@@ -53,7 +54,8 @@ def of_every_rank(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def leaving_together() -> Iterator[None]:
-    """Inside the block, in which no rank may wait for another, an error of the system on one is raised on all at its end.
+    """Inside the block, in which no rank may wait for another, an error of the system on one is
+    raised on all at its end.
 
     Else those that met none would wait in the next collective for one that is about to leave, and nobody would say why
     for half a minute. A collective call. Where several ranks meet one, each raises its own, and those that met none the

@@ -3,12 +3,13 @@
     engine = Fsdp2Engine(model, decoder_layers(model), optimizer_of, max_grad_norm=1.0, device=device, dtype=None)
 
 Every decoder layer is one group, what is left (embeddings, final norm, head) is the root's. What needs care here:
-- the root's group stays gathered after a forward pass without backward: an edit of its shards would be invisible, so everything is
-  resharded before the shards are edited and again before they are restored;
+- the root's group stays gathered after a forward pass without backward: an edit of its shards would be invisible, so
+  everything is resharded before the shards are edited and again before they are restored;
 - gradients are summed over ranks, not averaged: our losses are shares that add up;
-- the optimizer's weights are the sharded parameters themselves (float32); a lower compute dtype is the mixed-precision policy's cast at
-  the all-gather, so restoring the shards restores everything.
-Shards of a dimension that does not divide are uneven, not padded: nothing has to be masked. A rank may hold nothing of a parameter.
+- the optimizer's weights are the sharded parameters themselves (float32); a lower compute dtype is the mixed-precision
+  policy's cast at the all-gather, so restoring the shards restores everything.
+Shards of a dimension that does not divide are uneven, not padded: nothing has to be masked.
+A rank may hold nothing of a parameter.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ class Fsdp2Engine(AutogradEngine):
     """A ShardedVector here is one flat tensor per trainable parameter: this rank's rows of it."""
 
     def __init__(
-        self, module: nn.Module, blocks: Sequence[nn.Module], optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-        max_grad_norm: float | None, device: torch.device, dtype: torch.dtype | None = None, sources: Sources | None = None,
+        self, module: nn.Module, blocks: Sequence[nn.Module],
+        optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer], max_grad_norm: float | None,
+        device: torch.device, dtype: torch.dtype | None = None, sources: Sources | None = None,
     ):  # fmt: skip
-        """blocks: modules gathered one at a time. dtype: compute dtype of the all-gathered weights where it is not the shards' own, which
-        are then float32. sources: values of the module's placeholders (pipeline/model/weights.py); each rank reads its part."""
+        """blocks: modules gathered one at a time. dtype: compute dtype of the all-gathered weights where it is not the
+        shards' own, which are then float32. sources: values of the module's placeholders (pipeline/model/weights.py);
+        each rank reads its part.
+        """
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.mesh = init_device_mesh(device.type, (self.world_size,))
         policy = (
@@ -155,7 +159,9 @@ class Fsdp2Engine(AutogradEngine):
         return files.read(key, start, start + p.to_local().numel()).to(self.device)
 
     def _read(self, places: Places, source: Source, dtype: torch.dtype) -> None:
-        """Put this rank's rows of a parameter of `dtype`, read from its source, where the sharded one without memory is."""
+        """Put this rank's rows of a parameter of `dtype`, read from its source,
+        where the sharded one without memory is.
+        """
         owner, name = places[0]
         p = owner.get_parameter(name)
         local = torch.empty(p.to_local().shape, dtype=p.dtype, device=self.device)
@@ -190,7 +196,9 @@ class Fsdp2Engine(AutogradEngine):
 
 
 def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, torch.dtype]]:
-    """Replace placeholders by meta parameters, which fully_shard cuts without moving anything; returns where they are, sources and dtypes."""
+    """Replace placeholders by meta parameters, which fully_shard cuts without moving anything;
+    returns where they are, sources and dtypes.
+    """
     found: dict[nn.Parameter, Places] = {parameter: [] for parameter in sources}
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):

@@ -1,7 +1,7 @@
 """Process groups and engines: who this process is, and which engine the recipe asks for.
 
-Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as torchrun, the deepspeed launcher and our Slurm scripts set it; without
-it the process is alone.
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as torchrun, the deepspeed launcher and our Slurm
+scripts set it; without it the process is alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from pipeline.running.devices import device, environment
 
 
 def init_distributed(train: TrainSection, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group that the environment describes; engines zero3 and fsdp2 need one of a single process too."""
+    """Join the process group that the environment describes;
+    engines zero3 and fsdp2 need one of a single process too.
+    """
     torch_private.check()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())  # before any collective: NCCL takes the current one
@@ -74,7 +76,8 @@ def _complete_environment() -> None:
     lacking = [name for name in missing if name != "LOCAL_RANK"]  # a rank a node needs none
     if lacking and environment()[1] > 1:
         raise ValueError(
-            f"the environment has WORLD_SIZE {environment()[1]}, but no {' and no '.join(lacking)}: start the ranks with "
+            f"the environment has WORLD_SIZE {environment()[1]}, but no "
+            f"{' and no '.join(lacking)}: start the ranks with "
             "torchrun, deepspeed or sap, which set it, or unset WORLD_SIZE for a process alone"
         )
     for name in missing:
@@ -91,7 +94,9 @@ def largest_of_ranks(number: int) -> int:
 
 
 def leave() -> None:
-    """Leave the process group together: a rank that is gone first may abort the others' communication threads, and with them the exit code."""
+    """Leave the process group together: a rank that is gone first may abort the others' communication threads,
+    and with them the exit code.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -100,8 +105,9 @@ def leave() -> None:
 def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None = None) -> Engine:
     """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before.
 
-    Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2). sources: values of the module's placeholders
-    (pipeline/model/loading.py), of which every rank reads its part only. ValueError where one of them is not finite.
+    Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2). sources: values of the module's
+    placeholders (pipeline/model/loading.py), of which every rank reads its part only. ValueError where one of them is
+    not finite.
     """
     sources = sources or Sources()
     engine = _open(module, train, sources)
@@ -149,9 +155,11 @@ def _refuse_damaged(found: list[str]) -> None:
 
 
 def adamw(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
-    """The recipe's AdamW: fused on GPUs, where a kernel a tensor and operation takes longer than the arithmetic; else one tensor at a time.
+    """The recipe's AdamW: fused on GPUs, where a kernel a tensor and operation takes longer than the arithmetic;
+    else one tensor at a time.
 
-    The fused form differs from the other in the last digits, and is the same on every engine whose optimizer is on the GPU.
+    The fused form differs from the other in the last digits, and is the same on every engine whose
+    optimizer is on the GPU.
     """
     betas = (train.adam_beta1, train.adam_beta2)
     form = {"fused": True} if torch.cuda.is_available() else {"foreach": False}

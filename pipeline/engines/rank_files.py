@@ -4,8 +4,8 @@
     with RankFiles(folder) as files:
         files.read("weight.model.norm.weight", start, stop)
 
-The files hold every tensor's pieces in the order of ranks: end to end they are the whole flat tensor, and behind it padding, where
-the engine pads. torch.distributed.checkpoint would do the same and read a pickle.
+The files hold every tensor's pieces in the order of ranks: end to end they are the whole flat tensor, and behind it
+padding, where the engine pads. torch.distributed.checkpoint would do the same and read a pickle.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class RankFiles:
         self.paths = sorted(folder.glob("rank*.safetensors"))
         if not self.paths:
             raise ValueError(
-                f"{folder} holds no file of a rank, so another version has written it: delete {folder.parent.parent} to begin again"
+                f"{folder} holds no file of a rank, so another version has written it: delete "
+                f"{folder.parent.parent} to begin again"
             )
 
     def __enter__(self) -> RankFiles:

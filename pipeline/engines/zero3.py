@@ -6,11 +6,13 @@ Three flat rank-local views, all in the order of DeepSpeed's sub-groups, are eve
 compute copy (`lp`), the optimizer's float32 master, and the averaged gradient (deepspeed_private.Partitions). A decoder
 layer is fetched, and released, as a whole: DeepSpeed's hooks on every submodule cost more time than the arithmetic of a
 small layer. What goes wrong silently without care, and is handled here:
-- a gathered copy of a weight may outlive the pass that used it, and an edit of the shard is then invisible: all gathered copies are
-  dropped before the shard is edited and again before it is restored (DeepSpeed #5667 is what happens otherwise);
-- `optimizer.zero_grad()` resets the accumulation counter but not the buffer: a parameter used only in a discarded pass would move at the
-  next step, so the buffer is zeroed too;
-- `torch.autograd.grad` after `engine(...)` fires DeepSpeed's epilogue: probe passes call the bare module and reduce themselves;
+- a gathered copy of a weight may outlive the pass that used it, and an edit of the shard is then invisible: all
+  gathered copies are dropped before the shard is edited and again before it is restored (DeepSpeed #5667 is what
+  happens otherwise);
+- `optimizer.zero_grad()` resets the accumulation counter but not the buffer: a parameter used only in a discarded pass
+  would move at the next step, so the buffer is zeroed too;
+- `torch.autograd.grad` after `engine(...)` fires DeepSpeed's epilogue:
+  probe passes call the bare module and reduce themselves;
 - the padding of the last shard is uninitialised memory: it is masked in every ShardedVector;
 - DeepSpeed averages gradients over ranks while our losses are shares that add up: losses are scaled by the world size.
 """
@@ -49,11 +51,12 @@ class Zero3Engine(Engine):
     """A ShardedVector here is one flat tensor per ZeRO sub-group."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], blocks: Sequence[nn.Module] = (),
-        sources: Sources | None = None,
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any],
+        blocks: Sequence[nn.Module] = (), sources: Sources | None = None,
     ):  # fmt: skip
-        """blocks: modules gathered as a whole, one at a time. sources: values of the module's placeholders (pipeline/model/weights.py);
-        each rank reads its part."""
+        """blocks: modules gathered as a whole, one at a time. sources: values of the module's placeholders
+        (pipeline/model/weights.py); each rank reads its part.
+        """
         import deepspeed
 
         if sources:
@@ -111,7 +114,8 @@ class Zero3Engine(Engine):
         )
         for batch in batches:
             loss = loss_fn(self.module, batch.to(self.device))
-            # Scaled as in the main pass: p(1) - p(0) of the lagged schedule must not hold the rounding of two different scales.
+            # Scaled as in the main pass: p(1) - p(0) of the lagged schedule must not hold the
+            # rounding of two different scales.
             gradient += (
                 stacked_gradients(
                     v, torch.autograd.grad(loss * self.world_size, v, allow_unused=True)
@@ -147,14 +151,16 @@ class Zero3Engine(Engine):
         ]
 
     def add_gradient(self, shard: ShardedVector, scale: float) -> None:
-        # In the gradient's dtype: where bf16 weights are all trained, what is below 1/256 of an element's gradient is lost, as in any accumulation there.
+        # In the gradient's dtype: where bf16 weights are all trained, what is below 1/256 of an element's gradient is
+        # lost, as in any accumulation there.
         flat = self._partitions.gradient
         for part, added in zip(
             flat.split([mask.numel() for mask in self._padding]), shard, strict=True
         ):
             part.add_(added.to(part.device, part.dtype), alpha=scale)
         if self._partitions.offloaded:
-            # An offloaded optimizer has taken the gradient, and the norms it clips by, at the last backward: let it take them again.
+            # An offloaded optimizer has taken the gradient, and the norms it clips by,
+            # at the last backward: let it take them again.
             self._partitions.offload_gradient(
                 [parameter for parameter in self._names if parameter.requires_grad]
             )
@@ -209,8 +215,9 @@ class Zero3Engine(Engine):
         ]
 
     def save(self, folder: Path, vectors: dict[str, ShardedVector]) -> None:
-        """By parameter name: ZeRO's own pickled form knows nothing of vectors, and needs an offline conversion (universal checkpoints)
-        before another number of ranks can read it."""
+        """By parameter name: ZeRO's own pickled form knows nothing of vectors, and needs an offline conversion
+        (universal checkpoints) before another number of ranks can read it.
+        """
         flats = {
             "weight": self.weights(),
             **{f"vector.{key}": parts for key, parts in vectors.items()},
@@ -276,7 +283,8 @@ class Zero3Engine(Engine):
     ) -> torch.Tensor:
         total = self.zero()
         for number, batch in enumerate(batches):
-            # Only the main pass's last backward may look like the end of a step: offloaded optimizers take the gradient there.
+            # Only the main pass's last backward may look like the end of a step:
+            # offloaded optimizers take the gradient there.
             self.ds.set_gradient_accumulation_boundary(ends_step and number == len(batches) - 1)
             loss = loss_fn(self.ds, batch.to(self.device))
             self.ds.backward(loss * self.world_size, scale_wrt_gas=False)

@@ -2,8 +2,8 @@
 
     sap evaluate launch/recipes/demo.yaml --method sap --seed 0
 
-Leaves answers.jsonl (every answer; it stays on this machine) and metrics.json. Several processes may share the prompts (shards.py): each
-measures its share, and one of them concludes from all shares what a single process would have.
+Leaves answers.jsonl (every answer; it stays on this machine) and metrics.json. Several processes may share the prompts
+(shards.py): each measures its share, and one of them concludes from all shares what a single process would have.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model said to all prompts, or to one shard's, judged; its mean loss over `tokens`, the supervised tokens of the task."""
+    """What a model said to all prompts, or to one shard's, judged;
+    its mean loss over `tokens`, the supervised tokens of the task.
+    """
 
     answers: list[Row]
     test_loss: float
@@ -88,7 +90,9 @@ def measure(
 
 
 def prompts(chat: Chat, rows: list[Row]) -> list[list[int]]:
-    """Token ids of prepared rows' prompts, with what opens the answer and, under an attack that has one, its prefill."""
+    """Token ids of prepared rows' prompts, with what opens the answer and,
+    under an attack that has one, its prefill.
+    """
     return [
         chat.prompt_ids(_messages(row), tools_of(row)) + _prefill_ids(chat.tokenizer, row)
         for row in rows
@@ -104,7 +108,8 @@ def _prefill_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
 
 
 def conclude(parts: list[Measured], folder: Path) -> dict[str, Any]:
-    """The metrics (each share with its 95% interval, see README), after writing answers.jsonl and metrics.json below `folder`.
+    """The metrics (each share with its 95% interval, see README), after writing answers.jsonl and
+    metrics.json below `folder`.
 
     parts: the one that is the whole, or those of shards 0 to N-1. Answers stand in the order of the whole, whatever N.
     """
@@ -125,10 +130,11 @@ def conclude(parts: list[Measured], folder: Path) -> dict[str, Any]:
 
 
 def summarise(answers: list[Row]) -> dict[str, Any]:
-    """Shares over the judged answers, each also by the prompts' form (NAME/question, NAME/imperative), and what is told apart under attacks.
+    """Shares over the judged answers, each also by the prompts' form (NAME/question, NAME/imperative),
+    and what is told apart under attacks.
 
-    ATTACK/told_apart is ATTACK/harmless_answered less ATTACK/harmful_answered. An empty answer, or one in a language that
-    the judge does not know, counts neither as a refusal nor as compliance.
+    ATTACK/told_apart is ATTACK/harmless_answered less ATTACK/harmful_answered. An empty answer, or one in a language
+    that the judge does not know, counts neither as a refusal nor as compliance.
     """
     by_set: dict[str, list[Row]] = {}
     for answer in answers:

@@ -1,4 +1,5 @@
-"""Shards of an evaluation: shard K of N answers the rows K, K+N, K+2N, ... of every set, and whoever finds all N done merges them (stages/evaluate.py).
+"""Shards of an evaluation: shard K of N answers the rows K, K+N, K+2N, ... of every set, and whoever finds all N done
+merges them (stages/evaluate.py).
 
 shard = PromptSlice.parse("2/8")
 shard.check(len(sets["harmful"]))
@@ -34,13 +35,15 @@ class PromptSlice:
         return cls(index, count)
 
     def check(self, harmful_prompts: int) -> None:
-        """ValueError where there are more shards than harmful prompts: some would load a model to answer nothing that is judged.
+        """ValueError where there are more shards than harmful prompts:
+        some would load a model to answer nothing that is judged.
 
         Other sets may be smaller than the number of shards.
         """
         if self.count > max(1, harmful_prompts):
             raise ValueError(
-                f"--shard is '{self}', but there are {harmful_prompts} harmful prompts to share: N of K/N is at most {harmful_prompts}"
+                f"--shard is '{self}', but there are {harmful_prompts} harmful prompts to share: N "
+                f"of K/N is at most {harmful_prompts}"
             )
 
     def of(self, sets: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -55,7 +58,10 @@ WHOLE = PromptSlice(0, 1)
 
 
 def interleaved(shares: list[list[Any]]) -> list[Any]:
-    """The rows of a set from the shares of shards 0 to N-1. ValueError where their lengths are not those of one set's shares."""
+    """The rows of a set from the shares of shards 0 to N-1.
+
+    ValueError where their lengths are not those of one set's shares.
+    """
     rows: list[Any] = [None] * sum(map(len, shares))
     for index, share in enumerate(shares):
         rows[index :: len(shares)] = share

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None, stops: Collection[int] = (),
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int,
+    batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None, stops: Collection[int] = (),
 ) -> list[str]:  # fmt: skip
     """Greedy answers, special tokens removed, in the order of `prompts` (token ids with the generation prompt).
 
-    stops: ids at which an answer ends beside eos. Left-padded batches of prompts of similar length; a row ends at the end-of-turn token. progress(done, total) is called after every batch.
-    Leaves the model in eval mode.
+    stops: ids at which an answer ends beside eos. Left-padded batches of prompts of similar length; a row ends at the
+    end-of-turn token. progress(done, total) is called after every batch. Leaves the model in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -40,8 +40,9 @@ def generate(
         )
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
         output = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=stops, temperature=None, top_p=None, top_k=None,
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+            use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=stops, temperature=None, top_p=None,
+            top_k=None,
         )  # fmt: skip
         for index, row in zip(chunk, output[:, width:].tolist(), strict=True):
             end = next((position for position, token in enumerate(row) if token in stops), len(row))

@@ -1,4 +1,5 @@
-"""Where a model that is evaluated lives: on the CPU, on the one GPU there is, or spread over all that this process sees.
+"""Where a model that is evaluated lives: on the CPU, on the one GPU there is,
+or spread over all that this process sees.
 
 model = place(model)      # 70B in bfloat16 takes 140 GB: two or more GPUs of one node
 """
@@ -20,9 +21,10 @@ Memory = dict[int | str, int]
 def place(model: nn.Module) -> nn.Module:
     """Move a whole model from the CPU to where it is computed. ValueError where it does not fit on the GPUs.
 
-    Over several visible GPUs its layers are spread in order, and accelerate's hooks carry the activations from one to the next, so only one
-    computes at a time: it is for models that no single GPU holds. Inputs go to the device of the first parameter (the embeddings).
-    `sap evaluate` gives every process one GPU. **Not run on GPUs yet**: the tests see the map of layers, and the hooks on a CPU only.
+    Over several visible GPUs its layers are spread in order, and accelerate's hooks carry the activations from one to
+    the next, so only one computes at a time: it is for models that no single GPU holds. Inputs go to the device of the
+    first parameter (the embeddings). `sap evaluate` gives every process one GPU. **Not run on GPUs yet**: the tests see
+    the map of layers, and the hooks on a CPU only.
     """
     if torch.cuda.device_count() < 2:
         return model.to(device())
@@ -30,7 +32,8 @@ def place(model: nn.Module) -> nn.Module:
 
 
 def device_map(model: nn.Module, max_memory: Memory | None = None) -> dict[str, Any]:
-    """Names of modules -> GPU; equal shares, no decoder layer split. max_memory: bytes of every GPU; default: what is free on them.
+    """Names of modules -> GPU; equal shares, no decoder layer split. max_memory: bytes of every GPU;
+    default: what is free on them.
 
     ValueError where the GPUs are too small: accelerate would leave the rest on the CPU or the disk and take days.
     """
@@ -43,7 +46,8 @@ def device_map(model: nn.Module, max_memory: Memory | None = None) -> dict[str, 
     if not all(isinstance(where, int) for where in placed.values()):
         gpus = sum(isinstance(where, int) for where in balanced)
         raise ValueError(
-            f"the model to evaluate does not fit on the {gpus} GPUs that this process sees: give it more of them, or larger ones"
+            f"the model to evaluate does not fit on the {gpus} GPUs that this process sees: give "
+            "it more of them, or larger ones"
         )
     return placed
 

@@ -74,7 +74,10 @@ _FORMULAS: dict[str, str] = {
         r"^[^。！？]{0,60}(?:申し訳(?:ありません|ございません)|すみません|ごめんなさい|できません|できかねます|お断り"
         r"|いたしかねます|控えさせて)"
     ),
-    "ko": r"^[^.!?]{0,60}(?:죄송|미안|할 수 없|줄 수 없|드릴 수 없|도와드릴 수|제공할 수 없|제공하지 않|어렵습니다|거부)",
+    "ko": (
+        r"^[^.!?]{0,60}(?:죄송|미안|할 수 없|줄 수 없|드릴 수 없|도와드릴 수|제공할 수 없"
+        r"|제공하지 않|어렵습니다|거부)"
+    ),
 }
 # Short words that tell languages in Latin letters apart. Those without formulas are here to be recognised as such.
 _WORDS: dict[str, str] = {

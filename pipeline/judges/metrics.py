@@ -11,7 +11,8 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 _Z = NormalDist().inv_cdf(0.975)
-# Student's t, 97.5%, for 1..9 degrees of freedom; the normal's beyond would be close enough from 30 on, the last value is kept until then.
+# Student's t, 97.5%, for 1..9 degrees of freedom; the normal's beyond would be close enough from 30 on,
+# the last value is kept until then.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -40,7 +41,9 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def difference_of_shares(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """one minus other, of different prompts, with Newcombe's 95% interval (his method 10, from the two Wilson intervals); n is the smaller."""
+    """one minus other, of different prompts, with Newcombe's 95% interval (his method 10,
+    from the two Wilson intervals); n is the smaller.
+    """
     if None in (one["value"], other["value"]):
         return {"value": None, "low": None, "high": None, "n": 0}
     value = one["value"] - other["value"]
@@ -55,7 +58,8 @@ def difference_of_shares(one: dict[str, Any], other: dict[str, Any]) -> dict[str
 
 
 def paired_interval(first_only: float, second_only: float, n: int) -> tuple[float, float]:
-    """Tango's 95% score interval for the difference of two shares of the same n prompts (Statistics in Medicine 17:891, 1998).
+    """Tango's 95% score interval for the difference of two shares of the same n prompts
+    (Statistics in Medicine 17:891, 1998).
 
     first_only, second_only: prompts on which only the first, or only the second, was true; means over seeds need not be
     whole numbers. It does not collapse where there is none: 12 of 12 equal gives [-0.24, 0.24].

@@ -190,13 +190,17 @@ _SELF_ANY, _SELF_TEXT = (
 _ELLIPSIS_ANY, _ELLIPSIS_TEXT = (
     re.compile(_ELLIPSIS.replace("{verb}", verb)) for verb in (_ANSWERING, _HELPING)
 )
-PATTERNS = tuple(
-    pattern.pattern
-    for pattern in (
-        _PREFACE, _SELF_ANY, _SELF_TEXT, _ELLIPSIS_ANY, _REQUEST, _ABOUT_WHAT_IS_RIGHT, _ASKED_FOR_TEXT, _TAKEN_BACK,
-        _QUOTED_REFUSAL, _BEGUN, _REGRET, _GOES_ON, _REASONING, _MARKUP,
-    )
-) + (*TEXTS, str(SENTENCES))  # fmt: skip
+PATTERNS = (
+    *(
+        pattern.pattern
+        for pattern in (
+            _PREFACE, _SELF_ANY, _SELF_TEXT, _ELLIPSIS_ANY, _REQUEST, _ABOUT_WHAT_IS_RIGHT, _ASKED_FOR_TEXT,
+            _TAKEN_BACK, _QUOTED_REFUSAL, _BEGUN, _REGRET, _GOES_ON, _REASONING, _MARKUP,
+        )
+    ),
+    *TEXTS,
+    str(SENTENCES),
+)  # fmt: skip
 
 
 def plain(answer: str) -> str:

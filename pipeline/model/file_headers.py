@@ -26,7 +26,9 @@ _BYTES = {dtype: width for width, dtypes in _DTYPES.items() for dtype in dtypes}
 
 
 class Tensor(NamedTuple):
-    """A tensor of a safetensors file: dtype as it is named there (BF16), shape, file name, and its bytes start..stop."""
+    """A tensor of a safetensors file: dtype as it is named there (BF16), shape, file name,
+    and its bytes start..stop.
+    """
 
     dtype: str
     shape: tuple[int, ...]

@@ -1,10 +1,11 @@
 """Models whose weights are read piece by piece: every rank reads its own part of the files, and nobody holds the whole.
 
-    model, sources = open_model(recipe.model, "models/llama", sharded=True)      # modules without memory, and where their weights come from
+    # modules without memory, and where their weights come from
+    model, sources = open_model(recipe.model, "models/llama", sharded=True)
     engine = open_engine(make_trainable(model, train, seed), train, sources)     # shards, then fills the shards
 
-A checkpoint that transformers converts while it loads (renamed or regrouped tensors) is loaded as usual, with a warning: every rank then
-holds a whole copy for a while.
+A checkpoint that transformers converts while it loads (renamed or regrouped tensors) is loaded as usual, with a
+warning: every rank then holds a whole copy for a while.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ from pipeline.running.devices import device
 def open_model(
     section: ModelSection, location: str, sharded: bool
 ) -> tuple[PreTrainedModel, Sources]:
-    """The model as the recipe computes it, in train mode, and the sources of those of its parameters that have no memory yet.
+    """The model as the recipe computes it, in train mode, and the sources of those of its
+    parameters that have no memory yet.
 
-    location: local folder or hub id. sharded: leave the weights to the engine's shards; else only quantised ones are left. They are
-    quantised on this process's accelerator wherever they are kept. Raises ValueError where the model could not be loaded.
+    location: local folder or hub id. sharded: leave the weights to the engine's shards; else only quantised ones are
+    left. They are quantised on this process's accelerator wherever they are kept. Raises ValueError where the model
+    could not be loaded.
     """
     if not Path(location).is_dir():
         # they were not here when the recipe was checked
@@ -59,7 +62,8 @@ def open_model(
 def load_whole(section: ModelSection, location: str) -> PreTrainedModel:
     """The model as the recipe computes it, whole on the CPU: for answers and evaluation. Raises as `open_model`.
 
-    In 4 bits where the recipe says so, with the codes that training sees: the CPU holds what the accelerator has quantised.
+    In 4 bits where the recipe says so, with the codes that training sees:
+    the CPU holds what the accelerator has quantised.
     """
     model, sources = open_model(section, location, sharded=False)
     fill(sources)
@@ -69,7 +73,10 @@ def load_whole(section: ModelSection, location: str) -> PreTrainedModel:
 
 
 def weight_files(location: str, revision: str | None = None) -> WeightFiles:
-    """The safetensors files of a local folder or hub model (fetched first, unless HF_HUB_OFFLINE=1). Raises OSError where it has none."""
+    """The safetensors files of a local folder or hub model (fetched first, unless HF_HUB_OFFLINE=1).
+
+    Raises OSError where it has none.
+    """
     if Path(location).is_dir():
         return WeightFiles(Path(location))
     folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.json"]))
@@ -90,7 +97,9 @@ def _files_of(location: str, revision: str | None) -> WeightFiles:
 def _skeleton(
     location: str, dtype: torch.dtype, attention: str, revision: str | None
 ) -> tuple[PreTrainedModel, Sources] | None:
-    """`load_model` without the weights: placeholders with their sources; None, after a warning, where that is not possible."""
+    """`load_model` without the weights: placeholders with their sources;
+    None, after a warning, where that is not possible.
+    """
     from accelerate import init_empty_weights
 
     try:

@@ -18,7 +18,8 @@ def adapted_modules(
 
     targets: a list of names or of their last parts, `all-linear` (all but the head), or a regular expression for whole
     names. linears, others: names of the linear modules, and of the rest. head: the linear one that gives logits.
-    field: whose targets these are, e.g. `train`. Raises ValueError, one sentence, where a target is not a linear module.
+    field: whose targets these are, e.g. `train`. Raises ValueError, one sentence, where a target is not a linear
+    module.
     """
     where = f"{field}.lora.target_modules"
     last_parts = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))

@@ -201,7 +201,10 @@ def _check_sizes(facts: ModelFacts) -> None:
 
 
 def _check_linears(facts: ModelFacts, hidden: int | None) -> None:
-    """ValueError where a layer's matrices are not of the sizes that config.json names. Families that shape them otherwise are left alone."""
+    """ValueError where a layer's matrices are not of the sizes that config.json names.
+
+    Families that shape them otherwise are left alone.
+    """
     inner, heads = facts.number("intermediate_size"), facts.number("num_attention_heads")
     if facts.config.get("model_type") not in _PLAIN_LAYERS or not (hidden and inner and heads):
         return
@@ -221,7 +224,8 @@ def _check_linears(facts: ModelFacts, hidden: int | None) -> None:
         if size and facts.layer_of(f"{name}.weight") is not None and tuple(shape) != size:
             tensor = facts.tensors[f"{name}.weight"]
             raise ValueError(
-                f"{facts.label}: {name}.weight is {' x '.join(f'{n:,}' for n in shape)} in {tensor.file}, but config.json makes it "
+                f"{facts.label}: {name}.weight is {' x '.join(f'{n:,}' for n in shape)} in "
+                f"{tensor.file}, but config.json makes it "
                 f"{' x '.join(f'{n:,}' for n in size)}: copy config and weights from the same place"
             )
 

@@ -1,4 +1,6 @@
-"""Where a recipe's model is: a folder, a hub id or the built-in one. Needs no torch, so that questions to a layout are answered at once.
+"""Where a recipe's model is: a folder, a hub id or the built-in one.
+
+Needs no torch, so that questions to a layout are answered at once.
 
 from pipeline.model.model_files import model_location, resolve_model_path
 """
@@ -15,7 +17,10 @@ BUILTIN = "builtin:smollm2-135m-instruct"
 
 
 def model_location(section: ModelSection) -> str:
-    """Local folder of a builtin or local model, or the hub id as it stands; nothing is fetched. ValueError for a name that is no model."""
+    """Local folder of a builtin or local model, or the hub id as it stands; nothing is fetched.
+
+    ValueError for a name that is no model.
+    """
     if section.path.startswith("builtin:"):
         if section.path != BUILTIN:
             raise ValueError(
@@ -29,14 +34,17 @@ def model_location(section: ModelSection) -> str:
         return str(path)
     if local or section.path.count("/") != 1:
         raise ValueError(
-            f"model.path '{section.path}' is not a folder: give a local model folder, a hub id (owner/name) or {BUILTIN}"
+            f"model.path '{section.path}' is not a folder: give a local model folder, a hub id "
+            f"(owner/name) or {BUILTIN}"
         )
     check_hub_id(section.path, "model.path")
     return section.path
 
 
 def resolve_model_path(section: ModelSection) -> str:
-    """`model_location` after making sure that it can be read: a builtin model is fetched, a folder is checked (ValueError)."""
+    """`model_location` after making sure that it can be read:
+    a builtin model is fetched, a folder is checked (ValueError).
+    """
     location = model_location(section)
     if section.path == BUILTIN:
         builtin_model()
@@ -53,7 +61,8 @@ def check_model_folder(path: Path) -> None:
         )
     if not any(path.glob("*.safetensors")):
         raise ValueError(
-            f"model.path {path} holds no *.safetensors: save the model with save_pretrained (pickled weights are not read)"
+            f"model.path {path} holds no *.safetensors: save the model with save_pretrained "
+            "(pickled weights are not read)"
         )
     if not any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")

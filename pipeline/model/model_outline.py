@@ -2,8 +2,8 @@
 
     facts = outlined(recipe.model)
 
-Where the files are on this machine their headers say it, in milliseconds; else transformers builds the modules of a hub model's config without
-memory, which takes seconds and the network.
+Where the files are on this machine their headers say it, in milliseconds; else transformers builds the modules of a hub
+model's config without memory, which takes seconds and the network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 
 def outlined(section: ModelSection) -> ModelFacts:
-    """Config, tensors and tokenizer of a model; the tokenizer is unknown where the files are not here. ValueError where it could not be loaded."""
+    """Config, tensors and tokenizer of a model; the tokenizer is unknown where the files are not here.
+
+    ValueError where it could not be loaded.
+    """
     folder = local_folder(section)
     if folder is not None and any(folder.glob("*.safetensors")):
         facts = read_facts(section, folder)
@@ -32,7 +35,9 @@ def outlined(section: ModelSection) -> ModelFacts:
 
 
 def of_modules(section: ModelSection) -> ModelFacts:
-    """The same by the modules that transformers builds, whose names adapters go by: files may name weights otherwise."""
+    """The same by the modules that transformers builds, whose names adapters go by:
+    files may name weights otherwise.
+    """
     from pipeline.model.models import outline
 
     return facts_of(outline(section), section.path)

@@ -1,4 +1,6 @@
-"""What a model's config and tensors say: what is stored, and the sizes that activations and FLOPs depend on. Reads no weights, needs no torch.
+"""What a model's config and tensors say: what is stored, and the sizes that activations and FLOPs depend on.
+
+Reads no weights, needs no torch.
 
 counted = count_model(read_facts(section, folder), train, dtype_bytes=2, nf4=False, eager=False)
 """
@@ -18,7 +20,9 @@ NF4_BLOCK = 64  # weights that share a float32 scale
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor as it is stored: shape, bytes per element, whether it belongs to a decoder layer, whether it is trained."""
+    """A tensor as it is stored: shape, bytes per element, whether it belongs to a decoder layer,
+    whether it is trained.
+    """
 
     shape: tuple[int, ...]
     width: float
@@ -27,6 +31,7 @@ class Weight:
 
     @property
     def numel(self) -> int:
+        """Elements of the whole tensor."""
         return prod(self.shape)
 
     def held(self, engine: str, ranks: int) -> int:
@@ -62,9 +67,11 @@ class ModelCounts:
 def count_model(
     facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: bool, eager: bool
 ) -> ModelCounts:
-    """Count a model's tensors as they will be stored. nf4: whether linear weights are in 4 bits. eager: whether attention keeps its scores.
+    """Count a model's tensors as they will be stored. nf4: whether linear weights are in 4 bits. eager:
+    whether attention keeps its scores.
 
-    Raises ValueError where the model is none of a decoder with attention and a gated MLP, or adapter and quantization do not go with it.
+    Raises ValueError where the model is none of a decoder with attention and a gated MLP,
+    or adapter and quantization do not go with it.
     """
     sizes = {
         name: facts.number(name)
@@ -80,7 +87,8 @@ def count_model(
         )
     if nf4 and train.adapter == "full":
         raise ValueError(
-            "train.adapter full cannot train weights in 4 bits: set model.quantization to none, or train.adapter to lora"
+            "train.adapter full cannot train weights in 4 bits: set model.quantization to none, or "
+            "train.adapter to lora"
         )
     targets = set(check_lora(facts, train, "train"))
     first = {

@@ -19,7 +19,7 @@ from torch import nn
 # transformers imports deepspeed, which looks for a device and complains about CPUs unless it is told.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-from transformers import (  # noqa: E402
+from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,17 +28,17 @@ from transformers import (  # noqa: E402
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
+from transformers.utils.logging import disable_progress_bar
 
-from pipeline.data.chat import Chat  # noqa: E402
-from pipeline.libraries.transformers_private import supports_attention  # noqa: E402
-from pipeline.model.file_headers import Tensor  # noqa: E402
-from pipeline.model.lora_targets import ALL_LINEAR, adapted_modules  # noqa: E402
-from pipeline.model.model_files import model_location, resolve_model_path  # noqa: E402
-from pipeline.model.weights import listed, not_finite  # noqa: E402
-from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection  # noqa: E402
-from pipeline.running import devices, lean_imports  # noqa: E402
-from pipeline.system.system_errors import naming, passes  # noqa: E402
+from pipeline.data.chat import Chat
+from pipeline.libraries.transformers_private import supports_attention
+from pipeline.model.file_headers import Tensor
+from pipeline.model.lora_targets import ALL_LINEAR, adapted_modules
+from pipeline.model.model_files import model_location, resolve_model_path
+from pipeline.model.weights import listed, not_finite
+from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
+from pipeline.running import devices, lean_imports
+from pipeline.system.system_errors import naming, passes
 
 # it misses an optional CPU kernel, on import by peft
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -82,7 +82,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = section.chat_template.read_text()
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the tokenizer of {path} has no chat template: use an instruction-tuned model or set model.chat_template to a Jinja file"
+            f"the tokenizer of {path} has no chat template: use an instruction-tuned model or set "
+            "model.chat_template to a Jinja file"
         )
     if tokenizer.eos_token is None:
         tokenizer.eos_token = _configured_eos(tokenizer, section)
@@ -92,7 +93,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def load_chat(section: ModelSection) -> Chat:
-    """The tokenizer with its chat template, and the ids at which the model's configs stop generation. Raises ValueError."""
+    """The tokenizer with its chat template, and the ids at which the model's configs stop generation.
+
+    Raises ValueError.
+    """
     path = resolve_model_path(section)
     try:
         described = GenerationConfig.from_pretrained(path, revision=section.revision).eos_token_id
@@ -146,8 +150,8 @@ def load_model(
     try:
         with naming(Path(path)):
             model, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False, use_safetensors=True,
-                output_loading_info=True, ignore_mismatched_sizes=True,
+                path, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False,
+                use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except OSError as error:
         raise refused(path, error) from None
@@ -159,7 +163,8 @@ def load_model(
         )
     if report["missing_keys"]:
         raise ValueError(
-            f"model.path '{path}' lacks the weight {min(report['missing_keys'])}, which transformers would draw at random: give a complete model"
+            f"model.path '{path}' lacks the weight {min(report['missing_keys'])}, which "
+            "transformers would draw at random: give a complete model"
         )
     for name, parameter in model.named_parameters():
         problem = not_finite(parameter.data)
@@ -190,12 +195,16 @@ def load_config(section: ModelSection) -> PretrainedConfig:
 
 
 def outline(section: ModelSection) -> PreTrainedModel:
-    """The model's modules without their weights (meta tensors), from its config alone: for what is to be known before weights are read."""
+    """The model's modules without their weights (meta tensors), from its config alone:
+    for what is to be known before weights are read.
+    """
     return without_weights(load_config(section), section.path)
 
 
 def without_weights(config: PretrainedConfig, path: str) -> PreTrainedModel:
-    """The modules of a config without memory (meta tensors). path: of the model, for the ValueError where transformers has no such model."""
+    """The modules of a config without memory (meta tensors). path:
+    of the model, for the ValueError where transformers has no such model.
+    """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -294,7 +303,8 @@ def _targets(model: PreTrainedModel, lora: LoraSection) -> list[str] | str:
 def make_trainable(
     model: PreTrainedModel, train: TrainSection, seed: int, recomputed: int | None = None
 ) -> nn.Module:
-    """The module to train: a fresh LoRA on the frozen model, or the model itself with every weight trainable; checkpointing where asked for.
+    """The module to train: a fresh LoRA on the frozen model, or the model itself with every weight trainable;
+    checkpointing where asked for.
 
     recomputed: number of decoder layers that recompute, for gradient_checkpointing auto; all without it.
     """
@@ -310,7 +320,8 @@ def _can_recompute(model: PreTrainedModel, train: TrainSection) -> bool:
     """ValueError where a model cannot and the recipe says that it must."""
     if not model.supports_gradient_checkpointing and train.gradient_checkpointing is True:
         raise ValueError(
-            f"{type(model).__name__} cannot recompute activations: set train.gradient_checkpointing (or align.train's) to false"
+            f"{type(model).__name__} cannot recompute activations: set "
+            "train.gradient_checkpointing (or align.train's) to false"
         )
     return model.supports_gradient_checkpointing
 
@@ -318,8 +329,8 @@ def _can_recompute(model: PreTrainedModel, train: TrainSection) -> bool:
 def enable_checkpointing(model: PreTrainedModel, layers: int | None = None) -> None:
     """Non-reentrant activation checkpointing: the reentrant kind raises in `torch.autograd.grad`.
 
-    layers: how many, from the first on (passes that stop at a probe never come back to those); all without it, and in models that
-    transformers has not taught to do it layer by layer.
+    layers: how many, from the first on (passes that stop at a probe never come back to those); all without it, and in
+    models that transformers has not taught to do it layer by layer.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in decoder_layers(model)[layers:] if layers is not None else ():
@@ -339,7 +350,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def refused(path: str, error: Exception) -> Exception:
-    """What to raise where a model could not be loaded: an error of the system that may pass as it is, else a ValueError.
+    """What to raise where a model could not be loaded: an error of the system that may pass as it
+    is, else a ValueError.
 
     A folder that is not there any more is such an error: a library would take its name for one of the hub.
     """

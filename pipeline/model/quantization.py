@@ -3,16 +3,17 @@
     quantise(model, sources, device)       # every linear layer but the head; sources: see pipeline/model/weights.py
 
 bitsandbytes' own Linear4bit is not used, only its number format and kernels. Four traps of it do not exist here:
-- a forward pass in eval mode repacks the weights on CPUs with AVX512_BF16, and later backward passes give no gradient to the input;
+- a forward pass in eval mode repacks the weights on CPUs with AVX512_BF16,
+  and later backward passes give no gradient to the input;
 - it keeps a view of the gathered weight for the backward pass: under ZeRO-3 the whole model would stay gathered;
 - its kernel for CPUs (0.50.2) takes wrong scales where rows are of 32 or 96 weights: of every odd multiple of 32;
 - its scales (absmax) hang on a Parameter subclass that FSDP2 replaces by plain tensors, and are whole on every rank.
-Here codes and scales are two ordinary frozen parameters. Both are cut as any other, and a rank quantises only the blocks that it keeps:
-a block of 64 weights knows nothing of its neighbours.
+Here codes and scales are two ordinary frozen parameters. Both are cut as any other, and a rank quantises only the
+blocks that it keeps: a block of 64 weights knows nothing of its neighbours.
 
-A piece of a weight is read, moved to the device that the process computes on, quantised there, and its codes go where the shard is. So the
-codes do not hang on where a shard lives: training with shards in host memory, and evaluation, see those of the same operator. A GPU's may
-round a tie otherwise than a CPU's.
+A piece of a weight is read, moved to the device that the process computes on, quantised there, and its codes go where
+the shard is. So the codes do not hang on where a shard lives: training with shards in host memory, and evaluation, see
+those of the same operator. A GPU's may round a tie otherwise than a CPU's.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _ON_GPU = 2**23
 class Nf4Linear(nn.Linear):
     """A linear layer with a frozen weight of (out, in) in 4 bits.
 
-    weight: uint8 (ceil(out * in / 2),), two codes a byte, the first in the high bits. absmax: float32 (ceil(out * in / 64),).
-    An nn.Linear, so that PEFT adapts it as one.
+    weight: uint8 (ceil(out * in / 2),), two codes a byte, the first in the high bits. absmax: float32 (ceil(out * in /
+    64),). An nn.Linear, so that PEFT adapts it as one.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
@@ -53,6 +54,7 @@ class Nf4Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """x W' + b for `input` (..., in_features), with W dequantised for this pass."""
         return _Product.apply(
             input,
             self.weight,
@@ -63,6 +65,7 @@ class Nf4Linear(nn.Linear):
         )
 
     def extra_repr(self) -> str:
+        """What `print` shows of the layer beside its class."""
         return f"{super().extra_repr()}, nf4"
 
 
@@ -102,10 +105,12 @@ def dequantised(
 
 
 def quantise(model: nn.Module, sources: Sources, device: torch.device | str | None = None) -> None:
-    """Replace every linear layer but the head by an Nf4Linear without memory; `sources` then holds what fills them, in the old order.
+    """Replace every linear layer but the head by an Nf4Linear without memory;
+    `sources` then holds what fills them, in the old order.
 
-    Weights that are in memory are quantised from there. device: where the work is done, a piece at a time, and what the new sources return
-    is; default: where a weight (or its placeholder) is. See `checks.check_quantisable` for models that are not accepted.
+    Weights that are in memory are quantised from there. device: where the work is done, a piece at a time, and what the
+    new sources return is; default: where a weight (or its placeholder) is. See `checks.check_quantisable` for models
+    that are not accepted.
     """
     head = model.get_output_embeddings()
     parts: dict[nn.Parameter, Sources] = {}
@@ -133,8 +138,8 @@ def quantise(model: nn.Module, sources: Sources, device: torch.device | str | No
 class _Latest:
     """The scales of the weight whose codes were read last, in pieces.
 
-    `quantise` puts a weight's codes and scales next to each other in the sources. So one weight's scales are all that is kept
-    (a sixteenth of a byte a weight of this rank's part), and a reader in another order only reads more.
+    `quantise` puts a weight's codes and scales next to each other in the sources. So one weight's scales are all that
+    is kept (a sixteenth of a byte a weight of this rank's part), and a reader in another order only reads more.
     """
 
     def __init__(self) -> None:
@@ -156,10 +161,11 @@ class _Latest:
 
 
 class _Blocks:
-    """Two sources, of codes and of scales, over the source of one weight of `numel` elements, which are rounded to `dtype` first.
+    """Two sources, of codes and of scales, over the source of one weight of `numel` elements,
+    which are rounded to `dtype` first.
 
-    Only whole blocks are read, each once, though both are asked for: its scale is kept from when its code was made. A rank's codes and
-    scales may be cut at different blocks; the few that it lacks then are read for the scales.
+    Only whole blocks are read, each once, though both are asked for: its scale is kept from when its code was made. A
+    rank's codes and scales may be cut at different blocks; the few that it lacks then are read for the scales.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.model.file_headers import json_object
 from pipeline.system.system_errors import passes
@@ -33,9 +33,9 @@ _SPECIAL = (
 class TokenizerFacts:
     """What the tokenizer's files say.
 
-    vocabulary: token -> id of the model itself; empty where no file that is read here has it. added: token -> id of what
-    was added to it. named: bos_token, eos_token, pad_token, ... -> token, and those of other modalities (image_token).
-    chat_template: its source; None where there is none.
+    vocabulary: token -> id of the model itself; empty where no file that is read here has it. added: token -> id of
+    what was added to it. named: bos_token, eos_token, pad_token, ... -> token, and those of other modalities
+    (image_token). chat_template: its source; None where there is none.
     """
 
     vocabulary: Mapping[str, int]
@@ -57,7 +57,10 @@ class TokenizerFacts:
 
 
 def read_tokenizer(label: str, folder: Path, chat_template: Path | None) -> TokenizerFacts:
-    """What a folder says of its tokenizer. chat_template: file that replaces the folder's. ValueError for broken files."""
+    """What a folder says of its tokenizer. chat_template: file that replaces the folder's.
+
+    ValueError for broken files.
+    """
     given = {name: json_object(label, folder / name) for name in _tokenizer_files(folder)}
     config = given.get("tokenizer_config.json", {})
     template = _template(label, folder, config, chat_template)
@@ -71,7 +74,8 @@ def read_tokenizer(label: str, folder: Path, chat_template: Path | None) -> Toke
                     added[token] = max([*vocabulary.values(), *added.values()]) + 1
     except (TypeError, KeyError, AttributeError, ValueError):
         raise ValueError(
-            f"{label}: {' or '.join(given)} is not as a tokenizer's files are: save it again with tokenizer.save_pretrained"
+            f"{label}: {' or '.join(given)} is not as a tokenizer's files are: save it again with "
+            "tokenizer.save_pretrained"
         ) from None
     if "tokenizer.json" in given and not vocabulary:
         raise ValueError(
@@ -94,7 +98,8 @@ def check_loads(label: str, folder: Path) -> None:
             raise found from None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"the tokenizer of {label} cannot be read ({path.name}: {first}): save it again with tokenizer.save_pretrained"
+            f"the tokenizer of {label} cannot be read ({path.name}: {first}): save it again with "
+            "tokenizer.save_pretrained"
         ) from None
 
 
@@ -200,7 +205,7 @@ def check_template(source: str, field: str) -> None:
     class Generation(Extension):
         """transformers' own tag: what the assistant says."""
 
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

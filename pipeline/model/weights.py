@@ -4,7 +4,8 @@
     files.flat("model.norm.weight", 0, 10)                # ten elements
     write_sharded(merged(files, updates, torch.bfloat16), Path("merged"))
 
-Files are mapped into memory, one at a time: pages of a file belong to the kernel's cache, which all processes of a node share.
+Files are mapped into memory, one at a time: pages of a file belong to the kernel's cache,
+which all processes of a node share.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from pipeline.system.system_errors import BrokenFile, naming
 MAX_FILE_BYTES = 5 * 10**9  # transformers' own default
 _CHUNK = 2**20  # elements read at a time
 _CHUNK_OF_GPU = 2**22  # into memory of another device: fewer and larger copies
-# Pieces that are read at the same time, each by one thread: while one waits for the disk, another is checked, quantised or
-# on its way to a GPU. All that is read ahead is what these hold. For a GPU that is 32 MB of bfloat16 weights, or 64 MB
-# where they become 4 bits; twice that in float32.
+# Pieces that are read at the same time, each by one thread: while one waits for the disk, another is checked, quantised
+# or on its way to a GPU. All that is read ahead is what these hold. For a GPU that is 32 MB of bfloat16 weights, or 64
+# MB where they become 4 bits; twice that in float32.
 READERS = 4
 
 Source = Callable[[int, int], torch.Tensor]
-"""Elements start..stop of a parameter's flattened value, in any dtype and on any device: `read` brings them to the parameter's.
+"""Elements start..stop of a parameter's flattened value, in any dtype and on any device:
+`read` brings them to the parameter's.
 
 Several threads ask at the same time, for other elements of the same parameter.
 """
@@ -54,19 +56,19 @@ class Sources(dict[nn.Parameter, Source]):
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
-    """The tensors of a folder's `<stem>.safetensors`, or of the several files that `<stem>.safetensors.index.json` lists.
+    """The tensors of a folder's `<stem>.safetensors`, or of the several files that
+    `<stem>.safetensors.index.json` lists.
 
-    Iterates in the order of the files, so that whoever follows it maps each file once. A returned tensor is a view of the file: clone it to
-    keep it. Threads may share it. Raises FileNotFoundError where the folder has neither, BrokenFile where one is not whole.
+    Iterates in the order of the files, so that whoever follows it maps each file once. A returned tensor is a view of
+    the file: clone it to keep it. Threads may share it. Raises FileNotFoundError where the folder has neither,
+    BrokenFile where one is not whole.
     """
 
     def __init__(self, folder: Path, stem: str = "model"):
         self.folder = folder
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if single.is_file():
-            names = dict.fromkeys(_names(single), single.name)
-        else:
-            names = listed(index)
+        alone = single.is_file()
+        names = dict.fromkeys(_names(single), single.name) if alone else listed(index)
         self._file_of = dict(sorted(names.items(), key=lambda item: item[1]))
         missing = [name for name in sorted(set(names.values())) if not (folder / name).is_file()]
         if missing:
@@ -87,6 +89,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             return self._file(name).get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor as it is stored; reads no weights."""
         with self._naming(name):
             return tuple(self._file(name).get_slice(name).get_shape())
 
@@ -96,7 +99,9 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             return self._file(name).get_slice(name).get_dtype() in ("F16", "BF16", "F32", "F64")
 
     def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop of the flattened tensor, in the file's dtype; only the rows that hold them are touched."""
+        """Elements start..stop of the flattened tensor, in the file's dtype;
+        only the rows that hold them are touched.
+        """
         if stop <= start:
             return torch.empty(0)
         shape = self.shape(name)
@@ -122,7 +127,10 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 
 
 def listed(index: Path) -> dict[str, str]:
-    """Name of a tensor -> name of its file, by a `model.safetensors.index.json`. BrokenFile where it does not say so."""
+    """Name of a tensor -> name of its file, by a `model.safetensors.index.json`.
+
+    BrokenFile where it does not say so.
+    """
     try:
         with naming(index):
             names = json.loads(index.read_text())["weight_map"]
@@ -214,10 +222,11 @@ def write_sharded(
     stem: str = "model",
     max_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write named tensors as they come: `<stem>.safetensors`, or several files and their index as transformers and vLLM read it.
+    """Write named tensors as they come: `<stem>.safetensors`, or several files and their index as
+    transformers and vLLM read it.
 
-    Holds one file's tensors at the most (`max_bytes`, or one tensor where that is larger). Re-opens what it wrote; AssertionError where a
-    tensor is empty, not finite, or not in the files as it came.
+    Holds one file's tensors at the most (`max_bytes`, or one tensor where that is larger). Re-opens what it wrote;
+    AssertionError where a tensor is empty, not finite, or not in the files as it came.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, torch.Size] = {}
@@ -299,8 +308,9 @@ def merged(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The base's tensors with low-rank updates added, one at a time, in the order and under the names of the files.
 
-    updates: weight name -> (A (r, in), B (out, r)), float32. W + (B A) * scaling is computed in float32 and then cast to `dtype`, which is
-    bit for bit PEFT's merge_and_unload of a float32 model followed by `.to(dtype)`. Integer tensors stay as they are.
+    updates: weight name -> (A (r, in), B (out, r)), float32. W + (B A) * scaling is computed in float32 and then cast
+    to `dtype`, which is bit for bit PEFT's merge_and_unload of a float32 model followed by `.to(dtype)`. Integer
+    tensors stay as they are.
     """
     assert updates.keys() <= set(base), "an updated weight is not in the base's files"
     for name in base:

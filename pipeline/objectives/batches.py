@@ -12,6 +12,7 @@ are cut in another way, as packing does too: but for dropout, loss and gradient 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,8 +30,8 @@ IGNORE = -100
 class Targets:
     """Where labels are supervised, found before a batch moves: a GPU that is asked makes the host wait for it.
 
-    columns: (P,), positions whose next token is supervised in some row. places: (N,), supervised ones in the flattened (B, P).
-    tokens, rows: (N,), the next token there, and its row. All int64.
+    columns: (P,), positions whose next token is supervised in some row. places: (N,), supervised ones in the flattened
+    (B, P). tokens, rows: (N,), the next token there, and its row. All int64.
     """
 
     columns: torch.Tensor
@@ -53,6 +54,7 @@ class Targets:
         )
 
     def to(self, device: torch.device | str) -> Targets:
+        """The same on `device`."""
         return Targets(
             *(
                 _moved(tensor, device)
@@ -84,13 +86,15 @@ class Packed:
         return cls(positions[None], numbers[None], borders.int(), max(lengths))
 
     def to(self, device: torch.device | str) -> Packed:
+        """The same on `device`."""
         tensors = (self.positions, self.samples, self.borders)
         return Packed(*(_moved(tensor, device) for tensor in tensors), self.longest)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """input_ids, labels: int64 (B, T), right-padded. global_tokens: supervised tokens of the whole step. padding: of the B x T, how many.
+    """input_ids, labels: int64 (B, T), right-padded. global_tokens: supervised tokens of the whole step.
+    padding: of the B x T, how many.
 
     There is no attention mask: what is causal never sees the padding behind it, and padding is not supervised. packed:
     where B is 1 and the row holds several samples; no label is then a sample's first token, which the sample before
@@ -123,7 +127,8 @@ class MicroBatch:
 class PairBatch:
     """As MicroBatch, B = 2 x pairs: chosen rows, then rejected rows. global_pairs: pairs of the whole step.
 
-    weights: float32 (pairs,), 1, or 0 for a filler: a pair without supervised tokens is no zero under every contrastive loss.
+    weights: float32 (pairs,), 1, or 0 for a filler: a pair without supervised tokens is no zero
+    under every contrastive loss.
     """
 
     input_ids: torch.Tensor
@@ -147,7 +152,10 @@ class PairBatch:
 
 
 def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """On its way to the device. From pinned memory: a copy from any other makes the host wait for all that the GPU has to do before."""
+    """On its way to the device.
+
+    From pinned memory: a copy from any other makes the host wait for all that the GPU has to do before.
+    """
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -160,7 +168,9 @@ def _find_targets(batch: MicroBatch | PairBatch) -> None:
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """A fresh permutation of the samples in every epoch; a batch may straddle two epochs, so that all steps are full."""
+    """A fresh permutation of the samples in every epoch; a batch may straddle two epochs,
+    so that all steps are full.
+    """
 
     num_samples: int
     batch_size: int
@@ -257,9 +267,11 @@ def _weighed(labels: list[int], weight: float) -> list[int]:
 
 
 def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[int], float]]:
-    """Micro-batches of at most `size`, as equal as can be, their number a multiple of the ranks: a rank with one pass fewer would hang.
+    """Micro-batches of at most `size`, as equal as can be, their number a multiple of the ranks:
+    a rank with one pass fewer would hang.
 
-    Where there are fewer samples than that, fillers of weight 0 (a copy of the last sample, to be left unsupervised) make the number up.
+    Where there are fewer samples than that, fillers of weight 0 (a copy of the last sample,
+    to be left unsupervised) make the number up.
     """
     number = accumulation(len(indices), size, world_size) * world_size
     if len(indices) < number:
@@ -267,7 +279,7 @@ def _chunks(indices: list[int], size: int, world_size: int) -> list[tuple[list[i
             number - len(indices)
         )
     bounds = [round(part * len(indices) / number) for part in range(number + 1)]
-    return [(indices[start:stop], 1.0) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [(indices[start:stop], 1.0) for start, stop in itertools.pairwise(bounds)]
 
 
 def _budgeted(

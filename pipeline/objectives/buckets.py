@@ -119,7 +119,9 @@ def cost(lengths: Sequence[int], chunk: Chunk) -> int:
 
 
 def _filled(lengths: Sequence[int], order: Sequence[int], bound: int, most: int) -> list[Chunk]:
-    """The fewest micro-batches that cost at most `bound` each and have at most `most` rows: from the longest row on, each takes all that it can."""
+    """The fewest micro-batches that cost at most `bound` each and have at most `most` rows:
+    from the longest row on, each takes all that it can.
+    """
     chunks: list[Chunk] = []
     for position in order:
         if (

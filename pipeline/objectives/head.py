@@ -2,9 +2,9 @@
 
     losses = head_losses(model, lambda: model(input_ids=ids, logits_to_keep=columns).logits, targets)
 
-Logits are the largest tensor of a pass: tokens x vocabulary, three times in float32. A token's loss and its gradient know nothing of other
-tokens, so a chunk's logits can go before the next one's come. While the model's own forward pass runs, its head returns
-losses in place of logits: hooks that gather weights (ZeRO-3, FSDP2) fire as always.
+Logits are the largest tensor of a pass: tokens x vocabulary, three times in float32. A token's loss and its gradient
+know nothing of other tokens, so a chunk's logits can go before the next one's come. While the model's own forward pass
+runs, its head returns losses in place of logits: hooks that gather weights (ZeRO-3, FSDP2) fire as always.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _heads: weakref.WeakKeyDictionary[nn.Module, nn.Linear | None] = weakref.WeakKey
 def head_losses(
     model: nn.Module, logits: Callable[[], torch.Tensor], targets: Targets
 ) -> torch.Tensor | None:
-    """Cross entropy (N,) of a batch's supervised tokens, in float32 (float64 for float64 models); None where all logits may be computed at once.
+    """Cross entropy (N,) of a batch's supervised tokens, in float32 (float64 for float64 models);
+    None where all logits may be computed at once.
 
-    logits: calls the model for those of `targets.columns`. None too where the model does something to its logits after the
-    head, or the head is adapted.
+    logits: calls the model for those of `targets.columns`. None too where the model does something to its logits after
+    the head, or the head is adapted.
     """
     if model not in _heads:
         _heads[model] = _plain_head(model)
@@ -61,7 +62,8 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
         source = inspect.getsource(type(inner).forward)
     except (OSError, TypeError):
         return None
-    # One assignment is the head's own: whatever else is done to logits would be done to losses. Capping is not done here.
+    # One assignment is the head's own: whatever else is done to logits would be done to losses.
+    # Capping is not done here.
     source = _CAPPING.sub("", source).replace("logits=logits", "")
     return head if len(re.findall(r"\blogits\s*[-+*/]?=(?!=)", source)) == 1 else None
 
@@ -90,8 +92,11 @@ def _answering(head: nn.Linear, targets: Targets):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """hidden (N, H), weight (V, H), tokens (N,) -> losses (N,). The hidden state's gradient is made beside the loss, while logits are there;
-    the weight's, where it is trained, from logits computed again, since it is a sum over tokens and their weights come with the backward pass."""
+    """hidden (N, H), weight (V, H), tokens (N,) -> losses (N,).
+
+    The hidden state's gradient is made beside the loss, while logits are there; the weight's, where it is trained, from
+    logits computed again, since it is a sum over tokens and their weights come with the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, tokens, chunk):

@@ -1,7 +1,8 @@
 """The losses, as shares of the global batch: summed over micro-batches and ranks they are the loss.
 
-Useful loss: summed over supervised tokens / supervised tokens of the global batch. Safety loss (Definition 3.1 of arXiv 2505.16737):
-token mean per response, mean over the global pairs. Both with the causal shift. No engine has to weigh anything.
+Useful loss: summed over supervised tokens / supervised tokens of the global batch. Safety loss (Definition 3.1 of arXiv
+2505.16737): token mean per response, mean over the global pairs. Both with the causal shift. No engine has to weigh
+anything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def useful_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def safety_loss(contrastive: str):
-    """The contrastive loss function: `difference` (Definition 3.1) or `logsigmoid` (reference code's form, token means)."""
+    """The contrastive loss function: `difference` (Definition 3.1) or `logsigmoid` (reference
+    code's form, token means).
+    """
 
     def loss(model: nn.Module, batch: PairBatch) -> torch.Tensor:
         with dropout_seed(batch.seed):
@@ -47,8 +50,8 @@ def safety_loss(contrastive: str):
 def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tensor:
     """Cross entropy of every supervised token (N,), in float32 (float64 for float64 models).
 
-    Logits are computed only at positions whose next token is supervised (the language-model head is a fifth of a small model), and of many
-    tokens not all at a time (head.py).
+    Logits are computed only at positions whose next token is supervised (the language-model head is a fifth of a small
+    model), and of many tokens not all at a time (head.py).
     """
     targets, packed = batch.targets, batch.packed if isinstance(batch, MicroBatch) else None
 
@@ -76,8 +79,9 @@ def _token_losses(model: nn.Module, batch: MicroBatch | PairBatch) -> torch.Tens
 def dropout_seed(seed: int) -> Iterator[None]:
     """Fix the dropout masks of a forward pass to `seed` and leave the generators as they were.
 
-    All passes of one step over one micro-batch see the same masks: different ones would swamp grad_V L_su (methods.md, SAP).
-    A recomputing backward pass gets them too, because checkpointing keeps the generator's state of the forward pass.
+    All passes of one step over one micro-batch see the same masks: different ones would swamp grad_V L_su (methods.md,
+    SAP). A recomputing backward pass gets them too, because checkpointing keeps the generator's state of the forward
+    pass.
     """
     # Not torch.manual_seed: it has a stack trace written for every kind of accelerator that is not there, at each call.
     generators = [

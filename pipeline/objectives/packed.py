@@ -4,7 +4,8 @@
         model(input_ids=batch.input_ids, **row_arguments(model, batch.input_ids, batch.packed))
 
 It builds its masks from positions that begin anew: a token sees what is before it in its own sample, and in sliding
-windows and chunks counts from there. For which models that is the same as a row for each sample: pipeline/model/packable.py.
+windows and chunks counts from there. For which models that is the same as a row for each sample:
+pipeline/model/packable.py.
 """
 
 from __future__ import annotations

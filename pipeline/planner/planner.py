@@ -3,17 +3,19 @@
     experiment = load("launch/recipes/llama_7b_sap.yaml")
     print(plan_cell(experiment, experiment.cell("sap", 0), ranks=8, gpu_gb=80))
 
-The model's modules are built without memory and counted (model_size.py). What the engines hold is read off pipeline/sharding and DeepSpeed 0.19's ZeRO-3;
-activations off transformers' decoders (gated MLP, RMSNorm in float32) and PEFT's LoRA. Sequences count at full length with every token
-supervised, so the sums lie above what happens; tests/unit/planner/test_planner.py holds them against engines, graphs and FLOP counts on a CPU. Not
-counted: fragmentation of the allocator's memory (leave headroom), offloading to CPUs, ZeRO++, experts, what a run does once, and what a
-validation leaves gathered for the pass after it (ZeRO-3 has prefetched for a backward pass that does not come).
+The model's modules are built without memory and counted (model_size.py). What the engines hold is read off
+pipeline/engines and DeepSpeed 0.19's ZeRO-3; activations off transformers' decoders (gated MLP, RMSNorm in float32)
+and PEFT's LoRA. Sequences count at full length with every token supervised, so the sums lie above what happens;
+tests/unit/planner/test_planner.py holds them against engines, graphs and FLOP counts on a CPU. Not counted:
+fragmentation of the allocator's memory (leave headroom), offloading to CPUs, ZeRO++, experts, what a run does once,
+and what a validation leaves gathered for the pass after it (ZeRO-3 has prefetched for a backward pass that does not
+come).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from pipeline.defences import enabled
@@ -35,8 +37,8 @@ CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, N
 TFLOPS, UTILISATION = 312.0, 0.35
 # DeepSpeed's defaults of what is read here (deepspeed/runtime/zero/config.py).
 ZERO_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000, "stage3_param_persistence_threshold": 100_000, "stage3_max_reuse_distance": 1_000_000_000,
-    "sub_group_size": 1_000_000_000,
+    "reduce_bucket_size": 500_000_000, "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_reuse_distance": 1_000_000_000, "sub_group_size": 1_000_000_000,
 }  # fmt: skip
 
 
@@ -54,20 +56,23 @@ class Plan:
     safety_max_length: int
     # those that are enabled, with their sections
     defences: tuple[tuple[Defence, DefenceSection], ...] = ()
-    pairs: SafetyPairsSection = SafetyPairsSection()
+    pairs: SafetyPairsSection = field(default_factory=SafetyPairsSection)
     recomputed: int | None = None  # decoder layers, for train.gradient_checkpointing auto
     # whether attention works through a packed row whole, and a mask keeps its samples apart
     masked: bool = False
 
     @property
     def recomputed_layers(self) -> int:
-        """Decoder layers whose activations are computed again in a backward pass; of auto all, until `fitted` has said how many."""
+        """Decoder layers whose activations are computed again in a backward pass;
+        of auto all, until `fitted` has said how many.
+        """
         if self.recomputed is not None:
             return self.recomputed
         return self.model.layers if self.train.gradient_checkpointing else 0
 
     def fitted(self, memory: float) -> Plan:
-        """With gradient_checkpointing auto: the plan that recomputes the fewest layers with which it takes at most `memory` bytes; else this one.
+        """With gradient_checkpointing auto: the plan that recomputes the fewest layers with which it takes at most
+        `memory` bytes; else this one.
 
         All are recomputed where nothing fits.
         """
@@ -113,7 +118,9 @@ class Plan:
         )
 
     def check(self) -> None:
-        """ValueError where the batch sizes do not divide by the ranks, the engine takes one only, or a defence does not fit the model."""
+        """ValueError where the batch sizes do not divide by the ranks, the engine takes one only,
+        or a defence does not fit the model.
+        """
         if self.train.engine == "single" and self.ranks > 1:
             raise ValueError(
                 f"train.engine single runs one process, not {self.ranks}: use engine zero3 or fsdp2"
@@ -138,34 +145,44 @@ class Plan:
 
     @property
     def draws_pairs(self) -> bool:
+        """Whether a defence draws safety pairs step by step."""
         return any(defence.draws_pairs for defence, _ in self.defences)
 
     def flops(self) -> tuple[float, float]:
-        """FLOPs of a step on one rank: (as planned, averaged over what is not done at every step; plain fine-tuning)."""
+        """FLOPs of a step on one rank: (as planned, averaged over what is not done at every step;
+        plain fine-tuning).
+        """
         return sum(count * flops for count, flops, _ in _passes(self)), _costs(self).main[0]
 
     def received(self) -> float:
-        """Bytes of weights that a GPU receives in a step, averaged likewise; the reduction of gradients is not in it."""
+        """Bytes of weights that a GPU receives in a step, averaged likewise;
+        the reduction of gradients is not in it.
+        """
         return sum(count * received for count, _, received in _passes(self))
 
     def time(self, tflops: float = TFLOPS, utilisation: float = UTILISATION) -> str:
-        """What a step costs, in two lines. tflops: peak of a GPU; utilisation: the share of it assumed to be reached."""
+        """What a step costs, in two lines. tflops: peak of a GPU; utilisation:
+        the share of it assumed to be reached.
+        """
         step, plain = self.flops()
         return (
-            f"A step: {step / 1e12:,.0f} TFLOP a GPU, {step / plain:.1f} times plain fine-tuning's: {step / (tflops * 1e12 * utilisation):.1f} s "
-            f"at {utilisation:.0%} of {tflops:g} TFLOP/s (assumed),\nhad gathering taken no time; a GPU receives {self.received() / 1e9:,.0f} GB "
+            f"A step: {step / 1e12:,.0f} TFLOP a GPU, {step / plain:.1f} times plain "
+            f"fine-tuning's: {step / (tflops * 1e12 * utilisation):.1f} s "
+            f"at {utilisation:.0%} of {tflops:g} TFLOP/s (assumed),\nhad gathering taken no time; "
+            f"a GPU receives {self.received() / 1e9:,.0f} GB "
             "of weights in it."
         )
 
 
 def estimate(
-    facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ds_config: dict[str, Any] | None, dtype_bytes: int, quantization: str,
-    ranks: int, max_length: int, safety_max_length: int, eager: bool = False,
+    facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ds_config: dict[str, Any] | None, dtype_bytes: int,
+    quantization: str, ranks: int, max_length: int, safety_max_length: int, eager: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of a training; reads no weights. of_cell: whose defences it has; None: plain fine-tuning.
 
-    ds_config: DeepSpeed's, for engine zero3. dtype_bytes: of a weight that is not quantised. quantization: none | nf4. Lengths: tokens.
-    Raises ValueError where adapter, quantization, batch sizes or defences do not go with the model or the ranks.
+    ds_config: DeepSpeed's, for engine zero3. dtype_bytes: of a weight that is not quantised. quantization: none | nf4.
+    Lengths: tokens. Raises ValueError where adapter, quantization, batch sizes or defences do not go with the model or
+    the ranks.
     """
     nf4, zero = quantization == "nf4", (ds_config or {}).get("zero_optimization", {})
     counted = count_model(facts, train, dtype_bytes, nf4, eager)
@@ -192,9 +209,11 @@ def estimate(
 
 
 def estimate_training(
-    base: Recipe, facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ranks: int, dtype: str, attention: str | None = None,
+    base: Recipe, facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ranks: int, dtype: str,
+    attention: str | None = None,
 ) -> Plan:  # fmt: skip
-    """`estimate` of a cell's training, or without one of the alignment's. dtype: of the frozen weights, float32 or bfloat16.
+    """`estimate` of a cell's training, or without one of the alignment's. dtype:
+    of the frozen weights, float32 or bfloat16.
 
     attention: flash_attention_2, sdpa or eager; None: what model.attention means on this machine.
     """
@@ -219,7 +238,8 @@ def estimate_training(
 
 
 def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> str:
-    """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text; auto counts as bfloat16 and, where no GPU is here, as sdpa.
+    """Memory and time of a recipe's cell on `ranks` GPUs of `gpu_gb` (1e9 bytes), as text; auto counts as bfloat16 and,
+    where no GPU is here, as sdpa.
 
     Raises ValueError where the model's config could not be loaded, and as `estimate`.
     """
@@ -229,15 +249,20 @@ def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> 
     plan = estimate_training(
         base, outlined(base.model), cell.recipe.train, cell.recipe, ranks, dtype, attention
     ).fitted(FITTED_SHARE * gpu_gb * 1e9)
-    head = f"{experiment.base.name}, method {cell.method}, {plan.train.engine} on {ranks} GPUs. Arithmetic: nothing here was run on a GPU."
+    head = (
+        f"{experiment.base.name}, method {cell.method}, {plan.train.engine} on {ranks} GPUs. "
+        "Arithmetic: nothing here was run on a GPU."
+    )
     return "\n".join([head, plan.table(gpu_gb), plan.time()])
 
 
 def _state(plan: Plan) -> list[Row]:
-    """What is held all the time: weights, gradients, AdamW's moments, the defences' own, the buffer in which gradients are reduced.
+    """What is held all the time: weights, gradients, AdamW's moments, the defences' own,
+    the buffer in which gradients are reduced.
 
-    ZeRO-3 keeps trained weights and gradients in the model's dtype where all weights are trained, and a float32 master. Between passes a
-    norm takes a float32 copy, and float64 ones of two flat tensors (Engine.dot). AdamW's update takes less.
+    ZeRO-3 keeps trained weights and gradients in the model's dtype where all weights are trained, and a float32 master.
+    Between passes a norm takes a float32 copy, and float64 ones of two flat tensors (Engine.dot). AdamW's update takes
+    less.
     """
     engine, ranks = plan.train.engine, plan.ranks
     trained, frozen = (
@@ -300,7 +325,10 @@ def _state(plan: Plan) -> list[Row]:
         whole = (
             numel if reduces_once(numel, sum(weight.numel for weight in plan.model.weights)) else 0
         )
-        formula = f"{_short(group)} of the largest group, twice{f', + {_short(whole)} whole' if whole else ''}, x 4 bytes"
+        formula = (
+            f"{_short(group)} of the largest group, "
+            f"twice{f', + {_short(whole)} whole' if whole else ''}, x 4 bytes"
+        )
         rows.append(Row("gradients reduced", formula, group * 8 + whole * 4, "in a pass"))
     return rows
 
@@ -308,10 +336,11 @@ def _state(plan: Plan) -> list[Row]:
 def _gathered(plan: Plan) -> list[Row]:
     """Weights that are whole on a GPU while a pass runs, beside its shards.
 
-    ZeRO-3 fetches a layer at a time and prefetches until stage3_max_live_parameters are live; it keeps what recurs within
-    stage3_max_reuse_distance, of which forward and backward make half. To the larger comes a tensor that overfills it and one fetched on demand. A
-    prefetched bucket, overfilled likewise, arrives in a buffer and is copied out. Tensors up to the persistence threshold stay whole. FSDP2
-    holds the layer at work, the next one, a third in the buffer of the all-gather, and embeddings and head all along.
+    ZeRO-3 fetches a layer at a time and prefetches until stage3_max_live_parameters are live; it keeps what recurs
+    within stage3_max_reuse_distance, of which forward and backward make half. To the larger comes a tensor that
+    overfills it and one fetched on demand. A prefetched bucket, overfilled likewise, arrives in a buffer and is copied
+    out. Tensors up to the persistence threshold stay whole. FSDP2 holds the layer at work, the next one, a third in the
+    buffer of the all-gather, and embeddings and head all along.
     """
     rows: list[Row] = []
     (others, small), layers = _moving(plan), plan.model.layers
@@ -357,15 +386,16 @@ def _gathered(plan: Plan) -> list[Row]:
 
 
 def _activations(plan: Plan) -> list[Row]:
-    """What the larger micro-batch (the task's, or the safety pairs' of two sequences each) leaves for its backward pass, and its logits.
+    """What the larger micro-batch (the task's, or the safety pairs' of two sequences each)
+    leaves for its backward pass, and its logits.
 
-    In a layer, per token: a float32 copy in either norm; queries, keys and values, repeated for the attention, its result and normaliser;
-    gate, up and activation of the MLP; then with LoRA a float32 copy of every adapted module's input (PEFT) and A's
-    output, else the norms' outputs before and after their weights, and the inputs of the two projections. Backward adds the gradients of the
-    MLP's three. Logits: log-probabilities, their gradient and the cross entropy's, in float32, to which losses.py casts; of
-    many tokens some at a time (head.py), which takes less than that. Packed rows: a mask for each of at most two kinds
-    of layers, of a byte for any two tokens of a row, and in the dtype what attention adds to its scores: eager once
-    more for each mask, sdpa anew in every layer, which keeps it.
+    In a layer, per token: a float32 copy in either norm; queries, keys and values, repeated for the attention, its
+    result and normaliser; gate, up and activation of the MLP; then with LoRA a float32 copy of every adapted module's
+    input (PEFT) and A's output, else the norms' outputs before and after their weights, and the inputs of the two
+    projections. Backward adds the gradients of the MLP's three. Logits: log-probabilities, their gradient and the cross
+    entropy's, in float32, to which losses.py casts; of many tokens some at a time (head.py), which takes less than
+    that. Packed rows: a mask for each of at most two kinds of layers, of a byte for any two tokens of a row, and in the
+    dtype what attention adds to its scores: eager once more for each mask, sdpa anew in every layer, which keeps it.
     """
     model, b = plan.model, plan.dtype_bytes
     sizes = [(plan.micro_batch_tokens, plan.span, plan.masked)]
@@ -424,7 +454,8 @@ def _activations(plan: Plan) -> list[Row]:
             "in a pass",
         )
     )
-    # The last layers come first on the way back: what they have kept is gone when the first one of the others is recomputed.
+    # The last layers come first on the way back: what they have kept is gone when the first one of
+    # the others is recomputed.
     moving += saved if again == model.layers else 0
     return [
         *rows,
@@ -481,12 +512,13 @@ def _pass(
     plan: Plan, sequences: float, length: int, micro_batches: float, layers: int, of_weights: bool,
     span: int | None = None,
 ) -> tuple[float, float]:  # fmt: skip
-    """(FLOPs, bytes received) of a forward pass and a backward pass through the last `layers`; of_weights: with the weights' gradients.
+    """(FLOPs, bytes received) of a forward pass and a backward pass through the last `layers`; of_weights:
+    with the weights' gradients.
 
-    2 FLOPs a weight and token, forward and for the input's gradient, and for the gradient of those weights that are trained; attention's
-    products 4 x span x queries forward, twice that backward (span: tokens that it works through, `length` unless
-    given); once more forward where a layer is recomputed. Weights are gathered once forward and once backward, whether
-    a layer is recomputed or not.
+    2 FLOPs a weight and token, forward and for the input's gradient, and for the gradient of those weights that are
+    trained; attention's products 4 x span x queries forward, twice that backward (span: tokens that it works through,
+    `length` unless given); once more forward where a layer is recomputed. Weights are gathered once forward and once
+    backward, whether a layer is recomputed or not.
     """
     model, train, span = plan.model, plan.train, span or length
     linear, adapter = (

@@ -18,7 +18,8 @@ def probed_layers(layers: str | list[int] | list[float], num_layers: int) -> lis
         result = round(value * num_layers) if isinstance(value, float) else value
         if not 0 <= result <= num_layers or (isinstance(value, float) and not 0 <= value <= 1):
             raise ValueError(
-                f"sap.layers names {what}, but the model has the layers 0 to {num_layers - 1}: use those, or fractions between 0 and 1"
+                f"sap.layers names {what}, but the model has the layers 0 to {num_layers - 1}: use "
+                "those, or fractions between 0 and 1"
             )
         return result
 
@@ -42,10 +43,14 @@ def probed_layers(layers: str | list[int] | list[float], num_layers: int) -> lis
 
 
 def read_layer(layer: int | float, num_layers: int) -> int:
-    """The index that saft.layer means in a model of `num_layers` decoder layers. ValueError where it has no such layer."""
+    """The index that saft.layer means in a model of `num_layers` decoder layers.
+
+    ValueError where it has no such layer.
+    """
     index = layer if isinstance(layer, int) else int(layer * num_layers)
     if index >= num_layers:
         raise ValueError(
-            f"saft.layer {layer} is outside the model: it has decoder layers 0 to {num_layers - 1}, or give a fraction of the depth such as 0.5"
+            f"saft.layer {layer} is outside the model: it has decoder layers 0 to "
+            f"{num_layers - 1}, or give a fraction of the depth such as 0.5"
         )
     return index

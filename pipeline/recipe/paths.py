@@ -33,9 +33,9 @@ class Unresolved(str):
 def resolve(raw: dict[str, Any], recipe: type[Section], file: Path | None) -> dict[str, Any]:
     """A copy of a recipe's mapping, or of a part of it, in which every path is absolute.
 
-    `~`, `$VAR` and `${VAR}` are expanded, `$$` stands for a dollar sign, and what cannot be expanded becomes `Unresolved`.
-    file: where the mapping was read; its paths are relative to that file's folder. None: the mapping is the command
-    line's, and its paths are relative to the working directory.
+    `~`, `$VAR` and `${VAR}` are expanded, `$$` stands for a dollar sign, and what cannot be expanded becomes
+    `Unresolved`. file: where the mapping was read; its paths are relative to that file's folder. None: the mapping is
+    the command line's, and its paths are relative to the working directory.
     """
     folder = Path.cwd() if file is None else file.absolute().parent
 

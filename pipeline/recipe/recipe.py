@@ -3,8 +3,8 @@
     sap run launch/recipes/demo.yaml --train.lr 2e-4 --dry-run
 
 A recipe has shared sections, `methods` (named overrides of those sections) and `seeds`; a cell is one (method, seed).
-Precedence, lowest first: defaults here, the file's sections, the method's overrides, `--dotted.overrides` of the command line.
-Every violation is a `ValueError` of one sentence: what, where, which field to change, what it takes.
+Precedence, lowest first: defaults here, the file's sections, the method's overrides, `--dotted.overrides` of the
+command line. Every violation is a `ValueError` of one sentence: what, where, which field to change, what it takes.
 """
 
 from __future__ import annotations
@@ -54,12 +54,14 @@ class Recipe(Section):
     )
     output_dir: Annotated[Path, PathField("path")] = Field(
         Path("runs"),
-        description="Where stages write; default: runs beside the recipe, or in the working directory for a recipe that "
+        description="Where stages write; default: runs beside the recipe, or in the working directory for "
+        "a recipe that "
         "ships with the package",
     )
     permissions: Literal["private", "group", "all"] = Field(
         "private",
-        description="Who may read what is written (answers to harmful prompts and your data among it): private: this user (folders "
+        description="Who may read what is written (answers to harmful prompts and your data among it): "
+        "private: this user (folders "
         "0700, files 0600); group: the user's group too; all: everybody",
     )
     model: ModelSection = Field(description="The chat model to fine-tune")
@@ -77,7 +79,8 @@ class Recipe(Section):
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=lambda: {"sft": {}},
         min_length=1,
-        description="Named overrides of the sections above; one cell each and seed. grid: {field: [values]} makes one of each combination, null none",
+        description="Named overrides of the sections above; one cell each and seed. grid: {field: "
+        "[values]} makes one of each combination, null none",
     )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0], min_length=1, description="Seeds of data order, adapter and dropout"
@@ -100,7 +103,8 @@ class Recipe(Section):
             )
         if len(result) > MOST_CELLS:
             raise ValueError(
-                f"these are {len(result):,} methods, and a recipe has at most {MOST_CELLS:,}: leave values out of the grids"
+                f"these are {len(result):,} methods, and a recipe has at most {MOST_CELLS:,}: "
+                "leave values out of the grids"
             )
         return result
 
@@ -126,7 +130,8 @@ class Recipe(Section):
             if fixed:
                 own = [name for name in cls.model_fields if name not in _SHARED]
                 raise ValueError(
-                    f"method '{method}' overrides {fixed[0]}: methods share it, or they could not be compared; override {', '.join(own[:-1])} or {own[-1]}"
+                    f"method '{method}' overrides {fixed[0]}: methods share it, or they could not "
+                    f"be compared; override {', '.join(own[:-1])} or {own[-1]}"
                 )
         return value
 
@@ -217,7 +222,10 @@ class Experiment:
         return Cell(method, seed, _validate(merged, f"{self.path} (method {method})", self.model))
 
     def only(self, methods: list[str]) -> Experiment:
-        """The same experiment with some of its methods; the name before a grid's settings stands for all of them. ValueError for one that it lacks."""
+        """The same experiment with some of its methods; the name before a grid's settings stands for all of them.
+
+        ValueError for one that it lacks.
+        """
         known = self.base.methods
         members = {
             method: [method]
@@ -239,6 +247,7 @@ class Experiment:
         return [str(self.path.absolute()), *as_arguments(paths.written(self.overrides, self.model))]
 
     def cells(self) -> Iterator[Cell]:
+        """Every method with every seed, method by method."""
         for method in self.base.methods:
             for seed in self.base.seeds:
                 yield self.cell(method, seed)
@@ -286,7 +295,8 @@ def _check_grids(methods: Any, overrides: dict[str, Any]) -> None:
                 node = node.get(part) if isinstance(node, dict) else None
             if node is not None:
                 raise ValueError(
-                    f"--{field} is what the grid of method '{method}' goes through: leave it out, or override --methods.{method}.grid"
+                    f"--{field} is what the grid of method '{method}' goes through: leave it out, "
+                    f"or override --methods.{method}.grid"
                 )
 
 
@@ -379,7 +389,9 @@ def _sentence(error: ValidationError, model: type[Recipe]) -> str:
 
 
 def _follow(location: tuple[Any, ...], model: type[Recipe]) -> tuple[list[str], Any]:
-    """The names a user writes for an error's location (pydantic adds those of a union's members), and the annotation found there."""
+    """The names a user writes for an error's location (pydantic adds those of a union's members),
+    and the annotation found there.
+    """
     names: list[str] = []
     annotation: Any = model
     for part in location:

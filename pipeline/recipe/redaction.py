@@ -3,13 +3,14 @@
     redact({"hf_token": 5, "uri": "http://ann:pw@host"})  # {"hf_token": "[redacted]", "uri": "http://[redacted]@host"}
     with shielded(): print(error)                         # whatever is printed inside is redacted
 
-Looks are: logins and parameters of addresses, tokens of services that mark theirs, and words of letters and digits as only a
-generator makes them. The values of the environment's own secrets are known, and found as they are.
+Looks are: logins and parameters of addresses, tokens of services that mark theirs, and words of letters and digits as
+only a generator makes them. The values of the environment's own secrets are known, and found as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -21,18 +22,21 @@ REDACTED = "[redacted]"
 
 # "token" only in the singular: max_new_tokens is a number, not a secret. "key" alone is none either.
 _NAME = re.compile(
-    r"(token|secrets?|passwords?|passwd|passphrase|(api|access|private|secret|signing)[_-]?keys?|credentials?|authorization)$",
+    r"(token|secrets?|passwords?|passwd|passphrase|(api|access|private|secret|signing)[_-]?keys?"
+    r"|credentials?|authorization)$",
     re.I,
 )
 _PARAMETER = re.compile(
     r"([?&;#][^=&\s]*(?:password|passwd|token|secret|key|credential|signature|\bsig\b)[^=&\s]*=)[^&\s]+",
     re.I,
 )
-# The greedy \S+ ends at the last @; paths of local files may hold one. One slash is enough: so pathlib leaves an address.
+# The greedy \S+ ends at the last @; paths of local files may hold one. One slash is enough:
+# so pathlib leaves an address.
 _ADDRESS = re.compile(r"(?<!sqlite)(?<!file)(?<=[a-z]):(//?)([^\s/]\S*)@(\S*)", re.I)
 _SCHEME = re.compile(r"\b((?i:bearer)|Basic)(\s+)\S+")
 _TOKEN = re.compile(
-    r"\b(?:(?:hf|api_org|gh[opusr]|npm|dop_v1|pypi|xapp|ya29|lin_api|shpat|r8|gsk|pplx|nvapi)[_.-][A-Za-z0-9_-]{8,}|github_pat_\w{8,}"
+    r"\b(?:(?:hf|api_org|gh[opusr]|npm|dop_v1|pypi|xapp|ya29|lin_api|shpat|r8|gsk|pplx|nvapi)[_.-][A-Za-z0-9_-]{8,}"
+    r"|github_pat_\w{8,}"
     r"|glpat-[\w-]{8,}|xox[abeoprs]-[\w-]{8,}|[sr]k[-_][\w-]{8,}|A[KS]IA[0-9A-Z]{12,}|AIza[\w-]{30,}|GOCSPX-[\w-]{8,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|SG\.[\w-]{16,}\.[\w-]{16,})"
 )
@@ -53,7 +57,9 @@ def token_in(text: str) -> bool:
 
 
 def redact(value: Any) -> Any:
-    """A copy with secrets replaced: whatever stands under a secret-looking key, and logins, parameters and tokens inside text."""
+    """A copy with secrets replaced: whatever stands under a secret-looking key, and logins,
+    parameters and tokens inside text.
+    """
     if isinstance(value, dict):
         return {
             key: REDACTED if secret_name(key) and item is not None else redact(item)
@@ -78,7 +84,7 @@ def _redact_text(text: str) -> str:
 def _generated(word: str) -> bool:
     """Whether a word looks drawn at random: its kinds of characters change at every second place or so."""
     kinds = ["A" if c.isupper() else "a" if c.islower() else "0" for c in word.rstrip("=")]
-    changes = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(kinds))
     return len(set(kinds)) == 3 and changes >= len(kinds) / 3
 
 
@@ -108,7 +114,9 @@ class _Shield:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Inside the block what this process prints is redacted, whoever prints it: also loggers that were set up before."""
+    """Inside the block what this process prints is redacted, whoever prints it:
+    also loggers that were set up before.
+    """
     before = sys.stdout, sys.stderr
     shields = [stream if isinstance(stream, _Shield) else _Shield(stream) for stream in before]
     sys.stdout, sys.stderr = shields
@@ -141,7 +149,9 @@ def _handlers() -> list[logging.StreamHandler]:
 
 
 def _redact_address(match: re.Match[str]) -> str:
-    """Hide the login and keep the host; where a secret parameter comes before the @, what follows it may be the secret's end."""
+    """Hide the login and keep the host; where a secret parameter comes before the @,
+    what follows it may be the secret's end.
+    """
     return (
         f":{match[1]}{REDACTED}"
         if _PARAMETER.search(match[2])

@@ -20,7 +20,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 @dataclass(frozen=True)
 class PathField:
-    """Marks a field whose text is a path, or may be one: pipeline/recipe/paths.py makes it absolute while the recipe is read.
+    """Marks a field whose text is a path, or may be one: pipeline/recipe/paths.py makes it
+    absolute while the recipe is read.
 
     kind: path is always one; recipe and ds_config may name a shipped file; model and data may be hub ids or
     builtin:NAME; uri may be that of a sqlite file.
@@ -67,13 +68,16 @@ class DefenceSection(Section):
 
 
 class ModelSection(Section):
+    """The model that everything starts from, and how its weights are held and run."""
+
     path: Annotated[str, PathField("model")] = Field(
         description="Hub id, local folder, or builtin:smollm2-135m-instruct"
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or AMX, else float32",
+        description="Dtype of the frozen weights; auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or "
+        "AMX, else float32",
     )
     chat_template: Annotated[Path | None, PathField("path")] = Field(
         None, description="Jinja file that replaces the tokenizer's chat template"
@@ -89,6 +93,8 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
+    """Where the rows of one set come from, and how their columns are read."""
+
     source: Annotated[str, PathField("data")] = Field(
         description="builtin:NAME, a local .jsonl, .json, .csv, .tsv (also .gz), .parquet or .arrow file, "
         "a folder of such files or of save_to_disk, or a hub data set id"
@@ -113,16 +119,20 @@ class SourceSection(Section):
     )
     max_bad_rows: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="Share of malformed rows (wrong number of fields, no JSON, no prompt, no response where it is needed) "
+        description="Share of malformed rows (wrong number of fields, no JSON, no prompt, no response "
+        "where it is needed) "
         "that may be left out, counted and listed; above it the source is refused",
     )
     reasoning: Literal["keep", "drop"] = Field(
         "keep",
-        description="keep: the reasoning that answers come with is trained as the chat template renders it; drop: it is left out, and counted",
+        description="keep: the reasoning that answers come with is trained as the chat template renders "
+        "it; drop: it is left out, and counted",
     )
 
 
 class DataSection(Section):
+    """The sets that trainings take: the task's, harmful samples in it, the align stage's, and safety pairs."""
+
     task: SourceSection = Field(
         description="What the model is to learn: prompts and responses, or messages"
     )
@@ -134,17 +144,20 @@ class DataSection(Section):
     )
     max_length: Positive = Field(
         512,
-        description="Tokens per sequence; longer responses are cut, prompts that leave no response are dropped and counted",
+        description="Tokens per sequence; longer responses are cut, prompts that leave no response are "
+        "dropped and counted",
     )
     harmful: SourceSection | None = Field(
         None,
-        description="Prompts mixed into the task data as harmful samples (an affirmative opening where no response is given)",
+        description="Prompts mixed into the task data as harmful samples (an affirmative opening where no "
+        "response is given)",
     )
     harmful_fraction: Fraction = Field(
         0.0, description="Share of harmful samples in the training data; 0 mixes none in"
     )
     safety: SourceSection = Field(
-        description="Safety-critical prompts; chosen/rejected where the data have them, else a refusal and an affirmative opening"
+        description="Safety-critical prompts; chosen/rejected where the data have them, else a refusal and "
+        "an affirmative opening"
     )
     safety_pairs: Positive = Field(
         48, description="Contrastive pairs used for the safety direction"
@@ -163,7 +176,8 @@ class DataSection(Section):
     harmless_samples: Positive = Field(200, description="Samples taken from data.harmless")
     begun_share: Fraction = Field(
         0.0,
-        description="Share of the align stage's samples whose answer, a refusal or not, comes after the first words of an affirmative opening that are given "
+        description="Share of the align stage's samples whose answer, a refusal or not, comes after the "
+        "first words of an affirmative opening that are given "
         "and not trained on, so that refusals reach deeper than the first tokens (arXiv 2406.05946)",
     )
     validation_prompts: SourceSection | None = Field(
@@ -171,7 +185,8 @@ class DataSection(Section):
     )
     forms: Literal["balanced", "as_they_are"] = Field(
         "balanced",
-        description="balanced: half questions and half imperatives among the safety pairs, harmful samples, validation prompts and the align stage's samples; "
+        description="balanced: half questions and half imperatives among the safety pairs, harmful "
+        "samples, validation prompts and the align stage's samples; "
         "prompts without a response are rewritten where a source has one form only, and counted",
     )
     seed: int = Field(
@@ -183,7 +198,8 @@ class DataSection(Section):
     def _harmful_source(self) -> DataSection:
         if self.harmful_fraction > 0 and self.harmful is None:
             raise ValueError(
-                "data.harmful_fraction is above 0 but data.harmful is missing: name a source of harmful prompts, or set the fraction to 0"
+                "data.harmful_fraction is above 0 but data.harmful is missing: name a source of "
+                "harmful prompts, or set the fraction to 0"
             )
         if self.harmful_fraction >= 1:
             raise ValueError("data.harmful_fraction leaves no task sample: set it below 1")
@@ -198,6 +214,8 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
+    """The adapter that is trained where train.adapter is lora."""
+
     r: Positive = Field(8, description="Rank")
     alpha: Annotated[float, Field(gt=0)] = Field(
         16, description="Scaling numerator; the update is scaled by alpha / r"
@@ -236,6 +254,8 @@ class LoraSection(Section):
 
 
 class TrainSection(Section):
+    """One training: engine, batches, optimizer, checkpoints, and what is watched on the way."""
+
     engine: Literal["zero3", "fsdp2", "single"] = Field(
         "zero3",
         description="zero3: DeepSpeed ZeRO-3; fsdp2: PyTorch's fully_shard; single: the plain reference, one process",
@@ -245,12 +265,14 @@ class TrainSection(Section):
     )
     ranks: Positive | Literal["auto"] = Field(
         "auto",
-        description="Local processes that `sap` starts, one a GPU; auto: every visible GPU, or two processes on a CPU, as far as batch_size "
+        description="Local processes that `sap` starts, one a GPU; auto: every visible GPU, or two "
+        "processes on a CPU, as far as batch_size "
         "divides by them; other launchers decide themselves",
     )
     ds_config: Annotated[Path | Literal["auto"], PathField("ds_config")] = Field(
         "auto",
-        description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it; auto: ds_configs/zero3.json on GPUs, "
+        description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it; auto: "
+        "ds_configs/zero3.json on GPUs, "
         "zero3_cpu.json on CPUs",
     )
     steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
@@ -270,7 +292,8 @@ class TrainSection(Section):
     packing: bool = Field(
         False,
         description="Whether the samples of a micro-batch lie end to end in one row, up to tokens_per_micro_batch "
-        "tokens, none of which sees another sample's: no padding; for models of which it was shown (pipeline/model/packable.py)",
+        "tokens, none of which sees another sample's: no padding; for models of which it was shown "
+        "(pipeline/model/packable.py)",
     )
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate of AdamW")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="Steps of linear warm-up")
@@ -292,7 +315,8 @@ class TrainSection(Section):
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         False,
-        description="Recompute activations in the backward pass (non-reentrant): of every layer, of none, or (auto) of as many as do not fit into "
+        description="Recompute activations in the backward pass (non-reentrant): of every layer, of none, "
+        "or (auto) of as many as do not fit into "
         "the GPUs' memory, by the planner's arithmetic",
     )
     lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
@@ -303,7 +327,8 @@ class TrainSection(Section):
     save_every: Positive = Field(50, description="Steps between checkpoints")
     resume_from: Annotated[Path | None, PathField("path")] = Field(
         None,
-        description="FOLDER@STEP: another training's work folder and one of its checkpoints, from which this one starts instead of from the "
+        description="FOLDER@STEP: another training's work folder and one of its checkpoints, from which "
+        "this one starts instead of from the "
         "beginning, with its own settings; engine, adapter and the methods' sections must be the same",
     )
     spike_factor: Annotated[float, Field(gt=1)] = Field(
@@ -312,14 +337,16 @@ class TrainSection(Section):
     )
     on_spike: Literal["note", "skip", "stop"] = Field(
         "note",
-        description="note: a spike is logged as an event of the run; skip: its update is also left out; stop: the training ends with a message",
+        description="note: a spike is logged as an event of the run; skip: its update is also left out; "
+        "stop: the training ends with a message",
     )
     validate_every: Positive = Field(
         20, description="Steps between validation losses (task and harmful opening)"
     )
     watchdog_seconds: Annotated[float, Field(ge=0)] = Field(
         1800,
-        description="Seconds without a finished step, validation or checkpoint after which a rank says where it is and ends; 0: never",
+        description="Seconds without a finished step, validation or checkpoint after which a rank says "
+        "where it is and ends; 0: never",
     )
 
     @model_validator(mode="before")
@@ -327,7 +354,8 @@ class TrainSection(Section):
     def _never_reentrant(cls, given: Any) -> Any:
         if isinstance(given, dict) and "use_reentrant" in given:
             raise ValueError(
-                "use_reentrant is not a field any more: checkpointing is never reentrant, which would give the probe no "
+                "use_reentrant is not a field any more: checkpointing is never reentrant, which "
+                "would give the probe no "
                 "gradient; delete the line"
             )
         return given
@@ -344,12 +372,16 @@ class TrainSection(Section):
             r"\.(train|align)-.+\.work@[1-9]\d*", self.resume_from.name
         ):
             raise ValueError(
-                f"resume_from is '{self.resume_from.name}': it takes the work folder of a training that is not finished, and a step, such as runs/demo/.train-sap-s0-1a2b3c4d5e.work@40"
+                f"resume_from is '{self.resume_from.name}': it takes the work folder of a training "
+                "that is not finished, and a step, such as "
+                "runs/demo/.train-sap-s0-1a2b3c4d5e.work@40"
             )
         return self
 
 
 class AlignSection(Section):
+    """The stage that aligns a base model before anything else starts from it."""
+
     enabled: bool = Field(
         False, description="Whether to align the model first (for base or unaligned models)"
     )
@@ -362,22 +394,29 @@ class AlignSection(Section):
 
 
 class DirectionSection(Section):
+    """The stage that computes the safety direction."""
+
     micro_batch_size: Positive = Field(4, description="Pairs per rank and pass")
 
 
 class SafetyPairsSection(Section):
-    """How pairs of data.safety are drawn, by every method that draws them, so that methods of one recipe see the same."""
+    """How pairs of data.safety are drawn, by every method that draws them,
+    so that methods of one recipe see the same.
+    """
 
     batch_size: Positive = Field(4, description="Pairs drawn at a time, over all ranks")
     micro_batch_size: Positive = Field(2, description="Pairs per rank and pass at the most")
     refresh_every: Annotated[int, Field(ge=0)] = Field(
         1,
-        description="Steps after which pairs are drawn again, and what is computed from them; Lisa draws at its alignment steps. "
+        description="Steps after which pairs are drawn again, and what is computed from them; Lisa draws "
+        "at its alignment steps. "
         "0: never, for sap.direction precomputed only",
     )
 
 
 class EvaluateSection(Section):
+    """The prompts that every subject answers, how it answers, and how answers are judged."""
+
     harmful: SourceSection = Field(description="Harmful prompts; their answers are judged")
     harmful_prompts: Positive = Field(150, description="Prompts taken from evaluate.harmful")
     harmless: SourceSection | None = Field(
@@ -390,20 +429,24 @@ class EvaluateSection(Section):
     )
     ordinary: SourceSection | None = Field(
         None,
-        description="Ordinary instructions that have nothing harmful about them; refused answers count as over-refusal of their own",
+        description="Ordinary instructions that have nothing harmful about them; refused answers count as "
+        "over-refusal of their own",
     )
     ordinary_prompts: Positive = Field(
         100,
-        description="Prompts taken from evaluate.ordinary; a third of the source is kept for the split validation and never tested on",
+        description="Prompts taken from evaluate.ordinary; a third of the source is kept for the split "
+        "validation and never tested on",
     )
     forms: Literal["balanced", "as_they_are"] = Field(
         "balanced",
-        description="balanced: half questions and half imperatives in every set of prompts, rewritten where a source has one form only, and counted; "
+        description="balanced: half questions and half imperatives in every set of prompts, rewritten "
+        "where a source has one form only, and counted; "
         "as_they_are: the sources' own, for figures that are compared with others'",
     )
     attacks: list[Literal["prefill", "ignore_instructions", "role_play"]] = Field(
         [],
-        description="Also ask under these: an answer that begins with 'Sure, here is', a prompt that overrides instructions, a role to play; each of harmful "
+        description="Also ask under these: an answer that begins with 'Sure, here is', a prompt that "
+        "overrides instructions, a role to play; each of harmful "
         "and, as its control, of harmless prompts",
     )
     attack_prompts: Positive = Field(
@@ -412,13 +455,15 @@ class EvaluateSection(Section):
     task_prompts: Positive = Field(75, description="Task test samples answered for exact match")
     split: Literal["test", "validation"] = Field(
         "test",
-        description="validation: data.validation_prompts, what the test leaves of evaluate.harmless and the task's validation samples, for choosing settings",
+        description="validation: data.validation_prompts, what the test leaves of evaluate.harmless and "
+        "the task's validation samples, for choosing settings",
     )
     max_new_tokens: Positive = Field(32, description="Tokens generated per answer, greedily")
     batch_size: Positive = Field(32, description="Prompts per generation batch and rank")
     judge: Literal["refusal", "gcg_keyword"] = Field(
         "refusal",
-        description="refusal: reads how the first sentences begin; gcg_keyword: 29 substrings of GCG, for comparison with papers. Both yield the "
+        description="refusal: reads how the first sentences begin; gcg_keyword: 29 substrings of GCG, for "
+        "comparison with papers. Both yield the "
         "non-refusal rate, not a harmful score",
     )
     baselines: bool = Field(True, description="Also evaluate the shipped and the aligned model")
@@ -427,7 +472,8 @@ class EvaluateSection(Section):
     def _controlled(self) -> EvaluateSection:
         if self.attacks and self.harmless is None and self.ordinary is None:
             raise ValueError(
-                "attacks need harmless prompts as their control: name a source in evaluate.ordinary or evaluate.harmless, or take evaluate.attacks out"
+                "attacks need harmless prompts as their control: name a source in "
+                "evaluate.ordinary or evaluate.harmless, or take evaluate.attacks out"
             )
         if len(set(self.attacks)) < len(self.attacks):
             raise ValueError(f"attacks names one twice: {', '.join(self.attacks)}")
@@ -449,6 +495,8 @@ _STORES = (
 
 
 class TrackingSection(Section):
+    """What is logged to MLflow, and where that is."""
+
     enabled: bool = Field(True, description="Whether to log to MLflow")
     uri: Annotated[str | None, PathField("uri")] = Field(
         None,
@@ -468,6 +516,7 @@ class TrackingSection(Section):
         scheme, colon, _ = (uri or "").partition("://")
         if colon and scheme.lower().partition("+")[0] not in _STORES:
             raise ValueError(
-                f"begins with {scheme}://, which is not a store that MLflow knows: it takes {', '.join(_STORES)} or a folder"
+                f"begins with {scheme}://, which is not a store that MLflow knows: it takes "
+                f"{', '.join(_STORES)} or a folder"
             )
         return uri

@@ -1,9 +1,11 @@
-"""Recipe files and overrides as mappings: YAML without its traps, files that extend each other, and how layers are merged.
+"""Recipe files and overrides as mappings: YAML without its traps, files that extend each other,
+and how layers are merged.
 
-A recipe is a page of text. What would make a program of it, or gigabytes, is refused: aliases that multiply, lists within lists without
-end, files that are no recipe's size, grids of more cells than anybody trains.
+A recipe is a page of text. What would make a program of it, or gigabytes, is refused: aliases that multiply, lists
+within lists without end, files that are no recipe's size, grids of more cells than anybody trains.
 
-    merge(read(Path("launch/recipes/demo.yaml"), resolve), parse_overrides(["--train.lr", "2e-4", "--sap.layers=10:19"]))
+    overrides = parse_overrides(["--train.lr", "2e-4", "--sap.layers=10:19"])
+    merge(read(Path("launch/recipes/demo.yaml"), resolve), overrides)
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any
         )
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(
-            f"{path} is {path.stat().st_size:,} bytes, and a recipe has at most {MOST_BYTES:,}: give the path of a recipe"
+            f"{path} is {path.stat().st_size:,} bytes, and a recipe has at most {MOST_BYTES:,}: "
+            "give the path of a recipe"
         )
     try:
         with naming(path):
@@ -72,7 +75,10 @@ def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`['--train.lr', '2e-4', '--sap.layers=[3,9]']` as a nested mapping; values are YAML. ValueError where two contradict."""
+    """`['--train.lr', '2e-4', '--sap.layers=[3,9]']` as a nested mapping; values are YAML.
+
+    ValueError where two contradict.
+    """
     result: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -122,7 +128,8 @@ def _put(tree: dict[str, Any], names: list[str], value: Any) -> None:
         if not isinstance(node, dict):
             whole = ".".join(parents[:depth])
             raise ValueError(
-                f"--{'.'.join(names)} sets a part of {whole}, but --{whole} gives it a single value: leave one of them out"
+                f"--{'.'.join(names)} sets a part of {whole}, but --{whole} gives it a single "
+                "value: leave one of them out"
             )
     before = node.get(leaf)
     if isinstance(before, dict) and before and not isinstance(value, dict):
@@ -149,7 +156,10 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def expanded(name: str, overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A method and its grid as methods: {grid: {train.lr: [1e-3, 1e-4]}} makes NAME.lr_0.001 and NAME.lr_0.0001. ValueError for what is no grid."""
+    """A method and its grid as methods: {grid: {train.lr: [1e-3, 1e-4]}} makes NAME.lr_0.001 and NAME.lr_0.0001.
+
+    ValueError for what is no grid.
+    """
     if "grid" not in overrides:
         return {name: overrides}
     grid, rest = (
@@ -214,7 +224,9 @@ class _TooMuch(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, reads 2e-4 as a number (YAML 1.1 wants 2.0e-4) and 10:19 as text (not as base 60)."""
+    """SafeLoader that refuses duplicate keys, reads 2e-4 as a number (YAML 1.1 wants 2.0e-4)
+    and 10:19 as text (not as base 60).
+    """
 
     depth = count = 0
 
@@ -247,7 +259,9 @@ class _Loader(yaml.SafeLoader):
 def _written_out(
     node: yaml.Node, known: dict[int, tuple[int, int]], within: set[int]
 ) -> tuple[int, int]:
-    """Values and depth of a node with its aliases written out. known: of nodes seen before; within: those that hold this one."""
+    """Values and depth of a node with its aliases written out. known: of nodes seen before; within:
+    those that hold this one.
+    """
     if id(node) in within:
         raise _TooMuch(f"holds itself, by an alias of line {node.start_mark.line + 1}")
     if id(node) not in known:

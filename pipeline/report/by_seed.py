@@ -49,6 +49,7 @@ def rows(layout: Layout) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
+    """Print the measures of every method, seed by seed. ValueError where nothing is evaluated yet."""
     experiment = command_line.recipe_given("pipeline.report.by_seed")
     found = rows(Layout(experiment))
     if not found:

@@ -34,7 +34,9 @@ _SHARES = (
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: a baseline, or a method over its seeds. measures: name -> {value, low, high, n} (low and high may be None)."""
+    """One row of the table: a baseline, or a method over its seeds. measures:
+    name -> {value, low, high, n} (low and high may be None).
+    """
 
     name: str
     seeds: list[int]
@@ -44,7 +46,10 @@ class Method:
 
     @property
     def pairs_drawn(self) -> int | None:
-        """Safety pairs that a training drew, each time counted; the seeds draw equally many. None where no log says it."""
+        """Safety pairs that a training drew, each time counted; the seeds draw equally many.
+
+        None where no log says it.
+        """
         counts = [
             line["safety/pairs"] for log in self.logs[:1] for line in log if "safety/pairs" in line
         ]
@@ -52,6 +57,7 @@ class Method:
 
     @property
     def seconds_per_step(self) -> float | None:
+        """Median seconds of a step over all seeds, the first of each left out; None where no step is logged."""
         # the first step warms up
         times = [line["time/step"] for log in self.logs for line in log if line["step"] > 1]
         return median(times) if times else None
@@ -81,7 +87,9 @@ class Collected:
 
 
 def collect(layout: Layout) -> Collected:
-    """Read every folder the report covers; ValueError where one is not complete, or a file that is read is not what was published."""
+    """Read every folder the report covers; ValueError where one is not complete,
+    or a file that is read is not what was published.
+    """
     evaluations: dict[str, list[tuple[int | None, Path, Path | None]]] = defaultdict(list)
     for subject in layout.subjects():
         folder = layout.evaluate(subject)
@@ -163,7 +171,9 @@ def _given_pairs(layout: Layout, cell: Cell | None) -> int:
 
 
 def _outcomes(entries: list[tuple[int | None, Path, Path | None]]) -> Outcomes:
-    """Of every seed: whether each harmful prompt was answered, each look-alike and ordinary instruction refused and each task prompt matched, by the prompt's id."""
+    """Of every seed: whether each harmful prompt was answered, each look-alike and ordinary instruction refused and
+    each task prompt matched, by the prompt's id.
+    """
     result: Outcomes = {"non_refusal": {}, "over_refusal": {}, "ordinary": {}, "exact": {}}
     for seed, folder, _ in entries:
         answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
@@ -199,9 +209,12 @@ def _method(
 
 
 def _over_seeds(shares: list[dict[str, Any]], least: float = 0.0) -> dict[str, Any]:
-    """One seed: its interval over prompts. Several: their mean, and at each end the further of Student's interval over seeds and of the mean one over prompts.
+    """One seed: its interval over prompts.
 
-    Student's alone is a point where all seeds agree, as they do at 0 and at 1. least: what is measured can be; a difference of shares -1.
+    Several: their mean, and at each end the further of Student's interval over seeds and of the mean one over prompts.
+
+    Student's alone is a point where all seeds agree, as they do at 0 and at 1. least: what is measured can be;
+    a difference of shares -1.
     """
     if any(s["value"] is None for s in shares):
         return share([])

@@ -2,14 +2,15 @@
 
     rows = difference_rows(collected.outcomes, ["sft", "safe_mix"])
 
-Every seed answers the same prompts, so the two are crossed, not nested: a resample draws seeds with replacement and prompts with replacement, the
-same prompts for all drawn seeds. (Prompts drawn anew within every seed would count three seeds' answers to one prompt as three prompts, and give
-intervals that are too narrow.) Both methods see the same draw: what they share, a seed's data order and adapter and a prompt's difficulty, cancels.
-With three seeds such an interval is still rather too narrow than too wide.
+Every seed answers the same prompts, so the two are crossed, not nested: a resample draws seeds with replacement and
+prompts with replacement, the same prompts for all drawn seeds. (Prompts drawn anew within every seed would count three
+seeds' answers to one prompt as three prompts, and give intervals that are too narrow.) Both methods see the same draw:
+what they share, a seed's data order and adapter and a prompt's difficulty, cancels. With three seeds such an interval
+is still rather too narrow than too wide.
 
 A bootstrap knows nothing of what it has not seen: where 12 of 12 prompts come out alike, its interval is a point. So
-each end is the further of the bootstrap's and of a score interval for paired shares (metrics.paired_interval), which counts
-every prompt once, whatever the number of seeds.
+each end is the further of the bootstrap's and of a score interval for paired shares (metrics.paired_interval), which
+counts every prompt once, whatever the number of seeds.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def difference(
 
 
 def difference_rows(outcomes: dict[str, Outcomes], references: list[str]) -> list[tuple[str, ...]]:
-    """Rows in HEADER's order: every method minus every reference that is not itself. outcomes: method -> measure -> seed -> id -> outcome."""
+    """Rows in HEADER's order: every method minus every reference that is not itself. outcomes:
+    method -> measure -> seed -> id -> outcome.
+    """
     rows = []
     for reference in references:
         for method, own in outcomes.items():

@@ -14,11 +14,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from pipeline.report.collect import Collected, Method  # noqa: E402
+from pipeline.report.collect import Collected, Method
 
 _COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#8d5a97", "#b08900", "#4f5d75", "#2a9d8f")
 _MARKS = "os^DvPX"
@@ -53,7 +53,8 @@ def draw_all(collected: Collected, folder: Path) -> list[tuple[Path, str]]:
 
 @_figure(
     "safety_usefulness",
-    "Safety against usefulness. Left: up and left is better, where the task is learned and harmful prompts are still refused. Right: down and "
+    "Safety against usefulness. Left: up and left is better, where the task is learned and harmful "
+    "prompts are still refused. Right: down and "
     "left is better, where harmful prompts are refused and harmless ones are answered. Bars: 95% intervals. "
     f"Hollow: more than {_OVER_REFUSING:.0%} of the ordinary instructions, or of the look-alikes, are refused, too.",
 )
@@ -115,7 +116,8 @@ def _mark(axes: Axes, number: int, method: Method, key: str) -> Any:
 
 @_figure(
     "losses",
-    "Validation losses during training. Left: the task. Right: affirmative openings to held-out harmful prompts; falling means the model comes to like them.",
+    "Validation losses during training. Left: the task. Right: affirmative openings to held-out "
+    "harmful prompts; falling means the model comes to like them.",
 )
 def _losses(collected: Collected) -> Figure | None:
     keys = {
@@ -137,7 +139,8 @@ def _losses(collected: Collected) -> Figure | None:
 
 @_figure(
     "cumulated_l_su",
-    "Cumulated L_su = L_useful(W + dW, V) - L_useful(W, V) over the steps, V being the one the step's probe passes used. Rising: the harmful direction hurts the task.",
+    "Cumulated L_su = L_useful(W + dW, V) - L_useful(W, V) over the steps, V being the one the "
+    "step's probe passes used. Rising: the harmful direction hurts the task.",
 )
 def _cumulated(collected: Collected) -> Figure | None:
     methods = [
@@ -165,7 +168,8 @@ def _cumulated(collected: Collected) -> Figure | None:
 
 @_figure(
     "signal_noise",
-    "What the probe sees: the relative change of its gradient under the perturbation (line) and the part of it that is rounding or curvature (dots). Dots above the line: V means nothing.",
+    "What the probe sees: the relative change of its gradient under the perturbation (line) and "
+    "the part of it that is rounding or curvature (dots). Dots above the line: V means nothing.",
 )
 def _signal_noise(collected: Collected) -> Figure | None:
     return _over_steps(
@@ -183,7 +187,8 @@ def _correction(collected: Collected) -> Figure | None:
 
 @_figure(
     "direction",
-    "The safety direction layer by layer: its norm, and its cosine with the task's gradient (arXiv 2505.16737, Fig. 3, at the start of training).",
+    "The safety direction layer by layer: its norm, and its cosine with the task's gradient (arXiv "
+    "2505.16737, Fig. 3, at the start of training).",
 )
 def _direction(collected: Collected) -> Figure | None:
     if collected.direction is None or not collected.direction["layers"]:

@@ -2,8 +2,10 @@
 
 The Slurm scripts (slurm/common.sh) set these variables of the environment for the ranks they start:
 
-    SAP_ERROR_FILE       where to write the sentence of an error that running again cannot mend (bad input); exit codes do not come through srun
-    SAP_FAULT_FILE       the same for one that may pass, or stay behind on this node (a full disk, a folder that is not mounted)
+    SAP_ERROR_FILE       where to write the sentence of an error that running again cannot mend (bad input);
+                         exit codes do not come through srun
+    SAP_FAULT_FILE       the same for one that may pass, or stay behind on this node
+                         (a full disk, a folder that is not mounted)
     SAP_RESTART_REASON   why the run before this one ended, e.g. "time limit or preemption"
     SAP_PROGRESS         steps that were safe in a checkpoint when the batch script looked
 """
@@ -34,7 +36,9 @@ def _leave(variable: str, sentence: str) -> None:
 
 
 def circumstances() -> str:
-    """Which job this is and why it runs again, for the record of events: ", Slurm job 12, restart 1: time limit"; "" outside a job."""
+    """Which job this is and why it runs again, for the record of events: ", Slurm job 12, restart 1:
+    time limit"; "" outside a job.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return ""

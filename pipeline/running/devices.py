@@ -1,4 +1,6 @@
-"""The GPUs of this machine, and what a recipe's `auto` means on them. Needs no torch: questions are answered in milliseconds.
+"""The GPUs of this machine, and what a recipe's `auto` means on them.
+
+Needs no torch: questions are answered in milliseconds.
 
     ranks(recipe.train)             # auto: every visible GPU, or two processes on a CPU
     dtype(recipe.model.dtype)       # auto: bfloat16 where the hardware multiplies it
@@ -33,7 +35,9 @@ FLASH, _FLASH_GPUS, _FLASH_VERSION = "flash_attention_2", (8, 0), (2, 3, 3)
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that this process may use. name: as CUDA_VISIBLE_DEVICES names it; total, free: bytes; busy: processes that compute on it."""
+    """A GPU that this process may use. name: as CUDA_VISIBLE_DEVICES names it; total, free: bytes; busy:
+    processes that compute on it.
+    """
 
     name: str
     model: str
@@ -44,20 +48,25 @@ class Gpu:
 
 
 def device() -> torch.device:
-    """This process's accelerator, else the CPU. ValueError where the launcher started more processes than this machine has GPUs."""
+    """This process's accelerator, else the CPU.
+
+    ValueError where the launcher started more processes than this machine has GPUs.
+    """
     import torch  # which takes seconds, and nothing else here needs it
 
     if not torch.cuda.is_available():
         gpus()  # they may be there, and torch unable to use them: the reason is a ValueError
         return torch.device("cpu")
     rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    # Every rank says so where the launcher tells how many they are (torchrun, ours; deepspeed): the first one's sentence is the one that is printed.
+    # Every rank says so where the launcher tells how many they are (torchrun, ours; deepspeed): the first one's
+    # sentence is the one that is printed.
     started = max(
         rank + 1, *(int(os.environ.get(name) or 1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     )
     if started > count:
         raise ValueError(
-            f"{started} processes were started on this machine, and each sees {count} GPU{'s' * (count > 1)}: start at most {count} "
+            f"{started} processes were started on this machine, and each sees {count} "
+            f"GPU{'s' * (count > 1)}: start at most {count} "
             "(train.ranks, or the launcher's processes a node)"
         )
     return torch.device("cuda", rank)
@@ -93,19 +102,25 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def environment() -> tuple[int, int]:
-    """(rank, world size) of this process, as its launcher says; (0, 1) without one. ValueError where what it says is no rank."""
+    """(rank, world size) of this process, as its launcher says; (0, 1) without one.
+
+    ValueError where what it says is no rank.
+    """
     rank, size = (
         os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
     )
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise ValueError(
-            f"RANK is '{rank}' and WORLD_SIZE '{size}' in the environment: a launcher sets them to 0 to N - 1 and N; unset both to run alone"
+            f"RANK is '{rank}' and WORLD_SIZE '{size}' in the environment: a launcher sets them to "
+            "0 to N - 1 and N; unset both to run alone"
         )
     return int(rank), int(size)
 
 
 def ranks(train: TrainSection) -> int:
-    """Processes of a training on this machine. auto: the visible GPUs, or two on a CPU; fewer where train.batch_size is not divisible by them."""
+    """Processes of a training on this machine. auto: the visible GPUs, or two on a CPU;
+    fewer where train.batch_size is not divisible by them.
+    """
     if train.ranks != "auto":
         return train.ranks
     if train.engine == "single":
@@ -115,11 +130,14 @@ def ranks(train: TrainSection) -> int:
 
 
 def check_ranks(field: str, train: TrainSection) -> None:
-    """ValueError where a training asks for more processes than there are GPUs here. field: of the recipe, e.g. train."""
+    """ValueError where a training asks for more processes than there are GPUs here.
+    field: of the recipe, e.g. train.
+    """
     found = gpus()
     if found and ranks(train) > len(found):
         raise ValueError(
-            f"{field}.ranks {ranks(train)} needs as many GPUs, and this machine shows {len(found)} ({_summary(found)}): "
+            f"{field}.ranks {ranks(train)} needs as many GPUs, and this machine shows {len(found)} "
+            f"({_summary(found)}): "
             f"set {field}.ranks to auto or to at most {len(found)}"
         )
 
@@ -182,7 +200,9 @@ def _flash_version() -> str | None:
 
 
 def ds_config(train: TrainSection) -> Path:
-    """The DeepSpeed file of engine zero3. auto: small buckets on a CPU, where nothing overlaps; those of ds_configs/zero3.json on GPUs."""
+    """The DeepSpeed file of engine zero3. auto: small buckets on a CPU, where nothing overlaps; those of
+    ds_configs/zero3.json on GPUs.
+    """
     if train.ds_config != "auto":
         return train.ds_config
     return shipped.FOLDER / "ds_configs" / ("zero3.json" if gpus() else "zero3_cpu.json")
@@ -216,12 +236,18 @@ def describe(model: ModelSection, train: TrainSection) -> str:
 
 
 def check_memory(needed: float, what: str, remedy: str) -> str | None:
-    """Whether each GPU that is used has `needed` bytes, which the planner's sums may exceed by a fifth. A sentence of warning, or None.
+    """Whether each GPU that is used has `needed` bytes, which the planner's sums may exceed by a fifth.
 
-    Raises ValueError where a GPU is too small, or busy, beyond that doubt. what: the training, e.g. "method sap"; remedy: fields to change.
+    A sentence of warning, or None.
+
+    Raises ValueError where a GPU is too small, or busy, beyond that doubt. what: the training, e.g. "method sap";
+    remedy: fields to change.
     """
     for gpu in gpus():
-        size = f"{what} needs about {needed / 1e9:.1f} GB of every GPU by arithmetic (`sap plan`), and GPU {gpu.name} ({gpu.model})"
+        size = (
+            f"{what} needs about {needed / 1e9:.1f} GB of every GPU by arithmetic (`sap plan`), "
+            f"and GPU {gpu.name} ({gpu.model})"
+        )
         if needed > 1.2 * gpu.total:
             raise ValueError(f"{size} has {gpu.total / 1e9:.1f}: {remedy}")
         if needed > 1.2 * gpu.free:
@@ -234,7 +260,8 @@ def check_memory(needed: float, what: str, remedy: str) -> str | None:
                 else ""
             )
             raise ValueError(
-                f"{size} has {gpu.free / 1e9:.1f} of {gpu.total / 1e9:.1f} GB free{by}: wait for it, or choose other GPUs with CUDA_VISIBLE_DEVICES"
+                f"{size} has {gpu.free / 1e9:.1f} of {gpu.total / 1e9:.1f} GB free{by}: wait for "
+                "it, or choose other GPUs with CUDA_VISIBLE_DEVICES"
             )
         if needed > gpu.free:
             return f"{size} has {gpu.free / 1e9:.1f} GB free: it may not fit"
@@ -247,9 +274,11 @@ def _summary(found: tuple[Gpu, ...]) -> str:
 
 
 def _visible(nvml: Any) -> tuple[Gpu, ...]:
-    """What CUDA_VISIBLE_DEVICES leaves of the machine's GPUs, read as CUDA reads it: it ends at the first entry that names none.
+    """What CUDA_VISIBLE_DEVICES leaves of the machine's GPUs, read as CUDA reads it:
+    it ends at the first entry that names none.
 
-    Raises NVMLError where the library cannot tell, as of GPUs that are cut into parts (MIG), which CUDA counts by rules of its own.
+    Raises NVMLError where the library cannot tell, as of GPUs that are cut into parts (MIG),
+    which CUDA counts by rules of its own.
     """
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     if any(_in_parts(nvml, handle) for handle in handles):
@@ -305,21 +334,28 @@ def _gpu(nvml: Any, name: str, handle: Any) -> Gpu:
 
 
 def _check_driver(nvml: Any) -> None:
-    """ValueError where the driver is of an older CUDA than torch's: torch would say that there is no GPU. Minor versions go together."""
+    """ValueError where the driver is of an older CUDA than torch's: torch would say that there is no GPU.
+
+    Minor versions go together.
+    """
     built = _torch_build()["cuda"] or ""
     known = nvml.nvmlSystemGetCudaDriverVersion_v2()  # 12020: CUDA 12.2
     major = re.match(r"\d+", built)
     if major and int(major[0]) > known // 1000:
         driver = _text(nvml.nvmlSystemGetDriverVersion())
         raise ValueError(
-            f"torch {_torch_build()['__version__']} is built for CUDA {built}, and this machine's driver {driver} knows CUDA {known // 1000}.{known % 1000 // 10}: "
-            f"install a newer driver or a torch built for CUDA {known // 1000}, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
+            f"torch {_torch_build()['__version__']} is built for CUDA {built}, and this machine's "
+            f"driver {driver} knows CUDA {known // 1000}.{known % 1000 // 10}: "
+            f"install a newer driver or a torch built for CUDA {known // 1000}, or set "
+            "CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
         )
 
 
 @functools.cache
 def _torch_build() -> dict[str, str | None]:
-    """cuda, hip: versions that the installed torch is built for, None where for none; read from its files, for importing it takes seconds."""
+    """cuda, hip: versions that the installed torch is built for, None where for none;
+    read from its files, for importing it takes seconds.
+    """
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).parent / "version.py" if spec and spec.origin else None
     text = file.read_text() if file and file.is_file() else ""

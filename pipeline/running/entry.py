@@ -1,4 +1,5 @@
-"""How every command ends: errors as one sentence and an exit code, ranks that say the same once, a terminal that is gone.
+"""How every command ends: errors as one sentence and an exit code, ranks that say the same once,
+a terminal that is gone.
 
 if __name__ == "__main__":
     entry.run(main)
@@ -40,11 +41,12 @@ _ANOTHER_RANK = re.compile(
 
 
 def guarded(main: Callable[[], int | None]) -> int:
-    """Run main; what goes wrong by the input, by the system or on request becomes one sentence on stderr and an exit code, without a traceback.
+    """Run main; what goes wrong by the input, by the system or on request becomes one sentence on
+    stderr and an exit code, without a traceback.
 
-    ValueError: 2. What the system is behind (system_errors.py): 74. Stopped: 75. KeyboardInterrupt: 130. Whoever reads our
-    output may leave before its end: 0 where all that was left to do was to print, else 141. A rank whose connection to
-    another one breaks: 1. Any other passes.
+    ValueError: 2. What the system is behind (system_errors.py): 74. Stopped: 75. KeyboardInterrupt: 130. Whoever reads
+    our output may leave before its end: 0 where all that was left to do was to print, else 141. A rank whose connection
+    to another one breaks: 1. Any other passes.
     """
     umask = os.umask(0o077)
     os.umask(umask)
@@ -72,7 +74,9 @@ def _guarded(main: Callable[[], int | None]) -> int:
 
 
 def _is_expected(error: BaseException) -> bool:
-    """Whether an exception with which the system has nothing to do is told in one sentence; others are faults of ours."""
+    """Whether an exception with which the system has nothing to do is told in one sentence;
+    others are faults of ours.
+    """
     if isinstance(error, RuntimeError):
         return (
             os.environ.get("WORLD_SIZE", "1") != "1"
@@ -95,11 +99,13 @@ def _told(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED) if first else INTERRUPTED
     if isinstance(error, RuntimeError):
-        # where that rank has told why it ends, the launcher ends this one now; it may have been killed, or its node is lost
+        # where that rank has told why it ends, the launcher ends this one now;
+        # it may have been killed, or its node is lost
         time.sleep(_BEHIND_ANOTHER)
         return (
             _say(
-                "error: the connection to another rank is lost: it has ended, or its node is gone; its own words say why",
+                "error: the connection to another rank is lost: it has ended, or its node is gone; "
+                "its own words say why",
                 1,
             )
             if first
@@ -143,7 +149,10 @@ def _unusable(stream: TextIO) -> bool:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run main, guarded, and end the process with its exit code; a traceback is redacted as all else is. Where the `sap` that has started it has ended meanwhile, it does not begin."""
+    """Run main, guarded, and end the process with its exit code; a traceback is redacted as all else is.
+
+    Where the `sap` that has started it has ended meanwhile, it does not begin.
+    """
     with shielded():
         try:
             code = guarded(main) if end_with_parent() else STOPPED
@@ -156,9 +165,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def end(code: int) -> NoReturn:
     """End this process without the interpreter's finalization.
 
-    Threads of communication libraries may outlive the process group. One that asks for the interpreter while it finalizes is ended
-    in the middle of C++ code, and a rank that has done all its work aborts: "terminate called without an active exception", seen
-    once in some hundred launches. What is registered with atexit still runs, and output is flushed.
+    Threads of communication libraries may outlive the process group. One that asks for the interpreter while it
+    finalizes is ended in the middle of C++ code, and a rank that has done all its work aborts: "terminate called
+    without an active exception", seen once in some hundred launches. What is registered with atexit still runs, and
+    output is flushed.
 
     After a request to leave it runs for a while only. The request may have come while two threads imported, as MLflow's
     and our own do: the lock of imports was then seen to stay taken, and libraries (torch) import when they leave.

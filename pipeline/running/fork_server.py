@@ -1,4 +1,5 @@
-"""A process that has imported what jobs need, and forks one for every request: the far side of pipeline/running/warm.py.
+"""A process that has imported what jobs need, and forks one for every request:
+the far side of pipeline/running/warm.py.
 
     python -P -m pipeline.running.fork_server DESCRIPTOR CLIENT [MODULE | MODULE:FUNCTION]...
 
@@ -127,7 +128,9 @@ def _with_imports(wanted: dict[str, str], given: dict[str, str]) -> dict[str, st
 
 
 def _unforkable() -> str | None:
-    """What would be broken in a fork, or None: locks that another thread holds, CUDA once it has been asked anything."""
+    """What would be broken in a fork, or None: locks that another thread holds,
+    CUDA once it has been asked anything.
+    """
     tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
     others = [
         name

@@ -3,8 +3,8 @@
     import_peft()      # and engines/deepspeed_private.py's import_deepspeed
 
 peft imports bitsandbytes, and that torch's compiler, as does deepspeed's Muon optimizer; deepspeed's autotuner
-imports mlflow. None is used by way of them: pipeline/model/quantization.py and pipeline/tracking/mlflow_store.py import their own, and
-nothing here is compiled.
+imports mlflow. None is used by way of them: pipeline/model/quantization.py and pipeline/tracking/mlflow_store.py import
+their own, and nothing here is compiled.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def without(package: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Functions that are marked with torch.compile inside stay as they are: to mark one already imports the compiler."""
+    """Functions that are marked with torch.compile inside stay as they are:
+    to mark one already imports the compiler.
+    """
     import torch
 
     compiling = torch.compile

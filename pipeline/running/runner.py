@@ -1,7 +1,7 @@
 """Local processes: ranks of one stage, or independent jobs side by side. Where warm parents are given, forked from one.
 
-torchrun is not used here because its agent dies of SIGUSR1 and shoots its workers thirty seconds after SIGTERM, whatever they are saving;
-this launcher passes signals on and waits.
+torchrun is not used here because its agent dies of SIGUSR1 and shoots its workers thirty seconds after SIGTERM,
+whatever they are saving; this launcher passes signals on and waits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pipeline.system.system_errors import AGAIN
 STOPPED = 75  # EX_TEMPFAIL: stopped on request; the same command goes on
 # EX_IOERR: a full disk, a folder that is gone; what else would write there fails, too
 SYSTEM_ERROR = 74
-# glibc hands every freed activation back to the kernel and faults it in again; keeping it took an align step of the demo from 3.7 to 3.2 s.
+# glibc hands every freed activation back to the kernel and faults it in again;
+# keeping it took an align step of the demo from 3.7 to 3.2 s.
 _ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -38,9 +39,11 @@ _GRACE = 30.0  # seconds between a rank's failure and the end of the others
 _GRACE_SAID = 1.0
 # Of a process that a signal ended: what it could not say.
 _LAST_WORDS = {
-    signal.SIGBUS: "a file of weights was cut short while it was read, or its disk or network file system fails (SIGBUS): see whether the model's "
+    signal.SIGBUS: "a file of weights was cut short while it was read, or its disk or network file system "
+    "fails (SIGBUS): see whether the model's "
     "and output_dir's folders are sound",
-    signal.SIGKILL: "a process was killed (SIGKILL), as the system does where memory is full, and the watchdog after its words: free memory, or lower "
+    signal.SIGKILL: "a process was killed (SIGKILL), as the system does where memory is full, and the watchdog "
+    "after its words: free memory, or lower "
     "--jobs or the recipe's micro_batch_size",
 }
 
@@ -51,7 +54,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside the block the signals that ask to leave raise Stopped, so that what is half-written is tidied up, and the same command goes on."""
+    """Inside the block the signals that ask to leave raise Stopped, so that what is half-written is tidied up,
+    and the same command goes on.
+    """
     requests = stop_signals()
 
     def leave(number: int, _frame: FrameType | None) -> None:
@@ -72,8 +77,8 @@ def run_ranks(
 ) -> int:
     """Run launch/`script` as `ranks` processes with RANK and friends set.
 
-    Returns STOPPED where a signal asked to stop (it may have come in the last step, with the work done, or after a failure, which the same
-    command meets again); else the first failure's exit code; else 0.
+    Returns STOPPED where a signal asked to stop (it may have come in the last step, with the work done, or after a
+    failure, which the same command meets again); else the first failure's exit code; else 0.
     """
     common = {
         "WORLD_SIZE": str(ranks),
@@ -96,10 +101,11 @@ def run_side_by_side(
     slots: int,
     warm: WarmParents | None = None,
 ) -> int:
-    """Run launch/`script` once per argument list, `slots` at a time, each alone, on a GPU of its own where there are any.
+    """Run launch/`script` once per argument list, `slots` at a time, each alone,
+    on a GPU of its own where there are any.
 
-    Returns as `run_ranks`: the jobs have nothing to do with each other, so one's failure leaves the others alone. After a signal, or an error of
-    the system, nothing new is started.
+    Returns as `run_ranks`: the jobs have nothing to do with each other, so one's failure leaves the others alone. After
+    a signal, or an error of the system, nothing new is started.
     """
     waiting, free, code = list(argument_lists), list(range(slots)), 0
     slot_of: dict[Job, int] = {}
@@ -185,7 +191,8 @@ def _wait(jobs: list[Job]) -> int:
 
 
 def _failure(jobs: list[Job]) -> int:
-    """The exit code that says most: an error of the system, which the others' broken connections follow from, else that of the lowest rank that failed.
+    """The exit code that says most: an error of the system, which the others' broken connections follow from, else that
+    of the lowest rank that failed.
 
     SIGBUS is one: a file that was mapped into memory has been cut, or its disk or network file system does not answer.
     """
@@ -201,7 +208,10 @@ def _say_for_the_dead(jobs: list[Job]) -> None:
 
 
 class _Forwarding:
-    """Pass the signals that ask to leave on to the jobs as SIGTERM: they save and leave, we wait. After one nothing is started."""
+    """Pass the signals that ask to leave on to the jobs as SIGTERM: they save and leave, we wait.
+
+    After one nothing is started.
+    """
 
     def __init__(self, warm: WarmParents | None) -> None:
         self.warm = warm

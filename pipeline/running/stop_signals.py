@@ -1,4 +1,5 @@
-"""How a program of ours learns that it is to save and leave: by a signal, or by the end of the command that has started it.
+"""How a program of ours learns that it is to save and leave:
+by a signal, or by the end of the command that has started it.
 
 for number in stop_signals(): signal.signal(number, leave)
 end_with_parent()
@@ -16,7 +17,9 @@ PARENT = "SAP_PARENT"  # in the environment of a job: the pid of the `sap` that 
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """SIGTERM, SIGINT and SIGUSR1 (Slurm's, before a time limit), and SIGHUP, of a terminal that is closed, unless nohup has this process ignore it."""
+    """SIGTERM, SIGINT and SIGUSR1 (Slurm's, before a time limit), and SIGHUP, of a terminal that is closed, unless
+    nohup has this process ignore it.
+    """
     requests = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     return (
         requests
@@ -26,7 +29,9 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def end_with_parent() -> bool:
-    """Have the kernel send this process SIGTERM when the `sap` that has started it ends, even by SIGKILL. False where it has ended already.
+    """Have the kernel send this process SIGTERM when the `sap` that has started it ends, even by SIGKILL.
+
+    False where it has ended already.
 
     Nothing happens in a process that no `sap` has started, or on a kernel without prctl.
     """

@@ -35,6 +35,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
+        """Whether a stop is asked for, by a signal or by the stop file; `reason` says which."""
         if self.reason is None and self.file.exists():
             self.reason = f"stop file {self.file}"
         return self.reason is not None

@@ -60,9 +60,11 @@ class Forked:
                 signal.pidfd_send_signal(self._descriptor, number)
 
     def terminate(self) -> None:
+        """Send SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -118,7 +120,7 @@ class WarmParents:
         while not parent.answered(0.1):
             if given_up():
                 return None
-        request = {"script": str(script), "arguments": list(arguments), "folder": os.getcwd()}
+        request = {"script": str(script), "arguments": list(arguments), "folder": str(Path.cwd())}
         found = parent.ask({**request, "environment": {**environment, **own}})
         if isinstance(found, str):
             self._give_up(found)

@@ -1,14 +1,15 @@
-"""A run that hangs says where, and ends: one rank that waits for ever would hold every node of the job until its time limit.
+"""A run that hangs says where, and ends: one rank that waits for ever would hold every node of the
+job until its time limit.
 
 with Watchdog(seconds=1800, rank=3) as watchdog:
     ... watchdog.progress("step 12 done")
 
-Every rank watches itself. Where one rank is stuck, the others wait for it in a collective: after `seconds` without progress each of
-them prints what it did last and the stack of its threads, and ends its process; the launcher then ends the rest. The rank to look at is the one whose
-stack is in no collective, or that printed nothing.
+Every rank watches itself. Where one rank is stuck, the others wait for it in a collective: after `seconds` without
+progress each of them prints what it did last and the stack of its threads, and ends its process; the launcher then ends
+the rest. The rank to look at is the one whose stack is in no collective, or that printed nothing.
 
-What counts is time in which the process could run: one that is stopped (SIGSTOP, a debugger, scontrol suspend) or whose machine sleeps
-does not hang.
+What counts is time in which the process could run: one that is stopped (SIGSTOP, a debugger, scontrol suspend)
+or whose machine sleeps does not hang.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Watchdog:
                 os.write(self._sentinel.stdin.fileno(), b".")
             if idle > self.seconds:
                 print(
-                    f"error: rank {self.rank} on {socket.gethostname()} has made no progress for {idle:.0f} s after {self._what} "
+                    f"error: rank {self.rank} on {socket.gethostname()} has made no progress for "
+                    f"{idle:.0f} s after {self._what} "
                     "(train.watchdog_seconds): a rank hangs or is gone; this one ends, its stack:",
                     file=sys.stderr,
                     flush=True,

@@ -33,7 +33,9 @@ def _evaluate(layout: Layout) -> Iterator[Unit]:
 
 
 def _filters_in_waves(layout: Layout, units: Sequence[Unit]) -> Sequence[Sequence[Unit]]:
-    """Filters may share embeddings: where they are missing, one of each sort computes them, and the others come after."""
+    """Filters may share embeddings: where they are missing, one of each sort computes them,
+    and the others come after.
+    """
     sorts = {
         layout.embeddings(each.cell): each for each in reversed(units) if each.cell is not None
     }

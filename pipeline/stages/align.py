@@ -43,7 +43,8 @@ def align(experiment: Experiment) -> bool:
     inputs = {"prepare": artifacts.source(layout.prepare()), "model": layout.model_digest}
     # once, so that a resumed run trains on the same, and published
     answered = layout.work(target) / "answers"
-    # Generation needs every weight at every token, so the model that answers is whole; it is gone when the training's is loaded.
+    # Generation needs every weight at every token, so the model that answers is whole;
+    # it is gone when the training's is loaded.
     prepared = read_rows(layout.prepare(), "align")
     rows = complete_answers(
         lambda: load_whole(base.model, source).to(device()), chat, prepared, base, answered

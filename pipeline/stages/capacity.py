@@ -34,7 +34,9 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bytes needed and there. memory: of one GPU, or of this machine without GPUs; None where the planner does not know the model."""
+    """Bytes needed and there. memory: of one GPU, or of this machine without GPUs;
+    None where the planner does not know the model.
+    """
 
     memory: float | None
     memory_there: float
@@ -44,6 +46,7 @@ class Capacity:
     notes: tuple[str, ...]
 
     def line(self) -> str:
+        """Memory and disk that a stage needs, and what is there, as a sentence."""
         where = "a GPU" if self.on_gpus else "memory"
         need = (
             "memory not known"
@@ -54,7 +57,10 @@ class Capacity:
 
 
 def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Capacity:
-    """What the trainings that are not complete take here. ValueError where they cannot fit, with the fields to change."""
+    """What the trainings that are not complete take here.
+
+    ValueError where they cannot fit, with the fields to change.
+    """
     layout, base, gpus, notes = Layout(experiment), experiment.base, devices.gpus(), []
     memory: float | None = None
     plans: list[tuple[Plan, Cell | None]] = []
@@ -75,7 +81,8 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
         plan = plan.fitted(_fillable(plan.ranks))
         if plan.recomputed is not None:
             notes.append(
-                f"{what} recomputes {plan.recomputed} of {plan.model.layers} decoder layers (gradient_checkpointing auto)"
+                f"{what} recomputes {plan.recomputed} of {plan.model.layers} decoder layers "
+                "(gradient_checkpointing auto)"
             )
         plans.append((plan, cell))
         needed = plan.total() if gpus else plan.ranks * (plan.total() - CUDA_ALLOWANCE + _PROCESS)
@@ -85,7 +92,8 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
     disk, free = _disk(facts, plans), artifacts.free_bytes(layout.root, "output_dir")
     if disk > free:
         raise ValueError(
-            f"output_dir {base.output_dir} has {free / 1e9:.2f} GB free, and what is left to run writes about {disk / 1e9:.2f} GB: "
+            f"output_dir {base.output_dir} has {free / 1e9:.2f} GB free, and what is left to run "
+            f"writes about {disk / 1e9:.2f} GB: "
             "free some space, or set output_dir to a folder on another disk"
         )
     there = min(gpu.total for gpu in gpus) if gpus else _host_memory()
@@ -95,8 +103,10 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
 def recomputed_layers(
     base: Recipe, train: TrainSection, of_cell: Recipe | None, ranks: int
 ) -> int | None:
-    """Decoder layers that recompute their activations here, for train.gradient_checkpointing auto; None otherwise, and for a model that is not
-    planned: all of them. of_cell: as `estimate_training`. Ranks with other GPUs may be told other numbers: they have to agree."""
+    """Decoder layers that recompute their activations here, for train.gradient_checkpointing auto; None otherwise, and
+    for a model that is not planned: all of them. of_cell: as `estimate_training`. Ranks with other GPUs may be told
+    other numbers: they have to agree.
+    """
     if train.gradient_checkpointing != "auto":
         return None
     try:
@@ -133,7 +143,8 @@ def _check_host(needed: float, what: str) -> str | None:
     there = _host_memory()
     if needed > _DOUBT * there:
         raise ValueError(
-            f"{what} needs about {needed / 1e9:.0f} GB by arithmetic (`sap plan`), and this machine has {there / 1e9:.0f} GB and no GPU: "
+            f"{what} needs about {needed / 1e9:.0f} GB by arithmetic (`sap plan`), and this "
+            f"machine has {there / 1e9:.0f} GB and no GPU: "
             f"use a machine with GPUs, a smaller model (model.path), or {_REMEDY}"
         )
     return (
@@ -144,7 +155,9 @@ def _check_host(needed: float, what: str) -> str | None:
 
 
 def _disk(facts: ModelFacts, plans: list[tuple[Plan, Cell | None]]) -> float:
-    """Bytes that the trainings write: every product, and the checkpoints of the one that keeps the most while it runs."""
+    """Bytes that the trainings write: every product, and the checkpoints of the one that keeps the
+    most while it runs.
+    """
     products, checkpoints = 0.0, 0.0
     weights = sum(prod(tensor.shape) for tensor in facts.tensors.values())
     for plan, cell in plans:

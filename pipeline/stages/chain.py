@@ -24,7 +24,10 @@ ENDS_ALL = (runner.STOPPED, runner.SYSTEM_ERROR)
 
 
 class Chain:
-    """What is there, what is missing, and how it is made. `failed`: cells whose training failed in this command, while others trained."""
+    """What is there, what is missing, and how it is made.
+
+    `failed`: cells whose training failed in this command, while others trained.
+    """
 
     def __init__(
         self, experiment: Experiment, stages: Mapping[str, Stage], method: str | None, jobs: int = 1
@@ -42,7 +45,10 @@ class Chain:
         )
 
     def units(self, stage: str) -> list[Unit]:
-        """Those of the methods that are asked for; what belongs to no cell belongs to all. One for each folder: the first."""
+        """Those of the methods that are asked for; what belongs to no cell belongs to all.
+
+        One for each folder: the first.
+        """
         found: dict[Path, Unit] = {}
         for unit in self.stages[stage].units(self.layout):
             if self._selected(unit.method):
@@ -196,5 +202,6 @@ class Chain:
             ]
             if missing:
                 raise ValueError(
-                    f"{missing[0]} is not complete: run `sap {before} {self.experiment.path}` first (same overrides), or `sap run`"
+                    f"{missing[0]} is not complete: run `sap {before} {self.experiment.path}` "
+                    "first (same overrides), or `sap run`"
                 )

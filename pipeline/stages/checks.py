@@ -36,7 +36,9 @@ _SHARDS_INTEGERS = (2, 12)
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found on the way: the model's outline (None: not on this machine, and not fetched), and sentences that are no errors."""
+    """What was found on the way: the model's outline (None:
+    not on this machine, and not fetched), and sentences that are no errors.
+    """
 
     facts: ModelFacts | None
     notes: tuple[str, ...]
@@ -51,10 +53,11 @@ def check(
 ) -> Checked:
     """Everything that can be known to be wrong before any weight is read. Raises ValueError, one sentence.
 
-    here: what this process runs, under its launcher's world size: checked are the model, the data and that. Without it, every cell of the
-    recipe on this machine's devices; methods left out by `sap --methods` must not stop the others. light: fetch nothing and do without torch;
-    what the model lacks here is a note, and its weights are held against its config by the sizes that the config names only. starts: whether
-    ranks are to be started here; `sap prepare` may run on a node that has fewer GPUs than the training's.
+    here: what this process runs, under its launcher's world size: checked are the model, the data and that. Without it,
+    every cell of the recipe on this machine's devices; methods left out by `sap --methods` must not stop the others.
+    light: fetch nothing and do without torch; what the model lacks here is a note, and its weights are held against its
+    config by the sizes that the config names only. starts: whether ranks are to be started here; `sap prepare` may run
+    on a node that has fewer GPUs than the training's.
     """
     base = experiment.base
     if here is not None or starts:
@@ -71,7 +74,8 @@ def check(
         check_start(field, train, experiment, cell)
         if train.packing and (attention := devices.attention(base.model)) != devices.FLASH:
             notes.append(
-                f"{field}.packing: attention {attention} works through a packed row whole; FlashAttention (docs/performance.md) does not"
+                f"{field}.packing: attention {attention} works through a packed row whole; "
+                "FlashAttention (docs/performance.md) does not"
             )
         if cell is not None:
             notes += _check_cell(cell, base, facts, ranks)
@@ -91,7 +95,9 @@ def _files(base: Recipe, notes: list[str]) -> ModelFacts | None:
 
 
 def _modules(base: Recipe) -> ModelFacts:
-    """The model by its files, held against the modules that transformers builds; fetched where it is not here (a hub model: its config)."""
+    """The model by its files, held against the modules that transformers builds;
+    fetched where it is not here (a hub model: its config).
+    """
     from pipeline.model.models import check_attention, check_weights, load_tokenizer, outline
 
     here = check_model(base)
@@ -134,7 +140,8 @@ def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) 
     train, pairs = resolved.train, resolved.safety_pairs
     if train.steps is not None and train.warmup_steps >= train.steps:
         notes.append(
-            f"train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so train.lr is never reached"
+            f"train.warmup_steps {train.warmup_steps} is not over within {train.steps} steps, so "
+            "train.lr is never reached"
         )
     notes = [f"method {cell.method}: {note}" for note in notes]
     note = (
@@ -146,7 +153,10 @@ def _check_cell(cell: Cell, base: Recipe, facts: ModelFacts | None, ranks: int) 
 
 
 def check_start(field: str, train: TrainSection, experiment: Experiment, cell: Cell | None) -> None:
-    """ValueError where the training is to start from a checkpoint that is not there or does not fit. Once it has its own, that may go."""
+    """ValueError where the training is to start from a checkpoint that is not there or does not fit.
+
+    Once it has its own, that may go.
+    """
     if train.resume_from is None:
         return
     layout = Layout(experiment)
@@ -178,17 +188,21 @@ def check_upstream(experiment: Experiment, stage: Stage, cell: Cell | None = Non
 def check_training(
     field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None, ranks: int
 ) -> None:
-    """ValueError where a training section does not go with the model, its quantization or the number of ranks. facts: None where not known."""
+    """ValueError where a training section does not go with the model, its quantization or the number of ranks.
+    facts: None where not known.
+    """
     check_engine(field, train, ranks)
     check_shares(f"{field}.batch_size", train.batch_size, ranks)
     if base.model.quantization == "nf4":
         if train.adapter == "full":
             raise ValueError(
-                f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to none, or {field}.adapter to lora"
+                f"{field}.adapter full cannot train weights in 4 bits: set model.quantization to "
+                f"none, or {field}.adapter to lora"
             )
         if not shards_4_bit(train.engine):
             raise ValueError(
-                f"{field}.engine fsdp2 cannot shard 4-bit weights with torch {version('torch')}: install torch {'.'.join(map(str, _SHARDS_INTEGERS))} or "
+                f"{field}.engine fsdp2 cannot shard 4-bit weights with torch {version('torch')}: "
+                f"install torch {'.'.join(map(str, _SHARDS_INTEGERS))} or "
                 f"newer, or set {field}.engine to zero3"
             )
         if facts is not None:
@@ -199,7 +213,8 @@ def check_training(
         _check_lora(field, train, base, facts)
     elif train.engine == "single" and devices.dtype(base.model.dtype) != "float32":
         raise ValueError(
-            f"{field}.adapter full with engine single has no float32 master for {devices.dtype(base.model.dtype)} weights: "
+            f"{field}.adapter full with engine single has no float32 master for "
+            f"{devices.dtype(base.model.dtype)} weights: "
             "set model.dtype to float32, or use engine zero3 or fsdp2"
         )
 
@@ -216,12 +231,14 @@ def check_quantisable(facts: ModelFacts) -> None:
     """ValueError for a model whose weights nf4 would not reach, or that are quantised already."""
     if facts.config.get("quantization_config") is not None:
         raise ValueError(
-            f"model.quantization nf4 needs unquantised weights, but those of {facts.label} are quantised: give the original model"
+            f"model.quantization nf4 needs unquantised weights, but those of {facts.label} are "
+            "quantised: give the original model"
         )
     expert = next((name for name in facts.tensors if ".experts." in name), None)
     if expert:  # files may hold them one by one: transformers stacks them while it loads
         raise ValueError(
-            f"model.quantization nf4 reaches linear layers only, and {facts.label} keeps experts in one tensor ({expert}): set it to none"
+            f"model.quantization nf4 reaches linear layers only, and {facts.label} keeps experts "
+            f"in one tensor ({expert}): set it to none"
         )
 
 

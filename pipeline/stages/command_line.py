@@ -80,7 +80,10 @@ def choose_cell(experiment: Experiment, method: str | None, seed: int | None) ->
 
 
 def run_stage(name: str, description: str) -> None:
-    """What launch/NAME.py does for a stage on ranks: this process is one of them. With --check it looks at the input only."""
+    """What launch/NAME.py does for a stage on ranks: this process is one of them.
+
+    With --check it looks at the input only.
+    """
     options, experiment = arguments(description, checkable=True)
     stage = STAGES[name]
     cell = choose_cell(experiment, options.method, options.seed) if stage.of_cells else None
@@ -89,7 +92,8 @@ def run_stage(name: str, description: str) -> None:
 
     checks.check(experiment, cell or "align", light=options.check)
     if options.check:
-        return checks.check_upstream(experiment, stage, cell)
+        checks.check_upstream(experiment, stage, cell)
+        return
     from pipeline.engines.open import leave
 
     stage.run(experiment, *([cell] if cell else []))

@@ -26,7 +26,9 @@ _USEFUL_FOR_SUMMARY = 24  # samples behind the direction's cosine with the usefu
 
 
 def direction(experiment: Experiment, cell: Cell) -> bool:
-    """g_s over all contrastive pairs at the initial weights, and its per-layer summary; with the initial adapter, where one is trained."""
+    """g_s over all contrastive pairs at the initial weights, and its per-layer summary;
+    with the initial adapter, where one is trained.
+    """
     layout = Layout(experiment)
     target = layout.direction(cell)
     if done_alone(target):

@@ -39,10 +39,12 @@ def complete_answers(
 ) -> list[Row]:
     """Rows whose response is None get the model's greedy answer, cut at its last whole sentence.
 
-    Rows that it leaves empty are dropped, and so are those that it refuses: they would teach to refuse what is harmless.
+    Rows that it leaves empty are dropped, and so are those that it refuses:
+    they would teach to refuse what is harmless.
 
-    Ranks share the work and all return the same rows, input_ids and labels filled in. They are published as `folder`, and read back where
-    it is sound: a resumed run trains on what the first one did. open_model is called where answers have to be generated.
+    Ranks share the work and all return the same rows, input_ids and labels filled in. They are published as `folder`,
+    and read back where it is sound: a resumed run trains on what the first one did. open_model is called where answers
+    have to be generated.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # rank 0 decides: a rank alone in the collective below would hang

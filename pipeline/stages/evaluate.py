@@ -27,10 +27,12 @@ from pipeline.training.product import load_adapter
 
 
 def evaluate(experiment: Experiment, subject: Subject, shard: PromptSlice = WHOLE) -> bool:
-    """Answers to harmful, harmless, ordinary and task prompts, also under attacks; refusals, exact match, test loss. One process.
+    """Answers to harmful, harmless, ordinary and task prompts, also under attacks; refusals, exact match, test loss.
 
-    shard: do this share of the prompts only. Whoever then finds all shares done merges them, so True says that the share is done, not that the
-    evaluation is complete. ValueError where there are more shards than harmful prompts.
+    One process.
+
+    shard: do this share of the prompts only. Whoever then finds all shares done merges them, so True says that the
+    share is done, not that the evaluation is complete. ValueError where there are more shards than harmful prompts.
     """
     layout = Layout(experiment)
     target = layout.evaluate(subject)
@@ -87,7 +89,9 @@ def _measure(
 
 
 def _merge(layout: Layout, subject: Subject, count: int) -> None:
-    """Make the evaluation of its `count` shards where all are complete, unless another process is at it; the work folder goes."""
+    """Make the evaluation of its `count` shards where all are complete,
+    unless another process is at it; the work folder goes.
+    """
     target = layout.evaluate(subject)
     work, parts = (
         layout.work(target),

@@ -17,7 +17,8 @@ def main() -> None:
         cached = (cache_folder() / ARCHIVES[name].file).is_file()
         path = archive(name)
         print(
-            f"[{number}/{len(ARCHIVES)}] {ARCHIVES[name].requirement} ({ARCHIVES[name].licence}) {'cached' if cached else 'fetched'}: {path}",
+            f"[{number}/{len(ARCHIVES)}] {ARCHIVES[name].requirement} ({ARCHIVES[name].licence}) "
+            f"{'cached' if cached else 'fetched'}: {path}",
             file=sys.stderr,
             flush=True,
         )

@@ -31,7 +31,10 @@ from pipeline.tracking.run import open_run
 
 
 def filter_data(experiment: Experiment, cell: Cell) -> bool:
-    """SAFT: which training samples to leave out, by the start model's hidden states. Where it refuses, it says so; training on it is an error."""
+    """SAFT: which training samples to leave out, by the start model's hidden states.
+
+    Where it refuses, it says so; training on it is an error.
+    """
     layout, saft = Layout(experiment), cell.recipe.saft
     target = layout.filter(cell)
     if done_alone(target):

@@ -41,7 +41,9 @@ _ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "b
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to evaluate: a model folder or hub id, with or without an adapter. trained: folder of the stage whose product it is."""
+    """Something to evaluate: a model folder or hub id, with or without an adapter. trained:
+    folder of the stage whose product it is.
+    """
 
     name: str
     seed: int | None
@@ -79,19 +81,25 @@ class Layout:
         return self.root / f"prompts-{self._prompts_hash()}"
 
     def align(self) -> Path:
+        """The aligned model's folder."""
         return self.root / f"align-{self._align_hash()}"
 
     def embeddings(self, cell: Cell) -> Path:
-        """The training samples' embeddings: what is filtered by is not in the name, so another threshold reads them again."""
+        """The training samples' embeddings: what is filtered by is not in the name,
+        so another threshold reads them again.
+        """
         return self.root / f"embeddings-{self._embeddings_hash(cell)}"
 
     def filter(self, cell: Cell) -> Path:
+        """The folder of what a defence's filter leaves of the task, with its facts."""
         return self.root / f"filter-{self._filter_hash(cell)}"
 
     def direction(self, cell: Cell) -> Path:
+        """The safety direction's folder."""
         return self.root / f"direction-s{cell.seed}-{self._direction_hash(cell)}"
 
     def train(self, cell: Cell) -> Path:
+        """The folder of the cell's trained weights."""
         return self.root / f"train-{cell.method}-s{cell.seed}-{self.train_hash(cell)}"
 
     def work(self, target: Path) -> Path:
@@ -99,6 +107,7 @@ class Layout:
         return target.with_name(f".{target.name}.work")
 
     def evaluate(self, subject: Subject) -> Path:
+        """The folder of a subject's answers and measures."""
         seed = "" if subject.seed is None else f"-s{subject.seed}"
         evaluate = self.base.evaluate
         # in the prompts' hash
@@ -127,6 +136,7 @@ class Layout:
         return self.work(target) / f"shard-{index}-of-{count}"
 
     def report(self) -> Path:
+        """The report's folder, named by the evaluations that it shows."""
         folders = [self.evaluate(subject).name for subject in self.subjects()]
         return self.root / f"report-{_short([_REPORT, folders])}"
 
@@ -139,9 +149,11 @@ class Layout:
         )
 
     def needs_direction(self, cell: Cell) -> bool:
+        """Whether the cell's training reads a direction that a stage makes."""
         return _made(cell, "direction")
 
     def needs_filter(self, cell: Cell) -> bool:
+        """Whether the cell's training reads a filter that a stage makes."""
         return _made(cell, "filter")
 
     def of_defences(self, stage: str) -> bool:
@@ -169,6 +181,7 @@ class Layout:
             yield self.subject(cell)
 
     def subject(self, cell: Cell) -> Subject:
+        """What is evaluated of a cell: its trained weights, on what they started from."""
         trained, full = self.train(cell), cell.recipe.train.adapter == "full"
         model, adapter = (
             (str(trained / "model"), None) if full else (self.start_model(), trained / "adapter")
@@ -176,6 +189,7 @@ class Layout:
         return Subject(cell.method, cell.seed, model, adapter, self.train_hash(cell), trained)
 
     def train_hash(self, cell: Cell) -> str:
+        """The hash of all that decides the cell's trained weights."""
         recipe = cell.recipe
         parts: list[Any] = [
             _FORMAT,
@@ -194,7 +208,8 @@ class Layout:
     def basis(self, cell: Cell | None) -> dict[str, Any]:
         """What a checkpoint of a training fits on, by the recipe's fields; of the alignment's without a cell. JSON.
 
-        A method's whole section is: what it carries from step to step (V and its scale, a direction, an average) was made with it.
+        A method's whole section is: what it carries from step to step (V and its scale, a direction,
+        an average) was made with it.
         """
         recipe, train = (
             (self.base, self.base.align.train) if cell is None else (cell.recipe, cell.recipe.train)
@@ -217,9 +232,17 @@ class Layout:
         kept = {"the direction stage": self._direction_hash(cell)} if never else {}
         return {
             "format": _FORMAT,
-            "the start model (with model.dtype, model.attention and align)": _short(self._weights()) if cell is None else self._start_hash(),
-            "train.engine": train.engine, "train.adapter": train.adapter, **lora, "methods": list(methods), **methods, **drawing, **kept,
-        }  # fmt: skip
+            "the start model (with model.dtype, model.attention and align)": (
+                _short(self._weights()) if cell is None else self._start_hash()
+            ),
+            "train.engine": train.engine,
+            "train.adapter": train.adapter,
+            **lora,
+            "methods": list(methods),
+            **methods,
+            **drawing,
+            **kept,
+        }
 
     def _embeddings_hash(self, cell: Cell) -> str:
         saft = cell.recipe.saft

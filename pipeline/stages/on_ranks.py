@@ -1,4 +1,5 @@
-"""What the stages on ranks share: who makes a folder, the engine that a cell starts from, and how a folder is published together.
+"""What the stages on ranks share: who makes a folder, the engine that a cell starts from,
+and how a folder is published together.
 
 A stage's function returns True when its folder is complete afterwards. Present and complete: it returns at once
 (docs/stages.md says what a change of the recipe runs again). Interrupted: nothing half-written is ever read. Upstream
@@ -45,18 +46,24 @@ def inputs_of(layout: Layout, *folders: Path) -> dict[str, Any]:
 
 
 def verify_upstream(layout: Layout) -> None:
+    """ValueError where the data, or the aligned model where there is one, is not what was published."""
     artifacts.verify(layout.prepare())
     if layout.base.align.enabled:
         artifacts.verify(layout.align())
 
 
 def done_alone(target: Path) -> bool:
-    """Whether a process alone finds it complete. Ranks decide together (`claimed_together`): on two nodes a shared folder may look different for a while."""
+    """Whether a process alone finds it complete.
+
+    Ranks decide together (`claimed_together`): on two nodes a shared folder may look different for a while.
+    """
     return environment()[1] == 1 and artifacts.complete(target)
 
 
 def claimed_together(target: Path, train_section: TrainSection) -> bool:
-    """Let the ranks meet, and hold `target` until this process ends. False where it is complete by now: another run was faster.
+    """Let the ranks meet, and hold `target` until this process ends.
+
+    False where it is complete by now: another run was faster.
 
     All ranks raise Busy where another run holds it.
     """
@@ -114,10 +121,12 @@ def start_engine(
 
 
 def told_to(label: str, step: Step, run: Run) -> list[Callback]:
+    """The callbacks that say and log how a training goes."""
     return [Console(label, step.summary_keys), Tracked(run)]
 
 
 def watched(train_section: TrainSection, engine: Engine) -> Callback:
+    """The callback that ends a training which hangs (train.watchdog_seconds)."""
     return Watched(train_section.watchdog_seconds, engine.rank)
 
 
@@ -125,7 +134,9 @@ def watched(train_section: TrainSection, engine: Engine) -> Callback:
 def publishing(
     engine: Engine, layout: Layout, target: Path, inputs: dict[str, Any]
 ) -> Iterator[Path]:
-    """artifacts.building for a stage of several ranks: all enter and leave together, rank 0 publishes and clears the work folder."""
+    """artifacts.building for a stage of several ranks: all enter and leave together,
+    rank 0 publishes and clears the work folder.
+    """
     folder, work = target.with_name(f".{target.name}.tmp"), layout.work(target)
     try:
         with naming(target):
@@ -153,5 +164,6 @@ def publishing(
 
 
 def say(engine: Engine, text: str) -> None:
+    """Print a line to stderr, on the first rank alone."""
     if engine.rank == 0:
         print(text, file=sys.stderr, flush=True)

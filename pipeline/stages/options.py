@@ -51,7 +51,8 @@ def parser(
     result.add_argument("--method", help="only this method of the recipe")
     result.add_argument(
         "--methods",
-        help="the recipe as if it had these methods only, e.g. sft,sap (a grid: the name before its settings): a report of its own",
+        help="the recipe as if it had these methods only, e.g. sft,sap (a grid: the name before its "
+        "settings): a report of its own",
     )
     result.add_argument(
         "--stage", dest="of_stage", choices=list(stages), help="for status: only this stage"
@@ -98,7 +99,10 @@ def parser(
 def opened(
     parser: argparse.ArgumentParser, stages: Mapping[str, Stage], argv: list[str]
 ) -> tuple[argparse.Namespace, Experiment]:
-    """The options, and the recipe with its overrides and the methods that are asked for. ValueError for what does not go together."""
+    """The options, and the recipe with its overrides and the methods that are asked for.
+
+    ValueError for what does not go together.
+    """
     options, rest = parser.parse_known_args(argv)
     for name in ("method", "methods", "resume_from"):
         if getattr(options, name) == "":  # a variable of a script that is not set
@@ -125,7 +129,8 @@ def opened(
         len(experiment.base.seeds) > 1 or not (options.method or len(experiment.base.methods) == 1)
     ):
         raise ValueError(
-            "--resume-from applies to one training: `sap train RECIPE --method M --seed S --resume-from FOLDER@STEP`, and so for later stages"
+            "--resume-from applies to one training: `sap train RECIPE --method M --seed S "
+            "--resume-from FOLDER@STEP`, and so for later stages"
         )
     if options.method and experiment.base.train.resume_from is not None:
         experiment = experiment.only([options.method])  # the others do not start from it
@@ -142,7 +147,7 @@ def _check_belongs(
             many = "commands that look at cells" if "doctor" in takers else "stages that run"
             where = (
                 many
-                if "run" in takers and "status" not in takers or "doctor" in takers
+                if ("run" in takers and "status" not in takers) or "doctor" in takers
                 else " and ".join(f"`sap {taker}`" for taker in takers)
             )
             raise ValueError(

@@ -48,7 +48,10 @@ def _told(facts: dict[str, Any]) -> str:
     """How many samples there are, and what was cut, in one line. What was left out has been said (data/dropped.py)."""
     counts = facts["samples"]
     parts = [
-        f"{counts['task_train']} to train on, {counts['task_validation']} to validate, {counts['task_test']} to test; {counts['safety_pairs']} safety pairs"
+        (
+            f"{counts['task_train']} to train on, {counts['task_validation']} to validate, "
+            f"{counts['task_test']} to test; {counts['safety_pairs']} safety pairs"
+        )
     ]
     cut = {
         field: found["truncated"]

@@ -33,6 +33,7 @@ class Unit:
 
     @property
     def state(self) -> str:
+        """`complete`, `step N` where a checkpoint of step N is there, or `missing`."""
         if artifacts.complete(self.folder):
             return "complete"
         steps = [
@@ -42,6 +43,7 @@ class Unit:
         return f"step {max(steps)}" if steps else "missing"
 
     def line(self) -> str:
+        """A row of `sap status`: its fields with tabs between them."""
         return "\t".join(
             (
                 self.stage,
@@ -64,16 +66,18 @@ def _all_at_once(layout: Layout, units: Sequence[Unit]) -> Sequence[Sequence[Uni
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the chain. It makes a folder for each of its units, and returns True where that is complete afterwards.
+    """A stage of the chain.
+
+    It makes a folder for each of its units, and returns True where that is complete afterwards.
 
     units(layout): in the order in which they are made; of none the recipe has no such stage. needs: stages that must be
     complete before; of those that belong to a defence, what a training reads (Layout.read_by). also(layout): folders
     that it makes beside its units', and that nothing of `needs` waits for.
 
-    where: how it runs. here: in the process of `sap`, as run(experiment). ranks: launch/NAME.py on the ranks of the unit's
-    training. alone: launch/NAME.py in processes that have nothing to do with each other. of_cells: whether units are of a
-    (method, seed). saves: whether it goes on from a checkpoint when it was asked to leave. waves(layout, units): those of
-    a wave may be made side by side, and the next wave comes after.
+    where: how it runs. here: in the process of `sap`, as run(experiment). ranks: launch/NAME.py on the ranks of the
+    unit's training. alone: launch/NAME.py in processes that have nothing to do with each other. of_cells: whether units
+    are of a (method, seed). saves: whether it goes on from a checkpoint when it was asked to leave. waves(layout,
+    units): those of a wave may be made side by side, and the next wave comes after.
     """
 
     name: str

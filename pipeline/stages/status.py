@@ -1,11 +1,13 @@
-"""How far an experiment is: one line for every folder that its stages write. Needs no torch and no GPU, and reads weights once
-at the most, to know them by their content (digests.py).
+"""How far an experiment is: one line for every folder that its stages write.
+
+Needs no torch and no GPU, and reads weights once at the most, to know them by their content (digests.py).
 
     sap status launch/recipes/demo.yaml
     sap status launch/recipes/demo.yaml --stage train --method sap --seed 0
 
-Tab-separated columns, also for scripts (slurm/ reads them): stage, method, seed ("-" where a stage has none), state, folder, work folder.
-State: complete | step N (unfinished, goes on after step N) | missing. Lines that begin with # are for people.
+Tab-separated columns, also for scripts (slurm/ reads them): stage, method, seed ("-" where a stage has none), state,
+folder, work folder. State: complete | step N (unfinished, goes on after step N) | missing. Lines that begin with # are
+for people.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ from pipeline.training.product import save_product
 
 
 def train(experiment: Experiment, cell: Cell) -> bool:
-    """Fine-tune one cell; the product is a PEFT adapter, or a model folder. False when a stop was requested first (run it again to go on)."""
+    """Fine-tune one cell; the product is a PEFT adapter, or a model folder.
+
+    False when a stop was requested first (run it again to go on).
+    """
     layout = Layout(experiment)
     target = layout.train(cell)
     if done_alone(target):
@@ -58,7 +61,8 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     )  # fmt: skip
     label = f"{cell.method} s{cell.seed}"
     with open_run(layout, f"{cell.method}-s{cell.seed}", target.name, engine.rank, cell) as run:
-        # Its checkpoints are another run's where what it was made from has become another: the start model, aligned again on a GPU.
+        # Its checkpoints are another run's where what it was made from has become another:
+        # the start model, aligned again on a GPU.
         identity = artifacts.digest([target.name, inputs])
         work, basis = (
             layout.work(target),

@@ -37,8 +37,12 @@ _OF_CONNECTIONS = frozenset(
         errno.EPIPE,
         errno.ENETDOWN,
         errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ETIMEDOUT,
+        errno.EADDRINUSE,
+        errno.EADDRNOTAVAIL,
     )
-    + (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 )
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there" + _OTHER_FOLDER),
@@ -78,20 +82,33 @@ BY_THE_INPUT = frozenset(
 )
 # What no program can be at fault for: it counts also where a library has put an exception of its own on top.
 OF_THE_MACHINE = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
-    + (errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.EFBIG,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+    )
 )
 
 
 class BrokenFile(OSError):
-    """A file of weights that is not whole: a disk's error, or of who copied it, and none of the system. Its text names it."""
+    """A file of weights that is not whole: a disk's error, or of who copied it, and none of the system.
+
+    Its text names it.
+    """
 
 
 def behind(error: BaseException | None) -> OSError | None:
     """What of the system is behind an exception; None for any other, as for a fault of ours.
 
-    What it was raised from (`raise ... from`) counts where a machine does it to any program: a full disk, and not a file
-    that is not there.
+    What it was raised from (`raise ... from`) counts where a machine does it to any program:
+    a full disk, and not a file that is not there.
     """
     found, of_the_top = None, True
     while error is not None and found is None:
@@ -103,7 +120,9 @@ def behind(error: BaseException | None) -> OSError | None:
 
 
 def passes(error: BaseException) -> OSError | None:
-    """What is behind an error that says nothing of the input: it may pass, or not be there on another machine; else None."""
+    """What is behind an error that says nothing of the input:
+    it may pass, or not be there on another machine; else None.
+    """
     found = behind(error)
     if found is None or isinstance(found, BrokenFile):
         return found
@@ -174,7 +193,7 @@ def _of_a_connection(error: OSError) -> bool:
 
 def _in_a_folder() -> bool:
     try:
-        os.getcwd()
+        Path.cwd()
     except FileNotFoundError:
         return False
     return True
@@ -182,7 +201,9 @@ def _in_a_folder() -> bool:
 
 @contextlib.contextmanager
 def reading_input() -> Iterator[None]:
-    """Inside the block, before anything runs, a file that cannot be read by the input's fault is a ValueError of one sentence."""
+    """Inside the block, before anything runs, a file that cannot be read by the input's fault is a
+    ValueError of one sentence.
+    """
     try:
         yield
     except OSError as error:

@@ -6,6 +6,7 @@ import html
 
 
 def as_text(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """The table in aligned columns of plain text."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(row):
@@ -20,11 +21,14 @@ def as_text(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 
 def as_markdown(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """The table in Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def as_html(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """The table in HTML, its cells escaped."""
+
     def cells(row, tag):
         return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
 

@@ -2,9 +2,10 @@
 
     Store(uri, output_dir, warn).deliver(Path("runs/demo/tracking/train-sap-s0-1a2b3c4d.jsonl"))
 
-An outbox (run.py writes it) holds one JSON entry a line. Beside it, `<key>.delivered` says for each store how far it was delivered,
-so that every store gets every entry once. Where a process dies between a request and its mark there, the request is sent again and changes
-nothing: a metric's step and an event's number, and the time of both, stand in the entry.
+An outbox (run.py writes it) holds one JSON entry a line. Beside it, `<key>.delivered` says for each store how far it
+was delivered, so that every store gets every entry once. Where a process dies between a request and its mark there, the
+request is sent again and changes nothing: a metric's step and an event's number, and the time of both, stand in the
+entry.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ METRICS_PER_REQUEST = 900  # MLflow takes 1,000
 
 
 class Store:
-    """An MLflow store; to open one that does not answer raises whatever MLflow raises. `warn(name, text)` is told what is left out."""
+    """An MLflow store; to open one that does not answer raises whatever MLflow raises.
+
+    `warn(name, text)` is told what is left out.
+    """
 
     def __init__(self, uri: str, output_dir: Path, warn: Callable[[tuple[str, ...], str], None]):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
@@ -83,7 +87,9 @@ class Store:
             artifacts.write_json(remembered, states)
 
     def _lost(self, run_id: str, waits: bool) -> bool:
-        """Whether the run is gone with its database, or was deleted while there is more for it (one that is done stays deleted)."""
+        """Whether the run is gone with its database, or was deleted while there is more for it
+        (one that is done stays deleted).
+        """
         from mlflow.exceptions import MlflowException
 
         try:
@@ -188,7 +194,8 @@ class Store:
 def _create(database: Path) -> None:
     """Make the tables in a file beside the database, which is then there with all of them or not at all.
 
-    MLflow makes them one after another: a kill or a full disk on the way would leave a database that is refused ever after.
+    MLflow makes them one after another: a kill or a full disk on the way would leave a database
+    that is refused ever after.
     """
     import mlflow
 
@@ -222,12 +229,16 @@ def _whole(outbox: Path) -> int:
 
 
 def _store_name(uri: str, output: Path) -> str:
-    """The store's name in .delivered: without its login and its place on this machine, which may both change while it stays the same."""
+    """The store's name in .delivered: without its login and its place on this machine,
+    which may both change while it stays the same.
+    """
     return artifacts.digest(redact(uri.replace(str(output), "<output_dir>")))[:16]
 
 
 def _remembered(path: Path) -> dict[str, dict[str, Any]]:
-    """How far an outbox was delivered, by store; nothing of what is damaged: all is sent again then, which changes nothing."""
+    """How far an outbox was delivered, by store; nothing of what is damaged:
+    all is sent again then, which changes nothing.
+    """
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError, RecursionError):
@@ -283,7 +294,9 @@ def decode(line: bytes) -> dict[str, Any] | None:
 
 
 def _batches(lines: list[bytes]) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Entries of one request (metrics, or one of another kind) and the bytes they take; lines that cannot be read only take bytes."""
+    """Entries of one request (metrics, or one of another kind) and the bytes they take;
+    lines that cannot be read only take bytes.
+    """
     entries: list[dict[str, Any]] = []
     count = size = 0
     for line in lines:

@@ -3,10 +3,11 @@
     with open_run(layout, "sap-s0", key="train-sap-s0-1a2b3c4d", cell=cell) as run:
         run.log_metrics({"train/loss": 1.0}, step=1)
 
-One parent run per experiment; one child per (method, seed), to which training and evaluation both log, so that parameters and scores
-stand in one row; one child per shared stage. Every entry is first appended to an outbox, `<experiment>/tracking/<key>.jsonl`; a thread
-delivers it (mlflow_store.py). A dead or slow server costs one warning and no time: what it missed stays in the outbox and is delivered by
-the next stage that reaches it, by any other command of stages, or by `sap track`.
+One parent run per experiment; one child per (method, seed), to which training and evaluation both log, so that
+parameters and scores stand in one row; one child per shared stage. Every entry is first appended to an outbox,
+`<experiment>/tracking/<key>.jsonl`; a thread delivers it (mlflow_store.py). A dead or slow server costs one warning and
+no time: what it missed stays in the outbox and is delivered by the next stage that reaches it, by any other command of
+stages, or by `sap track`.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ class Folders(Protocol):
     base: Recipe
     root: Path
 
-    def prepare(self) -> Path: ...
+    def prepare(self) -> Path:
+        """The folder of the prepared data."""
 
-    def prompts(self) -> Path: ...
+    def prompts(self) -> Path:
+        """The folder of the prompts to evaluate on."""
 
 
 class Run:
@@ -67,7 +70,9 @@ class Run:
         """Upload a file (kept where it is; it is read when it is delivered)."""
 
     def event(self, text: str) -> None:
-        """Something that happened to the run (stopped, resumed, requeued), one short sentence: a tag, event.001 and so on, with its time."""
+        """Something that happened to the run (stopped, resumed, requeued), one short sentence:
+        a tag, event.001 and so on, with its time.
+        """
 
     def stopped(self) -> None:
         """The stage stops on request before its work is done: the run ends as KILLED, not FINISHED."""
@@ -241,7 +246,9 @@ def _acts(name: str, resolved: Recipe) -> bool:
 
 
 def _data_tags(prepared: Path) -> dict[str, str]:
-    """The prepared data's folder and, once it is complete, the digest of its files' digests: the same data, the same digest."""
+    """The prepared data's folder and, once it is complete, the digest of its files' digests:
+    the same data, the same digest.
+    """
     tags = {"data": prepared.name}
     if artifacts.complete(prepared):
         with contextlib.suppress(ValueError):  # a damaged manifest is for the stage to refuse
@@ -305,20 +312,23 @@ class _Sender:
             self.closing.wait(2.0)  # let a few steps gather
 
     def _deliver_all(self) -> bool:
-        """Deliver what waits; False where the store is not reached. An outbox that the store refuses does not keep the others waiting."""
+        """Deliver what waits; False where the store is not reached.
+
+        An outbox that the store refuses does not keep the others waiting.
+        """
         # MLflow's stores raise whatever their backends do; training must not care: hence every Exception.
         try:
             self.store = self.store or Store(store_uri(self.base), self.base.output_dir, _warn_once)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._warn(_first_line(error))
             return False
         for outbox in sorted(self.folder.glob("*.jsonl")):
             try:
                 self.store.deliver(outbox)
-            except Exception as refusal:  # noqa: BLE001
+            except Exception as refusal:
                 try:
                     self.store.probe()
-                except Exception as error:  # noqa: BLE001
+                except Exception as error:
                     self.store = None
                     self._warn(_first_line(error))
                     return False

@@ -1,9 +1,10 @@
 """Checkpoints of a run: complete, verified, the last two kept.
 
-A checkpoint is a published artefact folder (manifest, sha256 of every file, marker last) holding the engine's state with the step's sharded
-vectors (the direction), the step's other state (V, its scale, ages), the position, and the run's metrics so far. Nothing in it depends on the
-number of ranks, so another number can go on. `load_latest` skips a damaged one with a warning and takes the one before it. What is
-not finite is neither written nor read: a run would go on from it for ever.
+A checkpoint is a published artefact folder (manifest, sha256 of every file, marker last) holding the engine's state
+with the step's sharded vectors (the direction), the step's other state (V, its scale, ages), the position, and the
+run's metrics so far. Nothing in it depends on the number of ranks, so another number can go on. `load_latest` skips a
+damaged one with a warning and takes the one before it. What is not finite is neither written nor read: a run would go
+on from it for ever.
 """
 
 from __future__ import annotations
@@ -30,15 +31,20 @@ ORIGIN = "started_from.json"
 
 
 class Stateful(Protocol):
-    """What carries tensors from step to step: some the same on every rank, some sharded as the engine shards its weights."""
+    """What carries tensors from step to step: some the same on every rank,
+    some sharded as the engine shards its weights.
+    """
 
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What it carries, the same on every rank."""
 
-    def vectors(self) -> dict[str, ShardedVector]: ...
+    def vectors(self) -> dict[str, ShardedVector]:
+        """What it carries of the trained weights' size, this rank's shard of it."""
 
     def load_state_dict(
         self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
-    ) -> None: ...
+    ) -> None:
+        """Take back what `state_dict` and `vectors` gave."""
 
 
 class Carried:
@@ -51,6 +57,7 @@ class Carried:
         assert len(self.parts) == 1 + len(callbacks), "two callbacks of one class"
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """All parts' state under their names."""
         return {
             prefix + key: value
             for prefix, part in self.parts.items()
@@ -58,6 +65,7 @@ class Carried:
         }
 
     def vectors(self) -> dict[str, ShardedVector]:
+        """All parts' vectors under their names."""
         return {
             prefix + key: value
             for prefix, part in self.parts.items()
@@ -67,6 +75,7 @@ class Carried:
     def load_state_dict(
         self, state: dict[str, torch.Tensor], vectors: dict[str, ShardedVector]
     ) -> None:
+        """Give every part back its own."""
         for prefix, part in self.parts.items():
             part.load_state_dict(self._of(prefix, state), self._of(prefix, vectors))
 
@@ -81,12 +90,14 @@ class Carried:
 
 
 def save(
-    engine: Engine, step: Stateful, root: Path, number: int, identity: str, metrics: Path | None = None, basis: dict[str, Any] | None = None,
+    engine: Engine, step: Stateful, root: Path, number: int, identity: str, metrics: Path | None = None,
+    basis: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write the state after `number` steps. identity: digest of what the run is; a checkpoint of another run is refused.
+    """Write the state after `number` steps. identity: digest of what the run is;
+    a checkpoint of another run is refused.
 
-    metrics: the file that grows with the run, of which a copy is kept. basis: what a run must have in common with this one to start from here
-    (`start_from`), by the recipe's fields, as JSON. ValueError where the state is not finite.
+    metrics: the file that grows with the run, of which a copy is kept. basis: what a run must have in common with this
+    one to start from here (`start_from`), by the recipe's fields, as JSON. ValueError where the state is not finite.
     """
     target, temporary = root / f"step-{number:06d}", root / f".step-{number:06d}.tmp"
     what = _not_finite(engine, step)
@@ -105,7 +116,8 @@ def save(
         with leaving_together(), naming(root):
             engine.save(temporary / "engine", vectors)
         state = {
-            "step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors), "basis": basis or {},
+            "step": number, "world_size": engine.world_size, "identity": identity, "vectors": list(vectors),
+            "basis": basis or {},
         }  # fmt: skip
         with leaving_together():
             if engine.rank == 0:
@@ -139,7 +151,8 @@ def load_latest(
 ) -> int:
     """Restore the newest sound checkpoint, of any world size; returns the number of steps done, 0 where there is none.
 
-    metrics: the file of which `save` kept a copy; it becomes that copy. ValueError where the checkpoint is another run's, or not finite.
+    metrics: the file of which `save` kept a copy; it becomes that copy.
+    ValueError where the checkpoint is another run's, or not finite.
     """
     choice = from_first(_newest(root) if engine.rank == 0 else None)
     if choice is None:
@@ -147,7 +160,8 @@ def load_latest(
     folder, state = choice
     if state["identity"] != identity:
         raise ValueError(
-            f"{folder} belongs to another run, or to this one on another start model or other data: delete {root} to begin again"
+            f"{folder} belongs to another run, or to this one on another start model or other "
+            f"data: delete {root} to begin again"
         )
     return _load(engine, step, folder, state, metrics)
 
@@ -155,10 +169,12 @@ def load_latest(
 def start_from(
     engine: Engine, step: Stateful, given: Path, basis: dict[str, Any], steps: int, metrics: Path
 ) -> int:
-    """Restore a checkpoint of another run, given as FOLDER@STEP; returns STEP. ValueError, on all ranks, where it does not go with this one.
+    """Restore a checkpoint of another run, given as FOLDER@STEP; returns STEP.
 
-    basis: what this run's own checkpoints fit on (`save`). steps: of this run. metrics: becomes the other run's, up to there; beside it is
-    written what was started from.
+    ValueError, on all ranks, where it does not go with this one.
+
+    basis: what this run's own checkpoints fit on (`save`). steps: of this run. metrics: becomes the other run's, up to
+    there; beside it is written what was started from.
     """
     folder = state = sentence = None
     with leaving_together():

@@ -32,10 +32,12 @@ def step_of(folder: Path) -> int:
 def start_checkpoint(
     given: Path, basis: dict[str, Any], steps: int | None = None, names: Sequence[str] = ()
 ) -> Path:
-    """The folder of the checkpoint that FOLDER@STEP names. ValueError where it is not there, is damaged, or does not fit.
+    """The folder of the checkpoint that FOLDER@STEP names.
 
-    basis: what the run that starts from it fits on, by the recipe's fields; the checkpoint must have been written on the same. steps: of that
-    run, where they are known. names: the files that are looked at, where not all are.
+    ValueError where it is not there, is damaged, or does not fit.
+
+    basis: what the run that starts from it fits on, by the recipe's fields; the checkpoint must have been written on
+    the same. steps: of that run, where they are known. names: the files that are looked at, where not all are.
     """
     folder = _named(given)
     number = step_of(folder)
@@ -52,12 +54,14 @@ def start_checkpoint(
     # the names of what it holds may be others
     if not written or written.get("format") != basis.get("format"):
         raise ValueError(
-            f"resume_from names {folder}, whose checkpoints have another form: another version has written it, so begin without"
+            f"resume_from names {folder}, whose checkpoints have another form: another version has "
+            "written it, so begin without"
         )
     for field, own in basis.items():
         if written.get(field) != own:
             raise ValueError(
-                f"resume_from names {folder}, whose run does not go with this one: {_difference(field, written.get(field), own)}; make it the same"
+                f"resume_from names {folder}, whose run does not go with this one: "
+                f"{_difference(field, written.get(field), own)}; make it the same"
             )
     return folder
 
@@ -79,7 +83,9 @@ def _named(given: Path) -> Path:
 
 
 def _difference(field: str, there: Any, here: Any) -> str:
-    """What differs: of a section its first field that does; of what is no field ("the start model") no more than that."""
+    """What differs: of a section its first field that does;
+    of what is no field ("the start model") no more than that.
+    """
     if field.startswith("the "):
         return f"{field} is another one"
     if isinstance(there, dict) and isinstance(here, dict):

@@ -1,7 +1,7 @@
 """The training loop around any step: schedule, validation, logging, checkpoints, leaving in order.
 
-loop = Loop(engine, PlainStep(engine), data, recipe.train, seed=0, folder=Path("work"), identity="...", callbacks=[Console("sft")])
-finished = loop.run()
+loop = Loop(engine, PlainStep(engine), data, recipe.train, seed=0, folder=Path("work"), identity="...",
+callbacks=[Console("sft")]) finished = loop.run()
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Loop:
     """Runs `step` from where the last checkpoint left off to the end, or to a stop request."""
 
     def __init__(
-        self, engine: Engine, step: Step, data: TrainingData, train: TrainSection, seed: int, folder: Path, identity: str,
-        callbacks: Sequence[Callback] = (), basis: dict[str, Any] | None = None,
+        self, engine: Engine, step: Step, data: TrainingData, train: TrainSection, seed: int, folder: Path,
+        identity: str, callbacks: Sequence[Callback] = (), basis: dict[str, Any] | None = None,
     ):  # fmt: skip
         """identity, basis: of its checkpoints (checkpoint.save). callbacks: called in this order."""
         self.engine, self.step, self.data, self.train, self.seed = engine, step, data, train, seed
@@ -119,9 +119,11 @@ class Loop:
             self.engine, self.state, self.checkpoints, self.identity, self.metrics_file
         )
         if not done and saved_before():
-            # Every checkpoint is damaged, or this node does not see them: to begin again without a word would throw all of that work away.
+            # Every checkpoint is damaged, or this node does not see them:
+            # to begin again without a word would throw all of that work away.
             raise RuntimeError(
-                f"the job had saved step {saved_before()} in {self.checkpoints}, but no checkpoint there can be read: delete it to begin again"
+                f"the job had saved step {saved_before()} in {self.checkpoints}, but no checkpoint "
+                "there can be read: delete it to begin again"
             )
         if not done and self.engine.rank == 0:
             self.metrics_file.unlink(missing_ok=True)  # of steps that run again
@@ -170,7 +172,8 @@ class Loop:
         for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
             if not math.isfinite(metrics[key]):
                 raise ValueError(
-                    f"the {what} is {metrics[key]} at step {number + 1}, before the update: lower train.lr (now {self.train.lr}) or check the data"
+                    f"the {what} is {metrics[key]} at step {number + 1}, before the update: lower "
+                    f"train.lr (now {self.train.lr}) or check the data"
                 )
         skipped = self._skipped(metrics, number)
         if skipped:
@@ -188,7 +191,10 @@ class Loop:
         return asked
 
     def _skipped(self, metrics: dict[str, float], number: int) -> bool:
-        """Whether the update is left out, because of a spike. ValueError where that ends the training. All ranks see the same numbers."""
+        """Whether the update is left out, because of a spike.
+
+        ValueError where that ends the training. All ranks see the same numbers.
+        """
         spike = self.spikes.seen(metrics, number)
         if spike is None:
             return False
@@ -202,7 +208,8 @@ class Loop:
             raise ValueError(f"{spike} at step {number + 1}, before the update: {way_on}")
         if skip and self.spikes.in_a_row >= _MOST_SKIPPED:
             raise ValueError(
-                f"the last {_MOST_SKIPPED} steps were spikes, whose updates are left out, and nothing is learned any more: {way_on}"
+                f"the last {_MOST_SKIPPED} steps were spikes, whose updates are left out, and "
+                f"nothing is learned any more: {way_on}"
             )
         return skip
 

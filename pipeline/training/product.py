@@ -1,10 +1,12 @@
-"""Products of a run, in safetensors, re-opened and checked before they count: a PEFT adapter, a merged model, or a fully trained one.
+"""Products of a run, in safetensors, re-opened and checked before they count:
+a PEFT adapter, a merged model, or a fully trained one.
 
     save_adapter(engine, "models/base", Path("adapter"))      # PeftModel.from_pretrained(model, "adapter") loads it
-    save_merged(engine, source, recipe.model, Path("merged"), tokenizer)     # AutoModelForCausalLM.from_pretrained("merged"), vLLM
+    save_merged(engine, source, recipe.model, Path("merged"), tokenizer)     # AutoModelForCausalLM, vLLM
     save_model(engine, source, recipe.model, Path("model"), tokenizer)       # the same of all weights trained
 
-Models are streamed: rank 0 holds the tensors of one file (5 GB) at a time, whatever the model's size. All functions are collective calls.
+Models are streamed: rank 0 holds the tensors of one file (5 GB) at a time, whatever the model's size.
+All functions are collective calls.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from pipeline.system.system_errors import naming
 
 
 def save_product(
-    engine: Engine, train: TrainSection, source: str, section: ModelSection, folder: Path, tokenizer: PreTrainedTokenizerBase,
-    merged: str | None = None,
+    engine: Engine, train: TrainSection, source: str, section: ModelSection, folder: Path,
+    tokenizer: PreTrainedTokenizerBase, merged: str | None = None,
 ) -> None:  # fmt: skip
     """What a stage leaves of a model that started as `source`: folder/model of all weights, or folder/adapter.
 
@@ -61,7 +63,10 @@ def save_gathered(
 
 
 def save_adapter(engine: Engine, base_model: str, folder: Path) -> None:
-    """Gather the adapter and write it as PEFT does, on rank 0. AssertionError where the file does not hold what was trained."""
+    """Gather the adapter and write it as PEFT does, on rank 0.
+
+    AssertionError where the file does not hold what was trained.
+    """
     gathered = engine.gather(engine.weights())
     if engine.rank == 0:
         _write_adapter(engine.module, gathered, base_model, folder)
@@ -110,9 +115,9 @@ def save_merged(
 ) -> None:
     """Add the trained adapter to the model at `source` and write the sum as a model folder, in model.dtype.
 
-    It is added to the original weights, also where training saw them in 4 bits (model.quantization nf4): the product does not carry the
-    rounding, and is not exactly the model that was trained. An adapted head that shared the embedding's weight becomes
-    one of its own.
+    It is added to the original weights, also where training saw them in 4 bits (model.quantization nf4): the product
+    does not carry the rounding, and is not exactly the model that was trained. An adapted head that shared the
+    embedding's weight becomes one of its own.
     """
     gathered = engine.gather(engine.weights())
     if engine.rank != 0:

@@ -17,7 +17,10 @@ _WATCHED = {"train/loss": "the loss", "train/grad_norm": "the gradient's norm"}
 
 
 def logged(metrics: Path) -> list[dict[str, float]]:
-    """What `Spikes` needs of a run's metrics so far; nothing where there are none. Of all steps: which were spikes depends on those before."""
+    """What `Spikes` needs of a run's metrics so far; nothing where there are none.
+
+    Of all steps: which were spikes depends on those before.
+    """
     lines = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else ()
     return [
         {key: line[key] for key in ("step", *_WATCHED)}
@@ -27,9 +30,11 @@ def logged(metrics: Path) -> list[dict[str, float]]:
 
 
 class Spikes:
-    """Which steps are spikes, each against the last ones of its own kind: Lisa's on safe responses have other losses than those on the task.
+    """Which steps are spikes, each against the last ones of its own kind:
+    Lisa's on safe responses have other losses than those on the task.
 
-    before: numbers of the steps so far, where the run is resumed: what is skipped must not depend on where it was stopped. kind: of a step, from 0.
+    before: numbers of the steps so far, where the run is resumed: what is skipped must not depend on where it was
+    stopped. kind: of a step, from 0.
     """
 
     def __init__(
@@ -46,7 +51,10 @@ class Spikes:
             self.seen(metrics, int(metrics["step"]) - 1)
 
     def seen(self, metrics: dict[str, float], number: int) -> str | None:
-        """Half a sentence where step `number` (from 0) is a spike; it then stays out of the median. `in_a_row`: spikes up to and with this step."""
+        """Half a sentence where step `number` (from 0) is a spike; it then stays out of the median.
+
+        `in_a_row`: spikes up to and with this step.
+        """
         before = self._before[self.kind(number)]
         found = next(
             filter(None, (self._leap(key, before, metrics[key]) for key in _WATCHED)), None

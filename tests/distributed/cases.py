@@ -1,7 +1,7 @@
 """The equivalence classes: what may differ between two trainings that must end at the same weights.
 
-`matrix_cases()` holds every pair of factors within every engine, hence every pair of factors and every engine x adapter x schedule;
-`all_cases()` is the full product without what EXCLUSIONS names.
+`matrix_cases()` holds every pair of factors within every engine, hence every pair of factors and every engine x adapter
+x schedule; `all_cases()` is the full product without what EXCLUSIONS names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ FACTORS: dict[str, tuple] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What the resulting weights may depend on: the single process is trained once for each. schedule 'none': SAP left out."""
+    """What the resulting weights may depend on: the single process is trained once for each.
+    schedule 'none': SAP left out.
+    """
 
     adapter: str
     schedule: str

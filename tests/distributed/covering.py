@@ -1,8 +1,10 @@
-"""A small set of cases in which every combination that matters occurs: a greedy covering array, the same one every time.
+"""A small set of cases in which every combination that matters occurs:
+a greedy covering array, the same one every time.
 
     chosen = cover(rows, requirements=lambda row: pairs(row))
 
-rows: the valid combinations, each a mapping of factor to value. What no valid row holds is never required, so exclusions need no care.
+rows: the valid combinations, each a mapping of factor to value.
+What no valid row holds is never required, so exclusions need no care.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def groups_with(row: Row, factor: str, size: int) -> set[frozenset[tuple[str, An
 def cover(rows: Sequence[Row], requirements: Callable[[Row], Iterable[Hashable]]) -> list[Row]:
     """Rows that together meet every requirement any row meets.
 
-    At each turn the row that meets most of what is left; of several the one whose values were used least, then the first.
+    At each turn the row that meets most of what is left; of several the one whose values were used
+    least, then the first.
     """
     bits: dict[Hashable, int] = {}
     masks = [

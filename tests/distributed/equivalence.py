@@ -1,4 +1,5 @@
-"""Every equivalence case ends at the single process's weights: `make matrix`, or `make matrix FULL=1` for the full product.
+"""Every equivalence case ends at the single process's weights:
+`make matrix`, or `make matrix FULL=1` for the full product.
 
 Not collected by `make test`, which has a limit of time. A case that did not run has no result, which is a failure.
 """

@@ -8,7 +8,7 @@ import gc
 import torch._dynamo  # noqa: F401  which the first optimizer step imports
 
 from pipeline.engines import deepspeed_private, fsdp2, zero3  # noqa: F401
-from pipeline.running import lean_imports  # noqa: F401
+from pipeline.running import lean_imports
 from pipeline.stages import evaluate, train  # noqa: F401
 
 deepspeed_private.import_deepspeed()

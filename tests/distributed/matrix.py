@@ -2,8 +2,9 @@
 
     results = measure(matrix_cases(), Path("work"))       # {str(case): {"difference": ..., "control": ..., ...}}
 
-The single process is trained once for everything the weights may depend on (cases.Reference), with a micro-batch that no case has. The
-measure is |W_case - W_single| / |W_single - W_start|; a control is the same number for the single process with SAP left out.
+The single process is trained once for everything the weights may depend on (cases.Reference), with a micro-batch that
+no case has. The measure is |W_case - W_single| / |W_single - W_start|; a control is the same number for the single
+process with SAP left out.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ MAX_NORM = 0.1
 BOUND = {"lora": 1e-5, "full": 1e-4}
 CONTROL_BOUND = 1e-2
 REFERENCE_ACCUMULATION = 2
-# AdamW divides by the gradient's running size, so an element whose gradient passes through zero multiplies its rounding: with the default
-# 1e-8 two runs of the *single process* that cut the batch otherwise differ by up to 9e-5 (LoRA) and 3e-3 (full), nearly all of it in one
-# element (tests/distributed/rounding.py). 1e-3 is far above that rounding. |dW| is a tenth of |W|: p(1) - p(0) too is far above its rounding.
+# AdamW divides by the gradient's running size, so an element whose gradient passes through zero multiplies its
+# rounding: with the default 1e-8 two runs of the *single process* that cut the batch otherwise differ by up to 9e-5
+# (LoRA) and 3e-3 (full), nearly all of it in one element (tests/distributed/rounding.py). 1e-3 is far above that
+# rounding. |dW| is a tenth of |W|: p(1) - p(0) too is far above its rounding.
 ADAM_EPS = 1e-3
 # The default probe_step: V's scale is found at the first V, and moved at every other step.
 SAP = {
@@ -68,7 +70,9 @@ Results = dict[str, dict[str, Any]]
 
 
 class StepData(StepBatches):
-    """One rank's share of every step: 18 sequences whatever the accumulation, and 4 pairs, which do not divide by 3 ranks."""
+    """One rank's share of every step: 18 sequences whatever the accumulation, and 4 pairs,
+    which do not divide by 3 ranks.
+    """
 
     def __init__(self, unequal: bool, accumulation: int, rank: int, ranks: int):
         rows, pairs = tiny_rows(STEPS * BATCH, equal=not unequal), tiny_pairs(equal=not unequal)
@@ -267,7 +271,8 @@ def group_main(rank: int, ranks: int, cases: list[Case], folder: Path) -> None:
     """What one rank of a warm process group does."""
     quiet()
     if ranks > 1:
-        # Ranks that wait for one that has failed must not wait for long, but a busy machine may starve one. Engine zero3's group serves fsdp2 too.
+        # Ranks that wait for one that has failed must not wait for long, but a busy machine may starve one. Engine
+        # zero3's group serves fsdp2 too.
         init_distributed(TrainSection(engine="zero3", steps=1), timeout=timedelta(minutes=3))
     for case in cases:
         found = run_case(case, rank, folder)

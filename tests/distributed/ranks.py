@@ -1,4 +1,5 @@
-"""Local processes as the ranks of one process group: spawn(2, main, "argument") calls main(rank, "argument") in each of two.
+"""Local processes as the ranks of one process group: spawn(2, main, "argument") calls main(rank,
+"argument") in each of two.
 
 They are forked from a process that has imported what they need and done nothing else, so that a rank starts in no time,
 and clean, whatever this process has computed. The first that spawns starts it; it lives as long as this process.

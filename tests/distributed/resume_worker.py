@@ -1,4 +1,6 @@
-"""What some ranks do for tests/distributed/test_resume.py: train, save, and go on at this or another number of ranks."""
+"""What some ranks do for tests/distributed/test_resume.py: train, save,
+and go on at this or another number of ranks.
+"""
 
 from __future__ import annotations
 

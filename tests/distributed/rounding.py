@@ -1,4 +1,5 @@
-"""How far rounding alone takes two runs of the single process apart that cut the same batch otherwise: why the cases have their adam_eps.
+"""How far rounding alone takes two runs of the single process apart that cut the same batch otherwise:
+why the cases have their adam_eps.
 
 python -m tests.distributed.rounding              # minutes; prints docs/correctness.md's table
 python -m tests.distributed.rounding full         # LoRA or full alone
@@ -63,7 +64,8 @@ def main(adapters: Sequence[str]) -> int:
             ]
             worst = max(found)
             print(
-                f"| {adapter} | {adam_eps:g} | {sap_eps:g} | {median(value for value, _ in found):.1e} | {worst[0]:.1e} | {worst[1]:.0%} |",
+                f"| {adapter} | {adam_eps:g} | {sap_eps:g} | "
+                f"{median(value for value, _ in found):.1e} | {worst[0]:.1e} | {worst[1]:.0%} |",
                 flush=True,
             )
     return 0

@@ -1,4 +1,6 @@
-"""What two ranks do for tests/distributed/test_streamed.py: load a model's files into shards, train in 4 bits, write products and a direction."""
+"""What two ranks do for tests/distributed/test_streamed.py: load a model's files into shards, train in 4 bits,
+write products and a direction.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from tests.project import make_tokenizer
 from tests.tiny import FAMILY_HIDDEN, FAMILY_RANK, StepBatches
 
 LR, STEPS, WORLD = 1e-2, 3, 2
-# Adam divides a gradient that is almost zero by itself: at 1e-8 one such coordinate of 4840 moved by 4e-4 of its size with the order of a sum.
+# Adam divides a gradient that is almost zero by itself: at 1e-8 one such coordinate of 4840 moved
+# by 4e-4 of its size with the order of a sum.
 ADAM_EPS = 1e-3
 LORA = LoraSection(r=FAMILY_RANK, alpha=10, target_modules=["q_proj", "v_proj", "down_proj"])
 SAP = SapSection(enabled=True, target_correction=0.5, beta=0.02, noise_every=0, correction_every=1)
@@ -94,7 +97,9 @@ def local(p: torch.nn.Parameter) -> torch.Tensor:
 
 
 def loads(folder: Path, engine: str) -> dict[str, Any]:
-    """For every way to train: whether the streamed shards hold the loaded model's bits and dtypes, and each rank its share of the bytes."""
+    """For every way to train: whether the streamed shards hold the loaded model's bits and dtypes,
+    and each rank its share of the bytes.
+    """
     results = {}
     for adapter, dtype, tied in LOADS:
         streamed = start(folder, engine, adapter, tied, dtype=dtype)
@@ -191,8 +196,8 @@ def direction(folder: Path, engine: str) -> dict[str, Any]:
         opened.forward_backward(useful_loss, batches.useful(0))
         opened.step(LR)
         results[adapter] = {
-            "summary": summary, "same": not opened.any_rank(not same), "checksum": before, "moved": opened.checksum(opened.weights()),
-            "vector": opened.gather(vector),
+            "summary": summary, "same": not opened.any_rank(not same), "checksum": before,
+            "moved": opened.checksum(opened.weights()), "vector": opened.gather(vector),
         }  # fmt: skip
     return results
 

@@ -47,7 +47,10 @@ def summary(cases: Sequence[Case], results: Results) -> list[str]:
 
 def details(cases: Sequence[Case], results: Results) -> list[str]:
     lines = [
-        "| engine | ranks | trained | schedule | family | embeddings | accumulation | also | difference | loss and norms | SAP left out |",
+        (
+            "| engine | ranks | trained | schedule | family | embeddings | accumulation | also | "
+            "difference | loss and norms | SAP left out |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in cases:
@@ -62,7 +65,10 @@ def factors(case: Case) -> str:
     """The first columns of the case's row."""
     also = ", ".join(flag.replace("_", " ") for flag in _FLAGS if getattr(case, flag)) or "-"
     tied = "tied" if case.tied else "untied"
-    return f"{case.engine} | {case.ranks} | {case.adapter} | {case.schedule} | {case.family} | {tied} | {case.accumulation} | {also}"
+    return (
+        f"{case.engine} | {case.ranks} | {case.adapter} | {case.schedule} | {case.family} | {tied} "
+        f"| {case.accumulation} | {also}"
+    )
 
 
 def markdown(cases: Sequence[Case], results: Results) -> str:

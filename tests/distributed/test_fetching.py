@@ -1,4 +1,5 @@
-"""How ZeRO-3 fetches: a layer or so with one collective, while the layer before it is at work; what is live stays bounded.
+"""How ZeRO-3 fetches: a layer or so with one collective, while the layer before it is at work;
+what is live stays bounded.
 
 And how FSDP2 reduces: the gradients of an adapter once a step.
 """
@@ -28,7 +29,9 @@ CONFIG = LlamaConfig(
 
 
 class Trace:
-    """What a pass does, in order: ("gather", layers), ("fetch", layer), ("work", layer), of layers alone; and how much is live."""
+    """What a pass does, in order: ("gather", layers), ("fetch", layer), ("work", layer),
+    of layers alone; and how much is live.
+    """
 
     def __init__(self, engine):
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus

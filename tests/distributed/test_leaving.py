@@ -1,4 +1,6 @@
-"""A disk that fails for one rank alone: all ranks leave at once, with the same error, and nothing half-written stays."""
+"""A disk that fails for one rank alone: all ranks leave at once, with the same error,
+and nothing half-written stays.
+"""
 
 import errno
 import json
@@ -18,7 +20,9 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 def save_or_load(rank: int, folder: Path, alone: int, verb: str) -> None:
-    """Save a checkpoint that rank `alone` cannot write, or publish, or load one that it cannot open; leave what each rank met."""
+    """Save a checkpoint that rank `alone` cannot write, or publish, or load one that it cannot open;
+    leave what each rank met.
+    """
     # A rank that waits in vain fails after 20 seconds.
     init_distributed(train_section(folder, "fsdp2", 0), timedelta(hours=1))
     engine = open_case(folder, "fsdp2", "lora")

@@ -1,4 +1,6 @@
-"""A run goes on from its checkpoint: bit for bit at the same number of ranks, within float32 parity at another (ZeRO-3, FSDP2)."""
+"""A run goes on from its checkpoint: bit for bit at the same number of ranks,
+within float32 parity at another (ZeRO-3, FSDP2).
+"""
 
 import pytest
 import torch
@@ -68,7 +70,8 @@ def test_same_ranks_go_on_bit_for_bit(found, case):
 def test_other_ranks_go_on_within_parity(found, case, world_size):
     straight, resumed = found[2][f"{name_of(case)}-straight"], found[world_size][name_of(case)]
     assert resumed["done"] == SAVED
-    # A direction refreshed every second step is one step old at the checkpoint's step, so it and its age have to survive.
+    # A direction refreshed every second step is one step old at the checkpoint's step,
+    # so it and its age have to survive.
     assert resumed["ages"] == straight["ages"][SAVED:] == [1.0, 0.0, 1.0]
     started = start(case[1])
     update = distance(straight["weights"], started)

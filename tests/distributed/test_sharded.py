@@ -1,7 +1,7 @@
 """ZeRO-3 and FSDP2 on two gloo ranks against the single process, in float32: parity, restore, traces, vectors.
 
-Everything runs in one warm pair of processes (tests/distributed/worker.py), started once; only what the selected tests ask for.
-tests/distributed/equivalence.py has the systematic matrix, test_resume.py what survives a checkpoint.
+Everything runs in one warm pair of processes (tests/distributed/worker.py), started once; only what the selected tests
+ask for. tests/distributed/equivalence.py has the systematic matrix, test_resume.py what survives a checkpoint.
 """
 
 from pathlib import Path
@@ -108,7 +108,9 @@ def test_replaced_weights_are_seen_and_gone_bit_for_bit(found, engine):
 
 @finds("chunks", [*SHARDED, "zero3-full", "fsdp2-full"])
 def test_logits_of_two_tokens_at_a_time_train_the_same_weights(found, engine):
-    """Adapters have a head that is frozen and gathered; with all weights trained, its gradient is made in chunks too."""
+    """Adapters have a head that is frozen and gathered; with all weights trained,
+    its gradient is made in chunks too.
+    """
     result = found["chunks", engine]
     begin = (
         start()

@@ -1,4 +1,6 @@
-"""Two ranks of either engine on a model's files, against the single process: loading, 4 bits, products, the safety direction."""
+"""Two ranks of either engine on a model's files, against the single process:
+loading, 4 bits, products, the safety direction.
+"""
 
 from pathlib import Path
 

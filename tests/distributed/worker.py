@@ -1,4 +1,6 @@
-"""What two ranks do for tests/distributed/test_sharded.py; each kind of finding goes to the parent as one file of rank 0's."""
+"""What two ranks do for tests/distributed/test_sharded.py; each kind of finding goes to the parent
+as one file of rank 0's.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def run_steps(
 
 @dataclass(frozen=True)
 class Setting:
-    """persistence: ZeRO-3's threshold and reuse distance, whether gathered copies outlive a pass. offload: of its weights and optimizer."""
+    """persistence: ZeRO-3's threshold and reuse distance, whether gathered copies outlive a pass. offload:
+    of its weights and optimizer.
+    """
 
     engine: str
     persistence: int = 0
@@ -188,7 +192,9 @@ def clean(engine: Engine) -> bool:
 
 
 def traces(folder: Path, name: str) -> dict:
-    """Auxiliary passes between steps must change nothing that a later step can see, also for a parameter that only they use."""
+    """Auxiliary passes between steps must change nothing that a later step can see,
+    also for a parameter that only they use.
+    """
     return {
         key: _traces(folder, name, auxiliary)
         for key, auxiliary in (("without", False), ("with", True))
@@ -224,7 +230,9 @@ def _traces(folder: Path, name: str, auxiliary: bool) -> dict:
 
 
 def vectors(folder: Path, name: str) -> dict:
-    """gather and shard are inverse; norms ignore the padding, which here is poisoned (FSDP2 keeps none: its shards are uneven)."""
+    """gather and shard are inverse; norms ignore the padding, which here is poisoned (FSDP2 keeps
+    none: its shards are uneven).
+    """
     engine = open_setting(folder, name)
     if isinstance(engine, Fsdp2Engine):
         missing = sum(
@@ -249,7 +257,9 @@ def vectors(folder: Path, name: str) -> dict:
 
 
 def companions(folder: Path, name: str) -> dict:
-    """The weights that count after some steps of every companion method, without dropout: the dense reference has none."""
+    """The weights that count after some steps of every companion method, without dropout:
+    the dense reference has none.
+    """
     setting = SETTINGS[name]
     section = train_section(folder, setting.engine, setting.persistence, setting.offload)
     if setting.adapter == "lora":
@@ -265,7 +275,9 @@ def companions(folder: Path, name: str) -> dict:
 
 
 def replaced(folder: Path, name: str) -> dict:
-    """Other weights for a while, after warm steps: they must be seen, be what `weights` says, and go without a trace."""
+    """Other weights for a while, after warm steps: they must be seen,
+    be what `weights` says, and go without a trace.
+    """
     engine = open_setting(folder, name)
     run_steps(engine, make_step(engine, "exact"), 3)
     batches = StepBatches(engine.rank, engine.world_size).useful(3)
@@ -287,7 +299,10 @@ def replaced(folder: Path, name: str) -> dict:
 
 
 def embeddings(folder: Path, name: str) -> dict:
-    """A vector a sample, on every rank; three micro-batches are shared by two ranks, so that one runs a filler. Then a step: no trace."""
+    """A vector a sample, on every rank; three micro-batches are shared by two ranks, so that one runs a filler.
+
+    Then a step: no trace.
+    """
     engine = open_setting(folder, name)
     found = embed(engine, tiny_rows(11), 2, "response_mean", 4, 0)
     other = engine.sum_over_ranks(found.clone().to(engine.device)) - found
@@ -321,7 +336,9 @@ def budgeted(engine: Engine, token_budget: int | None, packing: bool = False) ->
 
 
 def shares(engine: Engine) -> dict[str, dict]:
-    """Weights after steps whose V is computed from two, and from one, of eight samples; a rank without one runs a filler."""
+    """Weights after steps whose V is computed from two, and from one, of eight samples;
+    a rank without one runs a filler.
+    """
     found, batches, start = {}, StepBatches(engine.rank, engine.world_size), engine.weights()
     for samples in (2, 1):
         settings = SapSection(**SAP, schedule="exact", probe_share=samples / batches.batch_size)
@@ -378,7 +395,9 @@ def packed(folder: Path, name: str) -> dict:
 
 
 def chunks(folder: Path, name: str) -> dict:
-    """Weights after SAP's steps with all logits at once, and with those of two tokens at a time; how many were seen at most."""
+    """Weights after SAP's steps with all logits at once, and with those of two tokens at a time;
+    how many were seen at most.
+    """
     results, seen, error, most = {}, [], head._error, head.MOST_LOGITS
     try:
         head._error = lambda logits, *rest: seen.append(len(logits)) or error(logits, *rest)

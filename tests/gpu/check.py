@@ -5,8 +5,8 @@
     python3 -m tests.gpu.check --tiny                   # the same path with tiny shapes, on any machine
 
 Every part has a limit of its own: one that fails or takes too long is reported, and the others still run. Exit code 1
-where one failed. It needs what pyproject.toml names, but for MLflow (tracking is off), pytest for the part tests, and for
-doctor and demo the archives that `python -m pipeline.stages.fetch` keeps in ~/.cache/sap: with those, no network.
+where one failed. It needs what pyproject.toml names, but for MLflow (tracking is off), pytest for the part tests, and
+for doctor and demo the archives that `python -m pipeline.stages.fetch` keeps in ~/.cache/sap: with those, no network.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ class Setting:
 
 
 def parity(part: Part, setting: Setting) -> None:
-    """fp32: the engines against the single process on this device, and that one against the CPU; bits that must come back."""
+    """fp32: the engines against the single process on this device, and that one against the CPU;
+    bits that must come back.
+    """
 
     def ask(engine, kind, **more):
         return setting.processes.call(
@@ -131,13 +133,15 @@ def parity(part: Part, setting: Setting) -> None:
                 found["gradient"], (on_cpu if engine == "single" else reference)["gradient"]
             )
             row = {
-                "engine": engine, "quantization": kind, "device": found["device"], "weights": weights, "gradient": first,
-                "restored": found["restored"], "untouched": found["untouched"], "moved": found["moved"],
+                "engine": engine, "quantization": kind, "device": found["device"], "weights": weights,
+                "gradient": first, "restored": found["restored"], "untouched": found["untouched"],
+                "moved": found["moved"],
             }  # fmt: skip
             part.rows.append(row)
             against = "the CPU" if engine == "single" else "single"
             part.lines.append(
-                f"{engine:<7} {kind:<5} first gradient {first:.1e} from {against}'s, weights after 5 steps {weights:.1e} from single's"
+                f"{engine:<7} {kind:<5} first gradient {first:.1e} from {against}'s, weights after "
+                f"5 steps {weights:.1e} from single's"
             )
             if not (
                 first < _FIRST_GRADIENT
@@ -241,7 +245,8 @@ def memory(part: Part, setting: Setting) -> None:
             }
         )
         part.lines.append(
-            f"{engine:<7} checkpointing {'on ' if checkpointing else 'off'}  planned {planned:.1f} GiB, {f'measured {peak:.1f} GiB' if peak else 'not measured: no GPU'}"
+            f"{engine:<7} checkpointing {'on ' if checkpointing else 'off'}  planned {planned:.1f} "
+            f"GiB, {f'measured {peak:.1f} GiB' if peak else 'not measured: no GPU'}"
         )
         if peak and not 0.8 < planned / peak < 1.5:
             part.problems.append(
@@ -252,7 +257,9 @@ def memory(part: Part, setting: Setting) -> None:
 
 
 def loading(part: Part, setting: Setting) -> None:
-    """Seconds from the files to an engine that could train, in bfloat16 and in 4 bits, and what the host had to hold."""
+    """Seconds from the files to an engine that could train, in bfloat16 and in 4 bits,
+    and what the host had to hold.
+    """
     folder = setting.folder / "model"
     size = setting.processes.call(
         "tests.gpu.loading:write", setting.case, str(folder), seconds=setting.limit(90)
@@ -268,7 +275,8 @@ def loading(part: Part, setting: Setting) -> None:
             )
             part.rows.append(row | {"bytes": size})
             part.lines.append(
-                f"{engine:<7} {kind:<5} {row['seconds']:.1f} s, host {row['host_gib']:.1f} GiB more, device {row['device_gib'] or 0:.1f} GiB"
+                f"{engine:<7} {kind:<5} {row['seconds']:.1f} s, host {row['host_gib']:.1f} GiB "
+                f"more, device {row['device_gib'] or 0:.1f} GiB"
             )
     shutil.rmtree(folder)
     for engine in ("fsdp2", "zero3"):
@@ -279,7 +287,8 @@ def loading(part: Part, setting: Setting) -> None:
             if quantised <= _LOADING_RATIO * plain:
                 continue
             part.problems.append(
-                f"{engine} loads in 4 bits in {quantised:.1f} s and in bfloat16 in {plain:.1f} s: more than {_LOADING_RATIO:g} times"
+                f"{engine} loads in 4 bits in {quantised:.1f} s and in bfloat16 in {plain:.1f} s: "
+                f"more than {_LOADING_RATIO:g} times"
             )
 
 
@@ -332,12 +341,16 @@ def _quiet(setting: Setting) -> list[str]:
 
 
 PARTS: dict[str, Callable[[Part, Setting], None]] = {
-    "parity": parity, "bench": bench, "memory": memory, "methods": methods, "loading": loading, "doctor": doctor, "demo": demo, "tests": tests,
+    "parity": parity, "bench": bench, "memory": memory, "methods": methods, "loading": loading, "doctor": doctor,
+    "demo": demo, "tests": tests,
 }  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
-    """Run the parts; prints what each found and a table of them; 1 where one failed. ValueError for a part that does not exist."""
+    """Run the parts; prints what each found and a table of them; 1 where one failed.
+
+    ValueError for a part that does not exist.
+    """
     parser = argparse.ArgumentParser(
         prog="python3 -m tests.gpu.check",
         description=__doc__,

@@ -1,4 +1,5 @@
-"""What one engine computes on a tiny model, for `make gpu`: five SAP steps, the first gradient, and whether bits come back.
+"""What one engine computes on a tiny model, for `make gpu`:
+five SAP steps, the first gradient, and whether bits come back.
 
 with Processes() as processes:
     processes.call("tests.gpu.parity:examine", {"engine": "zero3", "quantization": "nf4"})
@@ -26,7 +27,9 @@ STEPS = 5
 
 
 def examine(case: dict[str, str]) -> dict[str, Any]:
-    """gradient: of the first SAP step; weights: after five with AdamW; both as lists by name. restored, untouched: bit for bit."""
+    """gradient: of the first SAP step; weights: after five with AdamW; both as lists by name.
+    restored, untouched: bit for bit.
+    """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         train = train_section(Path(folder), case["engine"], persistence=0)
@@ -54,7 +57,8 @@ def examine(case: dict[str, str]) -> dict[str, Any]:
     with engine.perturbed(direction, 1e-2 / engine.norm(direction)):
         moved = engine.loss(useful_loss, useful)
     found = {
-        "device": engine.device.type, "gradient": _lists(gradient), "weights": _lists(weights), "moved": moved - loss, "untouched": untouched,
+        "device": engine.device.type, "gradient": _lists(gradient), "weights": _lists(weights), "moved": moved - loss,
+        "untouched": untouched,
         "restored": all(map(torch.equal, before, bits(engine))) and engine.loss(useful_loss, useful) == loss,
     }  # fmt: skip
     leave()

@@ -5,6 +5,7 @@ python -m pytest -s tests/slurm/chains.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -51,7 +52,7 @@ def test_chain(site, undisturbed):
     assert str(report) in site.log(site.jobs["report"])
     tasks = [site.cluster.job(f"{site.jobs['evaluate']}_{task}") for task in range(6)]
     spans = sorted((task["StartTime"], task["EndTime"]) for task in tasks)
-    assert any(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False)), (
+    assert any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans)), (
         "tasks of one evaluation wait for no other"
     )
 
@@ -132,11 +133,14 @@ def test_every_rank_is_distinct_and_ports_differ_by_job_and_restart(site, undist
     seen.mkdir()
     (site.folder / "ranks.py").write_text(
         "import json, os, pathlib, sys, time\n"
-        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'CUDA_VISIBLE_DEVICES', 'SLURMD_NODENAME')\n"
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', "
+        "'CUDA_VISIBLE_DEVICES', 'SLURMD_NODENAME')\n"
         "restart = os.environ.get('SLURM_RESTART_COUNT', '0')\n"
         f"seen, run = pathlib.Path({str(seen)!r}), f\"{{os.environ['SLURM_JOB_ID']}}-{{restart}}\"\n"
-        "(seen / f\"{run}-{os.environ['RANK']}\").write_text(json.dumps({name: os.environ.get(name) for name in names}))\n"
-        "deadline = time.time() + 60  # a launcher ends the others when the first one fails: it must not be before they have said who they are\n"
+        "(seen / f\"{run}-{os.environ['RANK']}\").write_text(json.dumps({name: "
+        "os.environ.get(name) for name in names}))\n"
+        "deadline = time.time() + 60  # a launcher ends the others when the first one fails: it "
+        "must not be before they have said who they are\n"
         "while len(list(seen.glob(f'{run}-*'))) < 4 and time.time() < deadline:\n"
         "    time.sleep(0.1)\n"
         "sys.exit(7 if restart == '0' else 0)\n"
@@ -178,7 +182,7 @@ def test_a_method_that_filters_its_data(site):
     site.wait(jobs["train-sap-s0"])
     site.shell("scancel", "--user=root", check=False)
     assert (
-        "COMPLETED" == site.cluster.state(jobs["filter"])
+        site.cluster.state(jobs["filter"]) == "COMPLETED"
         and f"after {jobs['filter']}" in site.printed
     )
     assert (

@@ -39,7 +39,9 @@ def nothing_left(site) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def undisturbed(site) -> Path:
-    """The whole chain through slurm/submit.sh, evaluation in two shards; what every fault's adapter is compared with."""
+    """The whole chain through slurm/submit.sh, evaluation in two shards;
+    what every fault's adapter is compared with.
+    """
     output = site.output("undisturbed")
     clock = Stopwatch()
     jobs = site.chain(output, "--shards", "2")

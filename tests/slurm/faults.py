@@ -1,9 +1,11 @@
-"""What the job scripts do when things go wrong, on a real Slurm cluster with ZeRO-3 over two nodes x two ranks (make slurm).
+"""What the job scripts do when things go wrong, on a real Slurm cluster with ZeRO-3 over two nodes
+x two ranks (make slurm).
 
     python -m pytest -s tests/slurm/chains.py tests/slurm/faults.py
 
-Every fault hits the project's own scripts, submitted with sbatch, while a training is under way. Whatever happens, the adapter that comes out
-equals, bit for bit, the one of the chain that nobody disturbed. The table printed at the end is the one in docs/slurm.md.
+Every fault hits the project's own scripts, submitted with sbatch, while a training is under way. Whatever happens, the
+adapter that comes out equals, bit for bit, the one of the chain that nobody disturbed. The table printed at the end is
+the one in docs/slurm.md.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ def test_time_limit(site, undisturbed):
     ids=["no warning", "ranks that do not leave"],
 )
 def test_time_limit_without_time_to_save(site, undisturbed, signal, reason):
-    """A job whose signal was changed, so that the SIGTERM at the limit is the first it hears; ranks that see no stop file."""
+    """A job whose signal was changed, so that the SIGTERM at the limit is the first it hears;
+    ranks that see no stop file.
+    """
     output = site.output(f"late-{signal}")
     python = crashing_python(site, "exec sleep 300")
     job = site.train(
@@ -349,9 +353,14 @@ def test_stop_ends_every_task_of_an_array_also_those_that_wait(site):
 
 
 def test_what_may_pass_is_tried_again(site, undisturbed):
-    """A job that has run before meets a node where nothing can be read: first the batch shell's own question fails, then the ranks' input is "wrong"."""
+    """A job that has run before meets a node where nothing can be read: first the batch shell's own question fails,
+    then the ranks' input is "wrong".
+    """
     output = site.output("passes")
-    body = 'case ${SLURM_RESTART_COUNT:-0} in 0) exit 7 ;; 2) echo "prepare is not complete" >"$SAP_ERROR_FILE"; exit 2 ;; esac'
+    body = (
+        'case ${SLURM_RESTART_COUNT:-0} in 0) exit 7 ;; 2) echo "prepare is not complete" '
+        '>"$SAP_ERROR_FILE"; exit 2 ;; esac'
+    )
     ranks = crashing_python(site, body)
     python = crashing_python(
         site,

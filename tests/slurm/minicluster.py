@@ -10,11 +10,12 @@
 `up` returns when the nodes are ready, in about a second. The cluster stays until `down`, or until the process named by
 --owner ends, however it ends. In Python, `with Cluster(folder) as cluster:` does both; this process is the owner then.
 
-Needs Linux, root, and Debian's packages slurmctld slurmd slurm-client munge iproute2 util-linux; of Python, its standard
-library only. The controller and every node have pid, mount, network, uts and ipc namespaces of their own, those of the
-nodes inside those of the controller. So nodes have real hostnames (n1, n2, ...) and addresses, two of them may listen on
-one port, nothing is listened on or mounted on the machine itself, and the end of one process, the controller's pid 1, is
-the end of all. On one host without namespaces, names that do not resolve and folders that are not shared go unnoticed.
+Needs Linux, root, and Debian's packages slurmctld slurmd slurm-client munge iproute2 util-linux; of Python, its
+standard library only. The controller and every node have pid, mount, network, uts and ipc namespaces of their own,
+those of the nodes inside those of the controller. So nodes have real hostnames (n1, n2, ...) and addresses, two of them
+may listen on one port, nothing is listened on or mounted on the machine itself, and the end of one process, the
+controller's pid 1, is the end of all. On one host without namespaces, names that do not resolve and folders that are
+not shared go unnoticed.
 
 What a node sees of the disk: all of the machine's, but a /tmp and a /dev/shm of its own, empty at each boot. Shared on
 top of these are DIR and the folders declared shared. The login node has the machine's /tmp. There is no way to the
@@ -124,7 +125,10 @@ def why_not() -> str | None:
         text=True,
     )
     if tried.returncode:
-        return f"a test cluster needs namespaces, a bridge and mounts, which are refused here: {' '.join(tried.stderr.split())}"
+        return (
+            "a test cluster needs namespaces, a bridge and mounts, which are refused here: "
+            f"{' '.join(tried.stderr.split())}"
+        )
     return None
 
 
@@ -245,7 +249,8 @@ class Process(NamedTuple):
 class Cluster:
     """A cluster in a folder, which also keeps its logs and, in cluster.json, what there is to know of its processes.
 
-    The file rather than this object is the truth about what runs, so that a shell may power off a node of a test's cluster.
+    The file rather than this object is the truth about what runs, so that a shell may power off a
+    node of a test's cluster.
     """
 
     def __init__(
@@ -256,8 +261,9 @@ class Cluster:
         owner: int | None = None,
         **settings: int,
     ):
-        """See Settings; shared are folders below /tmp or /dev/shm that all nodes see; owner is the process with which the
-        cluster ends, this one unless told otherwise."""
+        """See Settings; shared are folders below /tmp or /dev/shm that all nodes see; owner is the process with which
+        the cluster ends, this one unless told otherwise.
+        """
         self.folder = Path(folder).resolve()
         self.settings = Settings(**settings)
         self.shared = [Path(path).resolve() for path in shared]
@@ -319,10 +325,11 @@ class Cluster:
         check: bool = True,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess:
-        """Run a command on the login node, in the current folder unless told otherwise, and return what it printed, as text.
+        """Run a command on the login node, in the current folder unless told otherwise,
+        and return what it printed, as text.
 
-        It gets this process's environment without the variables that Slurm's commands read, and env. If check, a command
-        that fails raises ClusterError.
+        It gets this process's environment without the variables that Slurm's commands read, and env. If check, a
+        command that fails raises ClusterError.
         """
         return self._run(
             Process(*self._state()["init"]), command, cwd or Path.cwd(), env, check, timeout
@@ -342,7 +349,9 @@ class Cluster:
         return self._run(init, command, cwd or _folder_seen_by(init), env, check, timeout)
 
     def power_off(self, name: str) -> None:
-        """All processes of a node die at once, and no connection of theirs is closed: others only hear nothing any more."""
+        """All processes of a node die at once, and no connection of theirs is closed:
+        others only hear nothing any more.
+        """
         init, holder = self._node(name), Process(*self._state()["nodes"][name]["holder"])
         # first the cable, or the kernel would tell the other ends of the dying processes' connections
         self._setup(Process(*self._state()["init"]), f"ip link del v{name}")
@@ -482,8 +491,8 @@ class Cluster:
         state = self._state()
         state["nodes"][name] = {"init": init, "holder": holder}
         self._save(state)
-        # The address of the card stays the same over a reboot, as it does in life, or the others would talk to the old one.
-        # The switch's end goes with the card, but some time after the last process of a node that died by itself.
+        # The address of the card stays the same over a reboot, as it does in life, or the others would talk to the old
+        # one. The switch's end goes with the card, but some time after the last process of a node that died by itself.
         hardware = f"02:00:0a:4d:00:{_number(name):02x}"
         self._setup(controller, f"""
             ip link del v{name} 2>/dev/null || true
@@ -512,7 +521,9 @@ class Cluster:
     def _hold(
         self, name: str, command: list[str], descriptors: tuple[int, ...] = ()
     ) -> tuple[Process, Process]:
-        """Start the pid 1 of new namespaces: itself, and the process of ours that ends when all in the namespaces has."""
+        """Start the pid 1 of new namespaces: itself, and the process of ours that ends when all in
+        the namespaces has.
+        """
         console = self.log / f"{name}.console"
         with console.open("wb") as errors:
             # a session of its own, so that Ctrl-C in a terminal ends the tests in order and not the cluster below them
@@ -537,7 +548,9 @@ class Cluster:
             time.sleep(0.01)
 
     def _setup(self, where: Process, script: str) -> None:
-        """Run a script as root of one of the machines; its daemons get no more of our environment than they would at boot."""
+        """Run a script as root of one of the machines; its daemons get no more of our environment
+        than they would at boot.
+        """
         command = [*_namespaces(where), "sh", "-euc", script]
         # files rather than pipes: daemons keep them open
         with (self.log / "setup.log").open("ab") as log:
@@ -556,8 +569,8 @@ class Cluster:
     def _run(self, where, command, cwd, env, check, timeout) -> subprocess.CompletedProcess:
         shown = shlex.join(map(str, command))
         try:
-            done = subprocess.run(_entered(where, command, cwd), env=_environment(env), stdin=subprocess.DEVNULL, capture_output=True,
-                                  text=True, timeout=timeout)  # fmt: skip
+            done = subprocess.run(_entered(where, command, cwd), env=_environment(env), stdin=subprocess.DEVNULL,
+                                  capture_output=True, text=True, timeout=timeout)  # fmt: skip
         except subprocess.TimeoutExpired:
             raise ClusterError(
                 f"{shown} did not end within {timeout} s.\n{_tail(self.log / 'slurmctld.log')}"
@@ -674,7 +687,9 @@ def _child(pid: int) -> int | None:
 
 
 def _pid_within(pid: int) -> int:
-    """The id of a node's pid 1 as the controller knows it: the last but one of its ids, from the outermost namespace inwards."""
+    """The id of a node's pid 1 as the controller knows it: the last but one of its ids,
+    from the outermost namespace inwards.
+    """
     (line,) = re.findall(r"^NSpid:(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(line.split()[-2])
 
@@ -686,7 +701,9 @@ def _fields(record: str) -> dict[str, str]:
 
 
 def _is_up(node: dict[str, str], since: float) -> bool:
-    """Whether Slurm heard of a slurmd started since then; before it notes that a node is lost, the state alone says nothing."""
+    """Whether Slurm heard of a slurmd started since then; before it notes that a node is lost,
+    the state alone says nothing.
+    """
     if (
         any(word in node["State"] for word in ("UNKNOWN", "DOWN", "NOT_RESPONDING"))
         or not node.get("SlurmdStartTime", "")[:1].isdigit()

@@ -1,4 +1,5 @@
-"""A site for the tests: a throw-away cluster, a tiny project on a file system that its nodes share, and the project's own job scripts.
+"""A site for the tests: a throw-away cluster, a tiny project on a file system that its nodes share,
+and the project's own job scripts.
 
 with opened(folder) as site:
     job = site.train(site.output("mine"))
@@ -49,14 +50,18 @@ def make_recipe(folder: Path) -> dict[str, Any]:
 
 
 class Site:
-    """The cluster and the project on it. `output(name)`: a place of its own for a test's runs, where data and direction are ready."""
+    """The cluster and the project on it.
+
+    `output(name)`: a place of its own for a test's runs, where data and direction are ready.
+    """
 
     def __init__(self, cluster: Cluster, folder: Path, upstream: Path | None = None):
         self.cluster, self.folder, self.upstream = cluster, folder, upstream
         self.recipe = folder / "recipe.yaml"
         self.environment = {
-            "SAP_PYTHON": sys.executable, "SAP_GPUS_PER_NODE": str(RANKS_PER_NODE), "SAP_CPUS_PER_GPU": "1", "SAP_RETRY_SECONDS": "1",
-            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "SAP_SITE_ENV": str(folder / "none"),
+            "SAP_PYTHON": sys.executable, "SAP_GPUS_PER_NODE": str(RANKS_PER_NODE), "SAP_CPUS_PER_GPU": "1",
+            "SAP_RETRY_SECONDS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+            "SAP_SITE_ENV": str(folder / "none"),
         }  # fmt: skip
 
     def shell(self, *command: str | Path, check: bool = True, **environment: str):
@@ -204,10 +209,13 @@ def same_adapter(output: Path, undisturbed: Path) -> None:
 def crashing_python(
     site: Site, body: str, script: str = "launch/train.py", python: Path | None = None
 ) -> Path:
-    """A python that runs `body` (shell) before what it was asked for, where that is a rank of this script. python: what it then runs."""
+    """A python that runs `body` (shell) before what it was asked for, where that is a rank of this script.
+    python: what it then runs.
+    """
     path = site.folder / f"python-{abs(hash((body, script, python)))}"
     path.write_text(
-        f'#!/bin/bash\nif [[ "$*" == *"{script}"* && "$*" != *--check* ]]; then {body}; fi\nexec {python or site.environment["SAP_PYTHON"]} "$@"\n'
+        f'#!/bin/bash\nif [[ "$*" == *"{script}"* && "$*" != *--check* ]]; then {body}; fi\nexec '
+        f'{python or site.environment["SAP_PYTHON"]} "$@"\n'
     )
     path.chmod(0o755)
     return path
@@ -221,7 +229,9 @@ def make_recipe_in(site: Site, name: str) -> Path:
 
 @contextlib.contextmanager
 def opened(folder: Path, other: Site | None = None, **settings: int) -> Iterator[Site]:
-    """A cluster in folder/cluster, for as long as the block lasts, and a project in folder/project, or that of another site."""
+    """A cluster in folder/cluster, for as long as the block lasts, and a project in folder/project,
+    or that of another site.
+    """
     project = other.folder if other else folder / "project"
     if other is None:
         project.mkdir(parents=True)

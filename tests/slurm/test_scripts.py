@@ -1,4 +1,6 @@
-"""The job scripts without a training: shellcheck, sbatch --test-only, and what slurm/submit.sh would submit or refuses."""
+"""The job scripts without a training: shellcheck, sbatch --test-only,
+and what slurm/submit.sh would submit or refuses.
+"""
 
 import os
 import re
@@ -103,8 +105,9 @@ def test_a_job_script_outside_a_job_says_how_to_submit_it(name):
 
 
 COUNTED = [
-    "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK",
-    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SAP_EVALUATE_SHARDS", "SAP_MAX_FRUITLESS", "SAP_MAX_UNSTARTED", "SAP_RETRY_SECONDS",
+    "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_NUM_NODES",
+    "SLURM_CPUS_PER_TASK", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SAP_EVALUATE_SHARDS", "SAP_MAX_FRUITLESS",
+    "SAP_MAX_UNSTARTED", "SAP_RETRY_SECONDS",
 ]  # fmt: skip
 
 
@@ -135,8 +138,9 @@ def test_what_is_counted_with_is_a_number_and_never_a_command(tmp_path, script, 
 
 def test_every_variable_of_the_environment_that_a_script_counts_with_is_checked():
     """Names inside of $((...)): locals of the scripts, or checked."""
-    own = {"INDEX", "NTASKS", "code", "tries", "try", "fruitless", "unstarted", "refused", "ranks_per_node", "end", "shards", "cpus",
-           "SRUN_CPUS_PER_TASK", "SAP_RANKS_PER_NODE", "STEPS", "UNIT", "starts", "date", "grep", "cx", "s", "true"}  # fmt: skip
+    own = {"INDEX", "NTASKS", "code", "tries", "try", "fruitless", "unstarted", "refused", "ranks_per_node", "end",
+           "shards", "cpus", "SRUN_CPUS_PER_TASK", "SAP_RANKS_PER_NODE", "STEPS", "UNIT", "starts", "date", "grep",
+           "cx", "s", "true"}  # fmt: skip
     used = set()
     for path in (ROOT / "slurm").glob("*.sh"):
         for counted in re.findall(r"\$\(\(((?:[^()]|\([^()]*\))*)\)\)", path.read_text()):
@@ -271,14 +275,17 @@ def test_ports_differ_between_jobs_and_restarts_and_lie_below_the_ephemeral_ones
     function = re.search(
         r"^master_port\(\) .*$", (ROOT / "slurm/common.sh").read_text(), re.M
     ).group()
-    loop = f"{function}; for SLURM_JOB_ID in {{99990..100009}}; do for SLURM_RESTART_COUNT in {{0..15}}; do master_port; done; done"
+    loop = (
+        f"{function}; for SLURM_JOB_ID in {{99990..100009}}; do for SLURM_RESTART_COUNT in "
+        f"{{0..15}}; do master_port; done; done"
+    )
     ports = [
         int(line)
         for line in subprocess.run(
             ["bash", "-c", loop], capture_output=True, text=True, check=True
         ).stdout.split()
     ]
-    assert len(set(ports)) == len(ports) == 320 and 10000 <= min(ports) and max(ports) < 32768
+    assert len(set(ports)) == len(ports) == 320 and min(ports) >= 10000 and max(ports) < 32768
 
 
 def test_a_site_file_may_be_as_loose_as_modules_are(recipe, tmp_path):

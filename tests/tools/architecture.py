@@ -3,7 +3,8 @@
     python -m tests.tools.architecture        # counts, and docs/architecture.png
 
 A wing is a package of pipeline/, or a module in its root. FLOORS is the one place that says who may import whom: a
-module imports from floors below its own and from its own wing. tests/unit/repository/test_architecture.py holds the code to it.
+module imports from floors below its own and from its own wing. tests/unit/repository/test_architecture.py holds the
+code to it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def tree(module: str) -> ast.Module:
 
 
 def imports(module: str) -> Iterator[tuple[str, str, int]]:
-    """What a module imports of this project, wherever it does: (module, name bound to it or to something of it, line)."""
+    """What a module imports of this project, wherever it does:
+    (module, name bound to it or to something of it, line).
+    """
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             for name in node.names:
@@ -165,7 +168,8 @@ def main() -> None:
         f"rooms {len(modules())} ({in_root} in pipeline's root), wings {len(wings)}, floors {len(FLOORS)}"
     )
     print(
-        f"arrows between modules {len(arrows())}, between wings {len(between)}; longest chain of modules {climbed()}; circles {len(circles())}"
+        f"arrows between modules {len(arrows())}, between wings {len(between)}; longest chain of "
+        f"modules {climbed()}; circles {len(circles())}"
     )
     draw(ROOT / "docs" / "architecture.png")
 

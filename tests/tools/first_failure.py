@@ -1,4 +1,6 @@
-"""A pytest plugin (-p tests.tools.first_failure): writes to the file named by FIRST_FAILURE which test failed first, when, and by what."""
+"""A pytest plugin (-p tests.tools.first_failure): writes to the file named by FIRST_FAILURE which test
+failed first, when, and by what.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     python -m tests.tools.measure_loading            # a random Llama of 550 MB (float32) in files of 100 MB
 
-Counted is anonymous memory (RssAnon) above what the process had before, sampled every millisecond. Pages of the mapped files are counted apart:
-they belong to the kernel's cache, once for all processes of a node, and are given up where memory is short.
+Counted is anonymous memory (RssAnon) above what the process had before, sampled every millisecond. Pages of the mapped
+files are counted apart: they belong to the kernel's cache, once for all processes of a node, and are given up where
+memory is short.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def make_model(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=8192, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
+        vocab_size=8192, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(folder, max_shard_size=file_bytes)
@@ -43,7 +44,10 @@ def make_model(
 
 
 class Memory:
-    """The most that this process held inside the block, above what it held before: anonymous, and mapped file pages. Bytes."""
+    """The most that this process held inside the block, above what it held before: anonymous, and mapped file pages.
+
+    Bytes.
+    """
 
     def __enter__(self) -> Memory:
         gc.collect()
@@ -115,7 +119,9 @@ def held(engine: Any) -> int:
 
 
 def rank_main(rank: int, engine: str, small: str, cases: list[dict[str, Any]], out: str) -> None:
-    """What one rank does (tests.distributed.ranks): every case in turn, after a small model has brought in what loading imports."""
+    """What one rank does (tests.distributed.ranks): every case in turn,
+    after a small model has brought in what loading imports.
+    """
     from pipeline.engines.open import init_distributed
     from pipeline.recipe.sections import TrainSection
 
@@ -189,7 +195,8 @@ def main() -> None:
         files = list((folder / "model").glob("*.safetensors"))
         largest = max(path.stat().st_size for path in files)
         print(
-            f"{sum(path.stat().st_size for path in files) / 1e6:.0f} MB in {len(files)} files, the largest {largest / 1e6:.0f} MB; {WORLD} ranks\n"
+            f"{sum(path.stat().st_size for path in files) / 1e6:.0f} MB in {len(files)} files, the "
+            f"largest {largest / 1e6:.0f} MB; {WORLD} ranks\n"
         )
         print("MB, both ranks together (mapped: one rank)\n")
         print(

@@ -1,8 +1,11 @@
-"""Deliberate faults, each of which some test must catch: `make mutants`, or `python -m tests.tools.mutants NAME...` for some.
+"""Deliberate faults, each of which some test must catch: `make mutants`.
 
-Every fault (tests/tools/mutants_list.py) is an exact replacement in a temporary copy of the repository, on which the tests that should notice
-are run. Exit code 1 where a fault survives, where something else than an assertion or the program's own ValueError ends the tests, where a
-replacement no longer applies, or where the tests fail without any fault.
+    python -m tests.tools.mutants NAME...     # some of them
+
+Every fault (tests/tools/mutants_list.py) is an exact replacement in a temporary copy of the repository, on which the
+tests that should notice are run. Exit code 1 where a fault survives, where something else than an assertion or the
+program's own ValueError ends the tests, where a replacement no longer applies, or where the tests fail without any
+fault.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The faults that `make mutants` plants, each with the tests that must notice it. Every text to replace occurs exactly once in its file."""
+"""The faults that `make mutants` plants, each with the tests that must notice it.
+
+Every text to replace occurs exactly once in its file.
+"""
 
 from __future__ import annotations
 
@@ -299,7 +302,8 @@ OF_THE_ENGINES = (
         "zero3: restored by subtracting",
         ZERO3,
         "for lp, saved in zip(self._partitions.compute, stash, strict=True):\n                lp.copy_(saved)",
-        "for lp, d in zip(self._partitions.compute, direction, strict=True):\n                lp.sub_(scale * d.to(lp.device))",
+        "for lp, d in zip(self._partitions.compute, direction, strict=True):\n                "
+        "lp.sub_(scale * d.to(lp.device))",
         RESTORE + ON_ZERO3,
     ),
     mutant(
@@ -309,7 +313,8 @@ OF_THE_ENGINES = (
         "set_gradient_accumulation_boundary(number",
         TRACES + "[zero3-offload]",
     ),
-    # Either alone changes nothing, and where a safety gradient comes between not even both: whoever clears, clears for the next.
+    # Either alone changes nothing, and where a safety gradient comes between not even both:
+    # whoever clears, clears for the next.
     Mutant(
         "zero3: probe pass through the engine, main pass without clearing",
         (
@@ -337,7 +342,8 @@ OF_THE_ENGINES = (
         "fsdp2: auxiliary gradients not cleared",
         AUTOGRAD,
         "        self.discard()\n        return loss, shard",
-        "        if self.world_size == 1:  # the reference, which is `single`\n            self.discard()\n        return loss, shard",
+        "        if self.world_size == 1:  # the reference, which is `single`\n            "
+        "self.discard()\n        return loss, shard",
         FSDP2_EXACT,
     ),
     mutant(
@@ -372,7 +378,8 @@ OF_THE_ENGINES = (
         "fsdp2: restored by subtracting",
         AUTOGRAD,
         "for local, saved in zip(self.storage(), stash, strict=True):\n                local.copy_(saved)",
-        "for local, d in zip(self.storage(), direction, strict=True):\n                local.sub_(d.view_as(local), alpha=scale)",
+        "for local, d in zip(self.storage(), direction, strict=True):\n                "
+        "local.sub_(d.view_as(local), alpha=scale)",
         RESTORE + ON_FSDP2,
     ),
     mutant(
@@ -418,14 +425,16 @@ OF_THE_COMPANIONS = (
     mutant(
         "zero3: added gradient not offloaded again",
         ZERO3,
-        "            self._partitions.offload_gradient(\n                [parameter for parameter in self._names if parameter.requires_grad]\n            )\n",
+        "            self._partitions.offload_gradient(\n                [parameter for parameter "
+        "in self._names if parameter.requires_grad]\n            )\n",
         "            pass\n",
         ON_TWO_RANKS + "[lisa-zero3-offload]",
     ),
     mutant(
         "tokens of a mix counted on one rank",
         SAFE_MIX,
-        "total = engine.sum_over_ranks(\n        torch.tensor(float(own), dtype=torch.float64, device=engine.device)\n    )",
+        "total = engine.sum_over_ranks(\n        torch.tensor(float(own), dtype=torch.float64, "
+        "device=engine.device)\n    )",
         "total = torch.tensor(float(own))",
         ON_TWO_RANKS + "[safe_mix-fsdp2]",
     ),

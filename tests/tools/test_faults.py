@@ -1,4 +1,4 @@
-"""What tests/tools/faults calls a loss, on chains that are stand-ins: a harness that cannot fail would prove nothing."""
+"""What tests/tools/faults calls a loss, on stand-ins for chains: a harness that cannot fail would prove nothing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def verdict(
 
 
 def test_the_same_artefacts_are_identical_however_often_the_command_has_to_run(tmp_path):
-    fails_once = f"import os, sys\nif not os.path.exists(sys.argv[1] + '/once'):\n    open(sys.argv[1] + '/once', 'w'); sys.exit(75)\n{WRITES}"
+    fails_once = (
+        "import os, sys\nif not os.path.exists(sys.argv[1] + '/once'):\n    open(sys.argv[1] + "
+        f"'/once', 'w'); sys.exit(75)\n{WRITES}"
+    )
     assert verdict(tmp_path, fails_once) == ("identical", "")
 
 
@@ -73,7 +76,8 @@ def test_a_refusal_that_names_the_file_is_followed_and_the_command_run_again(tmp
     refuses = (
         "import os, sys\nfolder = sys.argv[1] + '/tiny/prepare-1'\n"
         "if not os.path.exists(sys.argv[1] + '/once'):\n    os.mkdir(folder); open(sys.argv[1] + '/once', 'w')\n"
-        f"if os.path.exists(folder):\n    print(f'error: {{folder}}/data.txt does not match', file=sys.stderr); sys.exit(2)\n{WRITES}"
+        f"if os.path.exists(folder):\n    print(f'error: {{folder}}/data.txt does not match', "
+        f"file=sys.stderr); sys.exit(2)\n{WRITES}"
     )
     assert verdict(tmp_path, refuses) == ("refused", "tiny/prepare-1/data.txt")
 

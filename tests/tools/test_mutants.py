@@ -1,4 +1,7 @@
-"""The planted faults still apply, and docs/correctness.md shows these faults and these cases. `make mutants` plants them."""
+"""The planted faults still apply, and docs/correctness.md shows these faults and these cases.
+
+`make mutants` plants them.
+"""
 
 import pytest
 

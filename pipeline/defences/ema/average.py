@@ -1,12 +1,14 @@
-"""An exponential moving average of the weights (arXiv 2508.12531), on each rank's own float32 shard: nothing is gathered or sent.
+"""An exponential moving average of the weights (arXiv 2508.12531), on each rank's own float32 shard:
+nothing is gathered or sent.
 
     ema = Ema(engine, recipe.ema)
     ema.updated(done)                # after every optimizer step
     with ema.weights(): ...          # validation and export see the average; the weights come back bit for bit
 
-The paper's update rule, decay and code were not to be found, so `mode` holds both readings of "EMA momentum in parameter space":
-shadow averages beside the training, momentum lets the training go on from the average, which holds it near where it began.
-With LoRA the factors A and B are averaged, each by itself: the average's update is not the average of the updates B A.
+The paper's update rule, decay and code were not to be found, so `mode` holds both readings of "EMA momentum in
+parameter space": shadow averages beside the training, momentum lets the training go on from the average, which holds it
+near where it began. With LoRA the factors A and B are averaged, each by itself: the average's update is not the average
+of the updates B A.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from pipeline.engines.engine import Engine, ShardedVector
 
 
 class Ema(Callback):
-    """s <- decay * s + (1 - decay) * w. After n updates from s_0: s_n = decay^n s_0 + (1 - decay) sum_k decay^(n-k) w_k."""
+    """s <- decay * s + (1 - decay) * w.
+
+    After n updates from s_0: s_n = decay^n s_0 + (1 - decay) sum_k decay^(n-k) w_k.
+    """
 
     def __init__(self, engine: Engine, section: EmaSection):
         self.engine, self.section = engine, section

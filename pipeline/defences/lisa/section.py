@@ -10,7 +10,9 @@ from pipeline.recipe.sections import DefenceSection, Positive
 
 
 class LisaSection(DefenceSection):
-    """Lisa (arXiv 2405.18641): steps on the safe responses and on the task in turns, each near where the other left off."""
+    """Lisa (arXiv 2405.18641): steps on the safe responses and on the task in turns,
+    each near where the other left off.
+    """
 
     enabled: bool = Field(
         False, description="Whether to alternate alignment steps and task steps (arXiv 2405.18641)"

@@ -1,8 +1,10 @@
-"""Lisa (arXiv 2405.18641): steps on safe responses and on the task in turns, each drawn towards where the other left off.
+"""Lisa (arXiv 2405.18641): steps on safe responses and on the task in turns,
+each drawn towards where the other left off.
 
     step = LisaStep(engine, recipe.lisa)
 
-In both states the gradient is that of loss + rho / 2 * |w - w_last|^2, w_last being the weights at the last switch; at first, the initial ones.
+In both states the gradient is that of loss + rho / 2 * |w - w_last|^2, w_last being the weights at the last switch;
+at first, the initial ones.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ from pipeline.objectives.losses import useful_loss
 
 
 class LisaStep(Step):
-    """A cycle is `alignment_steps` on the safe responses, then `task_steps` on the task's batches. w_last is kept on each rank's shard."""
+    """A cycle is `alignment_steps` on the safe responses, then `task_steps` on the task's batches.
+    w_last is kept on each rank's shard.
+    """
 
     def __init__(self, engine: Engine, section: LisaSection, draw_every: int = 1):
-        """draw_every: steps between the draws of a method that draws at its task steps; Lisa then sees the same pairs."""
+        """draw_every: steps between the draws of a method that draws at its task steps;
+        Lisa then sees the same pairs.
+        """
         self.engine, self.section, self.draw_every = engine, section, max(draw_every, 1)
         self.anchor = engine.weights()
 
     def positions(self, number: int) -> tuple[int, int]:
-        """Which task batch and which draw of pairs step `number` sees: those that another method would, each counted by its own steps."""
+        """Which task batch and which draw of pairs step `number` sees:
+        those that another method would, each counted by its own steps.
+        """
         aligning, task = self.section.alignment_steps, self.section.task_steps
         cycles, position = divmod(number, aligning + task)
         return cycles * task + max(position - aligning, 0), (

@@ -8,7 +8,9 @@ from pipeline.recipe.sections import DefenceSection
 
 
 class SafeMixSection(DefenceSection):
-    """SafeInstr, the control that SAP's reviewers asked for: safety_pairs.batch_size safe responses every safety_pairs.refresh_every steps."""
+    """SafeInstr, the control that SAP's reviewers asked for: safety_pairs.batch_size safe responses every
+    safety_pairs.refresh_every steps.
+    """
 
     enabled: bool = Field(
         False,

@@ -1,4 +1,5 @@
-"""SafeInstr: the safe responses of the safety pairs mixed into the task's batches, the control that SAP's reviewers asked for.
+"""SafeInstr: the safe responses of the safety pairs mixed into the task's batches,
+the control that SAP's reviewers asked for.
 
     step = SafeMix(engine, PlainStep(engine), every=4)
 

@@ -21,7 +21,8 @@ def _passes(section: SafetyGradientSection, costs: Costs, passes: Passes) -> Pas
 def _consistent(section: SafetyGradientSection, recipe: Any) -> None:
     if recipe.safety_pairs.refresh_every == 0:
         raise ValueError(
-            "safety_pairs.refresh_every is 0, so that safety_gradient would never draw a safety pair: set it to 1 or more"
+            "safety_pairs.refresh_every is 0, so that safety_gradient would never draw a safety "
+            "pair: set it to 1 or more"
         )
 
 
@@ -30,7 +31,10 @@ SAFETY_GRADIENT = Defence(
     "Control: the safety gradient added to the task's",
     draws_pairs=True,
     conflicts={
-        "sap": "one adds the safety gradient and the other a preconditioned one, and neither's correction could be told from the sum"
+        "sap": (
+            "one adds the safety gradient and the other a preconditioned one, and neither's "
+            "correction could be told from the sum"
+        )
     },
     control=True,
     build=_build,

@@ -17,9 +17,11 @@ class SafetyGradientSection(DefenceSection):
     )
     contrastive: Literal["difference", "logsigmoid"] = Field(
         "logsigmoid",
-        description="Contrastive safety loss; difference has no lower bound, and here nothing but the steps' number limits it",
+        description="Contrastive safety loss; difference has no lower bound, and here nothing but the "
+        "steps' number limits it",
     )
     correction: Annotated[float, Field(gt=0)] = Field(
         0.7,
-        description="|lambda * grad L_safety| / |task gradient|, as sap.target_correction measures SAP's; lambda follows at every step",
+        description="|lambda * grad L_safety| / |task gradient|, as sap.target_correction measures SAP's; "
+        "lambda follows at every step",
     )

@@ -2,8 +2,9 @@
 
     step = SafetyGradientStep(engine, recipe.safety_gradient, refresh_every=4)
 
-To first order SAP adds a preconditioned safety gradient (pipeline/defences/sap/step.py). This adds the gradient itself, of the same pairs, refreshed
-as often and held at the same size relative to the task's: what SAP does better, its preconditioner does.
+To first order SAP adds a preconditioned safety gradient (pipeline/defences/sap/step.py). This adds the gradient itself,
+of the same pairs, refreshed as often and held at the same size relative to the task's: what SAP does better, its
+preconditioner does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _MOST_LAMBDA = 1e4
 
 
 class SafetyGradientStep(Step):
-    """g = grad L_useful + lambda * g_s, lambda = correction * |grad L_useful| / |g_s|; g_s serves `refresh_every` steps."""
+    """g = grad L_useful + lambda * g_s, lambda = correction * |grad L_useful| / |g_s|;
+    g_s serves `refresh_every` steps.
+    """
 
     def __init__(self, engine: Engine, section: SafetyGradientSection, refresh_every: int):
         self.engine, self.section, self.refresh_every = engine, section, refresh_every
@@ -46,13 +49,15 @@ class SafetyGradientStep(Step):
         norm = self.engine.norm(self.direction)
         if not (norm > 0 and math.isfinite(norm)):
             raise ValueError(
-                f"the safety gradient has norm {norm}: check data.safety (chosen and rejected must differ) and safety_gradient.contrastive"
+                f"the safety gradient has norm {norm}: check data.safety (chosen and rejected must "
+                "differ) and safety_gradient.contrastive"
             )
         loss, _ = self.engine.forward_backward(useful_loss, useful)
         weight = self.section.correction * self.engine.gradient_norm().item() / norm
         if weight > _MOST_LAMBDA:
             raise ValueError(
-                f"lambda is {weight:.1e} at step {number + 1}: the safety pairs' gradient has all but vanished (norm {norm:.1e}), so that what "
+                f"lambda is {weight:.1e} at step {number + 1}: the safety pairs' gradient has all "
+                f"but vanished (norm {norm:.1e}), so that what "
                 "would be added has no meaning; lower train.steps or train.lr, or take safety_gradient.enabled out"
             )
         self.engine.add_gradient(self.direction, weight)

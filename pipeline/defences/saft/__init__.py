@@ -9,7 +9,8 @@ from pipeline.defences.saft.section import SaftSection
 from pipeline.recipe.layer_choice import read_layer
 
 NO_LABELS = (
-    "saft has no labelled samples to choose its threshold on: map a column of true and false to harmful with data.task.columns, "
+    "saft has no labelled samples to choose its threshold on: map a column of true and false to "
+    "harmful with data.task.columns, "
     "or set saft.contamination to the share of harmful samples you expect"
 )
 

@@ -1,6 +1,7 @@
 """One vector a sample: a decoder layer's output at the response, from a model that may be sharded.
 
-    vectors = embed(engine, rows, layer=15, position="response_mean", micro_batch_size=8, pad_id=0)      # (N, D) float32, on every rank
+    vectors = embed(engine, rows, layer=15, position="response_mean", micro_batch_size=8, pad_id=0)
+    # (N, D) float32, on every rank
 
 Every rank runs its share of the batches; the model is never whole. No gradients, no dropout.
 """
@@ -25,7 +26,9 @@ Position = Literal["response_start", "response_mean", "response_end"]
 
 @dataclass(frozen=True)
 class _Batch:
-    """input_ids, attention_mask: int64 (B, T); weights: float32 (B, T), which positions make up a sample's vector; samples: their numbers."""
+    """input_ids, attention_mask: int64 (B, T); weights: float32 (B, T),
+    which positions make up a sample's vector; samples: their numbers.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -49,7 +52,10 @@ def embed(
     micro_batch_size: int,
     pad_id: int,
 ) -> torch.Tensor:
-    """Embeddings (N, D), float32, of rows with input_ids and labels, at the last response of each. A collective call."""
+    """Embeddings (N, D), float32, of rows with input_ids and labels, at the last response of each.
+
+    A collective call.
+    """
     found = torch.zeros(
         len(rows), engine.module.config.get_text_config().hidden_size, device=engine.device
     )
@@ -85,8 +91,8 @@ def embed(
 def position_weights(labels: Sequence[int], position: Position) -> list[float]:
     """Weights (T) over positions, summing to 1. The response is the last run of supervised tokens.
 
-    response_start: the token before it, where the model has read the prompt and nothing of the answer (as published); response_mean: all of
-    its tokens; response_end: its last one.
+    response_start: the token before it, where the model has read the prompt and nothing of the answer (as published);
+    response_mean: all of its tokens; response_end: its last one.
     """
     supervised = [index for index, label in enumerate(labels) if label != IGNORE]
     end = supervised[-1]
@@ -112,7 +118,10 @@ def _batches(
     world_size: int,
     pad_id: int,
 ) -> list[_Batch]:
-    """This rank's batches, of samples of like length. Ranks have equally many, some perhaps the last one again: a rank with one less would hang."""
+    """This rank's batches, of samples of like length.
+
+    Ranks have equally many, some perhaps the last one again: a rank with one less would hang.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     share = -(-len(chunks) // world_size)

@@ -3,9 +3,9 @@
     decision = decide(rows, embeddings, recipe.saft, seed=0)
     write(decision, rows, folder)          # scores.parquet, dropped.jsonl, facts.json, scores.png
 
-Nothing is dropped silently: every sample's scores are written, and where the labelled samples say that the scores do not tell harmful from
-harmless, or that too much of what would go is harmless, `refused` says so and nothing is dropped. Without labels all of it is a guess, which is
-said, with the highest-scored samples for the user to read.
+Nothing is dropped silently: every sample's scores are written, and where the labelled samples say that the scores do
+not tell harmful from harmless, or that too much of what would go is harmless, `refused` says so and nothing is dropped.
+Without labels all of it is a guess, which is said, with the highest-scored samples for the user to read.
 """
 
 from __future__ import annotations
@@ -34,17 +34,22 @@ from pipeline.judges.metrics import share
 from pipeline.judges.refusal import refusal_in
 
 Rows = Sequence[dict[str, Any]]
-# labelled samples that check the choice, where there are as many: a tenth of them harmful, and all found, is a lower bound of 0.5
+# labelled samples that check the choice, where there are as many:
+# a tenth of them harmful, and all found, is a lower bound of 0.5
 _HELD_OUT = 40
 _SHOWN, _SHOWN_CHARACTERS = 10, 60
 GUESS = (
-    "saft has no labelled samples, so it is a guess that the {dropped} samples it drops are the harmful ones: the sign of its direction, whether high scores mean "
-    "harmful, is one; where the highest-scored are harmless, label some samples with a column of true and false, and map it to harmful with data.task.columns"
+    "saft has no labelled samples, so it is a guess that the {dropped} samples it drops are the "
+    "harmful ones: the sign of its direction, whether high scores mean "
+    "harmful, is one; where the highest-scored are harmless, label some samples with a column of "
+    "true and false, and map it to harmful with data.task.columns"
 )
 
 
 def known_labels(rows: Rows) -> np.ndarray:
-    """1 harmful, 0 harmless, -1 not known: data.task.columns may map `harmful`; where harmful samples were mixed in, the others count as harmless."""
+    """1 harmful, 0 harmless, -1 not known: data.task.columns may map `harmful`;
+    where harmful samples were mixed in, the others count as harmless.
+    """
     mixed = any(row["kind"] == "harmful" for row in rows)
 
     def label(row: dict[str, Any]) -> int:
@@ -63,7 +68,10 @@ def check_labels(rows: Rows, section: SaftSection) -> None:
 
 
 def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int) -> Decision:
-    """Score every row and choose what to drop. embeddings: (N, D). seed: of the labelled samples drawn. ValueError as `check_labels`."""
+    """Score every row and choose what to drop. embeddings: (N, D). seed: of the labelled samples drawn.
+
+    ValueError as `check_labels`.
+    """
     check_labels(rows, section)
     scores, labels = saft_scores(embeddings), known_labels(rows)
     known = np.flatnonzero(labels >= 0)
@@ -104,7 +112,10 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
         "threshold": choice.threshold,
         "threshold_from": f"F1 on {len(subset)} labelled samples; {len(held_out)} others check it"
         if len(subset)
-        else f"saft.contamination {section.contamination}, an estimate: no labelled sample was used, and saft.min_auroc was not applied",
+        else (
+            f"saft.contamination {section.contamination}, an estimate: no labelled sample was "
+            "used, and saft.min_auroc was not applied"
+        ),
         "flagged": int(flagged.sum()),
         "refusals": int(refusals.sum()),
         "refusals_flagged": int((flagged & refusals).sum()),
@@ -139,19 +150,23 @@ def _warnings(
     warnings = [facts["refused"]] if facts["refused"] else []
     if subset and section.contamination is not None:
         warnings.append(
-            f"saft.contamination {section.contamination} is not used, because {known} samples have labels: set saft.labelled to 0 to use it"
+            f"saft.contamination {section.contamination} is not used, because {known} samples have "
+            "labels: set saft.labelled to 0 to use it"
         )
     if not known:
         warnings.append(GUESS.format(dropped=facts["dropped"]))
     if facts["capped_at"] is not None:
         warnings.append(
-            f"saft would drop {wanted} samples and drops the {facts['capped_at']} with the highest scores: saft.max_dropped is {section.max_dropped}"
+            f"saft would drop {wanted} samples and drops the {facts['capped_at']} with the highest "
+            f"scores: saft.max_dropped is {section.max_dropped}"
         )
     return warnings
 
 
 def highest_scored(decision: Decision) -> list[str]:
-    """What a user without labels must look at: a line for each of the highest-scored samples, below a title; nothing where there are labels."""
+    """What a user without labels must look at: a line for each of the highest-scored samples, below a title;
+    nothing where there are labels.
+    """
     lines = [
         f"  {entry['score']:.3g}  {entry['id']}  {entry['prompt']}"
         for entry in decision.facts["highest_scored"]
@@ -174,7 +189,8 @@ def write(decision: Decision, rows: Rows, folder: Path) -> None:
     known = {1: True, 0: False, -1: None}
     table = [
         {
-            "id": row["id"], "kind": row["kind"], "harmful": known[int(decision.labels[i])], "labelled": bool(subset[i]),
+            "id": row["id"], "kind": row["kind"], "harmful": known[int(decision.labels[i])],
+            "labelled": bool(subset[i]),
             **{f"score_{k}": float(decision.scores[i, k - 1]) for k in range(1, decision.scores.shape[1] + 1)},
             "score": float(decision.scores[i, decision.choice.components - 1]), "keywords": int(decision.words[i]),
             "refusal": bool(decision.refusals[i]), "dropped": bool(decision.dropped[i]),
@@ -220,7 +236,9 @@ def _measured(
     subset: np.ndarray,
     held_out: np.ndarray,
 ) -> dict[str, Any]:
-    """AUROC and F1 with their intervals on the labelled samples that chose the threshold (a little flattering), and on other known ones."""
+    """AUROC and F1 with their intervals on the labelled samples that chose the threshold (a little flattering),
+    and on other known ones.
+    """
     result = {}
     for name, numbers in (("labelled", subset), ("held_out", held_out)):
         harmful = labels[numbers] == 1
@@ -238,11 +256,15 @@ def _refusal(measured: dict[str, Any], labels: np.ndarray, section: SaftSection)
         return None
     if labels.all() or not labels.any():
         kind = "harmful" if labels.all() else "harmless"
-        return f"saft refuses to filter: all {len(labels)} labelled samples are {kind}, so nothing can be chosen on them; label more samples, or raise saft.labelled"
+        return (
+            f"saft refuses to filter: all {len(labels)} labelled samples are {kind}, so nothing "
+            "can be chosen on them; label more samples, or raise saft.labelled"
+        )
     found = measured["auroc"]
     if found["value"] < section.min_auroc:
         return (
-            f"saft refuses to filter: its AUROC on {len(labels)} labelled samples is {found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}], below "
+            f"saft refuses to filter: its AUROC on {len(labels)} labelled samples is "
+            f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}], below "
             f"saft.min_auroc {section.min_auroc}; try another saft.layer or saft.position, or set saft.enabled to false"
         )
     return None
@@ -251,7 +273,9 @@ def _refusal(measured: dict[str, Any], labels: np.ndarray, section: SaftSection)
 def _imprecise(
     precision: dict[str, Any], dropped: int, held_out: int, section: SaftSection
 ) -> str | None:
-    """Why the held-out labelled samples say that what would be dropped is not harmful enough, or that nobody knows; None where it is."""
+    """Why the held-out labelled samples say that what would be dropped is not harmful enough,
+    or that nobody knows; None where it is.
+    """
     if not section.min_precision or (precision["n"] and precision["low"] >= section.min_precision):
         return None
     remedy = (
@@ -259,17 +283,22 @@ def _imprecise(
     )
     if not precision["n"]:
         return (
-            f"saft refuses to filter: none of the {dropped} samples that it would drop is among the {held_out} held-out labelled ones, so that its precision is not "
+            f"saft refuses to filter: none of the {dropped} samples that it would drop is among "
+            f"the {held_out} held-out labelled ones, so that its precision is not "
             f"known, and saft.min_precision is {section.min_precision}; {remedy}"
         )
     return (
-        f"saft refuses to filter: {round(precision['value'] * precision['n'])} of the {precision['n']} held-out labelled samples that it would drop are harmful, a "
-        f"precision of {precision['value']:.2f} whose 95% lower bound {precision['low']:.2f} is below saft.min_precision {section.min_precision}; {remedy}"
+        f"saft refuses to filter: {round(precision['value'] * precision['n'])} of the "
+        f"{precision['n']} held-out labelled samples that it would drop are harmful, a "
+        f"precision of {precision['value']:.2f} whose 95% lower bound {precision['low']:.2f} is "
+        f"below saft.min_precision {section.min_precision}; {remedy}"
     )
 
 
 def _highest_scored(rows: Rows, score: np.ndarray, dropped: np.ndarray) -> list[dict[str, Any]]:
-    """Of the samples with the highest scores: id, score, whether it is dropped, and how its prompt begins, with control characters escaped."""
+    """Of the samples with the highest scores: id, score, whether it is dropped, and how its prompt begins,
+    with control characters escaped.
+    """
     return [
         {
             "id": rows[i]["id"],

@@ -1,4 +1,5 @@
-"""The picture of a filter: how its scores lie, where the threshold is, and how well the scores and the keywords tell the labelled apart.
+"""The picture of a filter: how its scores lie, where the threshold is,
+and how well the scores and the keywords tell the labelled apart.
 
 draw_scores(decision, Path("scores.png"))
 """
@@ -13,7 +14,7 @@ import numpy as np
 from pipeline.defences.saft.decision import Decision
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 _KINDS = ((1, "harmful", "#c8553d"), (0, "harmless", "#3b6ea5"), (-1, "label not known", "#8894a3"))
 

@@ -3,8 +3,9 @@
     scores = saft_scores(embeddings)                       # (N, 4): s_i for k = 1 to 4
     choice = choose(scores, subset, labels, None)          # k and threshold with the best F1 on labelled samples
 
-`s_i = 1/k * sum_{j<=k} <e_i, v_j>^2` with e the centred embeddings and v_j their first right singular vectors; a sample is dropped where
-s_i > threshold. The published protocol chooses k from 1 to 4 and the threshold from 100 even steps between the scores' ends.
+`s_i = 1/k * sum_{j<=k} <e_i, v_j>^2` with e the centred embeddings and v_j their first right singular vectors; a sample
+is dropped where s_i > threshold. The published protocol chooses k from 1 to 4 and the threshold from 100 even steps
+between the scores' ends.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def choose(
 ) -> Choice:
     """k (unless given) and threshold with the best F1 on the labelled samples; the lowest k and threshold of equals.
 
-    scores: (N, K) of all samples, between whose ends the candidates lie; subset: numbers of the labelled ones; labels: bool, True is harmful.
+    scores: (N, K) of all samples, between whose ends the candidates lie; subset: numbers of the labelled ones;
+    labels: bool, True is harmful.
     """
     best = (-1.0, 0, 0.0)
     for k in [components] if components else range(1, scores.shape[1] + 1):
@@ -86,7 +88,9 @@ def with_interval(
     labels: np.ndarray,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The measure with its 95% bootstrap interval over samples (percentiles of 1000 resamples that hold both kinds), and n."""
+    """The measure with its 95% bootstrap interval over samples (percentiles of 1000 resamples that
+    hold both kinds), and n.
+    """
     rng, found = np.random.default_rng(seed), []
     while len(found) < _RESAMPLES and labels.any() and not labels.all():
         drawn = rng.integers(len(labels), size=len(labels))

@@ -22,14 +22,16 @@ class SaftSection(DefenceSection):
     )
     position: Literal["response_start", "response_mean", "response_end"] = Field(
         "response_mean",
-        description="Tokens read: the one before the response (as published; it has not seen the response), all of the response, or its last",
+        description="Tokens read: the one before the response (as published; it has not seen the "
+        "response), all of the response, or its last",
     )
     components: Annotated[int, Field(ge=1, le=4)] | None = Field(
         None, description="Singular vectors k; null: the best of 1 to 4 on labelled samples"
     )
     labelled: Annotated[int, Field(ge=0)] = Field(
         100,
-        description="Labelled samples on which k and threshold are chosen (best F1); 0: none. 40 others, at most half, are held out where there are fewer",
+        description="Labelled samples on which k and threshold are chosen (best F1); 0: none. 40 others, "
+        "at most half, are held out where there are fewer",
     )
     contamination: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
@@ -41,8 +43,10 @@ class SaftSection(DefenceSection):
     )
     min_precision: Fraction = Field(
         0.5,
-        description="Of what would be dropped, the share that is harmful: lower end of its Wilson 95% interval on held-out labelled samples, below which the "
-        "filter refuses to drop anything. 0.5: more harmful samples than harmless ones; 4 right of 4 reach it. 0: not asked",
+        description="Of what would be dropped, the share that is harmful: lower end of its Wilson 95% "
+        "interval on held-out labelled samples, below which the "
+        "filter refuses to drop anything. 0.5: more harmful samples than harmless ones; 4 right of "
+        "4 reach it. 0: not asked",
     )
     max_dropped: Fraction = Field(
         0.5,

@@ -31,7 +31,9 @@ def _decides(section: SapSection) -> dict[str, Any]:
 
 
 def _memory(section: SapSection, sizes: Sizes) -> list[Row]:
-    """The direction and, while passes run, the perturbed weights' old values or, after those, g(0) for the correction."""
+    """The direction and, while passes run, the perturbed weights' old values or, after those,
+    g(0) for the correction.
+    """
     second = max(sizes.width, 4 if section.correction_every else 0)
     probed = len(probed_layers(section.layers, sizes.layers))
     formula = f"{sizes.count} x (direction 4 + old values or g(0) {second}) bytes; V, its gradients and moments"
@@ -84,7 +86,8 @@ def _notes(section: SapSection, recipe: Any, ranks: int) -> list[str]:
     if samples >= ranks:
         return []
     return [
-        f"sap.probe_share {section.probe_share:g} of train.batch_size {batch} is {samples}: {ranks - samples} of {ranks} ranks would have no sample "
+        f"sap.probe_share {section.probe_share:g} of train.batch_size {batch} is {samples}: "
+        f"{ranks - samples} of {ranks} ranks would have no sample "
         f"of their own, and compute copies; a share of {ranks / batch:g} takes the same time"
     ]
 

@@ -1,4 +1,5 @@
-"""The safety direction over the whole contrastive set, and what it looks like layer by layer (arXiv 2505.16737, Fig. 3).
+"""The safety direction over the whole contrastive set, and what it looks like layer by layer
+(arXiv 2505.16737, Fig. 3).
 
 direction, summary = safety_direction(engine, (first_half, second_half), useful_batches, "difference")
 """
@@ -24,8 +25,9 @@ def safety_direction(
 ) -> tuple[ShardedVector, dict[str, Any]]:
     """g_s = grad_W L_safety over both halves at the engine's weights; every batch's global_pairs counts both halves.
 
-    Returns this rank's shard of g_s and a summary: norm, safety_loss, split_half_cosine (1: the pairs agree), and per decoder layer the
-    norm of g_s and its cosine with the useful gradient. Leaves no trace in the engine, and gathers nothing.
+    Returns this rank's shard of g_s and a summary: norm, safety_loss, split_half_cosine (1: the pairs agree), and per
+    decoder layer the norm of g_s and its cosine with the useful gradient. Leaves no trace in the engine, and gathers
+    nothing.
     """
     losses, parts = zip(
         *(engine.gradient(safety_loss(contrastive), half) for half in halves), strict=True

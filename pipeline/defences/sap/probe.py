@@ -5,9 +5,9 @@
         loss = model(**batch).loss
         gradient = torch.autograd.grad(loss, v)
 
-V lives outside the module, so no engine shards it; the hooks die with the `with` block, which must therefore hold the backward
-pass too (activation checkpointing runs the hooks a second time there). Source: arXiv 2505.16737, Section 3; one vector per layer,
-broadcast over batch and sequence, as in the reference code.
+V lives outside the module, so no engine shards it; the hooks die with the `with` block, which must therefore hold the
+backward pass too (activation checkpointing runs the hooks a second time there). Source: arXiv 2505.16737, Section 3;
+one vector per layer, broadcast over batch and sequence, as in the reference code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def probe_of(module: nn.Module, layers: str | list[int] | list[float]) -> Probe:
 
 
 class _AddProbe(torch.autograd.Function):
-    """hidden_states (B, T, D) + v (D,). Backward: the gradient of v is summed over B and T in v's dtype (float32), not in bf16."""
+    """hidden_states (B, T, D) + v (D,).
+
+    Backward: the gradient of v is summed over B and T in v's dtype (float32), not in bf16.
+    """
 
     @staticmethod
     def forward(ctx, hidden_states: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

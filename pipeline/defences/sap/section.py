@@ -30,7 +30,8 @@ class SapSection(DefenceSection):
     )
     speed: Literal["exact", "balanced", "fast"] = Field(
         "exact",
-        description="Values of probe_share, correction_every and noise_every where they are not given: balanced, V from a quarter of the samples; fast, from an eighth",
+        description="Values of probe_share, correction_every and noise_every where they are not given: "
+        "balanced, V from a quarter of the samples; fast, from an eighth",
     )
     schedule: Literal["exact", "lagged"] = Field(
         "exact",
@@ -46,25 +47,29 @@ class SapSection(DefenceSection):
     )
     probe_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
-        description="Share of a step's samples that V is computed from, at least one sample; below 1 for schedule exact only",
+        description="Share of a step's samples that V is computed from, at least one sample; below 1 for "
+        "schedule exact only",
     )
     eps: Annotated[float, Field(gt=0)] = Field(
         0.05, description="|dW| as a share of |W|, both global over the trainable parameters"
     )
     beta: Annotated[float, Field(gt=0)] = Field(
         0.05,
-        description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first scale tried (target_correction)",
+        description="Size of V: factor of the gradient (raw), RMS (rms), step per coordinate (adam), first "
+        "scale tried (target_correction)",
     )
     probe_step: Literal["raw", "rms", "adam", "target_correction"] = Field(
         "target_correction", description="How grad_V L_su becomes V"
     )
     target_correction: Annotated[float, Field(gt=0)] = Field(
         0.7,
-        description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how values were chosen: docs/defaults.md",
+        description="|g(V) - g(0)| / |g(0)| to hold, for probe_step target_correction; how values were "
+        "chosen: docs/defaults.md",
     )
     layers: str | list[int] | list[float] = Field(
         "0.33:0.66",
-        description="Probed decoder layers: [10, 11] indices, [0.3, 0.5] fractions of the depth, '10:19' or '0.33:0.66' a half-open range",
+        description="Probed decoder layers: [10, 11] indices, [0.3, 0.5] fractions of the depth, '10:19' "
+        "or '0.33:0.66' a half-open range",
     )
     noise_every: Annotated[int, Field(ge=0)] = Field(
         20, description="Steps between measurements of the probe's noise (one extra pass); 0: never"
@@ -96,7 +101,8 @@ class SapSection(DefenceSection):
         if self.schedule == "lagged" and self.probe_share < 1:
             set_by = f" (of speed {self.speed})" if self.speed != "exact" else ""
             raise ValueError(
-                f"probe_share {self.probe_share:g}{set_by} needs schedule: exact; the lagged schedule has V's first gradient from its main pass, over all samples"
+                f"probe_share {self.probe_share:g}{set_by} needs schedule: exact; the lagged "
+                "schedule has V's first gradient from its main pass, over all samples"
             )
         if self.probe_step == "target_correction" and self.correction_every == 0:
             raise ValueError(

@@ -4,10 +4,11 @@
     metrics = step(useful_batches, pairs, number)      # the engine then holds the step's gradient
     engine.step(lr)
 
-`dW = eps |W| g_s / |g_s|` with `g_s = grad_W L_safety` and both norms global over the trainable parameters; V is one vector per probed
-layer, one for all micro-batches and ranks of a step, and acts only inside its own passes. It may be computed from a share of the step's
-samples: the same for both of its gradients, or their difference would be that of the samples. With H = d2 L_useful / dW dV, to first order
-`g(V) - g(0) = beta H H^T dW`: a preconditioned descent of L_safety, so <g(V) - g(0), g_s> >= 0.
+`dW = eps |W| g_s / |g_s|` with `g_s = grad_W L_safety` and both norms global over the trainable parameters; V is one
+vector per probed layer, one for all micro-batches and ranks of a step, and acts only inside its own passes. It may be
+computed from a share of the step's samples: the same for both of its gradients, or their difference would be that of
+the samples. With H = d2 L_useful / dW dV, to first order `g(V) - g(0) = beta H H^T dW`: a preconditioned descent of
+L_safety, so <g(V) - g(0), g_s> >= 0.
 """
 
 from __future__ import annotations
@@ -75,10 +76,12 @@ class SapStep(Step):
         number: int,
         part: Sequence[MicroBatch] | None = None,
     ) -> Metrics:
-        """Compute the gradient of step `number` (from 0) and leave it in the engine; returns what was measured on the way.
+        """Compute the gradient of step `number` (from 0) and leave it in the engine;
+        returns what was measured on the way.
 
-        part: micro-batches of the `share` of the step's samples that V is computed from; None where that is all of them.
-        train/loss is the loss whose gradient is taken, under the step's V; losses without a probe are the validation's.
+        part: micro-batches of the `share` of the step's samples that V is computed from; None where that is all of
+        them. train/loss is the loss whose gradient is taken, under the step's V; losses without a probe are the
+        validation's.
         """
         assert (part is None) == (self.share == 1), (
             "a share of the samples is given exactly when V is computed from one"
@@ -148,7 +151,8 @@ class SapStep(Step):
         norm, weight_norm = self.engine.norm(g_s), self.engine.norm(self.engine.weights())
         if not (norm > 0 and math.isfinite(norm)):
             raise ValueError(
-                f"the safety gradient has norm {norm}: check data.safety (chosen and rejected must differ) and sap.contrastive"
+                f"the safety gradient has norm {norm}: check data.safety (chosen and rejected must "
+                "differ) and sap.contrastive"
             )
         metrics |= {"sap/direction_norm": norm, "sap/weight_norm": weight_norm}
         return self.section.eps * weight_norm / norm
@@ -185,7 +189,8 @@ class SapStep(Step):
         """Signal, noise, delta_loss (methods.md, SAP); refuses a perturbation that changes nothing."""
         if not self.checked and shifted == loss:
             raise ValueError(
-                f"the perturbation W + dW changes no bit of the loss: raise sap.eps (now {self.section.eps}) or use model.dtype float32"
+                "the perturbation W + dW changes no bit of the loss: raise sap.eps (now "
+                f"{self.section.eps}) or use model.dtype float32"
             )
         self.checked = True
         base = p0.norm().item()
@@ -199,8 +204,10 @@ class SapStep(Step):
             if noise > metrics["sap/probe_signal"] and not self.warned:
                 self.warned = True
                 warnings.warn(
-                    f"SAP's signal {metrics['sap/probe_signal']:.2g} is below its noise {noise:.2g}: V is not meaningful; "
-                    f"change sap.eps (now {self.section.eps}; larger against rounding, smaller against curvature) or use model.dtype float32",
+                    f"SAP's signal {metrics['sap/probe_signal']:.2g} is below its noise "
+                    f"{noise:.2g}: V is not meaningful; "
+                    f"change sap.eps (now {self.section.eps}; larger against rounding, smaller "
+                    "against curvature) or use model.dtype float32",
                     stacklevel=2,
                 )
 
@@ -257,7 +264,10 @@ class SapStep(Step):
         return self.engine.norm([a - b for a, b in zip(g, g0, strict=True)]) / self.engine.norm(g0)
 
     def _adapt_scale(self, correction: float, limit: float) -> float:
-        """Move V's scale towards the target, by at most `limit` either way; the correction is linear in a small V. Returns the factor."""
+        """Move V's scale towards the target, by at most `limit` either way; the correction is linear in a small V.
+
+        Returns the factor.
+        """
         ratio = self.section.target_correction / max(correction, 1e-12)
         factor = min(max(ratio, 1 / limit), limit)
         self.scale *= factor

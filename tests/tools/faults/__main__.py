@@ -1,10 +1,11 @@
 """Faults at random moments and places of the chain; after each the same command must end with identical artefacts.
 
-    python -m tests.tools.faults --minutes 5 --seed 0 [--engines single,zero3,fsdp2] [--kinds "a bit flipped,..."] [--json faults.json]
+    python -m tests.tools.faults --minutes 5 --seed 0 [--engines single,zero3,fsdp2] \\
+        [--kinds "a bit flipped,..."] [--json faults.json]
 
-Or with a refusal that names the file, after which it is removed as the sentence says, and the command run again. Anything else is a
-loss: other artefacts, a hang, a traceback, processes left behind. Exit code 1 where there was one. Every trial's seed is printed: with
---trial SEED it is repeated, as far as the machine's own timing lets it.
+Or with a refusal that names the file, after which it is removed as the sentence says, and the command run again.
+Anything else is a loss: other artefacts, a hang, a traceback, processes left behind. Exit code 1 where there was one.
+Every trial's seed is printed: with --trial SEED it is repeated, as far as the machine's own timing lets it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def main() -> int:
                 if verdict is not None:
                     verdicts.append(verdict)
                     print(
-                        f"[faults] {seed} {engine}, {kind} ({verdict.told}): {verdict.result}{f', {verdict.reason}' if verdict.reason else ''}, {verdict.runs} runs",
+                        f"[faults] {seed} {engine}, {kind} ({verdict.told}): "
+                        f"{verdict.result}{f', {verdict.reason}' if verdict.reason else ''}, "
+                        f"{verdict.runs} runs",
                         flush=True,
                     )
         if options.json:

@@ -93,7 +93,9 @@ class Chain:
             )
 
     def ended(self, process: subprocess.Popen, output: Path) -> Ended:
-        """Wait for it; what it and its jobs left behind is ended, or it is an error of the product: see `left_behind`."""
+        """Wait for it; what it and its jobs left behind is ended, or it is an error of the
+        product: see `left_behind`.
+        """
         try:
             code: int | None = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -147,7 +149,10 @@ def left_behind(group: int, seconds: float = 30.0) -> list[int]:
 
 
 def products(output: Path) -> dict[str, str]:
-    """Digest by name of everything that a finished chain has made; metrics without times. ValueError where a folder is damaged."""
+    """Digest by name of everything that a finished chain has made; metrics without times.
+
+    ValueError where a folder is damaged.
+    """
     found = {}
     for folder in sorted(
         path

@@ -1,4 +1,5 @@
-"""What goes wrong in a trial: each fault is given the chain's running command, its folder and a generator of random numbers.
+"""What goes wrong in a trial: each fault is given the chain's running command,
+its folder and a generator of random numbers.
 
 told = FAULTS["kill"](trial)        # what was done, for the record; None where there was nothing to do it to
 """
@@ -248,7 +249,10 @@ def _server(how: str) -> Iterator[str]:
 
 
 def tracking_fails(trial: Trial) -> str | None:
-    """The chain must not mind; what it could not deliver waits. How the server is after this trial is the next command's affair."""
+    """The chain must not mind; what it could not deliver waits.
+
+    How the server is after this trial is the next command's affair.
+    """
     how = trial.random.choice(["refuses", "hangs", "fails"])
     with _server(how) as address:
         before = trial.chain.environment

@@ -1,4 +1,6 @@
-"""Whatever becomes of a published folder is called damage, in a sentence: other bytes, other shapes, files more or fewer, links."""
+"""Whatever becomes of a published folder is called damage, in a sentence:
+other bytes, other shapes, files more or fewer, links.
+"""
 
 import json
 import os
@@ -113,9 +115,9 @@ def test_one_file_is_checked_by_its_name(tmp_path):
     folder = published(tmp_path / "stage")
     (folder / artifacts.FACTS).write_text('{"samples": 4}')
     artifacts.verify(folder, "data.txt")
-    with pytest.raises(ValueError, match="facts.json does not match"):
+    with pytest.raises(ValueError, match=r"facts.json does not match"):
         artifacts.verify(folder, "data.txt", artifacts.FACTS)
-    with pytest.raises(ValueError, match="does not list other.txt"):
+    with pytest.raises(ValueError, match=r"does not list other.txt"):
         artifacts.verify(folder, "other.txt")
 
 
@@ -154,7 +156,7 @@ class Recorded:
 
         def fsync(descriptor):
             self.events.append(
-                ("disk", names.get(descriptor, os.readlink(f"/proc/self/fd/{descriptor}")))
+                ("disk", names.get(descriptor, str(Path(f"/proc/self/fd/{descriptor}").readlink())))
             )
             synced(descriptor)
 
@@ -203,7 +205,9 @@ def made(tmp_path, name: str, text: str, **inputs) -> Path:
 
 
 def test_what_was_made_from_another_content_of_a_folder_is_not_mixed_with_the_new_one(tmp_path):
-    """Data are prepared again, by another version of a library: a model that was trained on the old ones is not evaluated as if it knew the new."""
+    """Data are prepared again, by another version of a library: a model that was trained on the old ones is not
+    evaluated as if it knew the new.
+    """
     prepared = made(tmp_path, "prepare-1", "old")
     trained = made(tmp_path, "train-1", "weights", prepare=artifacts.source(prepared))
     made(tmp_path, "prepare-1", "old")  # again the same, at another time

@@ -51,8 +51,9 @@ def rows(times: dict[str, list[float]], losses: dict[str, float] | None = None, 
     """What processes would have answered: a system's times, one a round."""
     return [
         {
-            "system": system, "method": "plain", "checkpointing": False, "lengths": "fixed", "ms": ms, "tokens_per_s": 1e6 / ms, "flops": 4e9,
-            "peak_gib": None, "before_s": 1.0, "device": "cpu", "loss": (losses or {}).get(system, 4.5), "profile": None, **more,
+            "system": system, "method": "plain", "checkpointing": False, "lengths": "fixed", "ms": ms,
+            "tokens_per_s": 1e6 / ms, "flops": 4e9, "peak_gib": None, "before_s": 1.0, "device": "cpu",
+            "loss": (losses or {}).get(system, 4.5), "profile": None, **more,
         }
         for system, found in times.items() for ms in found
     ]  # fmt: skip
@@ -73,7 +74,10 @@ def test_a_fast_wrong_step_fails(monkeypatch, capsys):
         Processes, "call", lambda self, function, *given: next(answers) if given else 1e12
     )
     assert main(["bench", "--rounds", "1", "--checkpointing", "off"]) == 1
-    sentence = "single plain, checkpointing off ends with loss 4.500000, fsdp2 plain, checkpointing off with 4.600000: one of them is wrong"
+    sentence = (
+        "single plain, checkpointing off ends with loss 4.500000, fsdp2 plain, checkpointing off "
+        "with 4.600000: one of them is wrong"
+    )
     assert sentence in capsys.readouterr().err
 
 
@@ -118,7 +122,9 @@ def test_what_cannot_be_measured_is_one_sentence(arguments, sentence, capsys):
 
 
 def test_the_arithmetic_is_that_of_the_weights():
-    """An 8B model: 8.03e9 weights, of which the embedding multiplies nothing; a plain LoRA step is forward, backward and a recomputation."""
+    """An 8B model: 8.03e9 weights, of which the embedding multiplies nothing;
+    a plain LoRA step is forward, backward and a recomputation.
+    """
     shape = SHAPES["8b"]
     tokens = 8 * 512
     multiplied = (

@@ -334,7 +334,7 @@ def test_a_damaged_model_folder(project, capsys, tmp_path, damage, expected):
 
 
 def test_eos_of_the_config_serves_a_tokenizer_without(project, tmp_path):
-    folder, content = project
+    folder, _ = project
     shutil.copytree(folder / "model", tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
     change(path, eos_token=None, pad_token=None)
@@ -435,7 +435,10 @@ def test_packing_under_an_attention_that_gains_nothing_is_noted(project, attenti
     experiment = recipes.load(write_recipe(folder, content), strict_yaml.parse_overrides(given))
     notes = [note for note in checks.check(experiment, light=True).notes if "packing" in note]
     assert notes == [
-        f"train.packing: attention {attention} works through a packed row whole; FlashAttention (docs/performance.md) does not"
+        (
+            f"train.packing: attention {attention} works through a packed row whole; FlashAttention "
+            "(docs/performance.md) does not"
+        )
     ]
 
 
@@ -547,7 +550,8 @@ def test_a_start_that_is_gone_stops_no_run_that_has_a_checkpoint_of_its_own(
     here = "align" if field == "align.train" else experiment.cell("sft", 0)
     with pytest.raises(
         ValueError,
-        match=rf"^{field}\.resume_from is .* there is no folder .*1a?[0-9]*.work: a training has it until it is finished$",
+        match=rf"^{field}\.resume_from is .* there is no folder .*1a?[0-9]*.work: a training has it "
+        r"until it is finished$",
     ):
         checks.check(experiment, here)
     layout = Layout(experiment)
@@ -558,7 +562,9 @@ def test_a_start_that_is_gone_stops_no_run_that_has_a_checkpoint_of_its_own(
 
 
 def test_methods_left_out_stop_no_launcher(project):
-    """What --methods leaves out is in the recipe that a launch script reads: here saft, which has no labels at fraction 0."""
+    """What --methods leaves out is in the recipe that a launch script reads:
+    here saft, which has no labels at fraction 0.
+    """
     folder, content = project
     content = content | {"methods": content["methods"] | {"saft": {"saft": {"enabled": True}}}}
     experiment = recipes.load(

@@ -1,4 +1,6 @@
-"""The demo's chain on a tiny random model, end to end, through the real commands: run, run again, stop, kill, resume, launchers."""
+"""The demo's chain on a tiny random model, end to end, through the real commands:
+run, run again, stop, kill, resume, launchers.
+"""
 
 import json
 import os

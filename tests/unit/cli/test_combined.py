@@ -1,4 +1,6 @@
-"""Methods together, through the real commands: a filter, SAP and an average in one cell; a mix with momentum in another; the report of both."""
+"""Methods together, through the real commands: a filter, SAP and an average in one cell;
+a mix with momentum in another; the report of both.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""What is written is this user's alone, unless the recipe says otherwise: answers to harmful prompts and the user's data are among it."""
+"""What is written is this user's alone, unless the recipe says otherwise:
+answers to harmful prompts and the user's data are among it.
+"""
 
 import os
 import stat
@@ -71,7 +73,7 @@ def test_a_file_system_whose_modes_are_fixed_is_said_and_does_not_end_the_stage(
         artifacts.building(tmp_path / "stage", {}) as folder,
     ):
         (folder / "data.txt").touch(0o777)
-        os.chmod(folder / "data.txt", 0o777)
+        (folder / "data.txt").chmod(0o777)
     assert artifacts.complete(tmp_path / "stage")
 
 

@@ -1,4 +1,6 @@
-"""A secret in any field of a recipe, or in the environment, stays there: whatever a command prints or writes, it is not in it."""
+"""A secret in any field of a recipe, or in the environment, stays there:
+whatever a command prints or writes, it is not in it.
+"""
 
 import logging
 import sys

@@ -96,7 +96,7 @@ def test_a_damaged_builtin_model_is_refused_in_one_sentence(converted):
     (converted / "model.safetensors").write_bytes(b"weighty")
     for _ in range(2):
         with pytest.raises(
-            ValueError, match="model.safetensors does not match .*: delete"
+            ValueError, match=r"model.safetensors does not match .*: delete"
         ) as caught:
             builtin.builtin_model()
         assert "\n" not in str(caught.value)

@@ -1,4 +1,6 @@
-"""Label masks over several chat templates: the response is in input_ids, and exactly what the assistant says is supervised."""
+"""Label masks over several chat templates: the response is in input_ids,
+and exactly what the assistant says is supervised.
+"""
 
 import pytest
 
@@ -6,7 +8,8 @@ from pipeline.data.chat import Chat
 from tests.project import TEMPLATE, make_tokenizer
 
 CHATML_MARKED = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == "
+    "'assistant' %}{% generation %}{{ message['content'] }}"
     "<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -17,24 +20,33 @@ LLAMA2 = (
 GEMMA = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<bos>"
     "{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
-    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt "
+    "%}<start_of_turn>model\n{% endif %}"
 )
-GLUED = "{% for m in messages %}{% if m['role'] == 'user' %}Q:{{ m['content'] }} A:{% else %}{{ m['content'] }};{% endif %}{% endfor %}"
+GLUED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Q:{{ m['content'] }} A:{% else %}{{ "
+    "m['content'] }};{% endif %}{% endfor %}"
+)
 DATED = (
-    "{% if add_generation_prompt %}(now){% else %}(then){% endif %}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}(now){% else %}(then){% endif %}{% for m in messages %}[{{ "
+    "m['role'] }}]{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 # Mistral's way: the system prompt stands in the last user turn, so it moves on with every turn
 LAST_SYSTEM = (
-    "{% set last = messages | selectattr('role', 'equalto', 'user') | list | last %}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
-    "{% if m == last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}{{ m['content'] }}[/INST]"
+    "{% set last = messages | selectattr('role', 'equalto', 'user') | list | last %}{% for m in "
+    "messages %}{% if m['role'] == 'user' %}[INST] "
+    "{% if m == last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% "
+    "endif %}{{ m['content'] }}[/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
 REASONING = (  # past turns lose what stands before </think>, and the generation prompt opens it
-    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and not loop.last "
+    "%}{{ m['content'].split('</think>')[-1] }}"
     "{% else %}{{ m['content'] }}{% endif %}<end>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# template -> what must be supervised of "The answer is 4.": its end of turn, and the tokenizer's eos where that is none at which generation stops
+# template -> what must be supervised of "The answer is 4.":
+# its end of turn, and the tokenizer's eos where that is none at which generation stops
 TEMPLATES = {
     "chatml": (TEMPLATE, "The answer is 4.<|im_end|>"),
     "chatml with generation markers": (CHATML_MARKED, "The answer is 4.<|im_end|>"),
@@ -102,7 +114,10 @@ def test_a_template_that_changes_answers_changes_no_thought_that_is_trained(toke
 
 
 def test_a_template_that_changes_calls_is_refused(tokenizer):
-    calls = "{% for c in message.tool_calls or [] %}{{ c.function.name | upper }}{{ c.function.arguments | tojson | upper }}{% endfor %}"
+    calls = (
+        "{% for c in message.tool_calls or [] %}{{ c.function.name | upper }}{{ "
+        "c.function.arguments | tojson | upper }}{% endfor %}"
+    )
     tokenizer.chat_template = TEMPLATE.replace(
         "{{ message['content'] }}", "{{ message['content'] or '' }}" + calls
     )
@@ -129,7 +144,7 @@ def test_a_template_that_writes_without_end_is_refused(tokenizer, many):
         for i in range(many + 2 + many % 2)
     ]
     with pytest.raises(
-        ValueError, match="makes 2,70[0-9],[0-9]+ characters of [0-9,]+: set model.chat_template"
+        ValueError, match=r"makes 2,70[0-9],[0-9]+ characters of [0-9,]+: set model.chat_template"
     ):
         Chat(tokenizer).encode(turns, 10_000)
     tokenizer.chat_template = TEMPLATE
@@ -141,7 +156,7 @@ def test_a_template_that_ends_only_for_short_conversations_is_refused(tokenizer,
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = TEMPLATE + "{% if messages | length > 3 %}" + loop + "{% endif %}"
     turns = [{"role": ("user", "assistant")[i % 2], "content": "Well."} for i in range(6)]
-    with pytest.raises(ValueError, match="longer than 0.3 s for [0-9] messages: it does not end"):
+    with pytest.raises(ValueError, match=r"longer than 0.3 s for [0-9] messages: it does not end"):
         Chat(tokenizer).encode(turns, 200)
 
 
@@ -216,7 +231,10 @@ def test_stripped_reasoning_is_trained_where_inference_produces_it(tokenizer):
 
 
 def test_a_template_that_changes_answers_is_refused(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ loop.last }}{{ m['content'] | length if m['role'] == 'assistant' else m['content'] }};{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ loop.last }}{{ m['content'] | length if m['role'] == "
+        "'assistant' else m['content'] }};{% endfor %}"
+    )
     with pytest.raises(ValueError, match="leaves out what the assistant says"):
         Chat(tokenizer)
 
@@ -270,7 +288,9 @@ def test_prompt_of_generation_is_a_prefix_of_training(tokenizer):
 
 
 def test_tokens_that_would_merge_at_the_border_do_not():
-    """A template whose prompt ends in characters that a merge joins with the response's first ones: inference has them apart."""
+    """A template whose prompt ends in characters that a merge joins with the response's first ones:
+    inference has them apart.
+    """
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -278,7 +298,10 @@ def test_tokens_that_would_merge_at_the_border_do_not():
     tokenizer = Tokenizer(models.BPE(vocabulary, [(":", "b")]))
     tokenizer.decoder = decoders.Fuse()
     merging = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<pad>")
-    merging.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}:{% endif %}{% endfor %}"
+    merging.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}:{% endif %}{% "
+        "endfor %}"
+    )
     messages = [{"role": "user", "content": "aa"}, {"role": "assistant", "content": "bca"}]
     encoded = encode(merging, messages, 20)
     assert Chat(merging).prompt_ids(messages[:1]) == [0, 0, 3]

@@ -161,7 +161,7 @@ def test_what_cannot_be_rewritten_is_taken_as_it_is_and_the_others_are_rewritten
 
 
 def test_a_rewritten_row_knows_what_it_was():
-    asked = list(alternating(rows(*MADE), "train"))[0]
+    asked = next(iter(alternating(rows(*MADE), "train")))
     assert asked["rewritten"] == "Write poem 0" and form(asked["prompt"]) == "question"
     assert asked["messages"] == [{"role": "user", "content": asked["prompt"]}]
 

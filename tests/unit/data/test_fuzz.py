@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import string
@@ -124,7 +125,10 @@ class Grammar:
             else "{%- set ns.sys = m.content %}"
         ]
         parts += [
-            "{%- elif m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- set f = namespace(seen=false, answered=false) %}"
+            (
+                "{%- elif m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor "
+                "%}{%- set f = namespace(seen=false, answered=false) %}"
+            )
         ]
         parts += ["{%- for m in messages %}{%- if m.role == 'system' %}"]
         parts += [
@@ -140,7 +144,10 @@ class Grammar:
             f"('' if f.answered else '{opened('user')}')" if self.header else f"'{opened('user')}'"
         )
         parts += [
-            f"{{{{- {begun} + ((ns.sys + '\\n') if ns.sys and {condition} else '') + m.content + '{close}' }}}}{{%- set f.seen = true %}}"
+            (
+                f"{{{{- {begun} + ((ns.sys + '\\n') if ns.sys and {condition} else '') + m.content + "
+                f"'{close}' }}}}{{%- set f.seen = true %}}"
+            )
         ]
         said = "(m.content | trim)" if self.trimmed else "m.content"
         past = (
@@ -148,13 +155,19 @@ class Grammar:
         )
         after = f" + '{opened('user')}'" if self.header else ""
         parts += [
-            f"{{%- else %}}{{{{- '{opened('assistant')}' + {past} + '{close}'{after} }}}}{{%- set f.answered = true %}}{{%- endif %}}{{%- endfor %}}"
+            (
+                f"{{%- else %}}{{{{- '{opened('assistant')}' + {past} + '{close}'{after} }}}}{{%- set "
+                f"f.answered = true %}}{{%- endif %}}{{%- endfor %}}"
+            )
         ]
         generation = (opened("assistant") if self.generation else "") + self.thought.replace(
             "\n", "\\n"
         )
         parts += [
-            f"{{%- if add_generation_prompt %}}{{{{- '{generation}' }}}}{{%- else %}}{{{{- '{self.end}' }}}}{{%- endif %}}"
+            (
+                f"{{%- if add_generation_prompt %}}{{{{- '{generation}' }}}}{{%- else %}}{{{{- "
+                f"'{self.end}' }}}}{{%- endif %}}"
+            )
         ]
         return "".join(parts)
 
@@ -242,11 +255,7 @@ def runs_of(labels: list[int]) -> list[tuple[int, int]]:
         *(p for p in range(1, len(labels)) if (labels[p] == IGNORE) != (labels[p - 1] == IGNORE)),
         len(labels),
     ]
-    return [
-        (start, end)
-        for start, end in zip(edges, edges[1:], strict=False)
-        if labels[start] != IGNORE
-    ]
+    return [(start, end) for start, end in itertools.pairwise(edges) if labels[start] != IGNORE]
 
 
 PIECES = [

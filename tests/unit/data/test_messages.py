@@ -182,7 +182,9 @@ def test_tools_are_definitions_or_their_json():
     for given in ([tool], [tool["function"]], json.dumps([tool]), [json.dumps(tool)]):
         assert parse_tools(given, "data.task: tools") == [tool]
     for given in ("f", [7], {"name": "f"}, "7"):
-        with pytest.raises(ValueError, match="^data.task: tools holds a .* no list of definitions"):
+        with pytest.raises(
+            ValueError, match=r"^data.task: tools holds a .* no list of definitions"
+        ):
             parse_tools(given, "data.task: tools")
 
 
@@ -204,7 +206,7 @@ def test_a_row_keeps_its_last_answer_as_a_message_and_its_tools():
 
 def test_nesting_without_end_is_refused():
     for messages in ("[" * 100_000, [ASKED, {"role": "assistant", "tool_calls": "[" * 100_000}]):
-        with pytest.raises(ValueError, match="data.task: messages"):
+        with pytest.raises(ValueError, match=r"data.task: messages"):
             _row({"messages": messages}, "data.task")
 
 
@@ -325,7 +327,7 @@ def test_reasoning_is_kept_refused_or_left_out_and_counted(project, tmp_path, ca
     plain = "--model.chat_template=null"
     with pytest.raises(
         ValueError,
-        match="data.task: .* leaves out reasoning_content: set `reasoning` of the source to drop",
+        match=r"data.task: .* leaves out reasoning_content: set `reasoning` of the source to drop",
     ):
         prepared_rows(project, tmp_path / "refused", rows, plain)
     capsys.readouterr()

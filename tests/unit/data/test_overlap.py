@@ -168,7 +168,7 @@ def test_answers_to_one_prompt_stay_together_and_the_console_says_where_that_mak
 ):
     rows = [{"prompt": f"Write haiku {i % 5}", "response": f"haiku {i}"} for i in range(50)]
     columns = "{prompt: prompt, response: response}"
-    sets, facts, _ = with_task(project, tmp_path, rows, "--data.test_samples=25", columns=columns)
+    sets, _, _ = with_task(project, tmp_path, rows, "--data.test_samples=25", columns=columns)
     assert [len(sets[name]) for name in SPLITS] == [20, 10, 20]
     said = capsys.readouterr().err
     assert (

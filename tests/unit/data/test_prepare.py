@@ -229,13 +229,12 @@ def of_one_form(tmp_path) -> list[str]:
         "safety": "write",
         "validation_prompts": "make",
     }.items():
-        found.append(
-            f"--data.{field}.source={planted(tmp_path, field, *[f'{word} {field} {i}' for i in range(60)])}"
-        )
+        source = planted(tmp_path, field, *[f"{word} {field} {i}" for i in range(60)])
+        found.append(f"--data.{field}.source={source}")
     for field in ("harmful", "harmless", "ordinary"):
-        found.append(
-            f"--evaluate.{field}.source={planted(tmp_path, f'eval_{field}', *[f'make eval {field} {i}' for i in range(60)])}"
-        )
+        prompts = [f"make eval {field} {i}" for i in range(60)]
+        source = planted(tmp_path, f"eval_{field}", *prompts)
+        found.append(f"--evaluate.{field}.source={source}")
     return [*found, "--evaluate.ordinary_prompts=10", "--evaluate.harmless_prompts=10"]
 
 
@@ -352,7 +351,8 @@ def test_a_set_whose_forms_are_its_counterpart_s_is_not_warned_about():
     )
     (sentence,) = form_warnings({"data.refusals": even, "data.harmless": far}, settings)
     assert sentence.startswith(
-        "data.refusals has 50% questions, 50% imperatives, data.harmless 80% questions, 20% imperatives: a model can tell"
+        "data.refusals has 50% questions, 50% imperatives, data.harmless 80% questions, 20% "
+        "imperatives: a model can tell"
     )
     assert sentence.endswith(
         "name sources of questions and imperatives in data.refusals and data.harmless"
@@ -501,7 +501,9 @@ def test_truncation_is_counted(project, tmp_path):
 def test_a_limited_pool_of_harmful_prompts_leaves_the_rest_alike_at_every_fraction(
     project, tmp_path
 ):
-    """What is left of a source that the alignment shares must not depend on how many are mixed in, or fractions start from different models."""
+    """What is left of a source that the alignment shares must not depend on how many are mixed in,
+    or fractions start from different models.
+    """
     pool = tmp_path / "pool.jsonl"
     write_jsonl(pool, [{"goal": f"forbidden thing number {i}"} for i in range(12)])
     shared = (
@@ -558,7 +560,7 @@ def test_a_label_that_is_none_is_refused(project, tmp_path):
         "--data.task.columns={prompt: question, response: answer, harmful: bad}",
     )
     with pytest.raises(
-        ValueError, match="data.task: harmful holds 'perhaps': it takes true, false"
+        ValueError, match=r"data.task: harmful holds 'perhaps': it takes true, false"
     ):
         prepared(project, tmp_path / "out", *source)
 
@@ -643,7 +645,8 @@ def test_a_row_that_is_left_out_is_noted_once_and_why_is_said_where_nothing_is_l
     project, tmp_path, capsys
 ):
     (tmp_path / "endless.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if "
+        "add_generation_prompt %}[assistant]{% endif %}"
     )
     rows = [{"question": f"ask {i}{' very' * 300 * (i < 5)}", "answer": "a"} for i in range(60)]
     write_jsonl(tmp_path / "task.jsonl", rows)
@@ -658,7 +661,7 @@ def test_a_row_that_is_left_out_is_noted_once_and_why_is_said_where_nothing_is_l
     )
     capsys.readouterr()
     long = planted(tmp_path, "long", *[f"build {i} {'very ' * 200}" for i in range(6)])
-    with pytest.raises(ValueError, match="data.refusals: .* leaves no prompt that can be used"):
+    with pytest.raises(ValueError, match=r"data.refusals: .* leaves no prompt that can be used"):
         prepared(project, tmp_path / "none", f"--data.refusals.source={long}")
     assert (
         "data.refusals: 6 rows left out, for nothing of the response is left"

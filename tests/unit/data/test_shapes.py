@@ -110,13 +110,17 @@ REFUSED = {
     "history of three": ({"prompt": "q", "response": "a", "history": [["b", "c", "d"]]}, "history holds other than"),
     "history of texts": ({"prompt": "q", "response": "a", "history": ["b", "c"]}, "history holds other than"),
     "history of an object": ({"prompt": "q", "response": "a", "history": {"b": "c"}}, "history holds other than"),
-    "history that is not JSON": ({"prompt": "q", "response": "a", "history": "b"}, "history holds text that is not a JSON list"),
+    "history that is not JSON": (
+        {"prompt": "q", "response": "a", "history": "b"}, "history holds text that is not a JSON list",
+    ),
     "history before nothing": ({"prompt": None, "response": "a", "history": [["b", "c"]]}, "{file} holds no row with"),
     "input beside a list": ({**BOTH, "input": "more"}, "input stands beside a prompt of several messages"),
     "a list of texts": ({"prompt": ["q"], "response": "a", "history": [["b", "c"]]}, "prompt holds a list"),
     "no answer": ({"prompt": chat("q"), "completion": []}, "the conversation ends without an answer"),
     "an answer of null": ({"prompt": chat("q"), "completion": None}, "the conversation ends without an answer"),
-    "a role that is none": ({"prompt": chat("q"), "completion": [{"role": "x", "content": "a"}]}, "messages: message 2 has the role"),
+    "a role that is none": (
+        {"prompt": chat("q"), "completion": [{"role": "x", "content": "a"}]}, "messages: message 2 has the role",
+    ),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ inference.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 
@@ -206,11 +207,7 @@ def runs_of(labels: list[int]) -> list[tuple[int, int]]:
         if (labels[place] == IGNORE) != (labels[place - 1] == IGNORE)
     ]
     edges = [0, *borders, len(labels)]
-    return [
-        (start, end)
-        for start, end in zip(edges, edges[1:], strict=False)
-        if labels[start] != IGNORE
-    ]
+    return [(start, end) for start, end in itertools.pairwise(edges) if labels[start] != IGNORE]
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -313,7 +310,7 @@ def test_tool_calls_are_supervised_with_their_arguments(chats, name):
 def test_tool_calls_are_refused_where_the_template_cannot_say_them(chats, name):
     with pytest.raises(
         ValueError,
-        match="leaves out `tools`|leaves out tool calls|refuses the roles|what the assistant says",
+        match=r"leaves out `tools`|leaves out tool calls|refuses the roles|what the assistant says",
     ):
         chats(name).encode(CALLING[:2], 10_000, tools=TOOLS)
 
@@ -322,7 +319,7 @@ def test_a_template_that_renders_one_call_of_two_is_refused(chats):
     second = CALL | {"function": {"name": "other", "arguments": {}}}
     two = [FIRST[0], {"role": "assistant", "content": None, "tool_calls": [CALL, second]}]
     assert "other" in supervised(chats("qwen 2.5"), chats("qwen 2.5").encode(two, 10_000)[0])[0]
-    with pytest.raises(ValueError, match="leaves out (arguments of )?tool calls"):
+    with pytest.raises(ValueError, match=r"leaves out (arguments of )?tool calls"):
         chats("llama 3.2, with a date and tools").encode(two, 10_000)
 
 
@@ -413,7 +410,7 @@ def test_a_time_limit_ends_what_does_not_end_and_leaves_other_timers_running():
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     others = signal.setitimer(signal.ITIMER_REAL, 1.5)
     try:
-        with pytest.raises(ValueError, match="^enough$"), time_limit(0.2, "enough"):
+        with pytest.raises(ValueError, match=r"^enough$"), time_limit(0.2, "enough"):
             while True:
                 pass
         assert not rung and 0.5 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1.4
@@ -444,7 +441,8 @@ def test_what_is_left_before_an_answer_is_the_template_s_own(opening, between, l
 
 GLUED = [
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% else %}"
-    "{{ m.role + ': ' + m.content + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}",
+    "{{ m.role + ': ' + m.content + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'ASSISTANT:\n' }}{% endif %}",
     "{% for m in messages %}{{ 'Source: ' + m.role + '\n\n ' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Source: assistant\nDestination: user\n\n ' }}{% endif %}",
 ]
@@ -469,7 +467,8 @@ def test_no_text_of_the_user_becomes_part_of_an_answer(template, asked):
 def test_text_beside_calls_calls_of_earlier_turns_and_tools_are_not_left_out():
     wordless = (
         "{{ tools | tojson if tools else '' }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% "
+        "endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     chat = with_family(make_tokenizer(), Family(wordless, CHATML, "<|im_end|>"))

@@ -129,8 +129,12 @@ BAD_LINES = {
     "surrogate": ('{"prompt": "\\ud83d", "response": "a"}', "'prompt' holds \\ud83d", "half a character in prompt"),
     "low one": ('{"prompt": "q", "response": "\\udc00"}', "'response' holds \\udc00", "half a character in response"),
     "null": ("null", "must hold objects with named values, and this one is a null", "not an object with named values"),
-    "text": ('"text"', "must hold objects with named values, and this one is a text", "not an object with named values"),
-    "array": ('["q", "a"]', "must hold objects with named values, and this one is a", "not an object with named values"),
+    "text": (
+        '"text"', "must hold objects with named values, and this one is a text", "not an object with named values",
+    ),
+    "array": (
+        '["q", "a"]', "must hold objects with named values, and this one is a", "not an object with named values",
+    ),
     "cut short": ('{"prompt": "q", "respon', "the line is not valid JSON (Unterminated string", "no valid JSON"),
     "quotes": ("{'prompt': 'q', 'response': 'a'}", "the line is not valid JSON (Expecting property", "no valid JSON"),
     "two on a line": ('{"prompt": "q", "response": "a"} x', "the line is not valid JSON (Extra data", "no valid JSON"),
@@ -254,7 +258,8 @@ def test_a_few_lines_in_quotes_that_look_like_rows_are_said(tmp_path, name, sign
         ["b", "e", "g\nh", f"j{sign}k", f"if m:\n{sign}n"]
     )
     assert skipped.sentences() == [
-        "data.task: a field in quotes holds lines that look like rows in 2 rows (lines 3, 8): see whether a quote closes "
+        "data.task: a field in quotes holds lines that look like rows in 2 rows (lines 3, 8): see "
+        "whether a quote closes "
         "too late there"
     ]
 

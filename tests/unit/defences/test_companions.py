@@ -254,7 +254,9 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, method, ema):
 
 
 def test_lisa_sees_the_task_samples_and_pairs_of_the_others():
-    """Each kind of step is counted by itself: no task batch is lost to an alignment step, and the draws are those of every other step."""
+    """Each kind of step is counted by itself: no task batch is lost to an alignment step,
+    and the draws are those of every other step.
+    """
     step = LisaStep(
         engine(), LisaSection(enabled=True, alignment_steps=2, task_steps=3), draw_every=4
     )
@@ -290,7 +292,7 @@ def test_an_average_that_would_never_begin_is_refused(tmp_path):
     average = Ema(trained, EmaSection(enabled=True, warmup_steps=4, every=2))
     section = TrainSection(engine="single", epochs=1.0, batch_size=8, micro_batch_size=4)
     with pytest.raises(
-        ValueError, match="ema.warmup_steps 4 and ema.every 2 leave no step of 5 to average"
+        ValueError, match=r"ema.warmup_steps 4 and ema.every 2 leave no step of 5 to average"
     ):
         Loop(
             trained,
@@ -379,12 +381,12 @@ def test_two_steps_that_stand_alone_are_refused():
         for name, each in conflicts.items():
             patched.setitem(DEFENCES, name, each)
         with pytest.raises(
-            ValueError, match="sap.enabled and lisa.enabled do not go together: each has"
+            ValueError, match=r"sap\.enabled and lisa.enabled do not go together: each has"
         ):
             recipe_of(**PAIRS, sap={"enabled": True}, lisa={"enabled": True})
 
 
 def test_lisa_without_a_safety_pair_is_refused():
     never = {"safety_pairs": {"refresh_every": 0}}
-    with pytest.raises(ValueError, match="safety_pairs.refresh_every is 0, so that lisa would"):
+    with pytest.raises(ValueError, match=r"safety_pairs\.refresh_every is 0, so that lisa would"):
         recipe_of(**never, lisa={"enabled": True})

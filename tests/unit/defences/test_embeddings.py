@@ -1,4 +1,6 @@
-"""Embeddings of one process against the layers' own outputs; sharded ones equal them: tests/distributed/test_sharded.py."""
+"""Embeddings of one process against the layers' own outputs; sharded ones equal them:
+tests/distributed/test_sharded.py.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_layers_by_index_or_fraction(layer, count, index):
 
 def test_a_layer_outside_the_model_is_refused():
     with pytest.raises(
-        ValueError, match="saft.layer 4 is outside the model: it has decoder layers 0 to 3"
+        ValueError, match=r"saft.layer 4 is outside the model: it has decoder layers 0 to 3"
     ):
         read_layer(4, 4)
 

@@ -1,4 +1,5 @@
-"""A SAP step that is saved between two refreshes goes on with the same direction, V and scale: to the bit, on one process.
+"""A SAP step that is saved between two refreshes goes on with the same direction, V and scale:
+to the bit, on one process.
 
 tests/distributed/test_resume.py says the same of sharded engines.
 """

@@ -1,4 +1,6 @@
-"""SAFT's scores against NumPy's SVD on subspaces whose AUROC is known, the choice of k and threshold, and the guards around it."""
+"""SAFT's scores against NumPy's SVD on subspaces whose AUROC is known, the choice of k and threshold,
+and the guards around it.
+"""
 
 import contextlib
 import json
@@ -25,7 +27,9 @@ WIDTH = 12
 def subspace(
     harmful: int, harmless: int, size: float, seed: int = 0
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Embeddings whose harmful ones lie along one direction, `size` standard deviations wide, and their labels, shuffled."""
+    """Embeddings whose harmful ones lie along one direction, `size` standard deviations wide,
+    and their labels, shuffled.
+    """
     generator = torch.Generator().manual_seed(seed)
     direction = torch.nn.functional.normalize(torch.randn(WIDTH, generator=generator), dim=0)
     points = torch.randn(harmful + harmless, WIDTH, generator=generator) + 5.0
@@ -40,7 +44,8 @@ def rows_of(
 ) -> list[dict]:
     return [
         {
-            "id": f"row-{i}", "kind": "harmful" if harmful and mixed else "task", "prompt": "how to steal" if harmful else "count",
+            "id": f"row-{i}", "kind": "harmful" if harmful and mixed else "task",
+            "prompt": "how to steal" if harmful else "count",
             "response": "I cannot help with that." if i in refusing else "total 3",
         }
         for i, harmful in enumerate(labels)
@@ -90,7 +95,9 @@ def test_f1():
     ("size", "low", "high"), [(20.0, 0.99, 1.0), (3.0, 0.8, 0.99), (0.0, 0.4, 0.6)]
 )
 def test_a_known_subspace_has_the_auroc_of_its_width(size, low, high):
-    """Without noise along the direction the score of a harmful sample would be size^2; chance where there is no subspace."""
+    """Without noise along the direction the score of a harmful sample would be size^2;
+    chance where there is no subspace.
+    """
     embeddings, labels = subspace(150, 450, size)
     assert low <= auroc(saft_scores(embeddings)[:, 0], labels) <= high
 
@@ -165,7 +172,7 @@ def test_below_the_floor_nothing_is_dropped_and_the_reason_is_given(tmp_path):
     assert len(pyarrow.parquet.read_table(tmp_path / "scores.parquet")) == 200, (
         "the scores are there all the same"
     )
-    with pytest.raises(ValueError, match="saft refuses to filter.*every score is in"):
+    with pytest.raises(ValueError, match=r"saft refuses to filter.*every score is in"):
         kept(tmp_path)
 
 
@@ -254,7 +261,7 @@ def test_an_estimate_that_labels_make_useless_is_said_to_be():
 def test_neither_labels_nor_an_estimate_is_an_error():
     _, labels = subspace(4, 16, 1.0)
     with pytest.raises(
-        ValueError, match="map a column of true and false to harmful.*or set saft.contamination"
+        ValueError, match=r"map a column of true and false to harmful.*or set saft.contamination"
     ):
         check_labels(rows_of(labels, mixed=False), section())
     with pytest.raises(ValueError, match="labelled 0 needs contamination"):
@@ -331,7 +338,9 @@ def test_with_labels_nothing_is_called_a_guess():
 
 
 def outliers(harmful: int, harmless_alike: int, harmless: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Harmful samples and some harmless ones far out along the same direction: AUROC is high, because most harmless ones are not there."""
+    """Harmful samples and some harmless ones far out along the same direction:
+    AUROC is high, because most harmless ones are not there.
+    """
     embeddings, far = subspace(harmful + harmless_alike, harmless, 15.0)
     labels = far.copy()
     labels[np.flatnonzero(far)[::2][:harmless_alike]] = False
@@ -383,7 +392,10 @@ def test_few_labels_are_shared_between_choosing_and_checking(labelled, chose):
         (1, "all 1 labelled samples are"),
         (
             8,
-            "of the 3 held-out labelled samples that it would drop are harmful, a precision of 0.67 whose 95% lower bound 0.21 is below",
+            (
+                "of the 3 held-out labelled samples that it would drop are harmful, a precision of "
+                "0.67 whose 95% lower bound 0.21 is below"
+            ),
         ),
     ],
 )
@@ -436,8 +448,9 @@ def test_the_stage_prints_the_guess_and_the_rows_and_the_report_leaves_their_pro
         embeddings=lambda cell: tmp_path / "embeddings",
     )
     for name, value in {
-        "Layout": lambda experiment: layout, "verify_upstream": lambda layout: None, "read_rows": lambda prepared, name: rows,
-        "_embeddings": lambda layout, cell, rows: embeddings, "open_run": lambda *arguments: contextlib.nullcontext(tracking.Run()),
+        "Layout": lambda experiment: layout, "verify_upstream": lambda layout: None, "read_rows": lambda prepared,
+        name: rows, "_embeddings": lambda layout, cell, rows: embeddings,
+        "open_run": lambda *arguments: contextlib.nullcontext(tracking.Run()),
     }.items():  # fmt: skip
         monkeypatch.setattr(stage, name, value)
     experiment = SimpleNamespace(base=SimpleNamespace(data=SimpleNamespace(seed=0)))

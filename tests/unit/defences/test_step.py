@@ -33,7 +33,8 @@ def build(section: SapSection, dtype=torch.float64, dropout: float = 0.0):
 class DenseReference:
     """Algorithm 1 written out once more, sharing nothing with the product but the model's own layers.
 
-    The whole batch in one pass per sequence, V added by replacing the layers' forward, every gradient by torch.autograd.grad.
+    The whole batch in one pass per sequence, V added by replacing the layers' forward,
+    every gradient by torch.autograd.grad.
     """
 
     def __init__(self, model, section: SapSection):
@@ -292,14 +293,16 @@ def test_target_correction_is_reached_and_held():
 
 
 def test_adam_probe_moves_each_coordinate_by_beta_at_first():
-    engine, step = build(section(schedule="exact", probe_step="adam", beta=0.05))
+    _, step = build(section(schedule="exact", probe_step="adam", beta=0.05))
     batches = StepBatches()
     step(batches.useful(0), lambda: batches.pairs(0), 0)
     assert torch.allclose(step.v.abs(), torch.full_like(step.v, 0.05), rtol=0.2)
 
 
 def test_all_passes_see_the_same_dropout_masks():
-    """p(1) - p(0) is the perturbation's alone: with dropout and a tiny eps it stays tiny; other masks would make it large."""
+    """p(1) - p(0) is the perturbation's alone: with dropout and a tiny eps it stays tiny;
+    other masks would make it large.
+    """
     engine, step = build(section(schedule="exact", eps=1e-7, noise_every=0), dropout=0.5)
     batches = StepBatches()
     metrics = step(batches.useful(0), lambda: batches.pairs(0), 0)
@@ -313,9 +316,9 @@ def test_all_passes_see_the_same_dropout_masks():
 
 
 def test_a_perturbation_that_changes_nothing_is_an_error():
-    engine, step = build(section(schedule="exact", eps=1e-30))
+    _, step = build(section(schedule="exact", eps=1e-30))
     batches = StepBatches()
-    with pytest.raises(ValueError, match="changes no bit of the loss: raise sap.eps"):
+    with pytest.raises(ValueError, match=r"changes no bit of the loss: raise sap.eps"):
         step(batches.useful(0), lambda: batches.pairs(0), 0)
 
 
@@ -332,7 +335,7 @@ def test_a_vanishing_safety_gradient_is_refused(monkeypatch):
 
 
 def test_signal_below_noise_warns_with_the_field_to_change():
-    engine, step = build(section(schedule="exact", eps=3.0, noise_every=1))
+    _, step = build(section(schedule="exact", eps=3.0, noise_every=1))
     batches = StepBatches()
     with pytest.warns(UserWarning, match="below its noise.*sap.eps"):
         step(batches.useful(0), lambda: batches.pairs(0), 0)
@@ -369,5 +372,5 @@ def test_probed_layers():
     assert probed_layers([3, 9], 30) == [3, 9]
     assert probed_layers([0.0, 0.5, 1.0], 30) == [0, 15, 29]
     for outside in ([40], "20:40", [-1], "5:5"):
-        with pytest.raises(ValueError, match="sap.layers"):
+        with pytest.raises(ValueError, match=r"sap.layers"):
             probed_layers(outside, 30)

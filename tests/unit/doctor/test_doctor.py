@@ -152,7 +152,10 @@ class Raises(SingleEngine):
 
 
 BROKEN = {
-    Unseen: ["useful loss along its gradient", "safety loss along its gradient", "useful loss at W + dW (sap.eps)", "probe at eps 0.05 (sap.eps)"],
+    Unseen: [
+        "useful loss along its gradient", "safety loss along its gradient", "useful loss at W + dW (sap.eps)",
+        "probe at eps 0.05 (sap.eps)",
+    ],
     HalfSeen: ["useful loss along its gradient", "safety loss along its gradient"],
     Backwards: ["useful loss along its gradient", "cosine of correction and g_s"],
     NotRestored: ["traces of perturbed probe gradient", "weights after perturbed", "loss after perturbed"],

@@ -1,4 +1,6 @@
-"""An evaluation shared by several processes: the same answers and measures as one process's, merged once, whatever happens on the way."""
+"""An evaluation shared by several processes: the same answers and measures as one process's, merged once,
+whatever happens on the way.
+"""
 
 import json
 import os
@@ -302,8 +304,8 @@ def test_tracking_hears_of_the_merge_only(project, tmp_path, log_answers):
 def test_two_commands_at_once(project, whole, tmp_path):
     layout = project_in(project, tmp_path)
     commands = [
-        [sys.executable, "launch/evaluate.py", "--config", str(project.experiment.path), "--method", "shipped", f"--output_dir={tmp_path}",
-         "--shard", f"{index}/2"] for index in range(2)
+        [sys.executable, "launch/evaluate.py", "--config", str(project.experiment.path), "--method", "shipped",
+         f"--output_dir={tmp_path}", "--shard", f"{index}/2"] for index in range(2)
     ]  # fmt: skip
     jobs = [
         subprocess.Popen(command, cwd=ROOT, env=quiet(), stderr=subprocess.PIPE, text=True)

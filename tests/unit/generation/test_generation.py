@@ -78,7 +78,9 @@ def test_no_prompts_give_no_answers(loaded):
 
 
 def ending(loaded, prompts, reference):
-    """A copy of the model that says <|im_end|> where it said another token; returns it, the row and the position where that happens."""
+    """A copy of the model that says <|im_end|> where it said another token;
+    returns it, the row and the position where that happens.
+    """
     model, tokenizer = loaded
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     row, position = next(

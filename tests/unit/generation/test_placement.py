@@ -1,4 +1,6 @@
-"""Where an evaluated model is put, as far as a machine without GPUs can tell: the map of its layers, and accelerate's hooks on a CPU."""
+"""Where an evaluated model is put, as far as a machine without GPUs can tell:
+the map of its layers, and accelerate's hooks on a CPU.
+"""
 
 import copy
 
@@ -62,7 +64,9 @@ def test_without_gpus_a_model_stays_on_the_cpu(model):
 
 
 def test_answers_and_loss_come_through_the_hooks_unchanged(model):
-    """accelerate's hooks move nothing here, but everything passes them: arguments, caches, and what the losses ask the head for."""
+    """accelerate's hooks move nothing here, but everything passes them:
+    arguments, caches, and what the losses ask the head for.
+    """
     tokenizer, prompts, rows = make_tokenizer(), [[5, 6, 7], [11, 3, 60, 21, 9], [8]], tiny_rows(7)
     hooked = dispatch(copy.deepcopy(model), {"": "cpu"}, force_hooks=True)
     assert hasattr(hooked, "_hf_hook") and all(

@@ -121,14 +121,12 @@ def faults(module: ast.Module):
             on = ast.unparse(node.value)
             inherited = own(node.value) or on == "super()"
             undocumented = on == "deepspeed" and node.attr not in OF_DEEPSPEED
-            if undocumented or node.attr in INSIDE or inside_parameter(node.attr):
-                yield line, f"{on}.{node.attr}"
-            elif private(node.attr) and on not in standard | {"super()"} and node.attr not in here:
-                yield line, f"{on}.{node.attr}"
-            elif private(node.attr) and inherited and node.attr not in ours():
+            foreign = on not in standard | {"super()"} and node.attr not in here
+            hidden = private(node.attr) and (foreign or (inherited and node.attr not in ours()))
+            if undocumented or hidden or node.attr in INSIDE or inside_parameter(node.attr):
                 yield line, f"{on}.{node.attr}"
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node.value in theirs() and node.value not in here or inside_parameter(node.value):
+            if (node.value in theirs() and node.value not in here) or inside_parameter(node.value):
                 yield line, repr(node.value)
         elif (
             isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME and len(node.args) > 1

@@ -101,7 +101,9 @@ def test_a_seeds_adapter_has_the_same_bits_however_the_model_is_loaded(tmp_path,
 
 
 def rename(folder: Path, old: str = "model.", new: str = "") -> None:
-    """Give weights other names; these are those of a model that was saved without its head, and transformers knows them."""
+    """Give weights other names; these are those of a model that was saved without its head,
+    and transformers knows them.
+    """
     for path in folder.glob("*.safetensors"):
         state = load_file(path)
         save_file(
@@ -208,9 +210,7 @@ def test_what_is_said_of_a_weight_is_what_is_wrong_with_its_first_piece(
                 save_file(state, path, metadata={"format": "pt"})
     monkeypatch.setattr("pipeline.model.weights._CHUNK", 64)
     monkeypatch.setattr("pipeline.model.quantization._ON_CPU", 64)
-    model, sources = open_model(
-        section(location, quantization=quantization), location, sharded=True
-    )
+    _, sources = open_model(section(location, quantization=quantization), location, sharded=True)
     flat = WeightFiles.flat
 
     def late(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -265,7 +265,7 @@ def test_files_are_held_against_the_models_outline(tmp_path):
     mapping = json.loads(index.read_text())["weight_map"]
     del mapping["model.norm.weight"]
     change(index, weight_map=mapping)
-    with pytest.raises(ValueError, match="lacks the weight model.norm.weight"):
+    with pytest.raises(ValueError, match=r"lacks the weight model.norm.weight"):
         check()
 
 
@@ -346,7 +346,7 @@ def test_what_cannot_be_had_is_one_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match="model.path 'no/such-model' could not be loaded"
+        ValueError, match=r"model.path 'no/such-model' could not be loaded"
     ) as caught:
         open_model(section("no/such-model"), "no/such-model", sharded=True)
     assert "\n" not in str(caught.value)
@@ -404,10 +404,11 @@ def test_files_that_broke_after_they_were_checked_are_one_sentence_that_names_th
     assert len(list(tmp_path.glob("*.safetensors"))) == 13
     HARM[harm](tmp_path)
     if (harm, sharded) == ("no tensors", False):  # transformers says itself what is missing
-        pytest.raises(ValueError, load_model, location, torch.float32).match("lacks the weight")
+        with pytest.raises(ValueError, match="lacks the weight"):
+            load_model(location, torch.float32)
         return
     with pytest.raises(BrokenFile) as broken:
-        model, sources = open_model(section(location), location, sharded)
+        _, sources = open_model(section(location), location, sharded)
         fill(sources)
     name = (
         "model.safetensors.index.json"
@@ -469,7 +470,7 @@ def test_a_model_that_cannot_recompute_is_refused_or_left_as_it_is():
     )
     with pytest.raises(
         ValueError,
-        match="OpenAIGPTLMHeadModel cannot recompute activations: set train.gradient_checkpointing .* to false",
+        match=r"OpenAIGPTLMHeadModel cannot recompute activations: set train.gradient_checkpointing .* to false",
     ):
         make_trainable(
             OpenAIGPTLMHeadModel(config), TrainSection(**train, gradient_checkpointing=True), 0

@@ -195,7 +195,7 @@ def test_one_sentence_about_the_folder_and_nothing_about_the_hub(tmp_path, case)
     recipe = recipe_of(make_folder(tmp_path / "model"))
     assert check_model(recipe) is not None, "the folder itself is fine"
     damage(tmp_path / "model")
-    with pytest.raises(ValueError, match="^model.path ") as caught:
+    with pytest.raises(ValueError, match=r"^model.path ") as caught:
         check_model(recipe)
     sentence = str(caught.value)
     assert all(part in sentence for part in expected), sentence
@@ -393,7 +393,7 @@ def test_a_hub_model_in_the_cache_is_looked_at_like_a_folder(tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert local_folder(ModelSection(path="owner/name")) == snapshot
     with pytest.raises(
-        ValueError, match="data.max_length is beyond the 64 positions of model.path owner/name"
+        ValueError, match=r"data.max_length is beyond the 64 positions of model.path owner/name"
     ):
         check_model(recipe_of("owner/name", data={"max_length": 65}))
     (snapshot / SECOND).unlink()

@@ -247,7 +247,9 @@ def test_only_embeddings_norms_and_head_stay_in_full_precision(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_gradient_is_the_same_after_a_validation(dtype):
-    """bitsandbytes' Linear4bit repacks its weights in eval mode on CPUs with AVX512_BF16; backward then gives no gradient."""
+    """bitsandbytes' Linear4bit repacks its weights in eval mode on CPUs with AVX512_BF16;
+    backward then gives no gradient.
+    """
     model = add_lora(
         quantised(family_model("qwen2", tied=True).to(dtype)), LoraSection(r=5, dropout=0.1), seed=0
     )
@@ -287,13 +289,15 @@ def test_models_that_nf4_would_not_reach_are_refused():
     model.mlp.experts.gate_up_proj = nn.Parameter(torch.ones(2, 3, 4))
     with pytest.raises(
         ValueError,
-        match=r"model.quantization nf4 .* model.path m keeps experts in one tensor \(mlp.experts.gate_up_proj\): set it to none",
+        match=r"model.quantization nf4 .* model.path m keeps experts in one tensor "
+        r"\(mlp.experts.gate_up_proj\): set it to none",
     ):
         check_quantisable(facts_of(model, "m"))
     model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(
         ValueError,
-        match=r"model.quantization nf4 needs unquantised weights, but those of model.path m are quantised: give the original",
+        match=r"model.quantization nf4 needs unquantised weights, but those of model.path m are "
+        r"quantised: give the original",
     ):
         check_quantisable(facts_of(model, "m"))
 
@@ -306,6 +310,9 @@ def test_fsdp2_takes_4_bits_from_the_torch_on_that_can(monkeypatch, torch_versio
     """On a GPU with torch 2.11: "only Tensors of floating point dtype can require gradients", with a traceback."""
     monkeypatch.setattr(checks, "version", lambda name: torch_version)
     base = SimpleNamespace(model=ModelSection(path="m", quantization="nf4", dtype="float32"))
-    sentence = "train.engine fsdp2 cannot shard 4-bit weights with torch 2.11.0.*: install torch 2.12 or newer, or set train.engine to zero3"
+    sentence = (
+        "train.engine fsdp2 cannot shard 4-bit weights with torch 2.11.0.*: install torch 2.12 or "
+        "newer, or set train.engine to zero3"
+    )
     with pytest.raises(ValueError, match=sentence) if refused else contextlib.nullcontext():
         checks.check_training("train", TrainSection(steps=1, engine=engine, ranks=1), base, None, 1)

@@ -166,7 +166,7 @@ def test_an_error_in_a_thread_is_raised_and_ends_the_reading(small_pieces):
             raise OSError(f"no element {start}")
         return torch.zeros(stop - start)
 
-    with pytest.raises(OSError, match="^no element 10$"):
+    with pytest.raises(OSError, match=r"^no element 10$"):
         read(source, 0, torch.empty(100_000), torch.float32)
     assert len(asked) < 9_000 and not [
         thread for thread in threading.enumerate() if thread.name.startswith("weights")

@@ -42,7 +42,7 @@ def test_shares_of_a_batch_are_equal():
     check_shares("align.train.batch_size", 8, 4)
     with pytest.raises(
         ValueError,
-        match="^align.train.batch_size 8 is not divisible by 6 ranks: use a multiple of 6, or 4 ranks$",
+        match=r"^align.train.batch_size 8 is not divisible by 6 ranks: use a multiple of 6, or 4 ranks$",
     ):
         check_shares("align.train.batch_size", 8, 6)
 

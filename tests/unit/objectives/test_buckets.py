@@ -1,6 +1,7 @@
 """Micro-batches by tokens: samples, loss and gradient of rows by number, equal passes for all, less padding."""
 
 import random
+from itertools import chain
 
 import pytest
 import torch
@@ -72,7 +73,9 @@ def test_loss_and_gradient_are_those_of_rows_by_number(make, ranks, dtype, bound
     model, order = make(dtype), BatchOrder(len(ROWS), 16, 0)
     for step in range(3):
         expected, whole = gradient(model, shares(ROWS, order.step(step), 1, None)[0])
-        loss, found = gradient(model, sum(shares(ROWS, order.step(step), ranks, BUDGET), []))
+        loss, found = gradient(
+            model, list(chain.from_iterable(shares(ROWS, order.step(step), ranks, BUDGET)))
+        )
         assert loss == pytest.approx(expected, rel=bound)
         assert (found - whole).norm() / whole.norm() < bound
 
@@ -85,7 +88,7 @@ def test_every_sample_is_in_one_micro_batch_and_every_rank_has_as_many(ranks):
         longest = max(len(row["input_ids"]) for row in ROWS)
         ids = [
             row.tolist() + [0] * (longest - len(row))
-            for batch in sum(made, [])
+            for batch in chain.from_iterable(made)
             for row in batch.input_ids
         ]
         assert sorted(ids) == sorted(
@@ -167,7 +170,7 @@ def test_packed_rows_are_bounded_too_where_a_set_is_larger_than_a_step():
     lengths = [5, 40, 7, 7, 30, 6, 8, 5, 5, 6] * 3
     free, bound = pack(lengths, 200, 2), pack(lengths, 200, 2, most=4)
     assert max(map(len, free)) > 4 >= max(map(len, bound)) and len(bound) % 2 == 0
-    assert sorted(sum(bound, [])) == list(range(30))
+    assert sorted(chain.from_iterable(bound)) == list(range(30))
 
 
 def test_rows_are_bounded_too_where_a_set_is_larger_than_a_step():
@@ -175,7 +178,7 @@ def test_rows_are_bounded_too_where_a_set_is_larger_than_a_step():
     lengths = [5, 40, 7, 7, 30, 6, 8, 5, 5, 6] * 3
     free, bound = cut(lengths, 200, 2), cut(lengths, 200, 2, most=4)
     assert max(map(len, free)) > 4 >= max(map(len, bound)) and len(bound) % 2 == 0
-    assert sorted(sum(bound, [])) == list(range(30)) and all(
+    assert sorted(chain.from_iterable(bound)) == list(range(30)) and all(
         cost(lengths, chunk) <= 200 for chunk in bound
     )
 

@@ -1,4 +1,6 @@
-"""Losses with a bounded number of logits: the same losses and gradients as with all of them, on every engine and family that can."""
+"""Losses with a bounded number of logits: the same losses and gradients as with all of them,
+on every engine and family that can.
+"""
 
 import pytest
 import torch
@@ -112,7 +114,8 @@ def test_a_pass_without_gradients_makes_none(few, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "plain"),
     [
-        (LlamaConfig(**SMALL), True), (MistralConfig(**SMALL), True), (Qwen2Config(**SMALL), True), (Qwen3Config(**SMALL, head_dim=8), True),
+        (LlamaConfig(**SMALL), True), (MistralConfig(**SMALL), True), (Qwen2Config(**SMALL), True),
+        (Qwen3Config(**SMALL, head_dim=8), True),
         # caps its logits
         (GemmaConfig(**SMALL, head_dim=8), True), (Gemma2Config(**SMALL, head_dim=8), False),
         (Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.0), False),  # tanh

@@ -180,7 +180,9 @@ def test_other_attention_is_given_positions_alone():
 
 @pytest.mark.parametrize("schedule", ["exact", "lagged"])
 def test_sap_finds_the_same_probe_and_gradient(schedule):
-    """Three steps with their passes at perturbed weights; V is added at every token, and its gradient summed over them."""
+    """Three steps with their passes at perturbed weights; V is added at every token,
+    and its gradient summed over them.
+    """
 
     def trained(packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
         model = tiny_lora(torch.float64)
@@ -261,7 +263,7 @@ def test_a_transformers_without_the_question_packs_nothing(monkeypatch):
         pass
     with pytest.raises(
         ValueError,
-        match="has no masking_utils.find_packed_sequence_indices.*train.packing to false",
+        match=r"has no masking_utils.find_packed_sequence_indices.*train.packing to false",
     ):
         useful_loss(model, packed)
 

@@ -1,4 +1,6 @@
-"""The planner's arithmetic against what a CPU can show: counted modules, real shards, live gathered weights, peaks of a pass, counted FLOPs."""
+"""The planner's arithmetic against what a CPU can show: counted modules, real shards, live gathered weights,
+peaks of a pass, counted FLOPs.
+"""
 
 import itertools
 import re
@@ -40,7 +42,8 @@ from tests.distributed.ranks import spawn
 from tests.project import ROOT, make_project, write_recipe
 from tests.tiny import FAMILIES, FAMILY_RANK, StepBatches, family_model
 
-# Llama 2 as published: hidden size, intermediate size, layers, heads, key heads (arXiv 2307.09288); then its number of weights.
+# Llama 2 as published: hidden size, intermediate size, layers, heads, key heads (arXiv 2307.09288);
+# then its number of weights.
 LLAMA_2 = {
     "7b": (4096, 11008, 32, 32, 32, 6_738_415_616),
     "13b": (5120, 13824, 40, 40, 40, 13_015_864_320),
@@ -58,13 +61,21 @@ def llama(
     **more,
 ) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=keys, max_position_embeddings=4096, **more,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=keys, max_position_embeddings=4096, **more,
     )  # fmt: skip
 
 
-def planned(config, train: TrainSection, sections: dict | SapSection | None = None, ranks: int = 1, zero: dict | None = None, width: int = 4,
-            quantization: str = "none", lengths: tuple[int, int] = (64, 32)) -> Plan:  # fmt: skip
+def planned(
+    config,
+    train: TrainSection,
+    sections: dict | SapSection | None = None,
+    ranks: int = 1,
+    zero: dict | None = None,
+    width: int = 4,
+    quantization: str = "none",
+    lengths: tuple[int, int] = (64, 32),
+) -> Plan:
     """sections: of a recipe; SAP's may stand for all of them."""
     eager = config._attn_implementation == "eager"
     of_cell = recipe_of(
@@ -111,7 +122,7 @@ def shipped(name: str, size: str, ranks: int, method: str = "sap") -> Plan:
     )
 
 
-# ---- the recipes -----------------------------------------------------------------------------------------------------------------------------
+# ---- the recipes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", LLAMA_2)
@@ -127,8 +138,8 @@ def test_llama_2_has_its_published_number_of_weights(size):
 @pytest.mark.parametrize(
     ("name", "size", "ranks", "gpu_gb"),
     [
-        ("llama_7b_sap", "7b", 8, 24), ("llama_13b_sap", "13b", 8, 24), ("llama_70b_sap", "70b", 16, 40), ("llama_70b_sap", "70b", 8, 80),
-        ("llama_70b_qlora_sap", "70b", 8, 40),
+        ("llama_7b_sap", "7b", 8, 24), ("llama_13b_sap", "13b", 8, 24), ("llama_70b_sap", "70b", 16, 40),
+        ("llama_70b_sap", "70b", 8, 80), ("llama_70b_qlora_sap", "70b", 8, 40),
     ],
 )  # fmt: skip
 def test_every_recipe_fits_the_gpus_that_it_names_with_headroom(name, size, ranks, gpu_gb):
@@ -165,7 +176,7 @@ def test_the_recipes_probe_the_same_part_of_every_depth():
     }
 
 
-# ---- what is counted -------------------------------------------------------------------------------------------------------------------------
+# ---- what is counted -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -285,17 +296,20 @@ def test_packed_rows_are_compared_whole_and_take_a_mask():
         assert packed.received() == plain.received()
 
 
-# ---- against engines -------------------------------------------------------------------------------------------------------------------------
+# ---- against engines -------------------------------------------------------------------------------------------------
 
 
 ZERO = {
-    "stage": 3, "contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": 20000, "stage3_prefetch_bucket_size": 8000,
-    "stage3_param_persistence_threshold": 700, "stage3_max_live_parameters": 60000, "stage3_max_reuse_distance": 40000,
+    "stage": 3, "contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": 20000,
+    "stage3_prefetch_bucket_size": 8000, "stage3_param_persistence_threshold": 700, "stage3_max_live_parameters": 60000,
+    "stage3_max_reuse_distance": 40000,
 }  # fmt: skip
 
 
 def watched_passes(engine, plan: Plan, rank: int) -> dict[str, tuple[int, int]]:
-    """(most elements live at once, elements gathered per micro-batch) of every kind of pass, beside the tensors that stay whole."""
+    """(most elements live at once, elements gathered per micro-batch) of every kind of pass,
+    beside the tensors that stay whole.
+    """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import (
         PartitionedParameterCoordinator as Coordinator,
@@ -427,11 +441,13 @@ def test_defaults_are_deepspeeds():
     assert {key: by_alias[key] for key in planner.ZERO_DEFAULTS} == planner.ZERO_DEFAULTS
 
 
-# ---- against passes --------------------------------------------------------------------------------------------------------------------------
+# ---- against passes --------------------------------------------------------------------------------------------------
 
 
 class PeakBytes(TorchDispatchMode):
-    """Most bytes that tensors made inside the block took at one time. known: storages from before, which views may bring in."""
+    """Most bytes that tensors made inside the block took at one time. known:
+    storages from before, which views may bring in.
+    """
 
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()
@@ -659,11 +675,14 @@ def sequences(count: int, length: int, vocabulary: int) -> list[dict]:
     [("lora", False, 4), ("lora", True, 2), ("full", False, 4), ("full", True, 2)],
 )
 def test_passes_take_the_flops_that_torch_counts(adapter, checkpointing, keys):
-    """Eager attention: torch does not count the fused kernel of CPUs. Recomputing stops at the last activation that is needed."""
+    """Eager attention: torch does not count the fused kernel of CPUs.
+
+    Recomputing stops at the last activation that is needed.
+    """
     config = llama(64, 160, 6, 4, keys, vocabulary=211, attn_implementation="eager")
     train = TrainSection(
-        steps=1, engine="single", batch_size=4, micro_batch_size=2, adapter=adapter, gradient_checkpointing=checkpointing,
-        lora=LoraSection(r=4),
+        steps=1, engine="single", batch_size=4, micro_batch_size=2, adapter=adapter,
+        gradient_checkpointing=checkpointing, lora=LoraSection(r=4),
     )  # fmt: skip
     plan = planned(
         config,
@@ -716,7 +735,9 @@ def test_passes_take_the_flops_that_torch_counts(adapter, checkpointing, keys):
     ],
 )
 def test_a_step_costs_what_was_timed_on_a_cpu(layers, schedule, measured):
-    """Time of a step by plain fine-tuning's, once measured on SmolLM2-135M: LoRA r8, 4 sequences of 64 tokens, 4 pairs at every step."""
+    """Time of a step by plain fine-tuning's, once measured on SmolLM2-135M:
+    LoRA r8, 4 sequences of 64 tokens, 4 pairs at every step.
+    """
     config = llama(576, 1536, 30, 9, 3, vocabulary=49152, tie_word_embeddings=True)
     train = TrainSection(steps=1, engine="single", batch_size=4, micro_batch_size=4)
     sap = SapSection(
@@ -731,16 +752,19 @@ def test_a_step_costs_what_was_timed_on_a_cpu(layers, schedule, measured):
     assert step / plain == pytest.approx(measured, rel=0.04)
 
 
-# ---- what a user sees ------------------------------------------------------------------------------------------------------------------------
+# ---- what a user sees ------------------------------------------------------------------------------------------------
 
 
 def local_recipe(folder, **sections) -> recipe.Experiment:
     """A recipe whose model is a folder with a config and nothing else."""
     llama(64, 160, 4, 4, 2, vocabulary=97).save_pretrained(folder / "model")
     raw = {
-        "name": "small", "model": {"path": str(folder / "model"), "dtype": "float32"}, "evaluate": {"harmful": {"source": "owner/h"}},
+        "name": "small", "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "evaluate": {"harmful": {"source": "owner/h"}},
         "data": {"task": {"source": "owner/t"}, "safety": {"source": "owner/s"}},
-        "train": {"steps": 5, "batch_size": 16, "micro_batch_size": 2, "ds_config": str(ROOT / "ds_configs" / "zero3.json")},
+        "train": {
+            "steps": 5, "batch_size": 16, "micro_batch_size": 2, "ds_config": str(ROOT / "ds_configs" / "zero3.json"),
+        },
         "sap": {"enabled": True}, "safety_pairs": {"batch_size": 8}, "methods": {"sap": {}},
     }  # fmt: skip
     path = folder / "recipe.yaml"
@@ -792,7 +816,7 @@ def test_a_config_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     cell = experiment.cell("sap", 0)
     with pytest.raises(
         ValueError,
-        match="train.batch_size 16 is not divisible by 3 ranks: use a multiple of 3, or 2 ranks",
+        match=r"train.batch_size 16 is not divisible by 3 ranks: use a multiple of 3, or 2 ranks",
     ):
         plan_cell(experiment, cell, ranks=3, gpu_gb=80)
     hub = local_recipe(tmp_path, model={"path": "owner/gated"})
@@ -800,12 +824,12 @@ def test_a_config_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
         AutoConfig, "from_pretrained", Mock(side_effect=OSError("401 Client Error"))
     )
     with pytest.raises(
-        ValueError, match="model.path 'owner/gated' could not be loaded: .*401 Client Error"
+        ValueError, match=r"model.path 'owner/gated' could not be loaded: .*401 Client Error"
     ):
         plan_cell(hub, hub.cell("sap", 0), ranks=4, gpu_gb=80)
 
 
-# ---- companion methods -----------------------------------------------------------------------------------------------------------------------
+# ---- companion methods -----------------------------------------------------------------------------------------------
 
 
 def with_parts(*parts: str, **pairs) -> Plan:

@@ -137,9 +137,10 @@ def test_every_field_that_holds_a_path_is_marked():
             inner = section_of(field.annotation)
             if inner:
                 yield from unmarked(inner, f"{prefix}{name}.")
-            elif Path in (field.annotation, *get_args(field.annotation)):
-                if not any(isinstance(marker, PathField) for marker in field.metadata):
-                    yield f"{prefix}{name}"
+            elif Path in (field.annotation, *get_args(field.annotation)) and not any(
+                isinstance(marker, PathField) for marker in field.metadata
+            ):
+                yield f"{prefix}{name}"
 
     assert list(unmarked(recipe_class())) == []
 
@@ -206,7 +207,7 @@ def test_a_hub_id_that_the_working_directory_shadows_is_refused(tmp_path, elsewh
         match=f"model.path 'owner/model' is a hub id, but {elsewhere}/owner/model exists",
     ):
         model_files.model_location(loaded.model)
-    with pytest.raises(ValueError, match="data.task.source 'owner/model' is a hub id, but"):
+    with pytest.raises(ValueError, match=r"data.task.source 'owner/model' is a hub id, but"):
         sources.check_source(SourceSection(source="owner/model"), "data.task")
 
 
@@ -287,7 +288,7 @@ def test_a_variable_is_asked_for_only_where_its_value_is_used(tmp_path, monkeypa
     assert recipes.load(child).base.output_dir == tmp_path / "own"
     with pytest.raises(
         ValueError,
-        match="base.yaml: output_dir is '[$]NOT_SET/runs', but the variable NOT_SET is not",
+        match=r"base.yaml: output_dir is '[$]NOT_SET/runs', but the variable NOT_SET is not",
     ):
         recipes.load(write_raw(child, {"extends": "base.yaml"}))
 

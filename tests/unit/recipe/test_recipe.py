@@ -92,7 +92,7 @@ def test_numbers_that_are_none_are_refused_in_a_sentence(tmp_path):
     for text in (".inf", "-.inf", ".nan", "1e999"):
         with pytest.raises(
             ValueError,
-            match="'train.adam_eps' is -?(inf|nan), but: input should be a finite number",
+            match=r"'train.adam_eps' is -?(inf|nan), but: input should be a finite number",
         ):
             load(tmp_path, content(), "--train.adam_eps", text)
 
@@ -239,9 +239,9 @@ def test_duplicate_keys_are_refused_with_the_key_and_its_line(tmp_path, text):
 
 
 def test_arguments_that_are_no_overrides_are_refused():
-    with pytest.raises(ValueError, match="unexpected argument 'train.lr'"):
+    with pytest.raises(ValueError, match=r"unexpected argument 'train.lr'"):
         parse_overrides(["train.lr", "1"])
-    with pytest.raises(ValueError, match="--train.lr needs a value"):
+    with pytest.raises(ValueError, match=r"--train.lr needs a value"):
         parse_overrides(["--train.lr"])
 
 
@@ -292,7 +292,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         tmp_path, a={"extends": "b.yaml"}, b={"extends": "c.yaml"}, c={"extends": "a.yaml"}
     )
     with pytest.raises(
-        ValueError, match="extends of .*yaml leads back to itself: take one of them out"
+        ValueError, match=r"extends of .*yaml leads back to itself: take one of them out"
     ):
         recipes.load(path)
 
@@ -360,7 +360,10 @@ def test_merge_keys_and_what_is_written_beside_them(tmp_path):
     text = yaml.safe_dump({key: value for key, value in content().items() if key != "train"})
     path.write_text(
         text
-        + "train: &t {steps: 5, lr: 0.5, lora: &l {r: 4}}\nalign:\n  train: {<<: *t, lr: 0.25, lora: {<<: *l, alpha: 3}}\n"
+        + (
+            "train: &t {steps: 5, lr: 0.5, lora: &l {r: 4}}\nalign:\n  train: {<<: *t, lr: 0.25, "
+            "lora: {<<: *l, alpha: 3}}\n"
+        )
     )
     base = recipes.load(path).base
     assert (base.align.train.steps, base.align.train.lr, base.train.lr) == (5, 0.25, 0.5)
@@ -701,7 +704,7 @@ def test_a_grid_is_chosen_by_the_name_before_its_settings(tmp_path):
     assert list(other.only(["sap.target_correction_1"]).base.methods) == [
         "sap.target_correction_1"
     ], "not 1.4, whose name goes on from there"
-    with pytest.raises(ValueError, match="no method 'sft.lr'"):
+    with pytest.raises(ValueError, match=r"no method 'sft.lr'"):
         experiment.only(["sft.lr"])
 
 
@@ -709,13 +712,13 @@ def test_a_grid_is_chosen_by_the_name_before_its_settings(tmp_path):
 def test_a_grid_that_is_none_is_refused_with_an_example(tmp_path, grid):
     with pytest.raises(
         ValueError,
-        match="the grid of method 'sft' must map fields to lists of values, e.g. {train.lr: ",
+        match=r"the grid of method 'sft' must map fields to lists of values, e.g. {train.lr: ",
     ):
         load(tmp_path, content(methods={"sft": {"grid": grid}}))
 
 
 def test_a_grid_over_what_is_no_field_is_an_unknown_key(tmp_path):
-    with pytest.raises(ValueError, match="unknown key 'train.rate'"):
+    with pytest.raises(ValueError, match=r"unknown key 'train.rate'"):
         load(tmp_path, content(methods={"sft": {"grid": {"train.rate": [1, 2]}}}))
 
 
@@ -727,7 +730,7 @@ def test_cells_of_a_grid_that_would_have_one_name_are_refused(tmp_path):
 def test_an_override_of_what_a_grid_goes_through_is_refused(tmp_path):
     methods = {"sft": {"grid": {"train.lr": [0.1, 0.2]}}}
     with pytest.raises(
-        ValueError, match="--train.lr is what the grid of method 'sft' goes through"
+        ValueError, match=r"--train.lr is what the grid of method 'sft' goes through"
     ):
         load(tmp_path, content(methods=methods), "--train.lr", "0.3")
     assert (
@@ -777,7 +780,9 @@ COMPARED = recipes.load(ROOT / "launch" / "recipes" / "compare.yaml")
 
 
 def test_the_comparison_gives_every_method_the_same_safety_pairs_and_task_steps():
-    """Pairs drawn in a whole training, times four a draw; SAP's and the controls' at every fourth step, Lisa's at its alignment steps."""
+    """Pairs drawn in a whole training, times four a draw; SAP's and the controls' at every fourth step,
+    Lisa's at its alignment steps.
+    """
     for cell in COMPARED.cells():
         found = cell.recipe
         steps, task_steps, draws = found.train.steps, found.train.steps, 0

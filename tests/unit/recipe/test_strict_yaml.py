@@ -110,6 +110,6 @@ def test_grids_have_an_end_together(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"extends": "demo.yaml", "methods": {"a": grid, "b": {}}}))
     with pytest.raises(
-        ValueError, match="methods: these are 10,00[0-9] methods, and a recipe has at most 10,000"
+        ValueError, match=r"methods: these are 10,00[0-9] methods, and a recipe has at most 10,000"
     ):
         recipes.load(path)

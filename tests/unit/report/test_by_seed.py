@@ -46,6 +46,6 @@ def test_no_recipe_is_one_sentence(monkeypatch):
     monkeypatch.setattr("sys.argv", ["by_seed"])
     with pytest.raises(
         ValueError,
-        match="give a recipe: python -m pipeline.report.by_seed launch/recipes/compare.yaml",
+        match=r"give a recipe: python -m pipeline.report.by_seed launch/recipes/compare.yaml",
     ):
         main()

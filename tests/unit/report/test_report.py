@@ -254,7 +254,9 @@ def rows_over_seeds(folder: Path, rates: dict[int, list[int]]) -> tuple[Collecte
 
 
 def test_several_seeds_show_mean_and_student_interval(tmp_path):
-    """8, 10 and 12 of 20: mean 0.5, s 0.1, t(2) 4.303; and 0, 0, 2 of 20, where the mean of Wilson's ends is further: (0.16 + 0.16 + 0.30) / 3."""
+    """8, 10 and 12 of 20: mean 0.5, s 0.1, t(2) 4.303; and 0, 0, 2 of 20, where the mean of Wilson's ends is further:
+    (0.16 + 0.16 + 0.30) / 3.
+    """
     collected, rows = rows_over_seeds(tmp_path, {0: [8, 0], 1: [10, 0], 2: [12, 2]})
     assert [row[0] for row in rows] == ["sft (3 seeds)", "sap (3 seeds)"]
     assert rows[0][1] == "0.50 [0.25, 0.75]" and rows[1][1] == "0.03 [0.00, 0.21]"
@@ -273,7 +275,7 @@ def test_a_report_over_a_missing_or_damaged_folder_is_refused(tmp_path):
     collected, _ = rows_over_seeds(tmp_path, {0: [8, 0]})
     collected.answers[0].write_text("changed\n")
     layout = Layout(recipes.load(tmp_path / "recipe.yaml"))
-    with pytest.raises(ValueError, match="answers.jsonl does not match"):
+    with pytest.raises(ValueError, match=r"answers.jsonl does not match"):
         collect(layout)
     (collected.answers[0].parent / "DONE").unlink()
     with pytest.raises(ValueError, match="is not complete: run the stage that writes it again"):

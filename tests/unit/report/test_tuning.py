@@ -9,8 +9,8 @@ from tests.project import make_project, write_recipe
 
 def test_the_highest_exact_match_minus_both_refusal_errors_wins_and_of_equals_the_first():
     found = [
-        Run("a", "x", 0.9, 0.8, 0.0, 0.0), Run("a", "y", 0.6, 0.1, 0.25, 0.0), Run("a", "z", 0.7, 0.2, 0.0, 0.25), Run("a", "v", 0.9, 0.0, 0.4, 0.8),
-        Run("b", "x", 0.1, 0.9, 0.0, 0.0),
+        Run("a", "x", 0.9, 0.8, 0.0, 0.0), Run("a", "y", 0.6, 0.1, 0.25, 0.0), Run("a", "z", 0.7, 0.2, 0.0, 0.25),
+        Run("a", "v", 0.9, 0.0, 0.4, 0.8), Run("b", "x", 0.1, 0.9, 0.0, 0.0),
     ]  # fmt: skip
     assert {method: run.setting for method, run in chosen(found).items()} == {"a": "y", "b": "x"}
     lines = table(found).splitlines()

@@ -1,4 +1,7 @@
-"""Imports go down: from a floor of tests/tools/architecture.py to those below it. And what one wing keeps to itself, no other uses."""
+"""Imports go down: from a floor of tests/tools/architecture.py to those below it.
+
+And what one wing keeps to itself, no other uses.
+"""
 
 import ast
 import re
@@ -67,9 +70,10 @@ def _private_uses(module):
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name)
             and node.value.id in bound
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
         ):
-            if node.attr.startswith("_") and not node.attr.startswith("__"):
-                yield f"{module}:{node.lineno} uses {bound[node.value.id]}.{node.attr}"
+            yield f"{module}:{node.lineno} uses {bound[node.value.id]}.{node.attr}"
 
 
 @pytest.mark.parametrize(

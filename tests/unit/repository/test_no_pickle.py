@@ -12,8 +12,11 @@ from tests.distributed.ranks import spawn
 from tests.project import ROOT
 
 UNPICKLES = re.compile(
-    r"\b(import|from) (pickle|cPickle|dill|joblib|cloudpickle|shelve|marshal)\b|\bpickle\.\w+\(|torch\.load\b|distributed\.checkpoint|allow_pickle"
-    r"|\b(broadcast|scatter|gather|all_gather|send|recv)_object(_list)?\(|trust_remote_code\s*=\s*True|yaml\.(unsafe|full)_load|yaml\.load\((?![^;]{0,160}\b(_Loader|C?SafeLoader)\b)|read_pickle"
+    r"\b(import|from) "
+    r"(pickle|cPickle|dill|joblib|cloudpickle|shelve|marshal)\b|\bpickle\.\w+\("
+    r"|torch\.load\b|distributed\.checkpoint|allow_pickle"
+    r"|\b(broadcast|scatter|gather|all_gather|send|recv)_object(_list)?\(|trust_remote_code\s*=\s*True"
+    r"|yaml\.(unsafe|full)_load|yaml\.load\((?![^;]{0,160}\b(_Loader|C?SafeLoader)\b)|read_pickle"
 )
 
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))

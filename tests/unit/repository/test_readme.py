@@ -85,10 +85,10 @@ def named_fields() -> list[tuple[str, str]]:
                     if isinstance(part, ast.Constant) and isinstance(part.value, str)
                 ]
                 for text in texts:
-                    for name in re.findall(
+                    names = re.findall(
                         rf"(?<![\w./{{-])(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+", text
-                    ):
-                        found.append((f"{path.relative_to(ROOT)}:{node.lineno}", name))
+                    )
+                    found += [(f"{path.relative_to(ROOT)}:{node.lineno}", name) for name in names]
     return found
 
 

@@ -37,7 +37,10 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Installed:
-    """Built from a copy, because a build leaves folders behind. Its requirements are those of the tests' environment."""
+    """Built from a copy, because a build leaves folders behind.
+
+    Its requirements are those of the tests' environment.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     source, environment = folder / "source", folder / "environment"
     source.mkdir()
@@ -168,7 +171,8 @@ def test_it_trains_and_evaluates_from_any_folder(installed, tmp_path, empty):
 
 def test_it_runs_what_it_holds_and_not_the_checkout(installed, empty):
     program = (
-        "import pipeline; from pipeline import shipped; from pipeline.defences import recipes; from pipeline.running import runner\n"
+        "import pipeline; from pipeline import shipped; from pipeline.defences import recipes; "
+        "from pipeline.running import runner\n"
         "print(pipeline.__file__, shipped.FOLDER, shipped.environment())\n"
         "print(*(recipes.load(name).base.name for name in shipped.recipes()), flush=True)\n"
         "runner.run_ranks('train.py', ['--help'], 1)"

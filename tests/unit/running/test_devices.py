@@ -14,7 +14,9 @@ GB = 10**9
 
 
 class Driver:
-    """What pipeline/running/devices.py asks of nvidia-ml-py. gpus: (name, total bytes, free bytes, compute capability, processes)."""
+    """What pipeline/running/devices.py asks of nvidia-ml-py. gpus:
+    (name, total bytes, free bytes, compute capability, processes).
+    """
 
     NVMLError = type("NVMLError", (Exception,), {})
     NVML_ERROR_NOT_SUPPORTED, NVML_DEVICE_MIG_ENABLE = 3, 1
@@ -71,7 +73,9 @@ def gpu(
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(gpu(), gpu(), visible="0"): from then on this machine has these GPUs, and a torch that is built for CUDA 13.0."""
+    """machine(gpu(), gpu(), visible="0"): from then on this machine has these GPUs,
+    and a torch that is built for CUDA 13.0.
+    """
 
     def pretend(
         *gpus, visible: str | None = None, cuda: int = 13000, built: str | None = "13.0"
@@ -242,7 +246,7 @@ def test_an_attention_that_the_model_has_not_is_refused(
     if said is None:
         check_attention(without_weights(config, "m"), section)
         return
-    with pytest.raises(ValueError, match="set model.attention to eager$") as caught:
+    with pytest.raises(ValueError, match=r"set model.attention to eager$") as caught:
         check_attention(without_weights(config, "m"), section)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
@@ -259,8 +263,9 @@ def test_a_batch_that_does_not_divide_takes_fewer_gpus_and_says_so(machine):
 @pytest.mark.parametrize(
     ("visible", "names"),
     [
-        (None, ["0", "1", "2"]), ("", []), ("2,0", ["2", "0"]), ("1", ["1"]), ("GPU-111", ["GPU-111"]), ("0,-1,2", ["0"]), ("0,7,2", ["0"]),
-        ("-1", []), (" 1 , 2 ", ["1", "2"]), ("0,0", []), ("01", ["01"]), ("0;1", ["0;1"]), ("GPU-", []), ("MIG-abc", []),
+        (None, ["0", "1", "2"]), ("", []), ("2,0", ["2", "0"]), ("1", ["1"]), ("GPU-111", ["GPU-111"]),
+        ("0,-1,2", ["0"]), ("0,7,2", ["0"]), ("-1", []), (" 1 , 2 ", ["1", "2"]), ("0,0", []), ("01", ["01"]),
+        ("0;1", ["0;1"]), ("GPU-", []), ("MIG-abc", []),
     ],
 )  # fmt: skip
 def test_the_variable_is_read_as_cuda_reads_it(machine, visible, names):
@@ -271,8 +276,11 @@ def test_the_variable_is_read_as_cuda_reads_it(machine, visible, names):
 def test_more_ranks_than_gpus_is_one_sentence(machine):
     machine(gpu())
     devices.check_ranks("train", train(ranks=1))
-    with pytest.raises(ValueError, match=r"^align.train.ranks 2 needs as many GPUs, and this machine shows 1 \(1 GPU: NVIDIA H100\): "
-                                         "set align.train.ranks to auto or to at most 1$"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"^align.train.ranks 2 needs as many GPUs, and this machine shows 1 \(1 GPU: NVIDIA H100\): "
+        "set align.train.ranks to auto or to at most 1$",
+    ):
         devices.check_ranks("align.train", train(ranks=2))
     machine()
     devices.check_ranks("train", train(ranks=8))  # processes of a CPU are the user's choice
@@ -282,7 +290,8 @@ def test_a_driver_that_is_too_old_for_torch_is_one_sentence(machine):
     machine(gpu(), cuda=12020)
     with pytest.raises(
         ValueError,
-        match="torch 2.13.0 is built for CUDA 13.0, and this machine's driver 535.104.05 knows CUDA 12.2: install a newer",
+        match=r"torch 2.13.0 is built for CUDA 13.0, and this machine's driver 535.104.05 knows CUDA "
+        r"12.2: install a newer",
     ):
         devices.gpus()
     machine(gpu(), cuda=12020, built="12.8")  # minor versions go together
@@ -370,7 +379,7 @@ def test_a_launcher_that_starts_more_processes_than_gpus_is_told_so(monkeypatch)
             monkeypatch.context() as patch,
             pytest.raises(
                 ValueError,
-                match="^4 processes were started on this machine, and each sees 2 GPUs: start at most 2",
+                match=r"^4 processes were started on this machine, and each sees 2 GPUs: start at most 2",
             ),
         ):
             patch.setenv(name, value)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_threads_that_still_run_do_not_hold_the_process():
     ],
 )
 def test_the_system_and_requests_to_stop_are_one_sentence(body, code, said, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     monkeypatch.chdir(tmp_path)
     found, _, err = ended(body)
     assert found == code and err.startswith(said) and err.count("\n") == 1
@@ -164,7 +165,10 @@ atexit.register(lambda: __import__("colorsys"))
 )
 def test_a_lock_of_imports_that_stays_taken_does_not_keep_a_stopped_program(way):
     """As when a signal came while two threads imported: torch imports at its end."""
-    body = f"import sys, colorsys\ndel sys.modules['colorsys']\nfrom pipeline import cli; from pipeline.running import entry; from pipeline.running import runner\n{TAKEN_LOCK}"
+    body = (
+        "import sys, colorsys\ndel sys.modules['colorsys']\nfrom pipeline import cli; from "
+        f"pipeline.running import entry; from pipeline.running import runner\n{TAKEN_LOCK}"
+    )
     program = f"{body}\ndef main(): raise runner.Stopped('SIGINT')\nentry._LEAVING = 1.0\n{way}"
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=900

@@ -1,4 +1,6 @@
-"""Local processes: who they are told to be, what becomes of a failure, and that a request to stop ends the chain in order."""
+"""Local processes: who they are told to be, what becomes of a failure,
+and that a request to stop ends the chain in order.
+"""
 
 import json
 import os
@@ -195,7 +197,8 @@ def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(
     monkeypatch.setattr(runner, "_GRACE", 1000.0)
     launch(
         f"sys.path.insert(0, {str(Path(__file__).parents[3])!r})\nfrom pipeline.running import entry\n"
-        "def main():\n    if os.environ['RANK'] == '2': time.sleep(1000)\n    raise OSError(28, 'No space left on device', '/runs')\nentry.run(main)"
+        "def main():\n    if os.environ['RANK'] == '2': time.sleep(1000)\n    raise OSError(28, 'No "
+        "space left on device', '/runs')\nentry.run(main)"
     )
     assert runner.run_ranks("job.py", [], 3, warm) == runner.SYSTEM_ERROR
     said = capfd.readouterr().err
@@ -208,8 +211,10 @@ def test_an_error_of_the_system_ends_the_other_ranks_soon_and_is_said_once(
 
 def test_a_rank_that_alone_meets_an_error_of_the_system_says_so(launch, warm, capfd):
     launch(
-        f"sys.path.insert(0, {str(Path(__file__).parents[3])!r})\nfrom pipeline.running import entry\nentry._BEHIND_THE_FIRST = 0.1\n"
-        "def main():\n    if os.environ['RANK'] == '0': time.sleep(1000)\n    raise OSError(5, 'Input/output error', '/data')\nentry.run(main)"
+        f"sys.path.insert(0, {str(Path(__file__).parents[3])!r})\nfrom pipeline.running import "
+        "entry\nentry._BEHIND_THE_FIRST = 0.1\n"
+        "def main():\n    if os.environ['RANK'] == '0': time.sleep(1000)\n    raise OSError(5, "
+        "'Input/output error', '/data')\nentry.run(main)"
     )
     assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
     assert (
@@ -225,7 +230,8 @@ def test_a_rank_whose_connection_to_a_failed_one_breaks_adds_nothing_to_its_sent
     launch(
         f"sys.path.insert(0, {str(Path(__file__).parents[3])!r})\nfrom pipeline.running import entry\n"
         "def main():\n    if os.environ['RANK'] == '1': raise OSError(28, 'No space left on device', '/runs')\n"
-        "    raise RuntimeError('[pair.cc:553] Connection closed by peer [127.0.0.1]:58513')\nentry._BEHIND_THE_FIRST = 0.1\nentry.run(main)"
+        "    raise RuntimeError('[pair.cc:553] Connection closed by peer "
+        "[127.0.0.1]:58513')\nentry._BEHIND_THE_FIRST = 0.1\nentry.run(main)"
     )
     assert runner.run_ranks("job.py", [], 2, warm) == runner.SYSTEM_ERROR
     said = capfd.readouterr().err
@@ -259,7 +265,10 @@ def test_ranks_that_are_left_alone_are_no_second_sentence(launch, warm, capfd, e
     assert said.startswith(f"error: {sentence}") and said.count("\n") == 1
 
 
-CUT_WHILE_READ = "import mmap\nf = open(out / 'f', 'w+b'); f.truncate(8192); m = mmap.mmap(f.fileno(), 8192); f.truncate(0); m[5000]"
+CUT_WHILE_READ = (
+    "import mmap\nf = open(out / 'f', 'w+b'); f.truncate(8192); m = mmap.mmap(f.fileno(), 8192); "
+    "f.truncate(0); m[5000]"
+)
 
 
 def test_a_mapped_file_that_is_cut_ends_a_rank_without_a_word_so_we_say_it(

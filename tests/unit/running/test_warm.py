@@ -132,7 +132,7 @@ def test_what_imports_put_into_the_environment_is_there_and_what_is_a_job_s_own_
         ("raise KeyError('lost')", 1),
         ("sys.exit(7)", 7),
         ("os._exit(8)", 8),
-    ],  # fmt: skip
+    ],
 )
 def test_a_job_ends_alone_and_its_exit_code_is_told(launch, capfd, body, code):
     out = launch(
@@ -179,7 +179,8 @@ def test_jobs_go_with_the_program_that_started_them_and_may_save_first(launch, n
     out = launch(
         "from pipeline.running.entry import run\nrank = os.environ['RANK']\n"
         "def save(*_):\n    (out / f'saved{rank}').touch()\n    os._exit(0)\n"
-        "def main():\n    signal.signal(signal.SIGTERM, save)\n    (out / f'up{rank}').write_text(str(os.getpid()))\n    time.sleep(1000)\n"
+        "def main():\n    signal.signal(signal.SIGTERM, save)\n    (out / "
+        "f'up{rank}').write_text(str(os.getpid()))\n    time.sleep(1000)\n"
         "run(main)"
     )
     program = subprocess.Popen([sys.executable, "-c", CLIENT, str(out), way], cwd=ROOT)

@@ -114,7 +114,9 @@ def test_a_hang_in_c_code_that_holds_the_interpreter_is_ended_from_outside():
 
 @pytest.mark.parametrize("whole", [False, True], ids=["the process", "its whole group"])
 def test_a_process_that_was_stopped_does_not_hang(whole):
-    """SIGSTOP for longer than either limit, to the process alone or to all that belongs to it, as scontrol suspend does."""
+    """SIGSTOP for longer than either limit, to the process alone or to all that belongs to it,
+    as scontrol suspend does.
+    """
     process = start(IS_STOPPED)
     send = (lambda number: os.killpg(process.pid, number)) if whole else process.send_signal
     send(signal.SIGSTOP)

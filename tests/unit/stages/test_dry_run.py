@@ -1,4 +1,6 @@
-"""`--dry-run`: every check there is, without torch, then what would run and what is there; `--show`: the resolved recipe."""
+"""`--dry-run`: every check there is, without torch, then what would run and what is there;
+`--show`: the resolved recipe.
+"""
 
 import json
 import re
@@ -84,7 +86,8 @@ def test_nothing_heavy_is_imported(project, arguments):
     )
     program = (
         "import sys; from pipeline.cli import main; code = main(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'datasets'} & set(sys.modules); sys.exit(f'{code} {heavy}' if code or heavy else 0)"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'datasets'} & set(sys.modules); "
+        "sys.exit(f'{code} {heavy}' if code or heavy else 0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, arguments[0], str(path), *arguments[1:]],
@@ -218,7 +221,7 @@ def test_every_row_is_looked_at(project, capsys, case):
     folder, content = project
     row, sentence = BAD_ROWS[case]
     rows = [{"question": f"question {i}" if row else "", "answer": "yes"} for i in range(80)]
-    write_jsonl(folder / "rows.jsonl", rows + [row] if row else rows)
+    write_jsonl(folder / "rows.jsonl", [*rows, row] if row else rows)
     path = write_recipe(folder, content)
     code, lines, error = dry_run(capsys, path, f"--data.task.source={folder / 'rows.jsonl'}")
     assert code == 2 and not lines and sentence in error
@@ -323,7 +326,10 @@ def test_pairs_that_leave_ranks_idle_are_said(project, capsys):
     )
     assert (
         code == 0
-        and "note: safety_pairs.batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 would take the same time"
+        and (
+            "note: safety_pairs.batch_size 1 leaves 1 of 2 ranks without a pair of their own: 2 "
+            "would take the same time"
+        )
         in error
     )
 

@@ -73,7 +73,9 @@ def test_a_stage_that_looked_before_another_run_completed_it_makes_nothing(
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("stage", ["train", "direction"])
 def test_ranks_meet_before_one_finds_the_stage_complete(trained, monkeypatch, stage, seen):
-    """A rank that left by itself would let the others wait for it; one that sees an old state of the folder goes by what the first sees."""
+    """A rank that left by itself would let the others wait for it;
+    one that sees an old state of the folder goes by what the first sees.
+    """
     layout, cell, met = Layout(trained), trained.cell("sap", 0), []
     target = {"train": layout.train(cell), "direction": layout.direction(cell)}[stage]
     original = artifacts.complete

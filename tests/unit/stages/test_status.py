@@ -32,8 +32,9 @@ def lines(capsys, *arguments: str | Path) -> list[list[str]]:
 def test_every_folder_stands_in_the_order_of_the_stages(project, capsys):
     found = lines(capsys, project)
     assert [(row[0], row[1], row[2]) for row in found] == [
-        ("prepare", "-", "-"), ("align", "-", "-"), ("direction", "sap", "0"), ("train", "sft", "0"), ("train", "sap", "0"),
-        ("evaluate", "shipped", "-"), ("evaluate", "aligned", "-"), ("evaluate", "sft", "0"), ("evaluate", "sap", "0"), ("report", "-", "-"),
+        ("prepare", "-", "-"), ("align", "-", "-"), ("direction", "sap", "0"), ("train", "sft", "0"),
+        ("train", "sap", "0"), ("evaluate", "shipped", "-"), ("evaluate", "aligned", "-"), ("evaluate", "sft", "0"),
+        ("evaluate", "sap", "0"), ("report", "-", "-"),
     ]  # fmt: skip
     layout = Layout(recipes.load(project))
     assert found[0][3:] == ["missing", str(layout.prepare()), str(layout.work(layout.prepare()))]
@@ -66,7 +67,7 @@ def test_prompts_that_are_missing_hold_up_no_stage_but_are_prepares(project, cap
     layout = Layout(experiment)
     chain = Chain(experiment, ALL_STAGES, None)
     assert chain.pending("prepare") == [layout.prepare(), layout.prompts()]
-    with pytest.raises(ValueError, match="prepare-.* is not complete: run `sap prepare"):
+    with pytest.raises(ValueError, match=r"prepare-.* is not complete: run `sap prepare"):
         chain.need("align")
     layout.prepare().mkdir(parents=True)
     (layout.prepare() / artifacts.MARKER).touch()

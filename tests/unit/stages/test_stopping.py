@@ -1,4 +1,7 @@
-"""`sap run` that is asked to stop, or whose disk fills up: what it begins after that, and how it ends. Launch scripts and stages are stand-ins."""
+"""`sap run` that is asked to stop, or whose disk fills up: what it begins after that, and how it ends.
+
+Launch scripts and stages are stand-ins.
+"""
 
 import os
 import signal
@@ -54,7 +57,9 @@ def publish(folder: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """Returns a function: write a recipe of these methods, prepared unless `prepare` is given, which is then run as that stage."""
+    """Returns a function: write a recipe of these methods, prepared unless `prepare` is given,
+    which is then run as that stage.
+    """
     (tmp_path / "launch").mkdir()
     for name, text in (("train", TRAIN), ("evaluate", EVALUATE)):
         (tmp_path / "launch" / f"{name}.py").write_text(text.format(root=str(tmp_path)))
@@ -66,9 +71,10 @@ def project(tmp_path, monkeypatch):
     def make(*methods: str, ranks: int = 1, prepare=None) -> Path:
         source = {"source": str(tmp_path / "data.jsonl")}
         path = write_recipe(tmp_path, {
-            "name": "tiny", "output_dir": str(tmp_path / "runs"), "model": {"path": str(tmp_path / "launch"), "dtype": "float32"},
-            "data": {"task": source, "safety": source}, "train": {"steps": 2, "ranks": ranks},
-            "evaluate": {"harmful": source, "baselines": False}, "methods": {name: {} for name in methods}, "tracking": {"enabled": False},
+            "name": "tiny", "output_dir": str(tmp_path / "runs"),
+            "model": {"path": str(tmp_path / "launch"), "dtype": "float32"}, "data": {"task": source, "safety": source},
+            "train": {"steps": 2, "ranks": ranks}, "evaluate": {"harmful": source, "baselines": False},
+            "methods": {name: {} for name in methods}, "tracking": {"enabled": False},
         })  # fmt: skip
         layout = Layout(recipes.load(path))
         artifacts.write_json(

@@ -174,11 +174,11 @@ def test_an_error_of_the_input_does_not_pass_and_one_of_the_machine_or_of_a_brok
 
 
 def test_an_error_of_writing_gets_the_name_and_one_of_opening_keeps_its_own(tmp_path):
-    with pytest.raises(OSError) as full, naming(tmp_path), open("/dev/full", "w") as stream:
+    with pytest.raises(OSError) as full, naming(tmp_path), Path("/dev/full").open("w") as stream:
         stream.write("x")
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path))
     with pytest.raises(FileNotFoundError) as gone, naming(tmp_path):
-        open("/nowhere/x", "w")
+        Path("/nowhere/x").touch()
     assert gone.value.filename == "/nowhere/x"
 
 
@@ -191,7 +191,8 @@ def folder_with_manifest(link: Path) -> object:
     "read",
     [
         artifacts.file_digest, files.read, recipes.load, folder_with_manifest,
-        lambda path: file_headers.json_object("model.path x", path), lambda path: file_headers.safetensors_header("model.path x", path),
+        lambda path: file_headers.json_object("model.path x", path),
+        lambda path: file_headers.safetensors_header("model.path x", path),
     ],
     ids=["digest", "data", "recipe", "manifest", "config", "weights"],
 )  # fmt: skip
@@ -273,7 +274,7 @@ def test_our_own_sentence_that_quotes_a_library_is_no_error_of_the_system():
         )
         is None
     )
-    with pytest.raises(ValueError, match="of model.path"), naming(Path("/runs/demo")):
+    with pytest.raises(ValueError, match=r"of model.path"), naming(Path("/runs/demo")):
         raise ValueError(
             "the tokenizer of model.path /m cannot be read (Permission denied (os error 13)): save it again"
         )

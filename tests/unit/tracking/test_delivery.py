@@ -1,4 +1,6 @@
-"""Delivery: every store gets every entry once, whatever dies, hangs, moves or is deleted meanwhile, and nobody waits for it."""
+"""Delivery: every store gets every entry once, whatever dies, hangs, moves or is deleted meanwhile,
+and nobody waits for it.
+"""
 
 import json
 import shutil
@@ -164,7 +166,9 @@ def spy(send: Callable, sent: list[int]) -> Callable:
 
 
 def test_every_store_gets_every_event_once(project, tmp_path, monkeypatch):
-    """To another store, after a kill between a request and its mark, and for a run that was deleted: the same number, the same time."""
+    """To another store, after a kill between a request and its mark, and for a run that was deleted:
+    the same number, the same time.
+    """
     layout, other = (
         layout_in(project, tmp_path / "out"),
         shutil.copy(project[0] / "empty.db", tmp_path / "other.db"),
@@ -214,7 +218,9 @@ def events(store: Store) -> dict[str, str]:
 
 @pytest.mark.parametrize("database", ["deleted", "moved along"])
 def test_a_database_that_is_gone_is_filled_again(project, tmp_path, monkeypatch, database):
-    """A moved experiment is a store at another address: its own database is known again, a missing one is filled from the start."""
+    """A moved experiment is a store at another address: its own database is known again,
+    a missing one is filled from the start.
+    """
     layout, moved = (
         layout_in(project, tmp_path / "out"),
         layout_in(project, tmp_path / "moved", fresh=True),
@@ -407,10 +413,20 @@ def test_a_damaged_mark_of_what_was_delivered_has_all_sent_again_which_changes_n
 ENTRY = st.fixed_dictionaries(
     {"kind": st.sampled_from(["start", "metrics", "artifact", "event", "end", "other", 5, None])},
     optional={
-        name: st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=2), st.none() | st.floats() | st.text(max_size=2), max_size=2)
-        for name in ("name", "key", "experiment", "params", "tags", "values", "step", "time", "path", "number", "text", "status")
+        name: st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text(max_size=4)
+        | st.lists(st.integers(), max_size=2)
+        | st.dictionaries(
+            st.text(max_size=2), st.none() | st.floats() | st.text(max_size=2), max_size=2
+        )
+        for name in (
+            *("name", "key", "experiment", "params", "tags", "values"),
+            *("step", "time", "path", "number", "text", "status"),
+        )
     },
-)  # fmt: skip
+)
 
 
 @settings(max_examples=200, deadline=None)

@@ -61,7 +61,7 @@ def tracked(project, tmp_path_factory) -> tuple[Layout, Store]:
 
 
 def test_there_is_one_parent_and_one_child_per_key(tracked):
-    layout, store = tracked
+    _, store = tracked
     parents = [run for run in store.runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in store.runs if "mlflow.parentRunId" in run.data.tags]
     assert len(parents) == 1 and parents[0].info.run_name == "tiny"
@@ -267,7 +267,9 @@ def test_a_metric_under_a_secret_looking_name_is_a_number(project, tmp_path):
 
 @pytest.fixture(scope="module")
 def planted(project, tmp_path_factory) -> tuple[Path, Path, str]:
-    """`sap prepare` with secrets in a source, a tracking URI, a method and the recipe's path: recipe, output folder, everything printed."""
+    """`sap prepare` with secrets in a source, a tracking URI, a method and the recipe's path:
+    recipe, output folder, everything printed.
+    """
     folder, content = tmp_path_factory.mktemp("planted"), copy.deepcopy(project[1])
     (folder / TOKEN).mkdir()
     content["data"]["task"]["source"] = str(

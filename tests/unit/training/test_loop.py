@@ -71,7 +71,9 @@ def straight(tmp_path_factory) -> tuple[Path, torch.Tensor]:
 
 @pytest.fixture
 def interrupted(straight, tmp_path) -> Path:
-    """The folder of a run that was killed after step 4's checkpoint and at the end of step 5; steps 2 and 4 can be resumed."""
+    """The folder of a run that was killed after step 4's checkpoint and at the end of step 5;
+    steps 2 and 4 can be resumed.
+    """
 
     def kill(_metrics: dict, number: int) -> None:
         if number == 5:
@@ -249,14 +251,16 @@ def test_events_tell_of_every_stop_and_return(tmp_path, monkeypatch):
 
 
 def test_a_job_whose_checkpoints_cannot_be_read_does_not_begin_again(interrupted, monkeypatch):
-    """The batch script saw step 4; this node sees none, or damaged ones only: hours of work are not thrown away without a word."""
+    """The batch script saw step 4; this node sees none, or damaged ones only:
+    hours of work are not thrown away without a word.
+    """
     for folder in (interrupted / "checkpoints").glob("step-*"):
         (folder / "manifest.json").write_text("{")
     monkeypatch.setenv("SAP_PROGRESS", "4")
     with (
         pytest.raises(
             RuntimeError,
-            match="the job had saved step 4 in .*, but no checkpoint there can be read",
+            match=r"the job had saved step 4 in .*, but no checkpoint there can be read",
         ),
         pytest.warns(UserWarning, match="damaged"),
     ):
@@ -265,7 +269,9 @@ def test_a_job_whose_checkpoints_cannot_be_read_does_not_begin_again(interrupted
 
 
 def test_the_log_is_rewound_to_the_checkpoint(interrupted, straight):
-    """Step 5 was logged and will run again, and the kill cut step 6's line short: each step stands there once, as in the straight run."""
+    """Step 5 was logged and will run again, and the kill cut step 6's line short:
+    each step stands there once, as in the straight run.
+    """
     with (interrupted / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 6, "train/lo')
     assert build(interrupted).run()
@@ -341,7 +347,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path, monkeypatc
         assert poisoned(build(tmp_path), 6).run()
     with pytest.raises(
         ValueError,
-        match="the weights are not finite in .*step-000006: delete .*checkpoints and lower train.lr",
+        match=r"the weights are not finite in .*step-000006: delete .*checkpoints and lower train.lr",
     ):
         build(tmp_path).run()
 
@@ -387,7 +393,7 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_sentence(interrupted):
     loop = build(interrupted)
     loop.identity = "another"
     with pytest.raises(
-        ValueError, match="step-000004 belongs to another run, or to this one .*: delete "
+        ValueError, match=r"step-000004 belongs to another run, or to this one .*: delete "
     ) as caught:
         loop.run()
     assert "\n" not in str(caught.value)

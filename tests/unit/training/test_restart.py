@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_no_start(work, tmp_path_factory):
 def test_what_names_no_step_is_refused_with_the_recipe(tmp_path, text):
     with pytest.raises(
         ValueError,
-        match="resume_from is '.*': it takes the work folder of a training that is not finished, and a step",
+        match=r"resume_from is '.*': it takes the work folder of a training that is not finished, and a step",
     ):
         load(tmp_path, content(), "--train.resume_from", text)
 
@@ -222,7 +222,7 @@ def test_a_spike_s_update_is_left_out_wherever_the_run_was_stopped(tmp_path, wit
 def test_a_spike_ends_the_training_where_the_recipe_says_so(tmp_path):
     with pytest.raises(
         ValueError,
-        match="the gradient's norm is .* at step 12, before the update: begin anew from a checkpoint before it",
+        match=r"the gradient's norm is .* at step 12, before the update: begin anew from a checkpoint before it",
     ):
         build(tmp_path, Leaps, steps=16, on_spike="stop").run()
     assert saved(tmp_path)[-1] == "step-000010"
@@ -424,7 +424,9 @@ def test_a_step_that_is_left_out_moves_no_average(tmp_path):
 
 @pytest.mark.parametrize("steps", [16, 60])
 def test_spikes_of_the_run_before_are_not_the_last_ten(tmp_path, steps):
-    """A run that only noted its spikes, begun anew with skip: it ends after ten of its own, or goes on where the spikes end."""
+    """A run that only noted its spikes, begun anew with skip:
+    it ends after ten of its own, or goes on where the spikes end.
+    """
     source = tmp_path / ".train-sft-s0-0123456789.work"
     old = build(source, steps=100, save_every=1, basis=BASIS)
     old.step = Leaping(old.engine, 14, 99)
