@@ -155,13 +155,52 @@ def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
         if starts and checked.facts
         else None
     )
-    for note in (*checked.notes, *(found.notes if found else ()), *_alike(chain)):
+    for note in (*checked.notes, *(found.notes if found else ()), *_compared(chain)):
         print(f"note: {redaction.redact(note)}", file=sys.stderr)
     return found
 
 
+def _compared(chain: Chain) -> list[str]:
+    """What is odd about methods beside each other, and about overrides that none of them uses."""
+    return [*_alike(chain), *_other_pairs(chain), *_idle(chain)]
+
+
+def _other_pairs(chain: Chain) -> list[str]:
+    """A sentence where methods that draw safety pairs do not see the same ones."""
+    draws: dict[str, list[str]] = {}
+    for cell in chain.cells:
+        if cell.seed == chain.base.seeds[0] and cell.recipe.draws_pairs:
+            pairs = cell.recipe.safety_pairs
+            how = f"batch_size {pairs.batch_size} and refresh_every {pairs.refresh_every}"
+            draws.setdefault("refresh_every 0" if pairs.refresh_every == 0 else how, []).append(
+                cell.method
+            )
+    if len(draws) < 2:
+        return []
+    shown = "; ".join(
+        f"{', '.join(names[:6])}{f' and {len(names) - 6} more' * (len(names) > 6)} with {how}"
+        for how, names in draws.items()
+    )
+    return [
+        f"these methods do not see the same safety pairs, for their safety_pairs differ: {shown}"
+    ]
+
+
+def _idle(chain: Chain) -> list[str]:
+    """A sentence for every section that the command line fills in and no method enables."""
+    given = chain.experiment.overrides
+    return [
+        f"--{name}.{next(iter(given[name]))} does nothing, because no method enables {name}"
+        for name in chain.base.switched
+        if isinstance(given.get(name), dict)
+        and given[name]
+        and "enabled" not in given[name]
+        and not any(getattr(cell.recipe, name).enabled for cell in chain.cells)
+    ]
+
+
 def _alike(chain: Chain) -> list[str]:
-    """A sentence for every two methods that train the same: one of them changes nothing, as a section that nobody enabled."""
+    """A sentence for every two methods that train the same: one of them changes nothing."""
     first: dict[str, str] = {}
     notes = []
     for cell in chain.cells:
@@ -169,7 +208,7 @@ def _alike(chain: Chain) -> list[str]:
             other = first.setdefault(chain.layout.train_hash(cell), cell.method)
             if other != cell.method:
                 notes.append(
-                    f"methods {other} and {cell.method} train the same: set what makes {cell.method} another one, e.g. lisa: {{enabled: true}}"
+                    f"methods {other} and {cell.method} train the same: set what makes {cell.method} another one, or take it out"
                 )
     return notes
 

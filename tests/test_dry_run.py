@@ -176,13 +176,39 @@ def test_a_damaged_csv_is_refused(project, capsys, case):
 
 def test_what_trains_nothing_new_or_never_reaches_its_rate_is_said(project, capsys):
     folder, content = project
-    path = write_recipe(folder, content | {"methods": {"sft": {}, "lisa": {"lisa": {"rho": 0.5}}}})
+    # switched off by the command line, or by the method itself
+    methods = {"sft": {}, "lisa": {"lisa": {"rho": 0.5, "enabled": False}}}
+    path = write_recipe(folder, content | {"methods": methods})
     code, _, error = dry_run(capsys, path, "--train.steps=4", "--train.warmup_steps=5")
     assert (
         code == 0
         and "note: methods sft and lisa train the same: set what makes lisa another one" in error
     )
     assert "note: method sft: train.warmup_steps 5 is not over within 4 steps" in error
+
+
+def test_methods_that_do_not_see_the_same_pairs_are_named(project, capsys):
+    folder, content = project
+    mix = {"safe_mix": {"enabled": True}}
+    methods = content["methods"] | {"mix": mix, "other": mix | {"safety_pairs": {"batch_size": 6}}}
+    path = write_recipe(folder, content | {"methods": methods})
+    code, _, error = dry_run(capsys, path)
+    assert code == 0
+    assert (
+        "note: these methods do not see the same safety pairs, for their safety_pairs differ: sap, mix with "
+        "batch_size 4 and refresh_every 4; other with batch_size 6 and refresh_every 4\n" in error
+    )
+    assert "the same safety pairs" not in dry_run(capsys, path, "--methods", "sft,sap,mix")[2]
+
+
+def test_an_override_of_a_section_that_no_method_enables_is_said(project, capsys):
+    folder, content = project
+    path = write_recipe(folder, content)
+    assert (
+        "note: --ema.decay does nothing, because no method enables ema\n"
+        in (dry_run(capsys, path, "--ema.decay=0.5")[2])
+    )
+    assert "does nothing" not in dry_run(capsys, path, "--sap.eps=0.5")[2]
 
 
 def test_prepare_says_what_it_left_out_and_cut(project, capsys):

@@ -37,7 +37,7 @@ from pipeline.recipe.sections import (
     TrackingSection,
     TrainSection,
 )
-from pipeline.recipe.strict_yaml import MOST_CELLS, as_arguments, expanded, merge, read
+from pipeline.recipe.strict_yaml import MOST_CELLS, as_arguments, expanded, mapping_of, merge, read
 from pipeline.system.system_errors import reading_input
 
 
@@ -163,6 +163,17 @@ class Recipe(Section):
         ]
 
     @property
+    def switched(self) -> list[str]:
+        """The sections that do nothing unless they are enabled."""
+        fields = type(self).model_fields.items()
+        return [
+            name
+            for name, field in fields
+            if (section := section_of(field.annotation))
+            and (issubclass(section, DefenceSection) or section is AlignSection)
+        ]
+
+    @property
     def draws_pairs(self) -> bool:
         """Whether training draws safety pairs step by step."""
         return False  # no defence, no pairs
@@ -272,9 +283,48 @@ def load(path: str | Path, overrides: dict[str, Any] | None, model: type[Recipe]
         path, _validate(merge(raw, overrides), str(path), model), raw, overrides
     )
     _check_grids(merge(raw, overrides).get("methods"), overrides)
-    for method in experiment.base.methods:
-        experiment.cell(method, experiment.base.seeds[0])
+    cells = [
+        experiment.cell(method, experiment.base.seeds[0]) for method in experiment.base.methods
+    ]
+    _check_enabled(experiment, cells, mapping_of(path))
     return experiment
+
+
+def _check_enabled(experiment: Experiment, cells: list[Cell], given: dict[str, Any]) -> None:
+    """ValueError where a section is filled in and switched on nowhere: the training would be a plain one, and nothing would say so.
+
+    A method's, unless the method or the command line says whether it is enabled; and what the file itself gives for all
+    methods, where it does not say so and none of them enables it. What it takes over from the file that it extends may
+    be for methods that it leaves out. cells: of every method; given: the file's own mapping.
+    """
+    merged = merge(experiment.raw, experiment.overrides)
+    for name in experiment.base.switched:
+        filled, said = given.get(name), experiment.overrides.get(name)
+        for cell in cells:
+            written = experiment.base.methods[cell.method].get(name)
+            if (
+                written is not None
+                and not getattr(cell.recipe, name).enabled
+                and "enabled" not in written
+                and "enabled" not in (said or {})
+            ):
+                fields = ", ".join(f"{name}.{field}" for field in written) or f"the section {name}"
+                raise ValueError(
+                    f"{experiment.path}: method '{cell.method}' sets {fields}, but {name} is not enabled: "
+                    f"write {name}: {{enabled: true}} with it, or {{enabled: false}} where it is to stay off"
+                )
+        if (
+            filled
+            and "enabled" not in (merged.get(name) or {})
+            and not any(getattr(cell.recipe, name).enabled for cell in cells)
+        ):
+            where = (
+                "set it to true" if name in _SHARED else "set it to true in a method that uses it"
+            )
+            raise ValueError(
+                f"{experiment.path}: {', '.join(f'{name}.{field}' for field in filled)} would do nothing, because {name}.enabled "
+                f"is not set: {where}, or to false where it is to stay off"
+            )
 
 
 def _check_grids(methods: Any, overrides: dict[str, Any]) -> None:

@@ -366,7 +366,7 @@ class DirectionSection(Section):
 
 
 class SafetyPairsSection(Section):
-    """How pairs of data.safety are drawn, by every method that draws them, so that methods of one recipe see the same."""
+    """How pairs of data.safety are drawn, by every method that draws them. Methods with the same settings see the same, Lisa by its own steps."""
 
     batch_size: Positive = Field(4, description="Pairs drawn at a time, over all ranks")
     micro_batch_size: Positive = Field(2, description="Pairs per rank and pass at the most")
