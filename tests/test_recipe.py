@@ -517,12 +517,53 @@ def test_targets_of_an_adapter(tmp_path, targets):
             "unknown key 'train.lora.rank'; the nearest known one is 'train.lora.",
         ),
         (["--train.lr=-1"], "'train.lr' is -1, but: input should be greater than 0"),
+        (
+            ["--safety_pairs=48"],
+            "'safety_pairs' is 48, but it is a section: write its fields, as in safety_pairs: "
+            "{batch_size: ...}; data.safety_pairs takes a number",
+        ),
+        (
+            ["--data.safety_pairs.batch_size=4"],
+            "'data.safety_pairs' holds fields, but it takes a number: fields go into the section safety_pairs, "
+            "which stands beside data",
+        ),
+        (
+            ["--data.task=tickets.csv"],
+            "'data.task' is 'tickets.csv', but it is a section: write its fields, as in task: {source: ...}",
+        ),
+        (
+            ["--train.refresh_every=4"],
+            "unknown key 'train.refresh_every': write safety_pairs.refresh",
+        ),
+        (["--refresh_every=4"], "unknown key 'refresh_every': write safety_pairs.refresh_every"),
+        (
+            ["--lisa.batch_size=4"],
+            "unknown key: write safety_pairs.batch_size instead of lisa.batch_size",
+        ),
+        (
+            ["--methods.m.lisa.micro_batch_size=4"],
+            "unknown key: write methods.m.safety_pairs.micro_batch_size instead of "
+            "methods.m.lisa.micro_batch_size",
+        ),
     ],
 )
 def test_an_error_names_the_field_as_it_is_written(tmp_path, arguments, sentence):
     with pytest.raises(ValueError) as caught:
         load(tmp_path, content(), *arguments)
     assert sentence in str(caught.value)
+
+
+def test_all_moved_keys_of_an_old_recipe_are_listed_at_once(tmp_path):
+    """One a try took a try for each."""
+    methods = {"sap": {"sap": {"enabled": True, "safety_micro_batch_size": 2}}}
+    methods["tuned"] = {"grid": {"sap.refresh_every": [1, 4]}}
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path, content(sap={"refresh_every": 4, "safety_batch_size": 8}, methods=methods))
+    assert str(caught.value).partition("recipe.yaml: ")[2] == (
+        "unknown keys: write safety_pairs.refresh_every instead of sap.refresh_every, and safety_pairs.batch_size instead of "
+        "sap.safety_batch_size, and methods.sap.safety_pairs.micro_batch_size instead of methods.sap.sap.safety_micro_batch_size, "
+        "and methods.tuned.grid.safety_pairs.refresh_every instead of methods.tuned.grid.sap.refresh_every"
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def _holds(annotation: Any, kinds: tuple[type, ...]) -> bool:
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors and nothing changes after loading.
 
-    MOVED: fields that it had once -> what to write instead, as the end of a sentence.
+    MOVED: fields that it had once -> the field to write instead.
     """
 
     MOVED: ClassVar[dict[str, str]] = {}
