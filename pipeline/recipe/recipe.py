@@ -431,10 +431,9 @@ def _sentence(error: ValidationError, model: type[Recipe]) -> str:
         sentence = f"unknown key '{field}'{_instead(names, section, model)}"
     elif first["type"] == "model_type":
         sentence = _no_section(names, first["input"], section_of(annotation), model)
-    elif isinstance(first["input"], dict) and names[-1] in model.model_fields and names[1:]:
-        kind = _type_name(annotation)
+    elif first["type"] == "int_type" and isinstance(first["input"], dict) and _beside(names, model):
         sentence = (
-            f"'{field}' holds fields, but it takes {'a number' if kind == 'int' else kind}: "
+            f"'{field}' holds fields, but it takes a number: "
             f"fields go into the section {names[-1]}, which stands beside {names[0]}"
         )
     elif first["type"] == "missing":
@@ -471,6 +470,12 @@ def _instead(names: list[str], section: type[Section] | None, model: type[Recipe
         names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0
     )
     return f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else ""
+
+
+def _beside(names: list[str], model: type[Recipe]) -> bool:
+    """Whether a field has the name of a section that stands beside its own."""
+    field = model.model_fields.get(names[-1])
+    return len(names) > 1 and field is not None and section_of(field.annotation) is not None
 
 
 def _no_section(
