@@ -71,21 +71,22 @@ def _main(argv: list[str]) -> int:
         parser.print_help()
         _print_fields()
         return 0
+    options_of.check_command(argv[0], ALL_STAGES, _WITHOUT_RECIPE)
     options, experiment = options_of.opened(parser, ALL_STAGES, argv)
     if options.stage == "status":
         if options.portable:
             check_portable(experiment)
         with reading_input():
-            print(
-                status(
-                    experiment,
-                    ALL_STAGES,
-                    options.of_stage,
-                    options.method,
-                    options.seed,
-                    options.portable,
-                )
+            lines = status(
+                experiment,
+                ALL_STAGES,
+                options.of_stage,
+                options.method,
+                options.seed,
+                options.portable,
             )
+        _header("stage", "method", "seed", "state", "folder", "work folder")
+        print(lines)
         return 0
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
@@ -264,8 +265,15 @@ def _cells(experiment: Experiment, method: str | None) -> list[Cell]:
 def _stages(argv: list[str]) -> int:
     """For scripts (slurm/submit.sh): a line for every stage, in their order."""
     _refuse_arguments("stages", argv)
+    _header("stage", "where it runs", "for each method and seed", "saves", "needs")
     print("\n".join(stage.line() for stage in ALL_STAGES.values()))
     return 0
+
+
+def _header(*names: str) -> None:
+    """What the columns are, for people: scripts read the lines, and no terminal."""
+    if sys.stdout.isatty():
+        print("# " + "\t".join(names))
 
 
 def _recipes(argv: list[str]) -> int:
