@@ -34,6 +34,7 @@ from pipeline.stages import options as options_of
 from pipeline.stages.capacity import Capacity
 from pipeline.stages.chain import Chain
 from pipeline.stages.layout import Layout
+from pipeline.stages.samples import Samples, samples_of
 from pipeline.stages.status import check_portable, status
 from pipeline.system.system_errors import reading_input
 from pipeline.tracking.run import deliver, describe_store, waiting
@@ -112,11 +113,10 @@ def _main(argv: list[str]) -> int:
     stages = tuple(ALL_STAGES) if options.stage == "run" else (options.stage,)
     idle = not any(chain.pending(stage) for stage in stages if stage != "report")
     starts = chain.starts(stages)
-    found = _check(chain, light=options.dry_run or idle, starts=starts)
+    found, samples = _check(chain, light=options.dry_run or idle, starts=starts)
     if options.dry_run:
-        print(
-            dry_run.overview(experiment, {stage: chain.folders(stage) for stage in stages}, found)
-        )
+        folders = {stage: chain.folders(stage) for stage in stages}
+        print(dry_run.overview(experiment, folders, found, samples, chain.cells))
         return 0
     if starts and not idle:
         print(devices.describe(experiment.base.model, experiment.base.train), file=sys.stderr)
@@ -148,17 +148,22 @@ def _track(experiment: Experiment) -> int:
     return runner.SYSTEM_ERROR if left else 0
 
 
-def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
-    """Every check there is, and whether memory and disk suffice for what starts here; None where that is not known. What is no error is printed."""
+def _check(chain: Chain, light: bool, starts: bool) -> tuple[Capacity | None, Samples]:
+    """Every check there is, and whether memory and disk suffice for what starts here; None where that is not known. What is no error is printed.
+
+    The samples are as far as they are known.
+    """
     checked = checks.check(chain.experiment, light=light, starts=starts)
     found = (
         capacity.capacity(chain.experiment, checked.facts, chain.cells)
         if starts and checked.facts
         else None
     )
-    for note in (*checked.notes, *(found.notes if found else ()), *_compared(chain)):
+    known = samples_of(chain.layout, checked.rows)
+    repeated = known.notes(chain.cells)
+    for note in (*checked.notes, *(found.notes if found else ()), *_compared(chain), *repeated):
         print(f"note: {redaction.redact(note)}", file=sys.stderr)
-    return found
+    return found, known
 
 
 def _compared(chain: Chain) -> list[str]:
