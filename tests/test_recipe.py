@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.defences import recipes
+from pipeline.defences import DEFENCES, recipes
 from pipeline.defences.recipes import recipe_class
 from pipeline.recipe import recipe
 from pipeline.recipe.redaction import REDACTED, redact
@@ -908,3 +908,14 @@ def test_every_tuned_method_has_equally_many_tuning_runs():
         runs[method] = runs.get(method, 0) + 1
     assert set(runs.values()) == {12} and set(runs) == set(COMPARED.base.methods)
     assert tuned.base.evaluate.split == "validation"
+
+
+def test_what_is_called_a_control_is_one_in_reports_and_in_the_documents():
+    """Lisa, which the README recommends, was titled a control, and no report took it for one."""
+    table = (ROOT / "docs" / "recipes.md").read_text()
+    for name, defence in DEFENCES.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` | ")]
+        assert (
+            defence.title.startswith("Control: "),
+            row.startswith(f"| `{name}` | control: "),
+        ) == (defence.control, defence.control), name
