@@ -171,7 +171,7 @@ def test_a_section_that_a_method_fills_in_and_does_not_enable_is_refused(tmp_pat
     """It trained plainly, and nothing said so."""
     own = {} if name == "safe_mix" else FILLED[name]
     sentence = (
-        f"method 'mine' sets .*, but {name} is not enabled: write {name}: {{enabled: true}} with"
+        f"method 'mine' sets .*, but {name} is not enabled: write {name}: {{enabled: true, ..."
     )
     with pytest.raises(ValueError, match=sentence):
         load(tmp_path, content(methods={"sft": {}, "mine": {name: own}}))

@@ -312,7 +312,7 @@ def _check_enabled(experiment: Experiment, cells: list[Cell], given: dict[str, A
                 fields = ", ".join(f"{name}.{field}" for field in written) or f"the section {name}"
                 raise ValueError(
                     f"{experiment.path}: method '{cell.method}' sets {fields}, but {name} is not enabled: "
-                    f"write {name}: {{enabled: true}} with it, or {{enabled: false}} where it is to stay off"
+                    f"write {name}: {{enabled: true, ...}}, or {{enabled: false, ...}} where it is to stay off"
                 )
         if (
             filled
