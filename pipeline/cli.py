@@ -35,6 +35,7 @@ from pipeline.stages import options as options_of
 from pipeline.stages.capacity import Capacity
 from pipeline.stages.chain import Chain
 from pipeline.stages.layout import Layout
+from pipeline.stages.samples import Samples, samples_of
 from pipeline.stages.status import check_portable, status
 from pipeline.system.system_errors import reading_input
 from pipeline.tracking.run import deliver, describe_store, waiting
@@ -72,21 +73,22 @@ def _main(argv: list[str]) -> int:
         parser.print_help()
         _print_fields()
         return 0
+    options_of.check_command(argv[0], ALL_STAGES, _WITHOUT_RECIPE)
     options, experiment = options_of.opened(parser, ALL_STAGES, argv)
     if options.stage == "status":
         if options.portable:
             check_portable(experiment)
         with reading_input():
-            print(
-                status(
-                    experiment,
-                    ALL_STAGES,
-                    options.of_stage,
-                    options.method,
-                    options.seed,
-                    options.portable,
-                )
+            lines = status(
+                experiment,
+                ALL_STAGES,
+                options.of_stage,
+                options.method,
+                options.seed,
+                options.portable,
             )
+        _header("stage", "method", "seed", "state", "folder", "work folder")
+        print(lines)
         return 0
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
@@ -113,11 +115,10 @@ def _main(argv: list[str]) -> int:
     stages = tuple(ALL_STAGES) if options.stage == "run" else (options.stage,)
     idle = not any(chain.pending(stage) for stage in stages if stage != "report")
     starts = chain.starts(stages)
-    found = _check(chain, light=options.dry_run or idle, starts=starts)
+    found, samples = _check(chain, light=options.dry_run or idle, starts=starts)
     if options.dry_run:
-        print(
-            dry_run.overview(experiment, {stage: chain.folders(stage) for stage in stages}, found)
-        )
+        folders = {stage: chain.folders(stage) for stage in stages}
+        print(dry_run.overview(experiment, folders, found, samples, chain.cells))
         return 0
     if starts and not idle:
         print(devices.describe(experiment.base.model, experiment.base.train), file=sys.stderr)
@@ -149,10 +150,10 @@ def _track(experiment: Experiment) -> int:
     return runner.SYSTEM_ERROR if left else 0
 
 
-def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
+def _check(chain: Chain, light: bool, starts: bool) -> tuple[Capacity | None, Samples]:
     """Every check there is, and whether memory and disk suffice for what starts here; None where that is not known.
 
-    What is no error is printed.
+    What is no error is printed. The samples are as far as they are known.
     """
     checked = checks.check(chain.experiment, light=light, starts=starts)
     found = (
@@ -160,15 +161,54 @@ def _check(chain: Chain, light: bool, starts: bool) -> Capacity | None:
         if starts and checked.facts
         else None
     )
-    for note in (*checked.notes, *(found.notes if found else ()), *_alike(chain)):
+    known = samples_of(chain.layout, checked.rows)
+    repeated = known.notes(chain.cells)
+    for note in (*checked.notes, *(found.notes if found else ()), *_compared(chain), *repeated):
         print(f"note: {redaction.redact(note)}", file=sys.stderr)
-    return found
+    return found, known
+
+
+def _compared(chain: Chain) -> list[str]:
+    """What is odd about methods beside each other, and about overrides that none of them uses."""
+    return [*_alike(chain), *_other_pairs(chain), *_idle(chain)]
+
+
+def _other_pairs(chain: Chain) -> list[str]:
+    """A sentence where methods that draw safety pairs do not see the same ones."""
+    draws: dict[str, list[str]] = {}
+    for cell in chain.cells:
+        if cell.seed == chain.base.seeds[0] and cell.recipe.draws_pairs:
+            pairs = cell.recipe.safety_pairs
+            how = f"batch_size {pairs.batch_size} and refresh_every {pairs.refresh_every}"
+            draws.setdefault("refresh_every 0" if pairs.refresh_every == 0 else how, []).append(
+                cell.method
+            )
+    if len(draws) < 2:
+        return []
+    shown = "; ".join(
+        f"{', '.join(names[:6])}{f' and {len(names) - 6} more' * (len(names) > 6)} with {how}"
+        for how, names in draws.items()
+    )
+    return [
+        f"these methods do not see the same safety pairs, for their safety_pairs differ: {shown}"
+    ]
+
+
+def _idle(chain: Chain) -> list[str]:
+    """A sentence for every section that the command line fills in and no method enables."""
+    given = chain.experiment.overrides
+    return [
+        f"--{name}.{next(iter(given[name]))} does nothing, because no method enables {name}"
+        for name in chain.base.switched
+        if isinstance(given.get(name), dict)
+        and given[name]
+        and "enabled" not in given[name]
+        and not any(getattr(cell.recipe, name).enabled for cell in chain.cells)
+    ]
 
 
 def _alike(chain: Chain) -> list[str]:
-    """A sentence for every two methods that train the same:
-    one of them changes nothing, as a section that nobody enabled.
-    """
+    """A sentence for every two methods that train the same: one of them changes nothing."""
     first: dict[str, str] = {}
     notes = []
     for cell in chain.cells:
@@ -177,7 +217,7 @@ def _alike(chain: Chain) -> list[str]:
             if other != cell.method:
                 notes.append(
                     f"methods {other} and {cell.method} train the same: set what makes "
-                    f"{cell.method} another one, e.g. lisa: {{enabled: true}}"
+                    f"{cell.method} another one, or take it out"
                 )
     return notes
 
@@ -237,8 +277,15 @@ def _cells(experiment: Experiment, method: str | None) -> list[Cell]:
 def _stages(argv: list[str]) -> int:
     """For scripts (slurm/submit.sh): a line for every stage, in their order."""
     _refuse_arguments("stages", argv)
+    _header("stage", "where it runs", "for each method and seed", "saves", "needs")
     print("\n".join(stage.line() for stage in ALL_STAGES.values()))
     return 0
+
+
+def _header(*names: str) -> None:
+    """What the columns are, for people: scripts read the lines, and no terminal."""
+    if sys.stdout.isatty():
+        print("# " + "\t".join(names))
 
 
 def _recipes(argv: list[str]) -> int:

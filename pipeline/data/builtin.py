@@ -378,6 +378,41 @@ _READERS: dict[str, Callable[[], list[Row]]] = {
     "text_to_sql": text_to_sql_rows,
     **{name: functools.partial(_mixture, name) for name in _MIXTURES},
 }
+_TO_TRAIN_ON = "harmful prompts to train on; for data.harmful and data.refusals as well"
+_TO_EVALUATE_ON = "harmful prompts to evaluate on"
+_TO_ALIGN_ON = "harmless prompts that the align stage answers"
+_LOOKALIKES = "harmless prompts that look harmful, to evaluate on"
+# What a set is for: the recipe's field, and a few words.
+FIELDS = {
+    **dict.fromkeys(
+        ("harmful", "advbench", "do_not_answer", "weighted_safety_harmful", "twins_harmful"),
+        ("data.safety", _TO_TRAIN_ON),
+    ),
+    **dict.fromkeys(
+        ("harmful_test", "strongreject", "test_twins_harmful"),
+        ("evaluate.harmful", _TO_EVALUATE_ON),
+    ),
+    "harmbench": (
+        "data.validation_prompts",
+        f"{_TO_EVALUATE_ON} while settings are chosen; for evaluate.harmful as well",
+    ),
+    **dict.fromkeys(
+        (
+            "harmless",
+            "weighted_safety_harmless",
+            "chatterbot",
+            "everyday",
+            "train_lookalikes",
+            "twins_harmless",
+        ),
+        ("data.harmless", _TO_ALIGN_ON),
+    ),
+    **dict.fromkeys(
+        ("lookalikes", "overrefusal", "test_twins_harmless"), ("evaluate.harmless", _LOOKALIKES)
+    ),
+    "ordinary": ("evaluate.ordinary", "instructions that have nothing harmful about them"),
+    "text_to_sql": ("data.task", "the demo's task"),
+}
 _WRITTEN_HERE = {
     "everyday", "ordinary", "train_lookalikes", "twins_harmless", "twins_harmful", "test_twins_harmless",
     "test_twins_harmful", "text_to_sql",

@@ -28,7 +28,12 @@ def check_sources(recipe: Recipe) -> list[str]:
 
     Raises ValueError; returns sentences that are no errors.
     """
-    data, notes, skipped = recipe.data, [], Skipped()
+    return look(recipe)[0]
+
+
+def look(recipe: Recipe) -> tuple[list[str], int | None]:
+    """As check_sources, and how many usable rows the task has; None where its source was not read."""
+    data, notes, skipped, task = recipe.data, [], Skipped(), None
     for field, source in sources(recipe):
         check_source(source, field)
     if recipe.align.enabled and (data.refusals is None or data.harmless is None):
@@ -50,12 +55,13 @@ def check_sources(recipe: Recipe) -> list[str]:
             # what cannot be read or mapped is wrong whether or not it is used
             read_source(source, field, ())
         elif path is not None:
-            _check_rows(field, source, recipe, skipped)
+            count = _check_rows(field, source, recipe, skipped)
+            task = count if field == "data.task" else task
         elif field not in unused and not source.source.startswith("builtin:"):
             notes.append(
                 f"{field}: {source.source} is taken for a data set of the hub, and looked at when it is prepared"
             )
-    return [*notes, *skipped.sentences()]
+    return [*notes, *skipped.sentences()], task
 
 
 def _size(path: Path, source: SourceSection, field: str) -> int:
@@ -65,12 +71,16 @@ def _size(path: Path, source: SourceSection, field: str) -> int:
         raise ValueError(f"{field}.source {source.source} {error}") from None
 
 
-def _check_rows(field: str, source: SourceSection, recipe: Recipe, skipped: Skipped) -> None:
-    """ValueError for a row that cannot be used, and where none can; rows that may be left out are kept in `skipped`."""
+def _check_rows(field: str, source: SourceSection, recipe: Recipe, skipped: Skipped) -> int:
+    """How many rows there are. ValueError for one that cannot be used, and where none can; those that may be left out are kept in `skipped`."""
     if field == "data.task":
-        _check_splits(task_rows(recipe.data, skipped), recipe.data)
+        rows = task_rows(recipe.data, skipped)
+        _check_splits(rows, recipe.data)
     else:
-        ordered_rows(field, source, recipe.data.seed, pairs=field == "data.safety", skipped=skipped)
+        rows = ordered_rows(
+            field, source, recipe.data.seed, pairs=field == "data.safety", skipped=skipped
+        )
+    return len(rows)
 
 
 def _check_splits(rows: list[Row], data: DataSection) -> None:

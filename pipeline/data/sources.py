@@ -247,7 +247,8 @@ def _mapping(
                 f"{field}: {source.source} holds texts (column '{mapping['prompt']}') and no responses to them: "
                 "give prompts with responses, or messages"
             )
-        example = f"{{{missing[0]}: {columns[0] if columns else 'NAME'}}}"
+        free = next((column for column in columns if column not in mapping.values()), "NAME")
+        example = f"{{{missing[0]}: {free}}}"
         raise ValueError(
             f"{field}: no column of {source.source} is known to hold the {missing[0]}: "
             f"map it with {field}.columns, such as {example}; its columns are {listed}"

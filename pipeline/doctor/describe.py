@@ -37,8 +37,15 @@ _TOKENISED = 1000  # texts at a time
 _SECONDS = 5  # between two lines of progress
 # names of columns
 _NO_TEXT = re.compile(
-    r"(?:.*[_\W])?(?:id|uuid|guid|hash|url|uri|date|time|timestamp|lang|language)", re.I
+    r"(?:.*[_\W])?(?:id|uuid|guid|hash|url|uri|date|time|timestamp|lang|language|category|topic|tags?"
+    r"|status|priority|agent|author|username|name|email|channel|team)",
+    re.I,
 )
+# Usual ones for answers that a recipe does not read unless they are mapped. If it did, prepared folders that are there
+# would stand for other rows.
+_ANSWERS = ("reply", "solution", "assistant_response", "response_text", "assistant", "resolution")
+# What harmful data sets call their prompts, and AdvBench its affirmative openings.
+_HARMFUL, _GOAL, _OPENING = re.compile(r"harmful.*|.*[_\W]harmful", re.I), "goal", "target"
 _KINDS = {
     "str": "text",
     "bool": "true or false",
@@ -46,6 +53,18 @@ _KINDS = {
     "float": "number",
     "dict": "object",
 }
+# Stands for a field that nothing tells. Fields that take prompts alone:
+_ANY = "a recipe's field"
+_OF_PROMPTS = (
+    "data.safety",
+    "data.harmful",
+    "data.refusals",
+    "data.harmless",
+    "data.validation_prompts",
+    "evaluate.harmful",
+    "evaluate.harmless",
+    "evaluate.ordinary",
+)
 _HINT = "--columns '{prompt: COLUMN, response: COLUMN}'"
 
 
@@ -159,8 +178,13 @@ def describe(source: SourceSection, count: Count, unit: str) -> tuple[str, bool]
     lines += _named("columns", [_column(name, found) for name, found in values.items()])
     if source.columns and table.rows:
         read_source(source, "data.task", ())  # ValueError where a column is not there
-    mapping, remark = (dict(source.columns), "") if source.columns else _proposed(values)
-    field = _field(mapping)
+    name = source.source.removeprefix("builtin:")
+    known = builtin.FIELDS.get(name) if name != source.source else None
+    if source.columns:
+        mapping, remark = dict(source.columns), ""
+    else:
+        mapping, remark = (known_columns(table.columns), "") if known else _proposed(values)
+    field, also = known or _field(mapping)
     if field is None or not table.rows:
         lines.append(
             f"mapping     {remark or f'none: nothing is mapped to a prompt, so add it, as in {_HINT}'}"
@@ -170,8 +194,11 @@ def describe(source: SourceSection, count: Count, unit: str) -> tuple[str, bool]
     found = mapped(table, mapping)
     placed, bad = made_rows(field, found, required, pairs=field == "data.safety")
     rows = [row for _, row in placed]
-    lines += ["mapping     to paste into a recipe:", *_yaml(source, field, mapping)]
-    lines += [f"            {remark}"] if remark else []
+    if field == _ANY:
+        lines += _named("mapping", _prompts_alone(source, mapping, remark))
+    else:
+        lines += ["mapping     to paste into a recipe:", *_yaml(source, field, mapping)]
+        lines += [f"            ({said})" for said in (remark, also) if said]
     lines += [f"not used    {', '.join(found.unused)}"] if found.unused else []
     lines += _named("mind", doubts(found, placed))
     lines += _lengths(rows, count, unit) + _duplicates(rows)
@@ -191,23 +218,18 @@ def _proposed(values: dict[str, list[Any]]) -> tuple[dict[str, str], str]:
         if name not in found.values() and _all_texts(of) and not _NO_TEXT.fullmatch(name.strip())
     ]
     if not {"messages", "chosen", "rejected", "response"} & found.keys():
-        if "prompt" in found and len(texts) == 1:
-            return {
-                **found,
-                "response": texts[0],
-            }, f"('{texts[0]}' as the response is a guess: see whether it is)"
+        named = [name for usual in _ANSWERS for name in texts if name.strip().lower() == usual]
+        if "prompt" in found and (named or len(texts) == 1):
+            answer = (named or texts)[0]
+            guess = f"'{answer}' as the response is a guess: see whether it is"
+            return {**found, "response": answer}, guess
         if "prompt" not in found and len(texts) == 2:
-            guess = {**found, "prompt": texts[0], "response": texts[1]}
-            return (
-                guess,
-                f"('{texts[0]}' as the prompt, '{texts[1]}' as the response are guesses: see whether they are)",
-            )
-        if "prompt" in found:
-            return (
-                found,
-                "(prompts alone: for data.safety, data.refusals and evaluate.harmful as well)",
-            )
-    if _field(found) is None:
+            first, second = reversed(texts) if texts[0] in named else texts
+            guess = f"'{first}' as the prompt, '{second}' as the response are guesses: see whether they are"
+            return {**found, "prompt": first, "response": second}, guess
+        if "prompt" in found and texts:
+            return found, f"they may stand in one of the columns {', '.join(texts)}"
+    if _field(found)[0] is None:
         return found, f"none: no column is known to hold a prompt, so say which does with {_HINT}"
     return found, ""
 
@@ -217,13 +239,43 @@ def _all_texts(values: list[Any]) -> bool:
     return bool(there) and all(isinstance(value, str) for value in there)
 
 
-def _field(mapping: dict[str, str]) -> str | None:
-    """The recipe's field that such columns are for; prompts alone may be for others, too."""
+def _field(mapping: dict[str, str]) -> tuple[str | None, str]:
+    """The recipe's field that such columns are for, and what else is to be said of them.
+
+    _ANY where the columns do not say it. Harmful is only what calls itself so: on a guess a recipe would train on answers
+    to it, or learn to refuse a product's own prompts.
+    """
+    prompt, response = (mapping.get(name, "").strip().lower() for name in ("prompt", "response"))
     if {"chosen", "rejected"} & mapping.keys():
-        return "data.safety"
+        return "data.safety", ""
+    if _HARMFUL.fullmatch(prompt) or (prompt == _GOAL and response in ("", _OPENING)):
+        alone = "" if response else "prompts alone: "
+        return (
+            "data.harmful",
+            f"{alone}for data.safety, data.refusals and evaluate.harmful as well; "
+            f"'{mapping['prompt']}' is what harmful data sets call their prompts",
+        )
     if "messages" in mapping or {"prompt", "response"} <= mapping.keys():
-        return "data.task"
-    return "data.harmful" if "prompt" in mapping else None
+        return "data.task", ""
+    return (_ANY if "prompt" in mapping else None), ""
+
+
+def _prompts_alone(source: SourceSection, mapping: dict[str, str], remark: str) -> list[str]:
+    """What is said of prompts of which nothing tells the field. remark: of columns that may hold the response."""
+    lines = ["prompts alone, and data.task needs responses as well"]
+    if remark:
+        answered = ", ".join(f"{name}: {column}" for name, column in mapping.items())
+        lines = [
+            f"{lines[0]}: {remark}",
+            f"where one does, say so with --columns '{{{answered}, response: COLUMN}}'",
+        ]
+    return [
+        *lines,
+        "paste this below the field that the prompts are for, which is one of",
+        ", ".join(_OF_PROMPTS[:5]) + ",",
+        ", ".join(_OF_PROMPTS[5:]) + ":",
+        *(line.removeprefix(" " * 12) for line in _yaml(source, "data.any", mapping)[2:]),
+    ]
 
 
 def _named(title: str, lines: list[str]) -> list[str]:

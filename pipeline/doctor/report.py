@@ -64,6 +64,11 @@ class Report:
         ]
         noted = [found for found in self.findings if found.verdict in (WARN, FAIL) and found.advice]
         lines += ["", *(f"{found.verdict}: {found.name}: {found.advice}" for found in noted)]
+        if self.count(WARN) and "bfloat16" in self.facts.get("model", ""):
+            lines.append(
+                "A warn is no failure. In bfloat16 it may be rounding: with --model.dtype float32 what is "
+                "rounding goes, and a fault stays."
+            )
         counts = ", ".join(f"{self.count(verdict)} {verdict}" for verdict in (OK, WARN, FAIL))
         return "\n".join([*lines, f"{'FAIL' if self.exit_code else 'ok'}: {counts}"])
 

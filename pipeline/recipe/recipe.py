@@ -37,7 +37,7 @@ from pipeline.recipe.sections import (
     TrackingSection,
     TrainSection,
 )
-from pipeline.recipe.strict_yaml import MOST_CELLS, as_arguments, expanded, merge, read
+from pipeline.recipe.strict_yaml import MOST_CELLS, as_arguments, expanded, mapping_of, merge, read
 from pipeline.system.system_errors import reading_input
 
 
@@ -168,6 +168,17 @@ class Recipe(Section):
         ]
 
     @property
+    def switched(self) -> list[str]:
+        """The sections that do nothing unless they are enabled."""
+        fields = type(self).model_fields.items()
+        return [
+            name
+            for name, field in fields
+            if (section := section_of(field.annotation))
+            and (issubclass(section, DefenceSection) or section is AlignSection)
+        ]
+
+    @property
     def draws_pairs(self) -> bool:
         """Whether training draws safety pairs step by step."""
         return False  # no defence, no pairs
@@ -277,13 +288,84 @@ def load(path: str | Path, overrides: dict[str, Any] | None, model: type[Recipe]
             overrides["output_dir"] = str(Path.cwd() / "runs")
         else:
             raw["output_dir"] = str(path.absolute().parent / "runs")
+    _check_moved(merge(raw, overrides), path, model)
     experiment = Experiment(
         path, _validate(merge(raw, overrides), str(path), model), raw, overrides
     )
     _check_grids(merge(raw, overrides).get("methods"), overrides)
-    for method in experiment.base.methods:
-        experiment.cell(method, experiment.base.seeds[0])
+    cells = [
+        experiment.cell(method, experiment.base.seeds[0]) for method in experiment.base.methods
+    ]
+    _check_enabled(experiment, cells, mapping_of(path))
     return experiment
+
+
+def _check_enabled(experiment: Experiment, cells: list[Cell], given: dict[str, Any]) -> None:
+    """ValueError where a section is filled in and switched on nowhere: the training would be a plain one, and nothing would say so.
+
+    A method's, unless the method or the command line says whether it is enabled; and what the file itself gives for all
+    methods, where it does not say so and none of them enables it. What it takes over from the file that it extends may
+    be for methods that it leaves out. cells: of every method; given: the file's own mapping.
+    """
+    merged = merge(experiment.raw, experiment.overrides)
+    for name in experiment.base.switched:
+        filled, said = given.get(name), experiment.overrides.get(name)
+        for cell in cells:
+            written = experiment.base.methods[cell.method].get(name)
+            if (
+                written is not None
+                and not getattr(cell.recipe, name).enabled
+                and "enabled" not in written
+                and "enabled" not in (said or {})
+            ):
+                fields = ", ".join(f"{name}.{field}" for field in written) or f"the section {name}"
+                raise ValueError(
+                    f"{experiment.path}: method '{cell.method}' sets {fields}, but {name} is not enabled: "
+                    f"write {name}: {{enabled: true, ...}}, or {{enabled: false, ...}} where it is to stay off"
+                )
+        if (
+            filled
+            and "enabled" not in (merged.get(name) or {})
+            and not any(getattr(cell.recipe, name).enabled for cell in cells)
+        ):
+            where = (
+                "set it to true" if name in _SHARED else "set it to true in a method that uses it"
+            )
+            raise ValueError(
+                f"{experiment.path}: {', '.join(f'{name}.{field}' for field in filled)} would do nothing, because {name}.enabled "
+                f"is not set: {where}, or to false where it is to stay off"
+            )
+
+
+def _check_moved(merged: dict[str, Any], path: Path, model: type[Recipe]) -> None:
+    """ValueError that lists every key that belongs into another section, the methods' and their grids' too: an old recipe has several."""
+    methods = merged.get("methods")
+    parts = [("", merged)]
+    for method, own in methods.items() if isinstance(methods, dict) else ():
+        if isinstance(own, dict):
+            parts.append((f"methods.{method}.", own))
+            grid = own.get("grid")
+            fields = [str(field).split(".", 1) for field in grid] if isinstance(grid, dict) else []
+            parts += [(f"methods.{method}.grid.", {f[0]: {f[1]: None}}) for f in fields if f[1:]]
+    moved = []
+    for prefix, mapping in parts:
+        for name, value in mapping.items():
+            field = model.model_fields.get(name)
+            section = section_of(field.annotation) if field else None
+            for key in value if section and isinstance(value, dict) else ():
+                if place := _moved(section, key):
+                    moved.append(f"{prefix}{place} instead of {prefix}{name}.{key}")
+    if moved:
+        keys = "keys" if len(moved) > 1 else "key"
+        raise ValueError(f"{path}: unknown {keys}: write {redact(', and '.join(moved))}")
+
+
+def _moved(section: type[Section], key: Any) -> str | None:
+    """The field to write instead of a key that the section does not have: one that it had, or one of how safety pairs are drawn."""
+    if key in section.model_fields:
+        return None
+    drawn = issubclass(section, DefenceSection) and key in SafetyPairsSection.model_fields
+    return section.MOVED.get(key) or (f"safety_pairs.{key}" if drawn else None)
 
 
 def _check_grids(methods: Any, overrides: dict[str, Any]) -> None:
@@ -355,14 +437,14 @@ def _sentence(error: ValidationError, model: type[Recipe]) -> str:
         if first["type"] == "extra_forbidden"
         else None
     )
-    if section is not None and names[-1] in section.MOVED:
-        sentence = f"'{field}' has another name now: write {section.MOVED[names[-1]]}"
-    elif first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(
-            names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0
-        )
-        sentence = f"unknown key '{field}'" + (
-            f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else ""
+    if first["type"] == "extra_forbidden":
+        sentence = f"unknown key '{field}'{_instead(names, section, model)}"
+    elif first["type"] == "model_type":
+        sentence = _no_section(names, first["input"], section_of(annotation), model)
+    elif first["type"] == "int_type" and isinstance(first["input"], dict) and _beside(names, model):
+        sentence = (
+            f"'{field}' holds fields, but it takes a number: "
+            f"fields go into the section {names[-1]}, which stands beside {names[0]}"
         )
     elif first["type"] == "missing":
         sentence = f"'{field}' is missing: it is required"
@@ -386,6 +468,39 @@ def _sentence(error: ValidationError, model: type[Recipe]) -> str:
         )
         sentence = f"'{field}' is {value}, but: {problem}"
     return redact(sentence)
+
+
+def _instead(names: list[str], section: type[Section] | None, model: type[Recipe]) -> str:
+    """What to write instead of an unknown key: the one field of that name, or the nearest of its section."""
+    known = [name for name, *_ in field_rows(model) if name.count(".") == 1]
+    same = [name for name in known if name.rpartition(".")[2] == names[-1]]
+    if len(same) == 1:
+        return f": write {same[0]}"
+    close = difflib.get_close_matches(
+        names[-1], list(section.model_fields) if section else [], n=1, cutoff=0.0
+    )
+    return f"; the nearest known one is '{'.'.join([*names[:-1], close[0]])}'" if close else ""
+
+
+def _beside(names: list[str], model: type[Recipe]) -> bool:
+    """Whether a field has the name of a section that stands beside its own."""
+    field = model.model_fields.get(names[-1])
+    return len(names) > 1 and field is not None and section_of(field.annotation) is not None
+
+
+def _no_section(
+    names: list[str], given: Any, section: type[Section] | None, model: type[Recipe]
+) -> str:
+    """The sentence for a value in the place of a section."""
+    field, fields = ".".join(names), section.model_fields if section else {}
+    example = next(
+        (name for name in fields if name == "enabled" or fields[name].is_required()),
+        next(iter(fields), "FIELD"),
+    )
+    value = REDACTED if any(map(secret_name, names)) else repr(redact(given))
+    sentence = f"'{field}' is {value}, but it is a section: write its fields, as in {names[-1]}: {{{example}: ...}}"
+    other = [name for name, *_ in field_rows(model) if name.endswith(f".{field}")]
+    return sentence + (f"; {other[0]} takes a number" if other and isinstance(given, int) else "")
 
 
 def _follow(location: tuple[Any, ...], model: type[Recipe]) -> tuple[list[str], Any]:

@@ -37,7 +37,7 @@ def _holds(annotation: Any, kinds: tuple[type, ...]) -> bool:
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors and nothing changes after loading.
 
-    MOVED: fields that it had once -> what to write instead, as the end of a sentence.
+    MOVED: fields that it had once -> the field to write instead.
     """
 
     MOVED: ClassVar[dict[str, str]] = {}
@@ -400,8 +400,9 @@ class DirectionSection(Section):
 
 
 class SafetyPairsSection(Section):
-    """How pairs of data.safety are drawn, by every method that draws them,
-    so that methods of one recipe see the same.
+    """How pairs of data.safety are drawn, by every method that draws them.
+
+    Methods with the same settings see the same, Lisa by its own steps.
     """
 
     batch_size: Positive = Field(4, description="Pairs drawn at a time, over all ranks")

@@ -74,6 +74,11 @@ def _read(path: Path, resolve: Resolve, seen: tuple[Path, ...]) -> dict[str, Any
     return merge(_read(Path(raw["extends"]), resolve, (*seen, path.resolve())), raw)
 
 
+def mapping_of(path: Path) -> dict[str, Any]:
+    """The mapping of a file that `read` has read, without what it extends, and with its paths as they stand."""
+    return _load(path.read_text())
+
+
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """`['--train.lr', '2e-4', '--sap.layers=[3,9]']` as a nested mapping; values are YAML.
 

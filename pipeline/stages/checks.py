@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Literal
 
 from pipeline import artifacts
-from pipeline.data.check import check_sources
+from pipeline.data import check as data_check
 from pipeline.defences import DEFENCES
 from pipeline.engines.ds_config import check_engine
 from pipeline.model.model_checks import check_lora, check_model, check_positions
@@ -36,12 +36,15 @@ _SHARDS_INTEGERS = (2, 12)
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found on the way: the model's outline (None:
-    not on this machine, and not fetched), and sentences that are no errors.
+    """What was found on the way: the model's outline, and sentences that are no errors.
+
+    facts: None where the model is not on this machine, and was not fetched. rows: usable ones of data.task; None where
+    its source was not read.
     """
 
     facts: ModelFacts | None
     notes: tuple[str, ...]
+    rows: int | None = None
 
 
 @reading_input()
@@ -63,7 +66,7 @@ def check(
     if here is not None or starts:
         devices.check_attention(base.model)
     artifacts.check_writable(base.output_dir / base.name, "output_dir")
-    notes = check_sources(base)
+    notes, rows = data_check.look(base)
     facts = _files(base, notes) if light else _modules(base)
     trainings = _trainings(experiment, here)
     for field, train, cell in trainings:
@@ -79,7 +82,7 @@ def check(
             )
         if cell is not None:
             notes += _check_cell(cell, base, facts, ranks)
-    return Checked(facts, tuple(dict.fromkeys(notes)))
+    return Checked(facts, tuple(dict.fromkeys(notes)), rows)
 
 
 def _files(base: Recipe, notes: list[str]) -> ModelFacts | None:

@@ -7,11 +7,13 @@ given, experiment = options.opened(parser, STAGES, ["train", "demo.yaml", "--met
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from collections.abc import Iterable, Mapping
 
 from pipeline.recipe import strict_yaml
 from pipeline.recipe.recipe import Experiment
+from pipeline.recipe.redaction import redact
 from pipeline.stages import command_line
 from pipeline.stages.stage import Stage
 
@@ -27,6 +29,22 @@ def _only_for(stages: Iterable[str]) -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
+def commands(stages: Iterable[str]) -> tuple[str, ...]:
+    """Those that take a recipe."""
+    return (*stages, "run", "status", "track", "plan", "doctor")
+
+
+def check_command(name: str, stages: Iterable[str], without_recipe: Iterable[str]) -> None:
+    """ValueError that lists every command where there is none of that name."""
+    known = (*commands(stages), *without_recipe)
+    if name not in known and not name.startswith("-"):
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"the nearest is {nearest[0]}, and " if nearest else ""
+        raise ValueError(
+            f"there is no command '{redact(name)}': {hint}all are {', '.join(known)} (`sap --help`)"
+        )
+
+
 def parser(
     description: str, stages: Mapping[str, Stage], without_recipe: Iterable[str]
 ) -> argparse.ArgumentParser:
@@ -38,7 +56,7 @@ def parser(
         add_help=False,
         allow_abbrev=False,
     )
-    known = (*stages, "run", "status", "track", "plan", "doctor")
+    known = commands(stages)
     named = "{" + ",".join((*known, *without_recipe)) + "}"
     result.add_argument(
         "stage",

@@ -28,11 +28,16 @@ def units(experiment: Experiment, stages: Mapping[str, Stage]) -> Iterator[Unit]
 
 def check_portable(experiment: Experiment) -> None:
     """ValueError where folder names depend on the machine: a login node would name others than the compute nodes."""
-    for field, choices in (("dtype", "bfloat16 or float32"), ("attention", "sdpa or eager")):
-        if getattr(experiment.base.model, field) == "auto":
-            raise ValueError(
-                f"{experiment.path}: model.{field} auto means something else on another machine: set it to {choices}"
-            )
+    choices = {"dtype": "bfloat16 or float32", "attention": "sdpa or eager"}
+    found = [field for field in choices if getattr(experiment.base.model, field) == "auto"]
+    if found:
+        autos = " and ".join(f"model.{field} auto" for field in found)
+        means = "means" if len(found) == 1 else "mean"
+        others = "".join(f", and model.{field} to {choices[field]}" for field in found[1:])
+        first = "it" if len(found) == 1 else f"model.{found[0]}"
+        raise ValueError(
+            f"{experiment.path}: {autos} {means} something else on another machine: set {first} to {choices[found[0]]}{others}"
+        )
 
 
 def status(

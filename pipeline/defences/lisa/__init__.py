@@ -28,7 +28,7 @@ def _consistent(section: LisaSection, recipe: Any) -> None:
 
 LISA = Defence(
     LisaSection,
-    "Control: alignment and task steps in turns",
+    "Alignment and task steps in turns, each near where the other left off",
     "arXiv 2405.18641",
     draws_pairs=True,
     conflicts={

@@ -104,6 +104,11 @@ def test_unknown_columns_are_named(tmp_path):
     )
 
 
+def test_the_example_of_a_mapping_names_a_column_that_is_free(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "q", "antwort": "a"}) + "\n")
+    refused(SourceSection(source=str(tmp_path / "data.jsonl")), r"such as \{response: antwort\}")
+
+
 def test_truncated_json_names_the_place(tmp_path):
     (tmp_path / "data.json").write_text('[{"a": 1},\n{"a": ')
     refused(

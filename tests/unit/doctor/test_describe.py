@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.cli import main
 from pipeline.data import builtin
-from pipeline.defences.recipes import load
+from pipeline.defences.recipes import field_rows, load
 from tests.project import make_project, write_recipe
 
 
@@ -120,6 +120,30 @@ FIELDS = {
         {"prompt": "query", "response": "reply"},
         "'reply' as",
     ),
+    "a usual name for answers beside other texts": (
+        {"question": "q", "reply": "a", "agent": "Ann", "note": "n"},
+        "task",
+        {"prompt": "question", "response": "reply"},
+        "'reply' as the response is a guess",
+    ),
+    "answers first": (
+        {"reply": "a", "asked": "q"},
+        "task",
+        {"prompt": "asked", "response": "reply"},
+        "are guesses",
+    ),
+    "a file that calls its prompts harmful": (
+        {"harmful_input": "q", "category": "c"},
+        "harmful",
+        {"prompt": "harmful_input"},
+        "'harmful_input' is what harmful data sets call their prompts",
+    ),
+    "AdvBench's names": (
+        {"goal": "q", "target": "a"},
+        "harmful",
+        {"prompt": "goal", "response": "target"},
+        "'goal' is what harmful data sets call their prompts",
+    ),
     "two texts": (
         {"frage": "q", "antwort": "a"},
         "task",
@@ -135,6 +159,50 @@ def test_the_mapping_that_is_proposed(tmp_path, capsys, case):
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
     said = described(capsys, tmp_path / "d.jsonl")
     assert mapping(said)["data"][field]["columns"] == columns and remark in said
+
+
+@pytest.mark.parametrize(
+    ("row", "remark"),
+    [
+        ({"question": "q", "agent": "Ann", "category": "c"}, "prompts alone, and data.task needs"),
+        (
+            {"question": "q", "a": "x", "b": "y"},
+            "responses as well: they may stand in one of the columns a, b",
+        ),
+    ],
+)
+def test_prompts_are_not_called_harmful_on_a_guess(tmp_path, capsys, row, remark):
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    said = described(capsys, tmp_path / "d.jsonl")
+    assert remark in said and "harmful:\n" not in said
+    assert "below the field that the prompts are for" in said
+    assert "            columns: {prompt: question}\n" in said
+    assert ("--columns '{prompt: question, response: COLUMN}'" in said) == ("a" in row)
+    assert "harmful:\n" not in described(
+        capsys, tmp_path / "d.jsonl", "--columns", "{prompt: question}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "remark"),
+    [
+        ("twins_harmful", "data.safety", "(harmful prompts to train on; for data.harmful"),
+        ("test_twins_harmful", "evaluate.harmful", "(harmful prompts to evaluate on)"),
+        ("ordinary", "evaluate.ordinary", "(instructions that have nothing harmful"),
+        ("text_to_sql", "data.task", "(the demo's task)"),
+    ],
+)
+def test_built_in_data_are_proposed_for_what_they_are_for(capsys, name, field, remark):
+    said = described(capsys, f"builtin:{name}")
+    section, key = field.split(".")
+    assert list(mapping(said)[section]) == [key] and remark in said
+    assert "guess" not in said
+
+
+def test_every_built_in_set_has_a_field_that_recipes_have():
+    assert set(builtin.FIELDS) == set(builtin._READERS)
+    known = {name for name, *_ in field_rows()}
+    assert not [field for field, _ in builtin.FIELDS.values() if f"{field}.source" not in known]
 
 
 def test_columns_of_which_nothing_is_known(tmp_path, capsys):

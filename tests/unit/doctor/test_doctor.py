@@ -263,6 +263,12 @@ def test_verdicts_and_exit_codes():
     report.add(Finding("a", "1", "1", OK))
     report.add(Finding("b", "1", "2", WARN, "mind b"))
     assert report.exit_code == 0 and "warn: b: mind b" in report.table()
+    assert "float32" not in report.table()
+    report.facts["model"] = "a folder, bfloat16"
+    assert (
+        "A warn is no failure. In bfloat16 it may be rounding: " in report.table().splitlines()[-2]
+    )
+    assert report.table().splitlines()[-1] == "ok: 1 ok, 1 warn, 0 FAIL"
     report.add(Finding("c", "1", "2", FAIL))
     assert report.exit_code == 1 and report.table().splitlines()[-1] == "FAIL: 1 ok, 1 warn, 1 FAIL"
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.defences import recipes
+from pipeline.defences import DEFENCES, recipes
 from pipeline.defences.recipes import recipe_class
 from pipeline.recipe import recipe
 from pipeline.recipe.redaction import REDACTED, redact
@@ -154,11 +154,79 @@ def test_methods_cannot_override_what_they_share(tmp_path, section):
 
 @pytest.mark.parametrize("section", ["train", "direction", "sap"])
 def test_methods_can_override_the_rest(tmp_path, section):
-    value = {"train": {"lr": 0.5}, "direction": {"micro_batch_size": 7}, "sap": {"eps": 0.5}}[
-        section
-    ]
+    value = {
+        "train": {"lr": 0.5},
+        "direction": {"micro_batch_size": 7},
+        "sap": {"eps": 0.5, "enabled": True},
+    }[section]
     resolved = load(tmp_path, content(methods={"sft": {section: value}})).cell("sft", 0).recipe
     assert getattr(resolved, section).model_dump().items() >= value.items()
+
+
+SWITCHED = ["saft", "sap", "safety_gradient", "lisa", "safe_mix", "ema"]
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_section_that_a_method_fills_in_and_does_not_enable_is_refused(tmp_path, name):
+    """It trained plainly, and nothing said so."""
+    own = {} if name == "safe_mix" else FILLED[name]
+    sentence = (
+        f"method 'mine' sets .*, but {name} is not enabled: write {name}: {{enabled: true, ..."
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load(tmp_path, content(methods={"sft": {}, "mine": {name: own}}))
+    for meant in (
+        content(methods={"mine": {name: own | {"enabled": True}}}),
+        content(methods={"mine": {name: own | {"enabled": False}}}),
+        {**content(methods={"mine": {name: own}}), name: {"enabled": True}},
+    ):
+        if name == "saft":
+            meant["saft"] = {"contamination": 0.1, **meant.get("saft", {"enabled": False})}
+        load(tmp_path, meant)
+
+
+FILLED = {
+    "saft": {"layer": 0.4},
+    "sap": {"eps": 0.1},
+    "safety_gradient": {"correction": 0.5},
+    "lisa": {"rho": 0.3},
+    "ema": {"decay": 0.8},
+}
+
+
+@pytest.mark.parametrize("name", [*FILLED, "align"])
+def test_a_section_that_a_recipe_fills_in_and_nothing_enables_is_refused(tmp_path, name):
+    own = FILLED.get(name, {"distill_tokens": 5})
+    with pytest.raises(
+        ValueError, match=rf"recipe.yaml: {name}\.\w+ would do nothing, because {name}"
+    ):
+        load(tmp_path, content(**{name: own}))
+    load(tmp_path, content(**{name: {**own, "enabled": False}}))
+
+
+def test_what_is_filled_in_for_methods_that_enable_it_or_another_recipe_left_out_is_meant(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump(
+            content(ema={"decay": 0.8}, methods={"ema": {"ema": {"enabled": True}}, "sft": {}})
+        )
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text("extends: base.yaml\nmethods: {ema: null}\n")
+    assert list(recipes.load(path).base.methods) == ["sft"]
+    path.write_text("extends: base.yaml\nmethods: {unsmoothed: {ema: {enabled: false}}}\n")
+    recipes.load(path)
+    recipes.load(tmp_path / "base.yaml", {"ema": {"enabled": False}})
+    path.write_text("extends: base.yaml\nlisa: {rho: 0.3}\n")
+    with pytest.raises(
+        ValueError, match=r"lisa\.rho would do nothing, because lisa\.enabled is not"
+    ):
+        recipes.load(path)
+    recipes.load(path, {"lisa": {"enabled": True}, "methods": {"ema": None}})
+    path.write_text(
+        "extends: base.yaml\nmethods: {ema: null, mine: {grid: {lisa.rho: [0.1, 1.0]}}}\n"
+    )
+    with pytest.raises(ValueError, match=r"method 'mine.rho_0.1' sets lisa\.rho, but lisa is not"):
+        recipes.load(path)
 
 
 def test_steps_and_epochs_replace_each_other_in_every_layer(tmp_path):
@@ -320,7 +388,7 @@ def test_extends_has_its_place_in_the_file(tmp_path):
 @pytest.mark.parametrize("text", ["10:19", "1:30", "0:4", "10:19.5", "-1:20"])
 def test_a_range_is_no_number_to_base_60(tmp_path, text):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content()) + f"sap:\n  layers: {text}\n")
+    path.write_text(yaml.safe_dump(content()) + f"sap:\n  enabled: true\n  layers: {text}\n")
     assert (
         parse_overrides(["--sap.layers", text])
         == parse_overrides([f"--sap.layers={text}"])
@@ -361,8 +429,8 @@ def test_merge_keys_and_what_is_written_beside_them(tmp_path):
     path.write_text(
         text
         + (
-            "train: &t {steps: 5, lr: 0.5, lora: &l {r: 4}}\nalign:\n  train: {<<: *t, lr: 0.25, "
-            "lora: {<<: *l, alpha: 3}}\n"
+            "train: &t {steps: 5, lr: 0.5, lora: &l {r: 4}}\nalign:\n  enabled: false\n"
+            "  train: {<<: *t, lr: 0.25, lora: {<<: *l, alpha: 3}}\n"
         )
     )
     base = recipes.load(path).base
@@ -452,12 +520,53 @@ def test_targets_of_an_adapter(tmp_path, targets):
             "unknown key 'train.lora.rank'; the nearest known one is 'train.lora.",
         ),
         (["--train.lr=-1"], "'train.lr' is -1, but: input should be greater than 0"),
+        (
+            ["--safety_pairs=48"],
+            "'safety_pairs' is 48, but it is a section: write its fields, as in safety_pairs: "
+            "{batch_size: ...}; data.safety_pairs takes a number",
+        ),
+        (
+            ["--data.safety_pairs.batch_size=4"],
+            "'data.safety_pairs' holds fields, but it takes a number: fields go into the section safety_pairs, "
+            "which stands beside data",
+        ),
+        (
+            ["--data.task=tickets.csv"],
+            "'data.task' is 'tickets.csv', but it is a section: write its fields, as in task: {source: ...}",
+        ),
+        (
+            ["--train.refresh_every=4"],
+            "unknown key 'train.refresh_every': write safety_pairs.refresh",
+        ),
+        (["--refresh_every=4"], "unknown key 'refresh_every': write safety_pairs.refresh_every"),
+        (
+            ["--lisa.batch_size=4"],
+            "unknown key: write safety_pairs.batch_size instead of lisa.batch_size",
+        ),
+        (
+            ["--methods.m.lisa.micro_batch_size=4"],
+            "unknown key: write methods.m.safety_pairs.micro_batch_size instead of "
+            "methods.m.lisa.micro_batch_size",
+        ),
     ],
 )
 def test_an_error_names_the_field_as_it_is_written(tmp_path, arguments, sentence):
     with pytest.raises(ValueError) as caught:
         load(tmp_path, content(), *arguments)
     assert sentence in str(caught.value)
+
+
+def test_all_moved_keys_of_an_old_recipe_are_listed_at_once(tmp_path):
+    """One a try took a try for each."""
+    methods = {"sap": {"sap": {"enabled": True, "safety_micro_batch_size": 2}}}
+    methods["tuned"] = {"grid": {"sap.refresh_every": [1, 4]}}
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path, content(sap={"refresh_every": 4, "safety_batch_size": 8}, methods=methods))
+    assert str(caught.value).partition("recipe.yaml: ")[2] == (
+        "unknown keys: write safety_pairs.refresh_every instead of sap.refresh_every, and safety_pairs.batch_size instead of "
+        "sap.safety_batch_size, and methods.sap.safety_pairs.micro_batch_size instead of methods.sap.sap.safety_micro_batch_size, "
+        "and methods.tuned.grid.safety_pairs.refresh_every instead of methods.tuned.grid.sap.refresh_every"
+    )
 
 
 @pytest.mark.parametrize(
@@ -698,9 +807,8 @@ def test_a_grid_is_chosen_by_the_name_before_its_settings(tmp_path):
         "sft.lr_0.0005",
         "sft_ema",
     ]
-    other = load(
-        tmp_path, content(methods={"sap": {"grid": {"sap.target_correction": [1.0, 1.4]}}})
-    )
+    grid = {"sap.target_correction": [1.0, 1.4]}
+    other = load(tmp_path, content(methods={"sap": {"sap": {"enabled": True}, "grid": grid}}))
     assert list(other.only(["sap.target_correction_1"]).base.methods) == [
         "sap.target_correction_1"
     ], "not 1.4, whose name goes on from there"
@@ -805,3 +913,14 @@ def test_every_tuned_method_has_equally_many_tuning_runs():
         runs[method] = runs.get(method, 0) + 1
     assert set(runs.values()) == {12} and set(runs) == set(COMPARED.base.methods)
     assert tuned.base.evaluate.split == "validation"
+
+
+def test_what_is_called_a_control_is_one_in_reports_and_in_the_documents():
+    """Lisa, which the README recommends, was titled a control, and no report took it for one."""
+    table = (ROOT / "docs" / "recipes.md").read_text()
+    for name, defence in DEFENCES.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` | ")]
+        assert (
+            defence.title.startswith("Control: "),
+            row.startswith(f"| `{name}` | control: "),
+        ) == (defence.control, defence.control), name

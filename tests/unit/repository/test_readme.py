@@ -40,7 +40,8 @@ def written(document: str, rows: int, folder: Path) -> Path:
 def test_the_recipe_of_a_document_passes_every_check(tmp_path, document, rows):
     assert f"{rows} rows or more" in (ROOT / document).read_text()
     looked = sap("run", written(document, rows, tmp_path), "--dry-run")
-    assert looked.returncode == 0 and len(looked.stdout.splitlines()) == 8, looked.stderr
+    assert looked.returncode == 0 and len(looked.stdout.splitlines()) == 10, looked.stderr
+    assert f"\ndata       {rows} rows: " in looked.stdout
 
 
 def test_the_recipe_of_the_documentation_runs_literally(tmp_path):

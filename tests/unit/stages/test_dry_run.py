@@ -36,20 +36,20 @@ def dry_run(capsys, path: Path, *arguments: str) -> tuple[int, list[str], str]:
     return code, captured.out.splitlines(), captured.err
 
 
-def test_eight_lines_say_what_would_run_and_what_is_there(project, capsys):
+def test_ten_lines_say_what_would_run_and_what_is_there(project, capsys):
     folder, content = project
     path = write_recipe(folder, content | {"name": "lines"})
     code, lines, _ = dry_run(capsys, path)
     assert (
         code == 0
-        and [line.split()[0] for line in lines] == ["machine", *ALL_STAGES]
-        and len(lines) == 8
+        and [line.split()[0] for line in lines] == ["machine", "data", "steps", *ALL_STAGES]
+        and len(lines) == 10
     )
     assert (
         "2 processes on the CPU" in lines[0] and "GB memory" in lines[0] and "GB disk" in lines[0]
     )
-    assert lines[3].split(maxsplit=1)[1] == "not in this recipe" and all(
-        "would run" in line for line in (*lines[1:3], *lines[4:])
+    assert lines[5].split(maxsplit=1)[1] == "not in this recipe" and all(
+        "would run" in line for line in (*lines[3:5], *lines[6:])
     )
     layout = Layout(recipes.load(path))
     done = layout.train(recipes.load(path).cell("sft", 0))
@@ -179,13 +179,92 @@ def test_a_damaged_csv_is_refused(project, capsys, case):
 
 def test_what_trains_nothing_new_or_never_reaches_its_rate_is_said(project, capsys):
     folder, content = project
-    path = write_recipe(folder, content | {"methods": {"sft": {}, "lisa": {"lisa": {"rho": 0.5}}}})
+    # switched off by the command line, or by the method itself
+    methods = {"sft": {}, "lisa": {"lisa": {"rho": 0.5, "enabled": False}}}
+    path = write_recipe(folder, content | {"methods": methods})
     code, _, error = dry_run(capsys, path, "--train.steps=4", "--train.warmup_steps=5")
     assert (
         code == 0
         and "note: methods sft and lisa train the same: set what makes lisa another one" in error
     )
     assert "note: method sft: train.warmup_steps 5 is not over within 4 steps" in error
+
+
+def test_samples_and_steps_are_told_as_far_as_they_are_known(project, capsys, tmp_path):
+    folder, content = project
+    of_data = content["data"] | {"harmful_fraction": 0.2}
+    filtered = {"saft": {"enabled": True}, "train": {"epochs": 2}}
+    methods = content["methods"] | {"long": {"train": {"epochs": 3}}, "filtered": filtered}
+    path = write_recipe(folder, content | {"methods": methods, "data": of_data, "seeds": [0, 1]})
+    arguments = [f"--output_dir={tmp_path}"]
+    lines = dry_run(capsys, path, *arguments)[1]
+    # 64 are left, and a fifth of all is harmful: 80
+    assert lines[1:3] == [
+        "data       80 rows: 8 held out to test and 8 to validate, about 80 to train on; up to 8 safety pairs",
+        "steps      2 for align; 6 for sft, sap; about 30 for long; up to about 20 for filtered",
+    ]
+    layout = Layout(recipes.load(path, {"output_dir": str(tmp_path)}))
+    layout.prepare().mkdir(parents=True)
+    counts = {"task_train": 71, "task_test": 7, "task_validation": 8, "safety_pairs": 5}
+    (layout.prepare() / "facts.json").write_text(json.dumps({"samples": counts}))
+    (layout.prepare() / artifacts.MARKER).touch()
+    _, lines, error = dry_run(capsys, path, *arguments, "--methods.sap.safety_pairs.batch_size=6")
+    assert lines[1:3] == [
+        "data       prepared: 7 held out to test and 8 to validate, 71 to train on; 5 safety pairs",
+        "steps      2 for align; 6 for sft, sap; 27 for long; up to 18 for filtered",
+    ]
+    assert "batch_size 6 is more than the 5 pairs that there are, so that pairs repeat" in error
+
+
+def test_batches_in_which_samples_repeat_are_said(project, capsys):
+    folder, content = project
+    path = write_recipe(folder, content | {"align": {"enabled": False}})
+    _, lines, error = dry_run(capsys, path, "--data.task.limit=20", "--safety_pairs.batch_size=10")
+    assert "20 rows: 8 held out to test and 8 to validate, about 4 to train on" in lines[1]
+    assert (
+        "note: train.batch_size 8 is more than about 4 samples to train on, so that samples repeat within a step: "
+        "lower it, or use more data\n" in error
+    )
+    assert (
+        "note: safety_pairs.batch_size 10 is more than the 8 pairs that data.safety_pairs asks for, so that pairs repeat "
+        "within a draw: lower it, or raise data.safety_pairs\n" in error
+    )
+    assert "repeat" not in dry_run(capsys, path)[2]
+
+
+def test_what_nobody_counted_is_not_guessed(project, capsys, monkeypatch):
+    from pipeline.data import check
+
+    monkeypatch.setattr(check, "_READ_WHOLE", 100)
+    folder, content = project
+    path = write_recipe(folder, content)
+    _, lines, _ = dry_run(capsys, path, "--train.epochs=2")
+    assert lines[1].endswith("how many are left to train on is known once they are prepared")
+    assert lines[2] == "steps      2 for align; 2 epochs for sft, sap"
+
+
+def test_methods_that_do_not_see_the_same_pairs_are_named(project, capsys):
+    folder, content = project
+    mix = {"safe_mix": {"enabled": True}}
+    methods = content["methods"] | {"mix": mix, "other": mix | {"safety_pairs": {"batch_size": 6}}}
+    path = write_recipe(folder, content | {"methods": methods})
+    code, _, error = dry_run(capsys, path)
+    assert code == 0
+    assert (
+        "note: these methods do not see the same safety pairs, for their safety_pairs differ: sap, mix with "
+        "batch_size 4 and refresh_every 4; other with batch_size 6 and refresh_every 4\n" in error
+    )
+    assert "the same safety pairs" not in dry_run(capsys, path, "--methods", "sft,sap,mix")[2]
+
+
+def test_an_override_of_a_section_that_no_method_enables_is_said(project, capsys):
+    folder, content = project
+    path = write_recipe(folder, content)
+    assert (
+        "note: --ema.decay does nothing, because no method enables ema\n"
+        in (dry_run(capsys, path, "--ema.decay=0.5")[2])
+    )
+    assert "does nothing" not in dry_run(capsys, path, "--sap.eps=0.5")[2]
 
 
 def test_prepare_says_what_it_left_out_and_cut(project, capsys):
@@ -341,7 +420,7 @@ def test_a_model_that_is_not_here_is_a_note(project, capsys, monkeypatch, tmp_pa
     code, lines, error = dry_run(capsys, path)
     assert (
         code == 0
-        and len(lines) == 8
+        and len(lines) == 10
         and "is not on this machine yet" in error
         and not list(tmp_path.iterdir())
     )

@@ -50,7 +50,10 @@ STARTS: dict[str, Settings] = {
         f"{part}.packing": {f"{part}.tokens_per_micro_batch": 4096}
         for part in ("train", "align.train")
     },
-    **{f"{part}.enabled": {"methods": {"sft": {}, "plain": {}}} for part in PARTS},
+    **{
+        f"{part}.enabled": {"methods": {"sft": {}, "plain": {}}, "sap.enabled": False}
+        for part in PARTS
+    },
     "align.enabled": {"align.enabled": False},
 }
 UNALIGNED: Settings = {"align.enabled": False}

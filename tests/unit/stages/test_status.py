@@ -1,5 +1,6 @@
 """`sap status`: how far every folder is, for people and for the job scripts."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,17 @@ def test_a_report_of_some_methods_is_another_one_and_everything_else_the_same(pr
             "model.attention auto means something else on another machine: set it to sdpa",
         ),
         (
+            ["status", "RECIPE", "--portable", "--model.dtype=auto", "--model.attention=auto"],
+            "model.dtype auto and model.attention auto mean something else on another machine: "
+            "set model.dtype to bfloat16 or float32, and model.attention to sdpa or eager",
+        ),
+        (
+            ["trian", "RECIPE"],
+            "there is no command 'trian': the nearest is train, and all are prepare, align, filter, direction, train, "
+            "evaluate, report, run, status, track, plan, doctor, data, template, bench, stages, recipes",
+        ),
+        (["RECIPE"], "there is no command"),
+        (
             ["train", "RECIPE", "--stage", "train"],
             "--stage would do nothing in `sap train`, and belongs to `sap status`",
         ),
@@ -193,3 +205,22 @@ def test_filters_wait_for_embeddings_only_where_they_are_missing(project, tmp_pa
     (shared / artifacts.MARKER).touch()
     waves = ALL_STAGES["filter"].waves(chain.layout, units)
     assert [[unit.method for unit in wave] for wave in waves] == [[], ["one", "two"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "header"),
+    [
+        (["stages"], "# stage\twhere it runs\tfor each method and seed\tsaves\tneeds"),
+        (["status"], "# stage\tmethod\tseed\tstate\tfolder\twork folder"),
+    ],
+)
+def test_a_header_is_for_terminals_only(project, capsys, monkeypatch, arguments, header):
+    arguments = [*arguments, *([str(project)] if arguments == ["status"] else [])]
+    assert main(arguments) == 0
+    plain = capsys.readouterr().out
+    assert "# stage" not in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{header}\n{plain}"
+    columns = plain.splitlines()[0].split("\t")
+    assert len(columns) == len(header.split("\t"))
