@@ -53,7 +53,9 @@ class Clock:
     """When each step ended, and its loss; profiles what comes after the warm-up, where the case asks for it."""
 
     def __init__(self, case: Case):
-        self.case, self.marks, self.losses = case, [], []
+        self.case = case
+        self.marks: list[float] = []
+        self.losses: list[float] = []
         activities = [
             torch.profiler.ProfilerActivity.CPU,
             *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
@@ -216,7 +218,7 @@ def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -
     order = BatchOrder(len(case.rows()), train.batch_size, 0)
     rows = [case.rows()[index] for step in range(train.steps or 0) for index in order.step(step)]
     cuda = torch.cuda.is_available()
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": str(folder / "out"), "max_steps": train.steps,
         "per_device_train_batch_size": train.micro_batch_size, "gradient_accumulation_steps": MICRO_BATCHES,
         "learning_rate": train.lr, "lr_scheduler_type": "constant", "weight_decay": 0.0,

@@ -12,11 +12,13 @@ pass (signal), a flipped sign (sign).
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -33,7 +35,7 @@ from pipeline.doctor.measure import (
 )
 from pipeline.doctor.report import FAIL, INFO, OK, WARN, Finding, Report, graded, passed
 from pipeline.doctor.resources import Meter, held_weights, mebibytes
-from pipeline.engines.engine import Engine, ShardedVector
+from pipeline.engines.engine import Engine, LossFunction, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import useful_loss
 
@@ -246,12 +248,7 @@ def check_first_order(examined: StepUnderTest) -> Findings:
     ):
         norm = engine.norm(gradient)
 
-        def loss_at(
-            distance: float, loss_fn=loss_fn, batches=batches, gradient=gradient, norm=norm
-        ) -> float:
-            with engine.perturbed(gradient, distance / norm):
-                return engine.loss(loss_fn, batches)
-
+        loss_at = functools.partial(_loss_at, engine, loss_fn, batches, gradient, norm)
         slope = central_slope(loss_at, norm, engine.loss(loss_fn, batches), examined.low)
         where = f"{slope.distance / examined.weight_norm:.2g} |W|"
         yield _slope_finding(f"{name} along its gradient", slope, where, examined.low, FAIL)
@@ -270,6 +267,19 @@ def check_first_order(examined: StepUnderTest) -> Findings:
         passed(change != 0),
         advice,
     )
+
+
+def _loss_at(
+    engine: Engine,
+    loss_fn: LossFunction,
+    batches: Sequence[Any],
+    gradient: ShardedVector,
+    norm: float,
+    distance: float,
+) -> float:
+    """The loss at a distance from the weights, along a gradient of that norm."""
+    with engine.perturbed(gradient, distance / norm):
+        return engine.loss(loss_fn, batches)
 
 
 def check_probe(examined: StepUnderTest) -> Findings:
@@ -402,6 +412,7 @@ def check_main_pass(examined: StepUnderTest) -> Findings:
         Meter(engine.device) as cost,
     ):
         loss, p0 = engine.forward_backward(useful_loss, examined.useful, rows)
+    assert p0 is not None, "rows of V were given"
     difference = relative(engine, engine.accumulated_gradient(), examined.gradient)
     engine.step(0.0)
     tolerance = 1e-2 if examined.low else 1e-5

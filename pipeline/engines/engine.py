@@ -195,9 +195,12 @@ class Engine(ABC):
 
     def read(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
         """The values as numbers, in their order: the host waits for the device once, whatever there is to read."""
-        waiting = [key for key, value in values.items() if isinstance(value, torch.Tensor)]
-        numbers = torch.stack([values[key].double() for key in waiting]).tolist() if waiting else []
-        return {**values, **dict(zip(waiting, numbers, strict=True))}
+        waiting = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+        stacked = [value.double() for value in waiting.values()]
+        numbers = torch.stack(stacked).tolist() if stacked else []
+        known = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
+        found = known | dict(zip(waiting, numbers, strict=True))
+        return {key: found[key] for key in values}
 
     def checksum(self, shard: ShardedVector) -> int:
         """Sum of the whole vector's bit patterns (as int32) modulo 2**64:
@@ -206,7 +209,7 @@ class Engine(ABC):
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for _, part in self.parts(shard):
             total += part.contiguous().view(torch.int32).sum(dtype=torch.int64).to(self.device)
-        return self.sum_over_ranks(total).item()
+        return int(self.sum_over_ranks(total).item())
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place, on every rank."""

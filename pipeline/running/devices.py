@@ -35,8 +35,9 @@ FLASH, _FLASH_GPUS, _FLASH_VERSION = "flash_attention_2", (8, 0), (2, 3, 3)
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that this process may use. name: as CUDA_VISIBLE_DEVICES names it; total, free: bytes; busy:
-    processes that compute on it.
+    """A GPU that this process may use.
+
+    name: as CUDA_VISIBLE_DEVICES names it; total, free: bytes; busy: processes that compute on it.
     """
 
     name: str

@@ -20,8 +20,9 @@ from pipeline.stages.capacity import Capacity
 def overview(
     experiment: Experiment, folders: Mapping[str, Sequence[Path]], found: Capacity | None
 ) -> str:
-    """The lines. folders: stage -> those that it writes, in the order of the stages. found:
-    None where the model is not here yet.
+    """The lines.
+
+    folders: stage -> those that it writes, in the order of the stages. found: None where the model is not here yet.
     """
     base = experiment.base
     needs = "what it needs is not known yet" if found is None else found.line()
