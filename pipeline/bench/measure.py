@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ from pipeline.objectives.batches import BatchOrder, pad_rows
 from pipeline.recipe.sections import LoraSection, TrainSection
 from pipeline.training.callbacks import Console, Watched
 from pipeline.training.loop import Loop, TrainingData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LR = 1e-4
 # Sizes of what is fetched come from the model (ds_config.fetched_by_layer); nothing is kept from pass to pass.
@@ -256,7 +259,7 @@ def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -
     return clock
 
 
-def _tokenizer() -> Any:
+def _tokenizer() -> PreTrainedTokenizerBase:
     """Of rows that are tokens already, SFTTrainer only wants the padding's id."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

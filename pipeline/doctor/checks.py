@@ -12,13 +12,11 @@ pass (signal), a flipped sign (sign).
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -35,7 +33,7 @@ from pipeline.doctor.measure import (
 )
 from pipeline.doctor.report import FAIL, INFO, OK, WARN, Finding, Report, graded, passed
 from pipeline.doctor.resources import Meter, held_weights, mebibytes
-from pipeline.engines.engine import Engine, LossFunction, ShardedVector
+from pipeline.engines.engine import B, Engine, LossFunction, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import useful_loss
 
@@ -242,16 +240,8 @@ def check_first_order(examined: StepUnderTest) -> Findings:
     the perturbation is seen, and the gradient is the loss's own.
     """
     engine = examined.engine
-    for name, loss_fn, batches, gradient in (
-        ("useful loss", useful_loss, examined.useful, examined.gradient),
-        ("safety loss", examined.safety_loss, examined.pairs, examined.direction),
-    ):
-        norm = engine.norm(gradient)
-
-        loss_at = functools.partial(_loss_at, engine, loss_fn, batches, gradient, norm)
-        slope = central_slope(loss_at, norm, engine.loss(loss_fn, batches), examined.low)
-        where = f"{slope.distance / examined.weight_norm:.2g} |W|"
-        yield _slope_finding(f"{name} along its gradient", slope, where, examined.low, FAIL)
+    yield _along(examined, "useful loss", useful_loss, examined.useful, examined.gradient)
+    yield _along(examined, "safety loss", examined.safety_loss, examined.pairs, examined.direction)
     scale = examined.scale(examined.sap.eps)
     with engine.perturbed(examined.direction, scale):
         change = examined.useful_loss() - examined.loss
@@ -269,17 +259,23 @@ def check_first_order(examined: StepUnderTest) -> Findings:
     )
 
 
-def _loss_at(
-    engine: Engine,
-    loss_fn: LossFunction,
-    batches: Sequence[Any],
+def _along(
+    examined: StepUnderTest,
+    name: str,
+    loss_fn: LossFunction[B],
+    batches: Sequence[B],
     gradient: ShardedVector,
-    norm: float,
-    distance: float,
-) -> float:
-    """The loss at a distance from the weights, along a gradient of that norm."""
-    with engine.perturbed(gradient, distance / norm):
-        return engine.loss(loss_fn, batches)
+) -> Finding:
+    """How a loss moves along its gradient."""
+    engine, norm = examined.engine, examined.engine.norm(gradient)
+
+    def loss_at(distance: float) -> float:
+        with engine.perturbed(gradient, distance / norm):
+            return engine.loss(loss_fn, batches)
+
+    slope = central_slope(loss_at, norm, engine.loss(loss_fn, batches), examined.low)
+    where = f"{slope.distance / examined.weight_norm:.2g} |W|"
+    return _slope_finding(f"{name} along its gradient", slope, where, examined.low, FAIL)
 
 
 def check_probe(examined: StepUnderTest) -> Findings:

@@ -51,7 +51,7 @@ class StepUnderTest:
             useful,
             pairs,
         )
-        self.safety_loss: LossFunction = safety_loss(sap.contrastive)
+        self.safety_loss: LossFunction[PairBatch] = safety_loss(sap.contrastive)
         self.best_eps = sap.eps  # the signal check's recommendation, once it has one
 
     @cached_property

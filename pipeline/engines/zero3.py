@@ -36,6 +36,7 @@ from pipeline.engines.deepspeed_private import (
     partition_of,
 )
 from pipeline.engines.engine import (
+    B,
     Engine,
     LossFunction,
     ShardedVector,
@@ -85,7 +86,7 @@ class Zero3Engine(Engine):
         self._padding = [self._padding_mask(group) for group in self._partitions.groups]
 
     def forward_backward(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+        self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=True)
@@ -96,7 +97,7 @@ class Zero3Engine(Engine):
         return loss, self.sum_over_ranks(gradient)
 
     def gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any]
+        self, loss_fn: LossFunction[B], batches: Sequence[B]
     ) -> tuple[torch.Tensor, ShardedVector]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=False)
@@ -105,7 +106,7 @@ class Zero3Engine(Engine):
         return loss, shard
 
     def probe_gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+        self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, gradient = (
             self.zero(),
@@ -278,7 +279,7 @@ class Zero3Engine(Engine):
             yield from zip(group, flat.split([_cut(p).padded for p in group]), strict=True)
 
     def _backward(
-        self, loss_fn: LossFunction, batches: Sequence[Any], ends_step: bool
+        self, loss_fn: LossFunction[B], batches: Sequence[B], ends_step: bool
     ) -> torch.Tensor:
         total = self.zero()
         for number, batch in enumerate(batches):
