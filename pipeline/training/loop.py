@@ -160,15 +160,15 @@ class Loop:
         task, draw = self.step.positions(number)
         useful = self._useful(number, task)
         part = None if self.step.share == 1 else self._useful(number, task, self.step.share)
-        metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number, part)
-        metrics |= {
+        measured = self.step(useful, lambda: self._pairs(number, draw, drawn), number, part)
+        measured |= {
             "train/lr": lr,
             "train/grad_norm": self.engine.gradient_norm(),
             "safety/pairs": float(len(drawn)),
         }
-        metrics["train/padding"] = padding(useful)
+        measured["train/padding"] = padding(useful)
         # All that ranks agree on, read at once: they refuse together, before the update, and stop together.
-        metrics = self.engine.read({**metrics, _ASKED: self.engine.ranks_with(stop.requested())})
+        metrics = self.engine.read({**measured, _ASKED: self.engine.ranks_with(stop.requested())})
         asked = metrics.pop(_ASKED) > 0
         for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
             if not math.isfinite(metrics[key]):

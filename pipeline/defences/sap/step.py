@@ -257,9 +257,10 @@ class SapStep(Step):
         metrics["sap/probe_rms"] = self.v.square().mean().sqrt().item()
         if g0 is None:
             return
-        metrics["sap/correction"] = self._correction(self.engine.accumulated_gradient(), g0)
+        correction = self._correction(self.engine.accumulated_gradient(), g0)
+        metrics["sap/correction"] = correction
         if self.section.probe_step == "target_correction":
-            self._adapt_scale(metrics["sap/correction"], limit=2.0)
+            self._adapt_scale(correction, limit=2.0)
 
     def _correction(self, g: ShardedVector, g0: ShardedVector) -> float:
         return self.engine.norm([a - b for a, b in zip(g, g0, strict=True)]) / self.engine.norm(g0)
