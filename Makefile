@@ -17,7 +17,7 @@ help:
 	@echo "make slurm            job scripts on a real Slurm cluster, with faults (needs root and Slurm's programs)"
 	@echo "make bench            what a step of each engine costs in host time"
 	@echo "make gpu              on a machine with a GPU: parity, speed beside Trainer, memory, the demo (under 8 minutes)"
-	@echo "make lint             ruff: its rules, and its format"
+	@echo "make lint             ruff: its rules, and its format; mypy: the types of pipeline/ and launch/"
 	@echo "make clean            remove .venv and runs"
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -67,6 +67,7 @@ gpu:
 lint: $(VENV)/ready
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV) runs

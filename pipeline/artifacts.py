@@ -97,10 +97,11 @@ def check_writable(folder: Path, field: str) -> None:
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         if error.errno not in BY_THE_INPUT:
-            raise OSError(error.errno, os.strerror(error.errno), str(there)) from None
+            raise OSError(error.errno, reason, str(there)) from None
         raise ValueError(
-            f"{field} {folder} cannot be written ({there}: {os.strerror(error.errno)}): set {field} to another folder"
+            f"{field} {folder} cannot be written ({there}: {reason}): set {field} to another folder"
         ) from None
 
 
@@ -462,7 +463,7 @@ def git_revision() -> str | None:
     """Commit of the checkout that this package is, with '+changes' where it is dirty; None for an installed package."""
     root = Path(__file__).resolve().parent.parent
 
-    def run(*args):
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
 
     try:

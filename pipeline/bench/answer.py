@@ -10,12 +10,14 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 
 def main(folder: Path) -> int:
     """Call the function that `folder`/asked names, and leave its answer, or what went wrong, in the folder."""
     sys.path[:], function, given = json.loads((folder / "asked").read_text())
     module, name = function.split(":")
+    answer: tuple[str | None, Any]
     try:
         from pipeline.bench.cases import Case  # after the path is known
 

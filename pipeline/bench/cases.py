@@ -45,8 +45,9 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One process of the benchmark. system: an engine, or one of OTHERS. lengths:
-    fixed, or real (a few long rows, many short ones).
+    """One process of the benchmark.
+
+    system: an engine, or one of OTHERS. lengths: fixed, or real (a few long rows, many short ones).
     """
 
     system: str

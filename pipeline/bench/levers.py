@@ -11,13 +11,14 @@ g(V), and the size of the correction. Time: what V and the step's main pass take
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -26,6 +27,7 @@ from pipeline import artifacts
 from pipeline.data.sets import read_rows
 from pipeline.defences.making import make_step
 from pipeline.defences.saft.filter import kept
+from pipeline.defences.sap import SAP
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines.engine import Engine, ShardedVector
 from pipeline.engines.open import init_distributed
@@ -64,8 +66,9 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one step (from 1). v, correction, gradient: cosines with the exact way's. size:
-    of the correction, to the exact one's.
+    """One way at one step (from 1).
+
+    v, correction, gradient: cosines with the exact way's. size: of the correction, to the exact one's.
 
     time: of V and main pass, to the main pass.
     """
@@ -85,11 +88,8 @@ class Levers:
     def __init__(self, experiment: Experiment, cell: Cell):
         """ValueError where the cell does not use SAP's exact schedule, or what it starts from is not complete."""
         self.recipe, base, layout = cell.recipe, experiment.base, Layout(experiment)
-        if (
-            not self.recipe.sap.enabled
-            or self.recipe.sap.schedule != "exact"
-            or self.recipe.sap.direction != "live"
-        ):
+        sap = SAP.of(self.recipe)
+        if not sap.enabled or sap.schedule != "exact" or sap.direction != "live":
             raise ValueError(
                 f"method {cell.method} of {experiment.path} is not SAP with schedule exact and "
                 "direction live: name one that is with --method"
@@ -134,9 +134,9 @@ class Levers:
         for number in range(max(at)):
             if number + 1 in at:
                 yield from self._beside(number)
-            part = {} if self.step.share == 1 else {"part": self._useful(number, self.step.share)}
+            part = None if self.step.share == 1 else self._useful(number, self.step.share)
             metrics = self.step(
-                self._useful(number), lambda number=number: self._pairs(number), number, **part
+                self._useful(number), functools.partial(self._pairs, number), number, part
             )
             self.kept.append(self.step.v.clone())
             self.engine.step(learning_rate(train, number, steps))
@@ -172,7 +172,7 @@ class Levers:
             samples = share_of(self.recipe.train.batch_size, share)
             yield (
                 f"of {samples} of {self.recipe.train.batch_size} samples",
-                *_timed(lambda share=share: self._ascent(number, fresh, share)),
+                *_timed(functools.partial(self._ascent, number, fresh, share)),
             )
         if self.step.direction is not None:
             age = number - self.step.direction_step
@@ -234,7 +234,10 @@ def _minus(a: ShardedVector, b: ShardedVector) -> ShardedVector:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+T = TypeVar("T")
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
     started = time.perf_counter()
     result = work()
     return result, time.perf_counter() - started
@@ -243,10 +246,10 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def table(rows: Sequence[Row]) -> str:
     """Every row, and under them the median of every way."""
 
-    def line(step, way, values):
+    def line(step: str, way: str, values: Iterable[float]) -> tuple[str, ...]:
         return (step, way, *(f"{value:.2f}" for value in values))
 
-    def values(row):
+    def values(row: Row) -> tuple[float, ...]:
         return (row.v, row.correction, row.gradient, row.size, row.time)
 
     lines = [line(str(row.step), row.way, values(row)) for row in rows]

@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -38,6 +38,9 @@ from pipeline.recipe.sections import LoraSection, TrainSection
 from pipeline.training.callbacks import Console, Watched
 from pipeline.training.loop import Loop, TrainingData
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _LR = 1e-4
 # Sizes of what is fetched come from the model (ds_config.fetched_by_layer); nothing is kept from pass to pass.
 _ZERO = {
@@ -53,7 +56,9 @@ class Clock:
     """When each step ended, and its loss; profiles what comes after the warm-up, where the case asks for it."""
 
     def __init__(self, case: Case):
-        self.case, self.marks, self.losses = case, [], []
+        self.case = case
+        self.marks: list[float] = []
+        self.losses: list[float] = []
         activities = [
             torch.profiler.ProfilerActivity.CPU,
             *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
@@ -216,7 +221,7 @@ def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -
     order = BatchOrder(len(case.rows()), train.batch_size, 0)
     rows = [case.rows()[index] for step in range(train.steps or 0) for index in order.step(step)]
     cuda = torch.cuda.is_available()
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": str(folder / "out"), "max_steps": train.steps,
         "per_device_train_batch_size": train.micro_batch_size, "gradient_accumulation_steps": MICRO_BATCHES,
         "learning_rate": train.lr, "lr_scheduler_type": "constant", "weight_decay": 0.0,
@@ -254,7 +259,7 @@ def _trainer(case: Case, train: TrainSection, module: nn.Module, folder: Path) -
     return clock
 
 
-def _tokenizer() -> Any:
+def _tokenizer() -> PreTrainedTokenizerBase:
     """Of rows that are tokens already, SFTTrainer only wants the padding's id."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -356,10 +356,11 @@ def _of_arrow(table: Any, format: str) -> Table:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise NotReadable(f"names the column '{twice}' twice: give each a name of its own")
+    bad: list[Bad] = []
     try:
-        values, bad = list(enumerate(table.to_pylist(), 1)), []
+        values = list(enumerate(table.to_pylist(), 1))
     except UnicodeDecodeError:  # of a text column with other bytes in it: told row by row
-        values, bad = [], []
+        values = []
         for number in range(1, table.num_rows + 1):
             try:
                 values += [(number, row) for row in table.slice(number - 1, 1).to_pylist()]

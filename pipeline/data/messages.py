@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from numbers import Number
+from decimal import Decimal
+from numbers import Complex
 from typing import Any
 
 Message = dict[str, Any]
@@ -140,15 +141,16 @@ def _content(value: Any, where: str) -> tuple[str | None, str | None]:
     if value is None or isinstance(value, str):
         return value, None
     if (
-        isinstance(value, Number)
-        and not isinstance(value, bool)
+        not isinstance(value, bool)
+        and isinstance(value, Complex | Decimal)
         and value == value
         and abs(value) != math.inf
     ):
         return str(value), None
     if not isinstance(value, list):
         raise ValueError(f"{where} has a content that is a {type(value).__name__} and no text")
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in value:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__

@@ -125,7 +125,9 @@ class Claims:
     def owner(self, pool: str, row: Row, by_prompt: bool = False) -> str | None:
         """The other set that holds the row's prompt, None where there is none."""
         keys = _keys(pool, row, by_prompt)
-        compared = [(self.turns if by_prompt else self.asked, keys.turns)]
+        compared: list[tuple[dict[bytes, str], Iterable[bytes]]] = [
+            (self.turns if by_prompt else self.asked, keys.turns)
+        ]
         compared += [(self.whole, keys.whole), (self.begun, keys.whole)]
         found = (
             held[key] for held, mine in compared for key in mine if held.get(key, pool) != pool

@@ -12,6 +12,7 @@ who holds which prompt. Sets that teach or test refusing hold as many questions 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
@@ -113,7 +114,7 @@ class _Preparation:
     def _with_role(self, sets: dict[str, list[Row]]) -> dict[str, list[Row]]:
         """The sets by the recipe's field that fills them, as far as the form of their prompts matters."""
 
-        def by_kind(name, kind):
+        def by_kind(name: str, kind: str) -> list[Row]:
             return [row for row in sets.get(name, []) if row["kind"] == kind]
 
         found = {
@@ -140,7 +141,8 @@ class _Preparation:
         return ordered_rows(field, source, self.data.seed, pairs=pairs, skipped=self.skipped)
 
     def _pairs(self) -> list[Row]:
-        source, pairs = self.data.safety, []
+        source = self.data.safety
+        pairs: list[Row] = []
         counts = self.counts.setdefault("data.safety", {"truncated": 0, "dropped": 0})
         found = self._ordered("data.safety", source, pairs=True)
         for row in found:
@@ -305,15 +307,17 @@ class _Preparation:
 
     def _alignment(self) -> list[Row]:
         """Refusals and answers as samples, then the harmless prompts that the model itself will answer."""
-        data, kinds = self.data, {}
+        data = self.data
+        kinds: dict[str, list[list[Row]]] = {}
         for kind, field, source, count in (
             ("refusal", "data.refusals", data.refusals, data.refusal_samples),
             ("harmless", "data.harmless", data.harmless, data.harmless_samples),
         ):
+            assert source is not None, "a recipe that aligns names both (AlignSection)"
             pool = "align_refusals" if kind == "refusal" else "align_harmless"
             found = self._by_form(pool, self._ordered(field, source), "train")
             kinds[kind] = self._drawn(
-                pool, found, count, lambda row, kind=kind: self._aligning(row, kind)
+                pool, found, count, functools.partial(self._aligning, kind=kind)
             )
             self._say_fewer(f"data.{kind}_samples", source, len(kinds[kind]), count)
             if not kinds[kind]:
@@ -339,7 +343,7 @@ class _Preparation:
             return self._samples("align", row, kind)
         known = {name: row.get(name) for name in ("kind", "prompt", "rewritten")}
         messages = json.dumps(row["messages"])
-        unanswered = {
+        unanswered: dict[str, Any] = {
             "response": None,
             "given": self._given(row),
             "messages": messages,
@@ -378,7 +382,9 @@ class _Preparation:
     def _sample(self, row: Row, answer: Message, encoded: Encoded, label: str) -> Row:
         messages = [*row["messages"], answer]
         identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-        known = {name: row[name] for name in ("harmful", "given", "rewritten") if name in row}
+        known: dict[str, Any] = {
+            name: row[name] for name in ("harmful", "given", "rewritten") if name in row
+        }
         known |= tools_as_json(row)
         before, said, response = row["messages"], answer, row["response"]
         if encoded.turn < len(messages) - 1:  # a sequence of an earlier turn
@@ -506,7 +512,7 @@ def _by_kind(sets: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
     Without the sequences of earlier turns, which are no conversations of their own.
     """
-    owners = {
+    owners: dict[tuple[str, str | None], str] = {
         ("task_train", "harmful"): "harmful_mix",
         ("align", "refusal"): "align_refusals",
         ("align", "harmless"): "align_harmless",

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -70,15 +70,21 @@ class StoredRows(Sequence[Row]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(self._count))]
-        index = operator.index(index)
-        if not -self._count <= index < self._count:
-            raise IndexError(index)
-        index %= self._count
+        number = operator.index(index)
+        if not -self._count <= number < self._count:
+            raise IndexError(number)
+        number %= self._count
         return {
-            name: column[index] if isinstance(column, _Lists) else column[index].as_py()
+            name: column[number] if isinstance(column, _Lists) else column[number].as_py()
             for name, column in self._columns.items()
         }
 

@@ -10,7 +10,7 @@ may be is not looked at here. Every mistake is a ValueError of half a sentence, 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 Row = dict[str, Any]
 Turns = list[dict[str, Any]]
@@ -57,7 +57,7 @@ def _parsed(value: Any) -> Any:
     return found if _is_messages(found) else value
 
 
-def _is_messages(value: Any) -> bool:
+def _is_messages(value: Any) -> TypeGuard[Turns]:
     return isinstance(value, list) and bool(value) and all(_is_message(item) for item in value)
 
 
@@ -107,7 +107,7 @@ def _history(value: Any) -> Turns:
         return []
     if _is_messages(value):
         return list(value)
-    pairs = value if isinstance(value, list) else [None]
+    pairs: list[Any] = value if isinstance(value, list) else [None]
     for pair in pairs:
         if (
             not isinstance(pair, list)

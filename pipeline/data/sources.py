@@ -193,8 +193,10 @@ def mapped(table: files.Table, mapping: dict[str, str]) -> Found:
 def _value(table: files.Table, name: str, column: str, row: Row) -> Any:
     """A row's value for a field: a class by its name where a text is wanted, else as it stands."""
     value = row.get(column)
-    names = table.labels.get(column) if name in _TEXTS and type(value) is int else None
-    return value if names is None or not 0 <= value < len(names) else names[value]
+    if name not in _TEXTS or type(value) is not int:
+        return value
+    names = table.labels.get(column, [])
+    return names[value] if 0 <= value < len(names) else value
 
 
 def read_table(source: SourceSection, field: str) -> files.Table:

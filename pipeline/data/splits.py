@@ -58,10 +58,9 @@ def split(data: DataSection, rows: list[Row]) -> Splits:
     taken = {id(group) for group in test}
     rest = [group for group in apart if id(group) not in taken]
     validation = _filled(rest, data.validation_samples, leave=0 if trained else 1)
-    found = {
-        "test_samples": [row for group in test for row in group],
-        "validation_samples": [row for group in validation for row in group],
-    }
+    tested = [row for group in test for row in group]
+    validated = [row for group in validation for row in group]
+    found = {"test_samples": tested, "validation_samples": validated}
     held_out = {id(row) for split_rows in found.values() for row in split_rows}
     notes = (
         f"data.{field}: {len(split_rows)} instead of {getattr(data, field)}, for rows of one conversation stay "
@@ -69,7 +68,8 @@ def split(data: DataSection, rows: list[Row]) -> Splits:
         for field, split_rows in found.items()
         if len(split_rows) != getattr(data, field)
     )
-    return Splits(*found.values(), [row for row in rows if id(row) not in held_out], tuple(notes))
+    trained_on = [row for row in rows if id(row) not in held_out]
+    return Splits(tested, validated, trained_on, tuple(notes))
 
 
 def _check_groups(data: DataSection, groups: int, apart: int) -> None:

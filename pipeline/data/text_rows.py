@@ -176,7 +176,7 @@ def undecoded(text: str, place: Place) -> Bad | None:
     return Bad(place, "bytes that are not valid UTF-8", said)
 
 
-class _Twice(dict):  # type: ignore[type-arg]
+class _Twice(dict[str, Any]):
     """A JSON object that has a key twice."""
 
     key = ""

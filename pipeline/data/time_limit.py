@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 class _TimeIsUp(Exception):
@@ -29,7 +30,7 @@ def time_limit(seconds: float, sentence: str) -> Iterator[None]:
         return
     started = time.monotonic()
 
-    def ended(number, frame):
+    def ended(number: int, frame: FrameType | None) -> None:
         raise _TimeIsUp
 
     before = signal.signal(signal.SIGALRM, ended)

@@ -5,6 +5,8 @@ A line here and a module of its own is all that another one takes (CONTRIBUTING.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.defences.defence import Defence
 from pipeline.defences.ema import EMA
 from pipeline.defences.lisa import LISA
@@ -14,7 +16,7 @@ from pipeline.defences.saft import SAFT
 from pipeline.defences.sap import SAP
 from pipeline.recipe.recipe import Recipe
 
-DEFENCES = {
+DEFENCES: dict[str, Defence[Any]] = {
     "saft": SAFT,
     "sap": SAP,
     "safety_gradient": SAFETY_GRADIENT,

@@ -1,14 +1,14 @@
 """What the rest of the pipeline knows of a defence. No torch: recipes, folders and plans are made without it.
 
 DEFENCES["lisa"].draws_pairs                # pipeline/defences/__init__.py has them all
-DEFENCES["lisa"].of(cell.recipe).rho        # its section of a recipe
+LISA.of(cell.recipe).rho                    # its section of a recipe
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import DefenceSection
@@ -65,12 +65,15 @@ class Costs:
     probe: Callable[[float, int], Cost]
 
 
-def _decides_all(section: Any) -> dict[str, Any]:
+def _decides_all(section: DefenceSection) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
+S = TypeVar("S", bound=DefenceSection)
+
+
 @dataclass(frozen=True)
-class Defence:
+class Defence(Generic[S]):
     """A defence, or a control.
 
     `section` and `title` make its part of a recipe; all else says what differs from plain fine-tuning.
@@ -79,7 +82,7 @@ class Defence:
     it does not go with, and why. control: whether reports compare other methods with it.
     """
 
-    section: type[DefenceSection]
+    section: type[S]
     title: str
     source: str = ""
     draws_pairs: bool = False
@@ -91,24 +94,24 @@ class Defence:
     # (engine, recipe, that step, direction).
     build: Callable[[Engine, Recipe, Step, ShardedVector | None], Step] | None = None
     # What goes along with the training: (engine, section).
-    callback: Callable[[Engine, Any], Callback] | None = None
+    callback: Callable[[Engine, S], Callback] | None = None
     # Stages that make something of it, and those of them whose product its training reads: (section). Layout has a
     # method by the name of each, which gives the folder.
     stages: tuple[str, ...] = ()
-    reads: Callable[[Any], tuple[str, ...]] = lambda section: ()
+    reads: Callable[[S], tuple[str, ...]] = lambda section: ()
     # What of an enabled section decides the trained weights, beyond what `reads` names: (section), JSON.
-    decides: Callable[[Any], dict[str, Any]] = _decides_all
+    decides: Callable[[S], dict[str, Any]] = _decides_all
     # Vectors of the trained weights' size that checkpoints keep.
     vectors_kept: tuple[str, ...] = ()
     # Memory and passes beyond plain fine-tuning's: (section, sizes), (section, costs, passes of the step so far).
-    memory: Callable[[Any, Sizes], list[Row]] = lambda section, sizes: []
-    passes: Callable[[Any, Costs, Passes], Passes] = lambda section, costs, passes: passes
+    memory: Callable[[S, Sizes], list[Row]] = lambda section, sizes: []
+    passes: Callable[[S, Costs, Passes], Passes] = lambda section, costs, passes: passes
     # ValueError where it does not go with other sections (section, recipe),
     # or with a model of so many layers (section, layers).
-    consistent: Callable[[Any, Recipe], None] = lambda section, recipe: None
-    fits: Callable[[Any, int], None] = lambda section, layers: None
+    consistent: Callable[[S, Recipe], None] = lambda section, recipe: None
+    fits: Callable[[S, int], None] = lambda section, layers: None
     # Sentences about what it does on so many ranks: (section, recipe, ranks). ValueError for what cannot be.
-    notes: Callable[[Any, Recipe, int], list[str]] = lambda section, recipe, ranks: []
+    notes: Callable[[S, Recipe, int], list[str]] = lambda section, recipe, ranks: []
 
     @property
     def name(self) -> str:
@@ -118,7 +121,7 @@ class Defence:
             f"_{letter.lower()}" if letter.isupper() else letter for letter in words
         ).lstrip("_")
 
-    def of(self, recipe: Recipe) -> Any:
+    def of(self, recipe: Recipe) -> S:
         """Its section of a recipe."""
         return getattr(recipe, self.name)
 

@@ -14,8 +14,9 @@ from pipeline.recipe.recipe import Recipe
 
 
 def make_step(recipe: Recipe, engine: Engine, direction: ShardedVector | None = None) -> Step:
-    """The step that the recipe's enabled sections make up. direction:
-    for sap.direction precomputed, as SapStep takes it.
+    """The step that the recipe's enabled sections make up.
+
+    direction: for sap.direction precomputed, as SapStep takes it.
     """
     step: Step = PlainStep(engine)
     for _, defence in enabled(recipe):

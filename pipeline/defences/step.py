@@ -6,7 +6,7 @@ Imports no torch, so that a small defence may have its section and its step in o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # draws this step's; a step that asks for none draws none
 Pairs = Callable[[], "Sequence[PairBatch]"]
-Metrics = dict[str, Any]  # name -> float, or a scalar that is still on the device (Engine.read)
+Metrics = dict[str, "float | torch.Tensor"]  # a scalar may still be on the device (Engine.read)
 
 
 class Step(Protocol):

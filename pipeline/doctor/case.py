@@ -9,6 +9,7 @@ without prepared data random tokens. Nothing is written.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from pipeline import artifacts
 from pipeline.data.sets import read_rows
+from pipeline.defences.sap import SAP
 from pipeline.defences.sap.probe import Probe
 from pipeline.defences.sap.section import SapSection
 from pipeline.engines.engine import Engine
@@ -52,7 +54,7 @@ _DROPOUTS = (
 
 # ordinary steps first: a fresh LoRA's B is 0, and stale gathered copies only appear on a warm engine
 WARM_UP = 3
-Rows = list[dict[str, Any]]
+Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def choose_cell(experiment: Experiment, method: str | None, seed: int | None) ->
     if method is not None:
         return experiment.cell(method, seed)
     cells = [experiment.cell(name, seed) for name in experiment.base.methods]
-    chosen = next((cell for cell in cells if cell.recipe.sap.enabled), None)
+    chosen = next((cell for cell in cells if SAP.of(cell.recipe).enabled), None)
     if chosen is None:
         raise ValueError(
             f"no method of {experiment.path} uses SAP ({', '.join(experiment.base.methods)}): set "
@@ -85,7 +87,7 @@ def choose_cell(experiment: Experiment, method: str | None, seed: int | None) ->
 def open_case(experiment: Experiment, cell: Cell) -> Case:
     """Load, shard and warm up. Raises ValueError for bad input; entered by all ranks together."""
     _check(experiment, cell)
-    base, train, sap = experiment.base, cell.recipe.train, cell.recipe.sap
+    base, train, sap = experiment.base, cell.recipe.train, SAP.of(cell.recipe)
     init_distributed(train)
     layout, tokenizer = Layout(experiment), load_tokenizer(base.model)
     aligned = base.align.enabled and artifacts.complete(layout.align())
@@ -94,7 +96,8 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
     engine = start_engine(base, source, train, cell.seed, cell.recipe)
     silenced = _silence_dropout(engine.module)
     layers = decoder_layers(engine.module)
-    config = engine.module.config.get_text_config()
+    configured: Any = engine.module.config
+    config = configured.get_text_config()
     probed = probed_layers(sap.layers, len(layers))
     probe = Probe(layers, probed, config.hidden_size)
     rows, pair_rows, data = _rows(layout, cell, config.vocab_size)
@@ -134,7 +137,7 @@ def open_case(experiment: Experiment, cell: Cell) -> Case:
 
 def _check(experiment: Experiment, cell: Cell) -> None:
     """What can be known to be wrong before weights are read. Data sources are left alone: they may not be there yet."""
-    train, sap, ranks = cell.recipe.train, cell.recipe.sap, environment()[1]
+    train, sap, ranks = cell.recipe.train, SAP.of(cell.recipe), environment()[1]
     devices.check_attention(experiment.base.model)
     check_model(experiment.base)
     facts = outlined(experiment.base.model)

@@ -33,7 +33,7 @@ from pipeline.doctor.measure import (
 )
 from pipeline.doctor.report import FAIL, INFO, OK, WARN, Finding, Report, graded, passed
 from pipeline.doctor.resources import Meter, held_weights, mebibytes
-from pipeline.engines.engine import Engine, ShardedVector
+from pipeline.engines.engine import B, Engine, LossFunction, ShardedVector
 from pipeline.objectives.batches import MicroBatch, PairBatch
 from pipeline.objectives.losses import useful_loss
 
@@ -240,21 +240,8 @@ def check_first_order(examined: StepUnderTest) -> Findings:
     the perturbation is seen, and the gradient is the loss's own.
     """
     engine = examined.engine
-    for name, loss_fn, batches, gradient in (
-        ("useful loss", useful_loss, examined.useful, examined.gradient),
-        ("safety loss", examined.safety_loss, examined.pairs, examined.direction),
-    ):
-        norm = engine.norm(gradient)
-
-        def loss_at(
-            distance: float, loss_fn=loss_fn, batches=batches, gradient=gradient, norm=norm
-        ) -> float:
-            with engine.perturbed(gradient, distance / norm):
-                return engine.loss(loss_fn, batches)
-
-        slope = central_slope(loss_at, norm, engine.loss(loss_fn, batches), examined.low)
-        where = f"{slope.distance / examined.weight_norm:.2g} |W|"
-        yield _slope_finding(f"{name} along its gradient", slope, where, examined.low, FAIL)
+    yield _along(examined, "useful loss", useful_loss, examined.useful, examined.gradient)
+    yield _along(examined, "safety loss", examined.safety_loss, examined.pairs, examined.direction)
     scale = examined.scale(examined.sap.eps)
     with engine.perturbed(examined.direction, scale):
         change = examined.useful_loss() - examined.loss
@@ -270,6 +257,25 @@ def check_first_order(examined: StepUnderTest) -> Findings:
         passed(change != 0),
         advice,
     )
+
+
+def _along(
+    examined: StepUnderTest,
+    name: str,
+    loss_fn: LossFunction[B],
+    batches: Sequence[B],
+    gradient: ShardedVector,
+) -> Finding:
+    """How a loss moves along its gradient."""
+    engine, norm = examined.engine, examined.engine.norm(gradient)
+
+    def loss_at(distance: float) -> float:
+        with engine.perturbed(gradient, distance / norm):
+            return engine.loss(loss_fn, batches)
+
+    slope = central_slope(loss_at, norm, engine.loss(loss_fn, batches), examined.low)
+    where = f"{slope.distance / examined.weight_norm:.2g} |W|"
+    return _slope_finding(f"{name} along its gradient", slope, where, examined.low, FAIL)
 
 
 def check_probe(examined: StepUnderTest) -> Findings:
@@ -402,6 +408,7 @@ def check_main_pass(examined: StepUnderTest) -> Findings:
         Meter(engine.device) as cost,
     ):
         loss, p0 = engine.forward_backward(useful_loss, examined.useful, rows)
+    assert p0 is not None, "rows of V were given"
     difference = relative(engine, engine.accumulated_gradient(), examined.gradient)
     engine.step(0.0)
     tolerance = 1e-2 if examined.low else 1e-5

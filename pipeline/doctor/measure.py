@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ class StepUnderTest:
             useful,
             pairs,
         )
-        self.safety_loss: LossFunction = safety_loss(sap.contrastive)
+        self.safety_loss: LossFunction[PairBatch] = safety_loss(sap.contrastive)
         self.best_eps = sap.eps  # the signal check's recommendation, once it has one
 
     @cached_property
@@ -91,7 +92,7 @@ class StepUnderTest:
         """
         found: list[torch.dtype] = []
 
-        def look(_module: nn.Module, _inputs: object, output: object) -> None:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
             found.append((output[0] if isinstance(output, tuple) else output).dtype)
 
         handle = self.probe.modules[0].register_forward_hook(look)
@@ -132,8 +133,9 @@ def _check_norm(what: str, norm: float) -> None:
 
 @dataclass(frozen=True)
 class Slope:
-    """A central difference. ratio: over the gradient's own slope, 1 if they agree; distance: how far it stepped; moved:
-    the loss's change there.
+    """A central difference.
+
+    ratio: over the gradient's own slope, 1 if they agree; distance: how far it stepped; moved: the loss's change there.
 
     spread: how far the two distances that agreed best are apart, as a share of the larger;
     large where nothing can be concluded.
@@ -173,7 +175,7 @@ def digest(shard: ShardedVector) -> str:
     """Digest of this rank's bits: full fine-tuning has no room for one copy more."""
     found = hashlib.blake2b()
     for part in shard:
-        found.update(part.detach().contiguous().view(torch.uint8).cpu().numpy())
+        found.update(part.detach().contiguous().view(torch.uint8).cpu().numpy().data)
     return found.hexdigest()
 
 

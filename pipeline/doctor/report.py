@@ -27,8 +27,9 @@ class Finding:
 
 @dataclass
 class Report:
-    """facts: what was examined, in the table's head. completed:
-    no check raised, so that all ranks are at the same place.
+    """facts: what was examined, in the table's head.
+
+    completed: no check raised, so that all ranks are at the same place.
     """
 
     facts: dict[str, str] = field(default_factory=dict)

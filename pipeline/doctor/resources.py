@@ -84,8 +84,9 @@ def _status(key: str) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of weights on this rank. fair: what an even split gives it, rounded up; whole: the model; gathered:
-    full copies beside shards.
+    """Bytes of weights on this rank.
+
+    fair: what an even split gives it, rounded up; whole: the model; gathered: full copies beside shards.
     """
 
     shard: int

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.engines.engine import Engine, LossFunction, ShardedVector, stacked_gradients
+from pipeline.engines.engine import B, Engine, LossFunction, ShardedVector, stacked_gradients
 
 
 class AutogradEngine(Engine):
@@ -30,7 +29,7 @@ class AutogradEngine(Engine):
         """What has to be done before a micro-batch's passes. last: whether it is the last one."""
 
     def forward_backward(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+        self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         loss = self._backward(loss_fn, batches)
         return loss, self.sum_over_ranks(
@@ -38,7 +37,7 @@ class AutogradEngine(Engine):
         ) if v else None
 
     def gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any]
+        self, loss_fn: LossFunction[B], batches: Sequence[B]
     ) -> tuple[torch.Tensor, ShardedVector]:
         loss = self._backward(loss_fn, batches)
         shard = self.accumulated_gradient()
@@ -46,7 +45,7 @@ class AutogradEngine(Engine):
         return loss, shard
 
     def probe_gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+        self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, gradient = (
             self.zero(),
@@ -90,7 +89,7 @@ class AutogradEngine(Engine):
     def parts(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
         return zip(self.named, shard, strict=True)
 
-    def _backward(self, loss_fn: LossFunction, batches: Sequence[Any]) -> torch.Tensor:
+    def _backward(self, loss_fn: LossFunction[B], batches: Sequence[B]) -> torch.Tensor:
         assert all(p.grad is None for p in self.parameters), "a pass must start without gradients"
         total = self.zero()
         for number, batch in enumerate(batches, 1):

@@ -113,7 +113,7 @@ def fetched_whole(blocks: Sequence[nn.Module]) -> None:
             return (
                 found(module, recurse)
                 if known is None
-                else itertools.chain(known, module.ds_external_parameters())
+                else itertools.chain(known, _as_leaf(module).ds_external_parameters())
             )
 
         parameters.of_leaves = True  # type: ignore[attr-defined]
@@ -125,6 +125,11 @@ def fetched_whole(blocks: Sequence[nn.Module]) -> None:
 
         partition_parameters.print_rank_0 = coordinator.print_rank_0 = print_rank_0
     nvtx.enable_nvtx = False
+
+
+def _as_leaf(module: nn.Module) -> Any:
+    """The same, with the methods that DeepSpeed gives to a leaf module."""
+    return module
 
 
 @contextlib.contextmanager
@@ -184,7 +189,7 @@ class Partitions:
     def offload_gradient(self, parameters: Sequence[nn.Parameter]) -> None:
         """Have an offloaded optimizer take the gradients of these, and the norms it clips by, once more."""
         self._optimizer._offload_boundary_param_ids.update(
-            parameter.ds_id for parameter in parameters
+            _as_cut(parameter).ds_id for parameter in parameters
         )
         self._optimizer._finalize_offload_gradient_accumulation()
 
@@ -212,14 +217,19 @@ def partition_of(parameter: nn.Parameter) -> Partition | None:
     """None for a parameter that ZeRO-3 has not cut."""
     if not hasattr(parameter, "ds_tensor"):
         return None
-    gathered = parameter.ds_status.name == "AVAILABLE"
+    cut = _as_cut(parameter)
     return Partition(
-        parameter.ds_numel,
-        parameter.ds_shape,
-        parameter.partition_numel(),
-        parameter.ds_tensor,
-        gathered,
+        cut.ds_numel,
+        cut.ds_shape,
+        cut.partition_numel(),
+        cut.ds_tensor,
+        gathered=cut.ds_status.name == "AVAILABLE",
     )
+
+
+def _as_cut(tensor: torch.Tensor) -> Any:
+    """The same, with the attributes that DeepSpeed gives to what it cuts: no type knows of them."""
+    return tensor
 
 
 def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) -> None:
@@ -248,24 +258,26 @@ def partition(module: nn.Module, sources: Sources, ds_config: dict[str, Any]) ->
         return
     for parameter, source in sources.items():
         init._convert_to_deepspeed_param(parameter)
+        cut = _as_cut(parameter)
         size = init._aligned_size(parameter) // init._partition_world_size(parameter)
         start = init._partition_rank(parameter) * size
-        valid = max(min(start + size, parameter.ds_numel) - start, 0)
+        valid = max(min(start + size, cut.ds_numel) - start, 0)
         shard = torch.zeros(
             size,
             dtype=parameter.dtype,
-            device=init.local_device if parameter.ds_persist else init.remote_device,
+            device=init.local_device if cut.ds_persist else init.remote_device,
         )
         read(source, start, shard[:valid], parameter.dtype)
         shard = shard.pin_memory() if init.pin_memory and shard.device.type == "cpu" else shard
-        shard.ds_numel, shard.status, shard.final_location = (
+        held = _as_cut(shard)
+        held.ds_numel, held.status, held.final_location = (
             size,
             PartitionedParamStatus.AVAILABLE,
             None,
         )
-        parameter.ds_tensor, parameter.ds_numel_aligned = shard, init._aligned_size(parameter)
+        cut.ds_tensor, cut.ds_numel_aligned = shard, init._aligned_size(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
-        parameter.partition()  # only marks it: the shard is there
+        cut.partition()  # only marks it: the shard is there
     for buffer in module.buffers():
         # DeepSpeed moves them only where it also moves the parameters
         buffer.data = buffer.data.to(init.local_device)

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,17 @@ from pipeline.libraries import torch_private
 
 ShardedVector = list[torch.Tensor]
 _JOINED = 2**22  # elements: tensors are put end to end up to these
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+
+class Batch(Protocol):
+    """A micro-batch of one rank, as its loss function takes it."""
+
+    def to(self, device: torch.device) -> Self:
+        """What a pass needs of it, on the device."""
+
+
+B = TypeVar("B", bound=Batch)
+LossFunction = Callable[[nn.Module, B], torch.Tensor]
 
 
 class Engine(ABC):
@@ -42,7 +52,7 @@ class Engine(ABC):
 
     @abstractmethod
     def forward_backward(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+        self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Main pass: the gradient of the step, kept for `step`. At most once a step, after all auxiliary passes.
 
@@ -51,7 +61,7 @@ class Engine(ABC):
 
     @abstractmethod
     def gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any]
+        self, loss_fn: LossFunction[B], batches: Sequence[B]
     ) -> tuple[torch.Tensor, ShardedVector]:
         """Auxiliary pass: the gradient's shard, a copy.
 
@@ -60,7 +70,7 @@ class Engine(ABC):
 
     @abstractmethod
     def probe_gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+        self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Auxiliary pass: the gradient (len(v), D) with respect to v alone;
         backward stops at the lowest probed layer.
@@ -158,7 +168,7 @@ class Engine(ABC):
         Returns the vectors named.
         """
 
-    def loss(self, loss_fn: LossFunction, batches: Sequence[Any]) -> float:
+    def loss(self, loss_fn: LossFunction[B], batches: Sequence[B]) -> float:
         """The global loss without gradients, in eval mode (no dropout)."""
         self.module.eval()
         try:
@@ -195,9 +205,12 @@ class Engine(ABC):
 
     def read(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
         """The values as numbers, in their order: the host waits for the device once, whatever there is to read."""
-        waiting = [key for key, value in values.items() if isinstance(value, torch.Tensor)]
-        numbers = torch.stack([values[key].double() for key in waiting]).tolist() if waiting else []
-        return {**values, **dict(zip(waiting, numbers, strict=True))}
+        waiting = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+        stacked = [value.double() for value in waiting.values()]
+        numbers = torch.stack(stacked).tolist() if stacked else []
+        known = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
+        found = known | dict(zip(waiting, numbers, strict=True))
+        return {key: found[key] for key in values}
 
     def checksum(self, shard: ShardedVector) -> int:
         """Sum of the whole vector's bit patterns (as int32) modulo 2**64:
@@ -206,7 +219,7 @@ class Engine(ABC):
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for _, part in self.parts(shard):
             total += part.contiguous().view(torch.int32).sum(dtype=torch.int64).to(self.device)
-        return self.sum_over_ranks(total).item()
+        return int(self.sum_over_ranks(total).item())
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place, on every rank."""

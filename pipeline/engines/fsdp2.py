@@ -53,7 +53,7 @@ class Fsdp2Engine(AutogradEngine):
             if dtype
             else MixedPrecisionPolicy()
         )
-        waiting = _on_meta(module, sources or {})
+        waiting = _on_meta(module, Sources() if sources is None else sources)
         if dtype is not None:
             module.float()
         for block in (*blocks, module):
@@ -74,6 +74,7 @@ class Fsdp2Engine(AutogradEngine):
         )
 
     def _before(self, last: bool) -> None:
+        assert isinstance(self.module, FSDPModule)
         # Whole gradients of an adapter are small: they wait for the last micro-batch, and are reduced in one go.
         self.module.set_requires_gradient_sync(last or not self._reduces_once)
 
@@ -81,7 +82,7 @@ class Fsdp2Engine(AutogradEngine):
         return [
             torch.zeros(local.numel(), device=self.device)
             if p.grad is None
-            else p.grad.detach().to_local().float().flatten()
+            else _local(p.grad.detach()).float().flatten()
             for p, local in zip(self.parameters, self.storage(), strict=True)
         ]
 
@@ -89,21 +90,21 @@ class Fsdp2Engine(AutogradEngine):
         for p, part in zip(self.parameters, shard, strict=True):
             if p.grad is None:
                 p.grad = self._like(p, torch.zeros_like(part))
-            local = p.grad.to_local()
+            local = _local(p.grad)
             local.add_(part.view_as(local), alpha=scale)
 
     def weights(self) -> ShardedVector:
         return [local.float().clone().flatten() for local in self.storage()]
 
     def storage(self) -> list[torch.Tensor]:
-        return [p.detach().to_local() for p in self.parameters]
+        return [_local(p.detach()) for p in self.parameters]
 
     def step(self, lr: float, norm: float | None = None) -> None:
         if self.max_grad_norm is not None:
-            held = [p.grad.to_local() for p in self.parameters if p.grad is not None]
+            held = [_local(p.grad) for p in self.parameters if p.grad is not None]
             clip(held, self.gradient_norm().item() if norm is None else norm, self.max_grad_norm)
         for p, rows in zip(self.parameters, self._rows_of, strict=True):
-            rows.grad = None if p.grad is None else p.grad.to_local()
+            rows.grad = None if p.grad is None else _local(p.grad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -153,10 +154,10 @@ class Fsdp2Engine(AutogradEngine):
                 for key in vectors
             }
 
-    def _piece(self, files: RankFiles, key: str, p: DTensor) -> torch.Tensor:
+    def _piece(self, files: RankFiles, key: str, p: nn.Parameter) -> torch.Tensor:
         """This rank's rows of a whole tensor like p, flat, from files of any number of ranks."""
         start = self._first_row(p) * (p.numel() // p.shape[0])
-        return files.read(key, start, start + p.to_local().numel()).to(self.device)
+        return files.read(key, start, start + _local(p).numel()).to(self.device)
 
     def _read(self, places: Places, source: Source, dtype: torch.dtype) -> None:
         """Put this rank's rows of a parameter of `dtype`, read from its source,
@@ -164,7 +165,7 @@ class Fsdp2Engine(AutogradEngine):
         """
         owner, name = places[0]
         p = owner.get_parameter(name)
-        local = torch.empty(p.to_local().shape, dtype=p.dtype, device=self.device)
+        local = torch.empty(_local(p).shape, dtype=p.dtype, device=self.device)
         read(source, self._first_row(p) * (p.numel() // p.shape[0]), local.view(-1), dtype)
         whole = DTensor.from_local(
             local, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride()
@@ -173,7 +174,7 @@ class Fsdp2Engine(AutogradEngine):
         for owner, name in places:
             setattr(owner, name, new)
 
-    def _first_row(self, p: DTensor) -> int:
+    def _first_row(self, p: nn.Parameter) -> int:
         """Where this rank's rows begin, as fully_shard cuts them."""
         return min(-(-p.shape[0] // self.world_size) * self.rank, p.shape[0])
 
@@ -182,8 +183,8 @@ class Fsdp2Engine(AutogradEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _like(self, p: DTensor, part: torch.Tensor) -> DTensor:
-        rows = part.view(p.detach().to_local().shape)
+    def _like(self, p: nn.Parameter, part: torch.Tensor) -> DTensor:
+        rows = part.view(_local(p.detach()).shape)
         return DTensor.from_local(
             rows, self.mesh, [RowShard(0)], run_check=False, shape=p.shape, stride=p.stride()
         )
@@ -193,6 +194,12 @@ class Fsdp2Engine(AutogradEngine):
         return distribute_tensor(
             whole.to(self.device), self.mesh, [RowShard(0)], src_data_rank=None
         ).to_local()
+
+
+def _local(sharded: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a parameter of the sharded module, or of its gradient."""
+    assert isinstance(sharded, DTensor)
+    return sharded.to_local()
 
 
 def _on_meta(module: nn.Module, sources: Sources) -> list[tuple[Places, Source, torch.dtype]]:

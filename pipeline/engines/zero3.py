@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from pipeline.engines.deepspeed_private import (
+    Partition,
     Partitions,
     fetched_whole,
     gradients_by_parameter,
@@ -35,6 +36,7 @@ from pipeline.engines.deepspeed_private import (
     partition_of,
 )
 from pipeline.engines.engine import (
+    B,
     Engine,
     LossFunction,
     ShardedVector,
@@ -75,9 +77,7 @@ class Zero3Engine(Engine):
         self.device = torch.device(self.ds.device)
         # Without a bf16 block zero.Init has made whole models float32.
         wrong = [
-            parameter
-            for parameter, dtype in dtypes.items()
-            if partition_of(parameter).held.dtype != dtype
+            parameter for parameter, dtype in dtypes.items() if _cut(parameter).held.dtype != dtype
         ]
         assert not wrong, f"DeepSpeed changed the dtype of {len(wrong)} weights"
         self.ds.train()
@@ -86,7 +86,7 @@ class Zero3Engine(Engine):
         self._padding = [self._padding_mask(group) for group in self._partitions.groups]
 
     def forward_backward(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor] = ()
+        self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=True)
@@ -97,7 +97,7 @@ class Zero3Engine(Engine):
         return loss, self.sum_over_ranks(gradient)
 
     def gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any]
+        self, loss_fn: LossFunction[B], batches: Sequence[B]
     ) -> tuple[torch.Tensor, ShardedVector]:
         self._clear_gradient()
         loss = self._backward(loss_fn, batches, ends_step=False)
@@ -106,7 +106,7 @@ class Zero3Engine(Engine):
         return loss, shard
 
     def probe_gradient(
-        self, loss_fn: LossFunction, batches: Sequence[Any], v: Sequence[torch.Tensor]
+        self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, gradient = (
             self.zero(),
@@ -197,7 +197,7 @@ class Zero3Engine(Engine):
             )
             torch.distributed.all_gather_into_tensor(whole, part.contiguous().to(self.device))
             if self.rank == 0:
-                cut = partition_of(parameter)
+                cut = _cut(parameter)
                 yield self._names[parameter], whole[: cut.numel].view(cut.shape).cpu().clone()
 
     def parts(self, shard: ShardedVector) -> Iterator[tuple[str, torch.Tensor]]:
@@ -205,7 +205,7 @@ class Zero3Engine(Engine):
 
     def shard(self, named: Mapping[str, torch.Tensor]) -> ShardedVector:
         def part(parameter: nn.Parameter) -> torch.Tensor:
-            size = partition_of(parameter).padded
+            size = _cut(parameter).padded
             whole = named[self._names[parameter]].flatten().float()
             padded = torch.cat([whole, whole.new_zeros(size * self.world_size - whole.numel())])
             return padded[self.rank * size : (self.rank + 1) * size].to(self.device)
@@ -266,7 +266,7 @@ class Zero3Engine(Engine):
         """This rank's flat shard of a sub-group, from files of any number of ranks; padding is zero."""
         parts = []
         for p in group:
-            cut = partition_of(p)
+            cut = _cut(p)
             size = cut.padded
             part = files.read(
                 f"{key}.{self._names[p]}", self.rank * size, min((self.rank + 1) * size, cut.numel)
@@ -276,10 +276,10 @@ class Zero3Engine(Engine):
 
     def _parts(self, flats: Sequence[torch.Tensor]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         for group, flat in zip(self._partitions.groups, flats, strict=True):
-            yield from zip(group, flat.split([partition_of(p).padded for p in group]), strict=True)
+            yield from zip(group, flat.split([_cut(p).padded for p in group]), strict=True)
 
     def _backward(
-        self, loss_fn: LossFunction, batches: Sequence[Any], ends_step: bool
+        self, loss_fn: LossFunction[B], batches: Sequence[B], ends_step: bool
     ) -> torch.Tensor:
         total = self.zero()
         for number, batch in enumerate(batches):
@@ -305,7 +305,14 @@ class Zero3Engine(Engine):
         """True where this rank's flat shard of the sub-group holds padding. ZeRO-3 pads every parameter by itself."""
         masks = []
         for parameter in group:
-            cut = partition_of(parameter)
+            cut = _cut(parameter)
             valid = min(max(cut.numel - self.rank * cut.padded, 0), cut.padded)
             masks.append(torch.arange(cut.padded, device=self.device) >= valid)
         return torch.cat(masks)
+
+
+def _cut(parameter: nn.Parameter) -> Partition:
+    """How ZeRO-3 has cut a parameter of its module."""
+    found = partition_of(parameter)
+    assert found is not None, "ZeRO-3 cuts every parameter of its module"
+    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,7 @@ def _judged(name: str, row: Row, response: str, judge: str) -> Row:
     return answer | {"label": judgement.label, "score": judgement.score, "matched": judgement.raw}
 
 
-def _progress(label: str, name: str, started: float):
+def _progress(label: str, name: str, started: float) -> Callable[[int, int], None]:
     last = [0.0]
 
     def show(done: int, total: int) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int,
     batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None, stops: Collection[int] = (),
 ) -> list[str]:  # fmt: skip
     """Greedy answers, special tokens removed, in the order of `prompts` (token ids with the generation prompt).
@@ -52,7 +51,7 @@ def generate(
 
 
 def _stop_tokens(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: Collection[int]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Collection[int]
 ) -> list[int]:
     """Where training ends its answers (chat_template.py), and where tokenizer and generation config say."""
     configured = model.generation_config.eos_token_id

@@ -17,6 +17,7 @@ from pipeline.libraries.needed import need
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 TRANSFORMERS, PEFT = "transformers>=5.0,<6", "peft>=0.17,<1"  # as pyproject.toml has them
@@ -48,12 +49,12 @@ def supports_attention(model: PreTrainedModel, name: str) -> bool:
     return name not in _FORMS or bool(getattr(model, _FORMS[name]))
 
 
-def not_split(model: Any) -> set[str]:
+def not_split(model: nn.Module) -> set[str]:
     """Names of the classes of modules that one device must hold whole."""
     return set(getattr(model, "_no_split_modules", None) or ())
 
 
-def not_moved(model: Any) -> Any:
+def not_moved(model: nn.Module) -> Any:
     """Names of the arguments that stay where they are when a layer's inputs go to its device; None for none."""
     return getattr(model, "_skip_keys_device_placement", None)
 

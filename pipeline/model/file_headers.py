@@ -97,8 +97,11 @@ def json_object(label: str, path: Path) -> dict[str, Any]:
         with naming(path):
             value = json.loads(path.read_bytes())
     except ValueError as error:  # also bytes that are not valid UTF-8
-        broken = isinstance(error, json.JSONDecodeError)
-        where = f"line {error.lineno}: {error.msg}" if broken else "it is not UTF-8 text"
+        where = (
+            f"line {error.lineno}: {error.msg}"
+            if isinstance(error, json.JSONDecodeError)
+            else "it is not UTF-8 text"
+        )
         raise ValueError(
             f"{label}: {path.name} is not valid JSON ({where}): copy or download it again"
         ) from None

@@ -67,18 +67,17 @@ class ModelCounts:
 def count_model(
     facts: ModelFacts, train: TrainSection, dtype_bytes: int, nf4: bool, eager: bool
 ) -> ModelCounts:
-    """Count a model's tensors as they will be stored. nf4: whether linear weights are in 4 bits. eager:
-    whether attention keeps its scores.
+    """Count a model's tensors as they will be stored. nf4: whether linear weights are in 4 bits.
+
+    eager: whether attention keeps its scores.
 
     Raises ValueError where the model is none of a decoder with attention and a gated MLP,
     or adapter and quantization do not go with it.
     """
-    sizes = {
-        name: facts.number(name)
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads")
-    }
+    names = ("hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = {name: size for name in names if (size := facts.number(name))}
     lacking = next(
-        (name for name, size in sizes.items() if not size),
+        (name for name in names if name not in sizes),
         "decoder layers" if not facts.layers else None,
     )
     if lacking or facts.embedding is None:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -202,8 +203,9 @@ def outline(section: ModelSection) -> PreTrainedModel:
 
 
 def without_weights(config: PretrainedConfig, path: str) -> PreTrainedModel:
-    """The modules of a config without memory (meta tensors). path:
-    of the model, for the ValueError where transformers has no such model.
+    """The modules of a config without memory (meta tensors).
+
+    path: of the model, for the ValueError where transformers has no such model.
     """
     try:
         with torch.device("meta"):
@@ -249,7 +251,8 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], label: 
 
     A missing one is looked for only where the files use the model's names: transformers renames or regroups others.
     """
-    state, groups = model.state_dict(keep_vars=True), {}
+    state = model.state_dict(keep_vars=True)
+    groups: dict[int, list[str]] = {}
     for name, tensor in state.items():
         groups.setdefault(id(tensor), []).append(name)  # names of tied weights share a tensor
         if name in tensors and tensors[name].shape != tuple(tensor.shape):
@@ -334,7 +337,7 @@ def enable_checkpointing(model: PreTrainedModel, layers: int | None = None) -> N
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in decoder_layers(model)[layers:] if layers is not None else ():
-        layer.gradient_checkpointing = False
+        vars(layer)["gradient_checkpointing"] = False
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -346,7 +349,14 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     ]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers to probe")
-    return list(max(lists, key=len))
+    longest = max(lists, key=len)
+    return list(longest)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the hidden states of a model of transformers, or of one with an adapter, by its configuration."""
+    config: Any = model.config
+    return config.get_text_config().hidden_size
 
 
 def refused(path: str, error: Exception) -> Exception:

@@ -35,8 +35,8 @@ def check_packing(
 ) -> None:
     """ValueError, one sentence, where a training section packs samples for a model that cannot keep them apart.
 
-    config: config.json's content. field: of the recipe, e.g. train. max_length: tokens of the longest sample. label:
-    how messages name the model.
+    config: config.json's content. field: of the recipe, e.g. train. max_length: tokens of the longest sample.
+    label: how messages name the model.
     """
     reason = _reason(config, max_length) if train.packing else None
     if reason:

@@ -21,11 +21,15 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pipeline.model.weights import Source, Sources, placeholder, tensor_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK = 64  # weights that share a scale; bitsandbytes' default
 _ON_CPU = BLOCK * 2**10  # weights quantised at a time on a CPU: a megabyte of temporaries
@@ -39,6 +43,9 @@ class Nf4Linear(nn.Linear):
     weight: uint8 (ceil(out * in / 2),), two codes a byte, the first in the high bits. absmax: float32 (ceil(out * in /
     64),). An nn.Linear, so that PEFT adapts it as one.
     """
+
+    weight: nn.Parameter
+    absmax: nn.Parameter
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         """linear: the layer it replaces (its bias is kept). dtype: what the weight is multiplied in."""
@@ -73,14 +80,22 @@ class _Product(torch.autograd.Function):
     """x W' + b with W dequantised anew in the backward pass: no float copy of the weight outlives a pass."""
 
     @staticmethod
-    def forward(ctx, x, codes, absmax, bias, shape, dtype):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         # The parameters themselves, not views: the engines free and gather them in between.
         ctx.save_for_backward(codes, absmax)
         ctx.shape, ctx.dtype = shape, dtype
         return nn.functional.linear(x, dequantised(codes, absmax, shape, dtype).to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, absmax = ctx.saved_tensors
         assert not ctx.needs_input_grad[3], "the bias of a quantised layer is frozen"
         weight = dequantised(codes, absmax, ctx.shape, ctx.dtype).to(gradient.dtype)
@@ -104,7 +119,9 @@ def dequantised(
     return flat.view(-1)[:numel].view(shape)
 
 
-def quantise(model: nn.Module, sources: Sources, device: torch.device | str | None = None) -> None:
+def quantise(
+    model: PreTrainedModel, sources: Sources, device: torch.device | str | None = None
+) -> None:
     """Replace every linear layer but the head by an Nf4Linear without memory;
     `sources` then holds what fills them, in the old order.
 
@@ -113,13 +130,14 @@ def quantise(model: nn.Module, sources: Sources, device: torch.device | str | No
     that are not accepted.
     """
     head = model.get_output_embeddings()
-    parts: dict[nn.Parameter, Sources] = {}
+    parts: dict[nn.Parameter, dict[nn.Parameter, Source]] = {}
     latest = _Latest()
     for owner in list(model.modules()):
         for name, linear in list(owner.named_children()):
             if not isinstance(linear, nn.Linear) or linear is head:
                 continue
             weight = linear.weight
+            assert isinstance(weight, nn.Parameter)
             layer = Nf4Linear(linear, weight.dtype)
             source = sources.get(weight) or tensor_source(weight.detach())
             blocks = _Blocks(

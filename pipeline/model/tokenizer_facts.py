@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pipeline.model.file_headers import json_object
 from pipeline.system.system_errors import passes
@@ -148,14 +148,14 @@ def _special_tokens(
 
 
 def _tokenizer_files(folder: Path) -> Iterator[str]:
-    names = (
+    names = [
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
         "added_tokens.json",
-    )
+    ]
     if not (folder / "tokenizer.json").is_file():
-        names += ("vocab.json",)
+        names.append("vocab.json")
     return (name for name in names if (folder / name).is_file())
 
 
@@ -174,6 +174,7 @@ def _template(label: str, folder: Path, config: dict[str, Any], given: Path | No
         )
     if given is not None or saved.is_file():
         path = given or saved
+        source: Any
         field = f"model.chat_template {path}" if given else f"{label}: {path.name}"
         try:
             source = path.read_text(encoding="utf-8")
@@ -205,7 +206,7 @@ def check_template(source: str, field: str) -> None:
     class Generation(Extension):
         """transformers' own tag: what the assistant says."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  jinja2 declares it for instances
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

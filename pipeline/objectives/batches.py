@@ -63,6 +63,10 @@ class Targets:
         )
 
 
+# Stands for the targets that a batch finds when it is made.
+_OF_THE_LABELS = Targets(*[torch.empty(0, dtype=torch.int64)] * 4)
+
+
 @dataclass(frozen=True)
 class Packed:
     """Samples end to end in one row, of which none may see another.
@@ -87,8 +91,10 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on `device`."""
-        tensors = (self.positions, self.samples, self.borders)
-        return Packed(*(_moved(tensor, device) for tensor in tensors), self.longest)
+        positions, samples, borders = (
+            _moved(tensor, device) for tensor in (self.positions, self.samples, self.borders)
+        )
+        return Packed(positions, samples, borders, self.longest)
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,9 @@ class MicroBatch:
     """input_ids, labels: int64 (B, T), right-padded. global_tokens: supervised tokens of the whole step.
     padding: of the B x T, how many.
 
-    There is no attention mask: what is causal never sees the padding behind it, and padding is not supervised. packed:
-    where B is 1 and the row holds several samples; no label is then a sample's first token, which the sample before
-    it would have to foretell.
+    There is no attention mask: what is causal never sees the padding behind it, and padding is not supervised.
+    packed: where B is 1 and the row holds several samples; no label is then a sample's first token, which the sample
+    before it would have to foretell.
     """
 
     input_ids: torch.Tensor
@@ -106,7 +112,7 @@ class MicroBatch:
     global_tokens: int
     seed: int
     padding: int = 0
-    targets: Targets = None  # type: ignore[assignment]  # of the labels, unless given
+    targets: Targets = _OF_THE_LABELS  # unless given
     packed: Packed | None = None
 
     def __post_init__(self) -> None:
@@ -136,7 +142,7 @@ class PairBatch:
     weights: torch.Tensor
     global_pairs: int
     seed: int
-    targets: Targets = None  # type: ignore[assignment]  # of the labels, unless given
+    targets: Targets = _OF_THE_LABELS  # unless given
 
     def __post_init__(self) -> None:
         _find_targets(self)
@@ -162,7 +168,7 @@ def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def _find_targets(batch: MicroBatch | PairBatch) -> None:
-    if batch.targets is None:
+    if batch.targets is _OF_THE_LABELS:
         object.__setattr__(batch, "targets", Targets.of(batch.labels))
 
 
@@ -235,7 +241,7 @@ def pair_batches(
     pad_id: int,
     seed: int,
     step: int,
-):
+) -> list[PairBatch]:
     """This rank's PairBatches of one step. rows[i]: chosen_/rejected_ input_ids and labels."""
     batches = []
     for number, (chunk, weight) in enumerate(_chunks(indices, micro_batch_size, world_size)):

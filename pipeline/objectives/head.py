@@ -13,7 +13,8 @@ import contextlib
 import inspect
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,8 +54,9 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
     inner = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     head = None if inner is None else inner.get_output_embeddings()
     if (
-        type(head) is not nn.Linear
-        or head.bias is not None
+        inner is None
+        or type(head) is not nn.Linear
+        or "bias" in dict(head.named_parameters())
         or touches_logits(inner.config.get_text_config().to_dict())
     ):
         return None
@@ -69,7 +71,7 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
 
 
 @contextlib.contextmanager
-def _answering(head: nn.Linear, targets: Targets):
+def _answering(head: nn.Linear, targets: Targets) -> Iterator[None]:
     """Inside the block the head answers with losses; its weights and hooks are its own."""
 
     def losses(hidden: torch.Tensor) -> torch.Tensor:
@@ -84,11 +86,11 @@ def _answering(head: nn.Linear, targets: Targets):
         )
 
     assert "forward" not in vars(head), "the head is asked for losses already"
-    head.forward = losses
+    vars(head)["forward"] = losses
     try:
         yield
     finally:
-        del head.forward
+        del vars(head)["forward"]
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -99,7 +101,9 @@ class _TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, chunk):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -118,14 +122,18 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        gradient, *rest = ctx.saved_tensors
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, *rest = ctx.saved_tensors  # rest: hidden, weight and tokens, or nothing
         of_hidden = (
             None
             if gradient is None
             else (gradient.to(upstream.dtype) * upstream[:, None]).to(gradient.dtype)
         )
-        return of_hidden, _weight_gradient(*rest, upstream, ctx.chunk) if rest else None, None, None
+        of_weight = None
+        if rest:
+            hidden, weight, tokens = rest
+            of_weight = _weight_gradient(hidden, weight, tokens, upstream, ctx.chunk)
+        return of_hidden, of_weight, None, None
 
 
 def _weight_gradient(

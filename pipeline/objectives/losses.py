@@ -8,7 +8,7 @@ anything.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def useful_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return token_losses.sum() / batch.global_tokens
 
 
-def safety_loss(contrastive: str):
+def safety_loss(contrastive: str) -> Callable[[nn.Module, PairBatch], torch.Tensor]:
     """The contrastive loss function: `difference` (Definition 3.1) or `logsigmoid` (reference
     code's form, token means).
     """

@@ -27,7 +27,7 @@ def rows_hold(packed: Packed | None) -> AbstractContextManager[None]:
     It would look at the position ids, and the host would wait for a GPU at every pass. ValueError for packed rows where
     this version of transformers has no such question; without them it is left alone.
     """
-    samples = packed and packed.samples
+    samples = None if packed is None else packed.samples
     return samples_in_rows(samples, packed is not None)
 
 

@@ -161,8 +161,9 @@ class Plan:
         return sum(count * received for count, _, received in _passes(self))
 
     def time(self, tflops: float = TFLOPS, utilisation: float = UTILISATION) -> str:
-        """What a step costs, in two lines. tflops: peak of a GPU; utilisation:
-        the share of it assumed to be reached.
+        """What a step costs, in two lines.
+
+        tflops: peak of a GPU; utilisation: the share of it assumed to be reached.
         """
         step, plain = self.flops()
         return (
@@ -212,8 +213,9 @@ def estimate_training(
     base: Recipe, facts: ModelFacts, train: TrainSection, of_cell: Recipe | None, ranks: int, dtype: str,
     attention: str | None = None,
 ) -> Plan:  # fmt: skip
-    """`estimate` of a cell's training, or without one of the alignment's. dtype:
-    of the frozen weights, float32 or bfloat16.
+    """`estimate` of a cell's training, or without one of the alignment's.
+
+    dtype: of the frozen weights, float32 or bfloat16.
 
     attention: flash_attention_2, sdpa or eager; None: what model.attention means on this machine.
     """
@@ -512,8 +514,8 @@ def _pass(
     plan: Plan, sequences: float, length: int, micro_batches: float, layers: int, of_weights: bool,
     span: int | None = None,
 ) -> tuple[float, float]:  # fmt: skip
-    """(FLOPs, bytes received) of a forward pass and a backward pass through the last `layers`; of_weights:
-    with the weights' gradients.
+    """(FLOPs, bytes received) of a forward pass and a backward pass through the last `layers`;
+    of_weights: with the weights' gradients.
 
     2 FLOPs a weight and token, forward and for the input's gradient, and for the gradient of those weights that are
     trained; attention's products 4 x span x queries forward, twice that backward (span: tokens that it works through,
@@ -555,9 +557,11 @@ def _split(weights: Sequence[Weight]) -> tuple[float, float]:
 
 
 def _zero(plan: Plan, key: str) -> int:
-    return int(
-        plan.zero.get(key, plan.zero.get(key.removeprefix("stage3_"), ZERO_DEFAULTS.get(key)))
-    )
+    """A size of zero_optimization: as the file says it, by either of its names, or DeepSpeed's own."""
+    for name in (key, key.removeprefix("stage3_")):
+        if name in plan.zero:
+            return int(plan.zero[name])
+    return ZERO_DEFAULTS[key]
 
 
 def _short(count: float) -> str:

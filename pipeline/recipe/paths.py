@@ -84,11 +84,12 @@ def _changed(
     result = dict(raw)
     for name, value in raw.items():
         field = section.model_fields.get(name)
+        inner = section_of(field.annotation) if field is not None else None
         marker = next(_markers(section, [name]), None)
         if marker is not None and isinstance(value, str):
             result[name] = change(value, marker.kind, f"{prefix}{name}")
-        elif isinstance(value, dict) and field is not None and section_of(field.annotation):
-            result[name] = _changed(value, section_of(field.annotation), change, f"{prefix}{name}.")
+        elif isinstance(value, dict) and inner is not None:
+            result[name] = _changed(value, inner, change, f"{prefix}{name}.")
         elif isinstance(value, dict) and name == "methods" and not prefix:
             result[name] = {
                 method: _method(own, section, change, f"methods.{method}.")

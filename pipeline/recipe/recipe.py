@@ -41,6 +41,10 @@ from pipeline.recipe.strict_yaml import MOST_CELLS, as_arguments, expanded, mapp
 from pipeline.system.system_errors import reading_input
 
 
+def _plain() -> dict[str, dict[str, Any]]:
+    return {"sft": {}}
+
+
 class Recipe(Section):
     """What every recipe has; defences/recipes.py adds a section for each defence."""
 
@@ -77,7 +81,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(description="What is measured")
     tracking: TrackingSection = Field(TrackingSection(), description="MLflow")
     methods: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"sft": {}},
+        default_factory=_plain,
         min_length=1,
         description="Named overrides of the sections above; one cell each and seed. grid: {field: "
         "[values]} makes one of each combination, null none",

@@ -249,7 +249,7 @@ class _Loader(yaml.SafeLoader):
             _written_out(node, {}, set())
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here, because `<<: *anchor` later puts another mapping's keys into this node, which its own may repeat.
         node = super().compose_mapping_node(anchor)
         keys = Counter(
@@ -264,8 +264,9 @@ class _Loader(yaml.SafeLoader):
 def _written_out(
     node: yaml.Node, known: dict[int, tuple[int, int]], within: set[int]
 ) -> tuple[int, int]:
-    """Values and depth of a node with its aliases written out. known: of nodes seen before; within:
-    those that hold this one.
+    """Values and depth of a node with its aliases written out.
+
+    known: of nodes seen before; within: those that hold this one.
     """
     if id(node) in within:
         raise _TooMuch(f"holds itself, by an alias of line {node.start_mark.line + 1}")

@@ -133,7 +133,7 @@ def what_is_measured(collected: Collected) -> str:
 
 
 def _page(collected: Collected, tables: str, figures: list[tuple[Path, str]]) -> str:
-    def dump(value):
+    def dump(value: object) -> str:
         return html.escape(yaml.safe_dump(value, sort_keys=False))
 
     pictures = "".join(

@@ -34,8 +34,9 @@ _SHARES = (
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: a baseline, or a method over its seeds. measures:
-    name -> {value, low, high, n} (low and high may be None).
+    """One row of the table: a baseline, or a method over its seeds.
+
+    measures: name -> {value, low, high, n} (low and high may be None).
     """
 
     name: str

@@ -74,8 +74,9 @@ def difference(
 
 
 def difference_rows(outcomes: dict[str, Outcomes], references: list[str]) -> list[tuple[str, ...]]:
-    """Rows in HEADER's order: every method minus every reference that is not itself. outcomes:
-    method -> measure -> seed -> id -> outcome.
+    """Rows in HEADER's order: every method minus every reference that is not itself.
+
+    outcomes: method -> measure -> seed -> id -> outcome.
     """
     rows = []
     for reference in references:

@@ -25,12 +25,13 @@ _MARKS = "os^DvPX"
 # rate above which a mark is hollow: such a model is safe in part because it refuses what is harmless
 _OVER_REFUSING = 0.1
 
+Draw = Callable[[Collected], Figure | None]
 # name -> (caption, what draws it)
-FIGURES: dict[str, tuple[str, Callable[[Collected], Figure | None]]] = {}
+FIGURES: dict[str, tuple[str, Draw]] = {}
 
 
-def _figure(name: str, caption: str):
-    def register(draw: Callable[[Collected], Figure | None]):
+def _figure(name: str, caption: str) -> Callable[[Draw], Draw]:
+    def register(draw: Draw) -> Draw:
         FIGURES[name] = (caption, draw)
         return draw
 
@@ -106,9 +107,9 @@ def _mark(axes: Axes, number: int, method: Method, key: str) -> Any:
         > _OVER_REFUSING
     )
     # a recipe may have no harmless prompts
-    place = (math.nan if measure["value"] is None else measure["value"] for measure in (x, y))
+    across, up = (math.nan if measure["value"] is None else measure["value"] for measure in (x, y))
     bars = axes.errorbar(
-        *place, xerr=_error(x), yerr=_error(y), fmt=mark, color=_COLOURS[number % len(_COLOURS)],
+        across, up, xerr=_error(x), yerr=_error(y), fmt=mark, color=_COLOURS[number % len(_COLOURS)],
         markersize=8, capsize=3, elinewidth=1, markerfacecolor="white" if hollow else None,
     )  # fmt: skip
     return bars.lines[0]

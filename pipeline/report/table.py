@@ -40,7 +40,7 @@ def table_rows(collected: Collected) -> list[tuple[str, ...]]:
     reference = next(
         (m.seconds_per_step for m in collected.methods if m.name == collected.plain), None
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for method in collected.methods:
         name = _name(method)
         seconds = method.seconds_per_step

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -37,8 +38,9 @@ _MEASURES = ("exact_match", "non_refusal_rate", "over_refusal_rate", "ordinary_r
 
 @dataclass(frozen=True)
 class Run:
-    """One setting of one method, its measures averaged over its seeds. over_refusal, ordinary:
-    None where there were no such prompts.
+    """One setting of one method, its measures averaged over its seeds.
+
+    over_refusal, ordinary: None where there were no such prompts.
     """
 
     method: str
@@ -75,18 +77,25 @@ def runs(layout: Layout) -> tuple[list[Run], set[str]]:
     for name, measured in found.items():
         if name not in missing:
             method, _, setting = name.partition(".")
+            exact, answered, over, ordinary = (
+                [m[key]["value"] for m in measured] for key in _MEASURES
+            )
             result.append(
                 Run(
                     method,
                     setting or "as it is",
-                    *(_mean([m[key]["value"] for m in measured]) for key in _MEASURES),
+                    fmean(exact),
+                    fmean(answered),
+                    _mean(over),
+                    _mean(ordinary),
                 )
             )
     return result, {name.partition(".")[0] for name in missing}
 
 
 def _mean(values: list[float | None]) -> float | None:
-    return None if None in values else fmean(values)
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def chosen(found: list[Run]) -> dict[str, Run]:
@@ -98,11 +107,11 @@ def chosen(found: list[Run]) -> dict[str, Run]:
     return best
 
 
-def table(found: list[Run], unfinished: set[str] = frozenset()) -> str:
+def table(found: list[Run], unfinished: Collection[str] = ()) -> str:
     """The settings with their measures, and which of each method is the best; as text."""
     best = chosen(found)
 
-    def word(run):
+    def word(run: Run) -> str:
         return (
             ""
             if best[run.method] is not run

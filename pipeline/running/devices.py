@@ -25,6 +25,8 @@ from pipeline import shipped
 from pipeline.recipe.sections import ModelSection, TrainSection
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
 CPU_PROCESSES = 2  # of `ranks: auto` without a GPU: one process would shard nothing
@@ -35,8 +37,9 @@ FLASH, _FLASH_GPUS, _FLASH_VERSION = "flash_attention_2", (8, 0), (2, 3, 3)
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that this process may use. name: as CUDA_VISIBLE_DEVICES names it; total, free: bytes; busy:
-    processes that compute on it.
+    """A GPU that this process may use.
+
+    name: as CUDA_VISIBLE_DEVICES names it; total, free: bytes; busy: processes that compute on it.
     """
 
     name: str
@@ -273,7 +276,7 @@ def _summary(found: tuple[Gpu, ...]) -> str:
     return f"{len(found)} GPU{'s' * (len(found) > 1)}: {', '.join(models)}"
 
 
-def _visible(nvml: Any) -> tuple[Gpu, ...]:
+def _visible(nvml: ModuleType) -> tuple[Gpu, ...]:
     """What CUDA_VISIBLE_DEVICES leaves of the machine's GPUs, read as CUDA reads it:
     it ends at the first entry that names none.
 
@@ -305,14 +308,14 @@ def _visible(nvml: Any) -> tuple[Gpu, ...]:
     return tuple(_gpu(nvml, name, handle) for name, handle in chosen)
 
 
-def _in_parts(nvml: Any, handle: Any) -> bool:
+def _in_parts(nvml: ModuleType, handle: Any) -> bool:
     try:
         return nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
     except nvml.NVMLError:  # a GPU that knows no parts
         return False
 
 
-def _gpu(nvml: Any, name: str, handle: Any) -> Gpu:
+def _gpu(nvml: ModuleType, name: str, handle: Any) -> Gpu:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     try:
         busy = tuple(
@@ -333,7 +336,7 @@ def _gpu(nvml: Any, name: str, handle: Any) -> Gpu:
     )
 
 
-def _check_driver(nvml: Any) -> None:
+def _check_driver(nvml: ModuleType) -> None:
     """ValueError where the driver is of an older CUDA than torch's: torch would say that there is no GPU.
 
     Minor versions go together.

@@ -111,6 +111,7 @@ def _told(error: BaseException) -> int:
             if first
             else 1
         )
+    assert isinstance(error, OSError), "no other error comes here (_guarded)"
     gone = [stream for stream in (sys.stdout, sys.stderr) if _unusable(stream)]
     for stream in gone:
         # or the interpreter would try, and complain, once more

@@ -46,7 +46,7 @@ def send(control: socket.socket, message: dict[str, Any]) -> None:
 
 def receive(control: socket.socket) -> dict[str, Any] | None:
     """The next JSON object; None where the other side is gone."""
-    parts = []
+    parts: list[bytes] = []
     for length in (_LENGTH.size, None):
         wanted = length or _LENGTH.unpack(parts[0])[0]
         part = b""
@@ -167,11 +167,11 @@ def _fork() -> tuple[int, int]:
     if between:
         os.close(writing)
         with os.fdopen(reading) as stream:
-            pid = stream.read()
+            told = stream.read()
         os.waitpid(between, 0)  # only then is the client the parent, and may wait for it
-        if not pid:
+        if not told:
             raise OSError("no memory, or too many processes")
-        return int(pid), 0
+        return int(told), 0
     between, pid = os.getpid(), -1
     try:
         pid = os.fork()

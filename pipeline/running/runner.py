@@ -229,7 +229,7 @@ class _Forwarding:
             return None
         self.jobs.append(job)
         if self.received:  # it came while the job was being started, and did not reach it
-            job.terminate()
+            job.terminate()  # type: ignore[unreachable]  # a signal's handler sets it
         return job
 
     def __enter__(self) -> _Forwarding:

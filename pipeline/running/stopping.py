@@ -7,10 +7,16 @@ with StopRequest(Path("runs/demo/.work/STOP")) as stop:
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pipeline.running.stop_signals import stop_signals
+
+Handler = (
+    Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+)  # as signal.signal returns it
 
 
 class StopRequest:
@@ -22,7 +28,7 @@ class StopRequest:
     def __init__(self, file: Path):
         self.file = file
         self.reason: str | None = None
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopRequest:
         self._previous = {

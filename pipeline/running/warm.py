@@ -38,7 +38,8 @@ class Forked:
     """A child that was forked elsewhere: what of subprocess.Popen its launcher needs."""
 
     def __init__(self, pid: int):
-        self.pid, self.returncode = pid, None
+        self.pid = pid
+        self.returncode: int | None = None
         # names this process for ever, a pid only until somebody waits for it
         self._descriptor = os.pidfd_open(pid)
 

@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 EXIT_CODE = 70  # EX_SOFTWARE
 # seconds beyond the limit until the sentinel acts, where the thread below cannot run
@@ -43,14 +44,14 @@ class Watchdog:
         self.seconds, self.rank = seconds, rank
         self._count, self._what = 0, "the start"
         self._leaving = threading.Event()
-        self._sentinel: subprocess.Popen | None = None
+        self._sentinel: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
             faulthandler.register(_DUMP)
             given = [str(os.getpid()), str(self.seconds + _BACKSTOP), str(int(_DUMP))]
             self._sentinel = _start([sys.executable, "-I", "-S", str(_SENTINEL), *given])
-            os.set_blocking(self._sentinel.stdin.fileno(), False)
+            os.set_blocking(self._heard_by().fileno(), False)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -59,11 +60,16 @@ class Watchdog:
         if self._sentinel is not None:
             self._sentinel.kill()
             self._sentinel.wait()
-            self._sentinel.stdin.close()
+            self._heard_by().close()
 
     def progress(self, what: str) -> None:
         """Something was finished, in a few words for the message: "step 12"."""
         self._count, self._what = self._count + 1, what
+
+    def _heard_by(self) -> IO[bytes]:
+        """Where the sentinel reads that this process is alive."""
+        assert self._sentinel is not None and self._sentinel.stdin is not None
+        return self._sentinel.stdin
 
     def _watch(self) -> None:
         tick = max(0.05, min(1.0, self.seconds / 10))
@@ -75,7 +81,7 @@ class Watchdog:
             seen = self._count
             # it was killed, or closed between our two lines
             with contextlib.suppress(OSError, ValueError):
-                os.write(self._sentinel.stdin.fileno(), b".")
+                os.write(self._heard_by().fileno(), b".")
             if idle > self.seconds:
                 print(
                     f"error: rank {self.rank} on {socket.gethostname()} has made no progress for "
@@ -88,7 +94,7 @@ class Watchdog:
                 os._exit(EXIT_CODE)
 
 
-def _start(command: list[str], tries: int = 3) -> subprocess.Popen:
+def _start(command: list[str], tries: int = 3) -> subprocess.Popen[bytes]:
     """A process that reads what we write; OSError where it cannot be started.
 
     It gets a copy of the environment: the C library's own may be changed by a thread that does not hold Python's lock.

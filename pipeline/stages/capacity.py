@@ -61,7 +61,8 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
 
     ValueError where they cannot fit, with the fields to change.
     """
-    layout, base, gpus, notes = Layout(experiment), experiment.base, devices.gpus(), []
+    layout, base, gpus = Layout(experiment), experiment.base, devices.gpus()
+    notes: list[str] = []
     memory: float | None = None
     plans: list[tuple[Plan, Cell | None]] = []
     for what, train, cell in _unfinished(layout, cells):
@@ -70,7 +71,7 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
                 base,
                 facts,
                 train,
-                cell and cell.recipe,
+                None if cell is None else cell.recipe,
                 devices.ranks(train),
                 devices.dtype(base.model.dtype),
             )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from pipeline import artifacts
 from pipeline.data.sets import read_rows
+from pipeline.defences.sap import SAP
 from pipeline.defences.sap.diagnostics import safety_direction
 from pipeline.objectives.batches import micro_batches, pair_batches
 from pipeline.recipe.recipe import Cell, Experiment
@@ -56,7 +57,7 @@ def direction(experiment: Experiment, cell: Cell) -> bool:
     with open_run(layout, f"direction-s{cell.seed}", target.name, engine.rank) as run:
         say(engine, f"[direction s{cell.seed}] {len(pairs)} pairs, {len(useful)} task samples")
         vector, summary = safety_direction(
-            engine, (first, second), useful_batches, resolved.sap.contrastive
+            engine, (first, second), useful_batches, SAP.of(resolved).contrastive
         )
         summary["weights_checksum"] = engine.checksum(engine.weights())
         vectors = {"direction": vector} | (

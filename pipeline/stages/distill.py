@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ ANSWERED = "answered.parquet"
 def complete_answers(
     open_model: Callable[[], PreTrainedModel],
     chat: Chat,
-    rows: list[Row],
+    rows: Sequence[Row],
     recipe: Recipe,
     folder: Path,
 ) -> list[Row]:
@@ -80,10 +80,10 @@ def complete_answers(
         for index, text in part
     }
     completed = [
-        _completed(chat, row, answers.get(index), recipe.data.max_length)
+        done
         for index, row in enumerate(rows)
+        if (done := _completed(chat, row, answers.get(index), recipe.data.max_length)) is not None
     ]
-    completed = [row for row in completed if row is not None]
     if rank == 0 and len(completed) < len(rows):
         print(
             f"[align] {len(rows) - len(completed)} of them left out: the model said nothing, or refused",

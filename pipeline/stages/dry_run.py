@@ -27,8 +27,9 @@ def overview(
     samples: Samples,
     cells: Sequence[Cell],
 ) -> str:
-    """The lines. folders: stage -> those that it writes, in the order of the stages. found:
-    None where the model is not here yet.
+    """The lines.
+
+    folders: stage -> those that it writes, in the order of the stages. found: None where the model is not here yet.
     """
     base = experiment.base
     needs = "what it needs is not known yet" if found is None else found.line()

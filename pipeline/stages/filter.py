@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import artifacts
 from pipeline.data.sets import read_rows
+from pipeline.defences.saft import SAFT
 from pipeline.defences.saft.embeddings import embed
 from pipeline.defences.saft.filter import check_labels, decide, highest_scored
 from pipeline.defences.saft.filter import write as write_decision
@@ -35,7 +37,7 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
 
     Where it refuses, it says so; training on it is an error.
     """
-    layout, saft = Layout(experiment), cell.recipe.saft
+    layout, saft = Layout(experiment), SAFT.of(cell.recipe)
     target = layout.filter(cell)
     if done_alone(target):
         return True
@@ -65,9 +67,9 @@ def filter_data(experiment: Experiment, cell: Cell) -> bool:
     return True
 
 
-def _embeddings(layout: Layout, cell: Cell, rows: list[dict[str, Any]]) -> torch.Tensor:
+def _embeddings(layout: Layout, cell: Cell, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
     """The rows' embeddings (N, D), from their folder, or computed into it."""
-    target, saft = layout.embeddings(cell), cell.recipe.saft
+    target, saft = layout.embeddings(cell), SAFT.of(cell.recipe)
     if claimed_together(target, cell.recipe.train):
         engine, tokenizer = open_start(layout, cell, target)
         layer = read_layer(saft.layer, len(decoder_layers(engine.module)))

@@ -24,7 +24,8 @@ from pipeline.data.digests import content_digest
 from pipeline.data.fingerprint import fingerprint
 from pipeline.data.sources import local_path
 from pipeline.defences import DEFENCES
-from pipeline.defences.saft import keywords
+from pipeline.defences.saft import SAFT, keywords
+from pipeline.defences.sap import SAP
 from pipeline.judges import judges, refusal
 from pipeline.model.model_files import model_location
 from pipeline.recipe.file_endings import suffix
@@ -41,8 +42,9 @@ _ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "b
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to evaluate: a model folder or hub id, with or without an adapter. trained:
-    folder of the stage whose product it is.
+    """Something to evaluate: a model folder or hub id, with or without an adapter.
+
+    trained: folder of the stage whose product it is.
     """
 
     name: str
@@ -224,12 +226,13 @@ class Layout:
             {"safety_pairs": _drawing(recipe)} if cell is not None and recipe.draws_pairs else {}
         )
         # A direction that is never computed again is carried from checkpoint to checkpoint.
-        never = (
+        kept = {}
+        if (
             cell is not None
             and recipe.safety_pairs.refresh_every == 0
             and "direction" in self.read_by(cell)
-        )
-        kept = {"the direction stage": self._direction_hash(cell)} if never else {}
+        ):
+            kept = {"the direction stage": self._direction_hash(cell)}
         return {
             "format": _FORMAT,
             "the start model (with model.dtype, model.attention and align)": (
@@ -245,13 +248,15 @@ class Layout:
         }
 
     def _embeddings_hash(self, cell: Cell) -> str:
-        saft = cell.recipe.saft
+        saft = SAFT.of(cell.recipe)
         return _short(
             [_FORMAT, self._start_hash(), self._prepare_hash(), saft.layer, saft.position]
         )
 
     def _filter_hash(self, cell: Cell) -> str:
-        section = cell.recipe.saft.model_dump(mode="json", exclude={"enabled", "micro_batch_size"})
+        section = SAFT.of(cell.recipe).model_dump(
+            mode="json", exclude={"enabled", "micro_batch_size"}
+        )
         # what is counted, and what is kept
         texts = artifacts.digest([keywords.WORDS, refusal.PATTERNS])
         return _short([_FORMAT, self._embeddings_hash(cell), section, texts])
@@ -284,7 +289,8 @@ class Layout:
             self._data(),
             {"task", "validation_samples", "test_samples", "harmful_fraction"},
         )
-        if data["harmful"] is None or self.base.data.harmful.limit is not None:
+        harmful = self.base.data.harmful
+        if data["harmful"] is None or (harmful is not None and harmful.limit is not None):
             data = {name: value for name, value in data.items() if name not in after}
         section = self.base.align.model_dump(mode="json", exclude={"train"})
         training = _training(self.base.align.train)
@@ -332,7 +338,7 @@ class Layout:
             self._prepare_hash(),
             cell.seed,
             trained,
-            recipe.sap.contrastive,
+            SAP.of(recipe).contrastive,
         ]
         return _short(parts)
 

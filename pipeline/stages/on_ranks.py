@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import artifacts
 from pipeline.defences.callback import Callback
@@ -35,6 +35,9 @@ from pipeline.system.system_errors import naming
 from pipeline.tracking.run import Run
 from pipeline.training.callbacks import Console, Tracked, Watched
 from pipeline.training.checkpoint import ORIGIN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def inputs_of(layout: Layout, *folders: Path) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def claimed_together(target: Path, train_section: TrainSection) -> bool:
     return found
 
 
-def open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, Any]:
+def open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, PreTrainedTokenizerBase]:
     """Engine and tokenizer of a cell at its start: the same weights (and fresh adapter) for every method of a seed."""
     base, train_section = layout.base, cell.recipe.train
     tokenizer = load_tokenizer(base.model)

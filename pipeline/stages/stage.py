@@ -82,7 +82,7 @@ class Stage:
 
     name: str
     units: Callable[[Layout], Iterator[Unit]]
-    run: Callable[..., Any]
+    run: Callable[..., object]
     needs: tuple[str, ...] = ()
     where: Literal["here", "ranks", "alone"] = "here"
     of_cells: bool = False
@@ -131,6 +131,6 @@ def of_each_cell(
     return units
 
 
-def lazily(module: str, name: str) -> Callable[..., Any]:
+def lazily(module: str, name: str) -> Callable[..., bool]:
     """A function of a module that is imported when it is called."""
     return lambda *arguments: getattr(importlib.import_module(module), name)(*arguments)

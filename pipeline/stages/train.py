@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pipeline import artifacts
 from pipeline.data.sets import read_rows
@@ -27,7 +26,7 @@ from pipeline.stages.on_ranks import (
     watched,
 )
 from pipeline.tracking.run import open_run
-from pipeline.training.loop import Loop, TrainingData
+from pipeline.training.loop import Loop, Rows, TrainingData
 from pipeline.training.product import save_product
 
 
@@ -87,7 +86,7 @@ def train(experiment: Experiment, cell: Cell) -> bool:
     return True
 
 
-def _validation_rows(prepared: Path) -> dict[str, list[dict[str, Any]]]:
+def _validation_rows(prepared: Path) -> dict[str, Rows]:
     sets = {"task": "task_validation", "harmful": "harmful_validation"}
     return {
         name: read_rows(prepared, file)

@@ -29,8 +29,9 @@ def locked(stream: IO[str], wait: bool) -> bool:
         device = os.fstat(stream.fileno()).st_dev
         if device not in _told:
             _told.add(device)
+            reason = os.strerror(error.errno or 0)
             warnings.warn(
-                f"{Path(stream.name).parent} cannot lock files ({os.strerror(error.errno)}): processes that write the "
+                f"{Path(stream.name).parent} cannot lock files ({reason}): processes that write the "
                 "same there do not see each other, so start no two at once",
                 stacklevel=2,
             )

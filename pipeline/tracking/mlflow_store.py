@@ -216,7 +216,7 @@ def undelivered(folder: Path, uri: str, output_dir: Path) -> list[Path]:
     """Outboxes of a folder that hold entries which the store at `uri` was not given. Needs no MLflow."""
     name = _store_name(uri, output_dir.resolve())
 
-    def given(outbox):
+    def given(outbox: Path) -> int:
         return _remembered(outbox.with_suffix(".delivered")).get(name, {}).get("offset", 0)
 
     return [outbox for outbox in sorted(folder.glob("*.jsonl")) if given(outbox) != _whole(outbox)]
@@ -244,7 +244,7 @@ def _remembered(path: Path) -> dict[str, dict[str, Any]]:
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
 
-    def sound(state):
+    def sound(state: object) -> bool:
         return (
             isinstance(state, dict)
             and type(state.get("offset")) is int

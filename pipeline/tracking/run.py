@@ -106,7 +106,7 @@ class _TrackedRun(Run):
         self._log({_metric_name(key): float(value) for key, value in numbers.items()}, 0)
 
     def log_evaluation(self, metrics: dict[str, Any]) -> None:
-        values = {}
+        values: dict[str, float] = {}
         for name, value in metrics.items():
             parts = value if isinstance(value, dict) else {"value": value}
             named = {

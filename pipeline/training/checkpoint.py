@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -216,7 +216,7 @@ def _load(
 def _not_finite(engine: Engine, step: Stateful) -> str | None:
     """Half a sentence where a weight, or what the step carries, is not finite on some rank. A collective call."""
 
-    def sound(tensors):
+    def sound(tensors: Iterable[torch.Tensor]) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     carried = [

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,7 @@ class TrainingData:
     pad_id: int
     pairs_per_step: int = 1
     pairs_micro_batch: int = 1
-    validation: dict[str, Rows] = field(default_factory=dict)
+    validation: Mapping[str, Rows] = field(default_factory=dict)
 
 
 class Loop:
@@ -68,7 +68,8 @@ class Loop:
             basis or {},
             callbacks,
         )
-        self.steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch_size)
+        epochs = train.epochs or 0  # one of the two is given
+        self.steps = train.steps or math.ceil(epochs * len(data.train) / train.batch_size)
         self.order = BatchOrder(len(data.train), train.batch_size, seed)
         self.pair_order = (
             BatchOrder(len(data.pairs), data.pairs_per_step, seed) if data.pairs else None
@@ -131,7 +132,7 @@ class Loop:
             self._event((f"resumed after step {done}" if done else "started") + circumstances())
         given = self.train.resume_from
         self._started_anew = not done and given is not None
-        if self._started_anew:
+        if not done and given is not None:
             done = checkpoint.start_from(
                 self.engine, self.state, given, self.basis, self.steps, self.metrics_file
             )
@@ -159,15 +160,15 @@ class Loop:
         task, draw = self.step.positions(number)
         useful = self._useful(number, task)
         part = None if self.step.share == 1 else self._useful(number, task, self.step.share)
-        metrics = self.step(useful, lambda: self._pairs(number, draw, drawn), number, part)
-        metrics |= {
+        measured = self.step(useful, lambda: self._pairs(number, draw, drawn), number, part)
+        measured |= {
             "train/lr": lr,
             "train/grad_norm": self.engine.gradient_norm(),
             "safety/pairs": float(len(drawn)),
         }
-        metrics["train/padding"] = padding(useful)
+        measured["train/padding"] = padding(useful)
         # All that ranks agree on, read at once: they refuse together, before the update, and stop together.
-        metrics = self.engine.read({**metrics, _ASKED: self.engine.ranks_with(stop.requested())})
+        metrics = self.engine.read({**measured, _ASKED: self.engine.ranks_with(stop.requested())})
         asked = metrics.pop(_ASKED) > 0
         for key, what in (("train/loss", "loss"), ("train/grad_norm", "gradient's norm")):
             if not math.isfinite(metrics[key]):

@@ -17,7 +17,7 @@ import warnings
 from collections import ChainMap, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,6 +33,9 @@ from pipeline.model.weights import write_sharded
 from pipeline.recipe.sections import ModelSection, TrainSection
 from pipeline.running import lean_imports
 from pipeline.system.system_errors import naming
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def save_product(
@@ -73,7 +76,7 @@ def save_adapter(engine: Engine, base_model: str, folder: Path) -> None:
 
 
 def _write_adapter(
-    module: nn.Module, gathered: dict[str, torch.Tensor], base_model: str, folder: Path
+    module: PeftModel, gathered: dict[str, torch.Tensor], base_model: str, folder: Path
 ) -> None:
     from peft import get_peft_model_state_dict
 
@@ -97,7 +100,7 @@ def _write_adapter(
         )
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """The model with a trained adapter, for inference."""
     lean_imports.import_peft()
     from peft import PeftModel
@@ -122,18 +125,19 @@ def save_merged(
     gathered = engine.gather(engine.weights())
     if engine.rank != 0:
         return
-    model, dtype = engine.module.get_base_model(), resolve_dtype(section.dtype)
-    files, config = weight_files(source, section.revision), engine.module.peft_config["default"]
+    adapted: PeftModel = engine.module
+    model, dtype = adapted.get_base_model(), resolve_dtype(section.dtype)
+    files, config = weight_files(source, section.revision), adapted.peft_config["default"]
     updates, tied = _updates(gathered), _tied_weights(model)
     untie = tied is not None and tied[1] in updates
     base: Mapping[str, torch.Tensor] = files
-    if untie and tied[0] in files and tied[1] not in files:
+    if tied is not None and untie and tied[0] in files and tied[1] not in files:
         # the head's own weight starts as the embedding's
-        base = ChainMap({tied[1]: files[tied[0]]}, files)
+        base = ChainMap({tied[1]: files[tied[0]]}, files)  # type: ignore[arg-type]  # read only
     if updates.keys() <= set(base) and (base is not files or not untie):
         write_sharded(merge(base, updates, config.lora_alpha / config.r, dtype), folder)
     else:
-        _save_merged_whole(engine.module, gathered, source, section, folder, untie)
+        _save_merged_whole(adapted, gathered, source, section, folder, untie)
     _describe(model, files.folder, dtype, folder, tokenizer, untie)
 
 
@@ -142,10 +146,11 @@ def _tied_weights(model: PreTrainedModel) -> tuple[str, str] | None:
     if not model.config.tie_word_embeddings:
         return None
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return tuple(
+    embedding, head = (
         next(f"{name}.weight" for name, module in model.named_modules() if module is end)
         for end in ends
     )
+    return embedding, head
 
 
 def _updates(gathered: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -162,7 +167,7 @@ def _updates(gathered: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor,
 
 
 def _save_merged_whole(
-    module: nn.Module, gathered: dict[str, torch.Tensor], source: str, section: ModelSection, folder: Path, untie: bool
+    module: PeftModel, gathered: dict[str, torch.Tensor], source: str, section: ModelSection, folder: Path, untie: bool
 ) -> None:  # fmt: skip
     warnings.warn(
         f"{source} is merged whole on rank 0, because its files give the weights other names than the model",
@@ -232,8 +237,13 @@ def _set_untied(config: PretrainedConfig) -> None:
 
 
 def _describe(
-    model: Any, source: Path, dtype: torch.dtype, folder: Path, tokenizer: PreTrainedTokenizerBase, untie: bool = False
-) -> None:  # fmt: skip
+    model: PreTrainedModel,
+    source: Path,
+    dtype: torch.dtype,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    untie: bool = False,
+) -> None:
     """What from_pretrained needs beside the weights. untie: whether the head has a weight of its own now."""
     config = copy.deepcopy(model.config)
     if untie:

@@ -86,8 +86,9 @@ def run_steps(
 
 @dataclass(frozen=True)
 class Setting:
-    """persistence: ZeRO-3's threshold and reuse distance, whether gathered copies outlive a pass. offload:
-    of its weights and optimizer.
+    """persistence: ZeRO-3's threshold and reuse distance, whether gathered copies outlive a pass.
+
+    offload: of its weights and optimizer.
     """
 
     engine: str

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.defences.defence import Defence, Row, Sizes, kept
 from pipeline.defences.ema.section import EmaSection
 
+if TYPE_CHECKING:
+    from pipeline.defences.callback import Callback
+    from pipeline.engines.engine import Engine
+    from pipeline.recipe.recipe import Recipe
 
-def _callback(engine: Any, section: EmaSection) -> Any:
+
+def _callback(engine: Engine, section: EmaSection) -> Callback:
     from pipeline.defences.ema.average import Ema
 
     return Ema(engine, section)
@@ -23,7 +28,7 @@ def _memory(section: EmaSection, sizes: Sizes) -> list[Row]:
     ]
 
 
-def _consistent(section: EmaSection, recipe: Any) -> None:
+def _consistent(section: EmaSection, recipe: Recipe) -> None:
     if recipe.train.steps is not None:
         section.check_steps(recipe.train.steps)
 

@@ -44,6 +44,7 @@ class Ema(Callback):
             self.average = self.engine.weights()
         if since <= 0 or since % self.section.every:
             return
+        assert self.average is not None, "it begins after the warm-up"
         decay = self.section.decay
         for average, weight in zip(self.average, self.engine.weights(), strict=True):
             average.mul_(decay).add_(weight, alpha=1 - decay)

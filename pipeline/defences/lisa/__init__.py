@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.defences.defence import Costs, Defence, Passes, kept
 from pipeline.defences.lisa.section import LisaSection
 
+if TYPE_CHECKING:
+    from pipeline.defences.step import Step
+    from pipeline.engines.engine import Engine, ShardedVector
+    from pipeline.recipe.recipe import Recipe
 
-def _build(engine: Any, recipe: Any, inner: Any, direction: Any) -> Any:
+
+def _build(engine: Engine, recipe: Recipe, inner: Step, direction: ShardedVector | None) -> Step:
     from pipeline.defences.lisa.step import LisaStep
 
-    return LisaStep(engine, recipe.lisa, recipe.safety_pairs.refresh_every)
+    return LisaStep(engine, LISA.of(recipe), recipe.safety_pairs.refresh_every)
 
 
 def _passes(section: LisaSection, costs: Costs, passes: Passes) -> Passes:
@@ -19,7 +24,7 @@ def _passes(section: LisaSection, costs: Costs, passes: Passes) -> Passes:
     return [(1 - aligning, *costs.main), (aligning, *costs.safe)]
 
 
-def _consistent(section: LisaSection, recipe: Any) -> None:
+def _consistent(section: LisaSection, recipe: Recipe) -> None:
     if recipe.safety_pairs.refresh_every == 0:
         raise ValueError(
             "safety_pairs.refresh_every is 0, so that lisa would never draw a safety pair: set it to 1 or more"

@@ -27,11 +27,7 @@ class SafeMix(Step):
     def __init__(self, engine: Engine, step: Step, every: int):
         """every: steps between those that are mixed, from the first on."""
         self.engine, self.step, self.every = engine, step, every
-        self.share, self.summary_keys, self.positions = (
-            step.share,
-            step.summary_keys,
-            step.positions,
-        )
+        self.share, self.summary_keys = step.share, step.summary_keys
 
     def __call__(
         self,
@@ -43,6 +39,9 @@ class SafeMix(Step):
         if number % self.every == 0:
             useful = pooled(self.engine, [*useful, *safe_batches(pairs())])
         return self.step(useful, pairs, number, part)
+
+    def positions(self, number: int) -> tuple[int, int]:
+        return self.step.positions(number)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.step.state_dict()

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.defences.defence import Costs, Defence, Passes, kept
 from pipeline.defences.safety_gradient.section import SafetyGradientSection
 
+if TYPE_CHECKING:
+    from pipeline.defences.step import Step
+    from pipeline.engines.engine import Engine, ShardedVector
+    from pipeline.recipe.recipe import Recipe
 
-def _build(engine: Any, recipe: Any, inner: Any, direction: Any) -> Any:
+
+def _build(engine: Engine, recipe: Recipe, inner: Step, direction: ShardedVector | None) -> Step:
     from pipeline.defences.safety_gradient.step import SafetyGradientStep
 
-    return SafetyGradientStep(engine, recipe.safety_gradient, recipe.safety_pairs.refresh_every)
+    section = SAFETY_GRADIENT.of(recipe)
+    return SafetyGradientStep(engine, section, recipe.safety_pairs.refresh_every)
 
 
 def _passes(section: SafetyGradientSection, costs: Costs, passes: Passes) -> Passes:
     return [*passes, (costs.draws, *costs.safety)]
 
 
-def _consistent(section: SafetyGradientSection, recipe: Any) -> None:
+def _consistent(section: SafetyGradientSection, recipe: Recipe) -> None:
     if recipe.safety_pairs.refresh_every == 0:
         raise ValueError(
             "safety_pairs.refresh_every is 0, so that safety_gradient would never draw a safety "

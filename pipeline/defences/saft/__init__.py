@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.defences.defence import Defence
 from pipeline.defences.saft.section import SaftSection
 from pipeline.recipe.layer_choice import read_layer
+
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
 
 NO_LABELS = (
     "saft has no labelled samples to choose its threshold on: map a column of true and false to "
@@ -15,7 +18,7 @@ NO_LABELS = (
 )
 
 
-def _notes(section: SaftSection, recipe: Any, ranks: int) -> list[str]:
+def _notes(section: SaftSection, recipe: Recipe, ranks: int) -> list[str]:
     data = recipe.data
     if section.contamination is None and not (
         data.harmful_fraction > 0 or "harmful" in data.task.columns

@@ -12,8 +12,9 @@ from pipeline.defences.saft.saft import Choice
 
 @dataclass(frozen=True)
 class Decision:
-    """scores: (N, 4), one column per k. labels: 1 harmful, 0 harmless, -1 not known. subset:
-    numbers of the labelled samples that chose.
+    """scores: (N, 4), one column per k.
+
+    labels: 1 harmful, 0 harmless, -1 not known. subset: numbers of the labelled samples that chose.
 
     words: keywords found, refusals: whether the response refuses, dropped: what to leave out, all (N,).
     refused: why nothing is dropped.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pipeline.engines.engine import Engine
-from pipeline.model.models import decoder_layers
+from pipeline.model.models import decoder_layers, hidden_size
 from pipeline.objectives.batches import IGNORE
 
 Position = Literal["response_start", "response_mean", "response_end"]
@@ -56,9 +56,7 @@ def embed(
 
     A collective call.
     """
-    found = torch.zeros(
-        len(rows), engine.module.config.get_text_config().hidden_size, device=engine.device
-    )
+    found = torch.zeros(len(rows), hidden_size(engine.module), device=engine.device)
     seen: list[torch.Tensor] = []
     handle = decoder_layers(engine.module)[layer].register_forward_hook(
         lambda _m, _i, output: seen.append(output if torch.is_tensor(output) else output[0])
@@ -138,10 +136,10 @@ def _padded(
 ) -> _Batch:
     width = max(len(rows[i]["input_ids"]) for i in chunk)
 
-    def fill(values, value):
-        return values + [value] * (width - len(values))
+    def fill(values: Sequence[float], value: float) -> list[float]:
+        return [*values, *[value] * (width - len(values))]
 
-    ids = [fill(list(rows[i]["input_ids"]), pad_id) for i in chunk]
+    ids = [fill(rows[i]["input_ids"], pad_id) for i in chunk]
     mask = [fill([1] * len(rows[i]["input_ids"]), 0) for i in chunk]
     weights = (
         torch.tensor([fill(position_weights(rows[i]["labels"], position), 0.0) for i in chunk])

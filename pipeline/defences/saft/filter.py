@@ -85,6 +85,7 @@ def decide(rows: Rows, embeddings: torch.Tensor, section: SaftSection, seed: int
     if len(subset):
         choice = choose(scores, subset, labels[subset] == 1, section.components)
     else:
+        assert section.contamination is not None, "check_labels wants it where there are no labels"
         choice = choose_by_share(scores, section.contamination, section.components)
     score = scores[:, choice.components - 1]
     measured = {

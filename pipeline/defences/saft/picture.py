@@ -25,7 +25,7 @@ def draw_scores(decision: Decision, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     positive = score[score > 0]
     bins = (
-        np.geomspace(positive.min(), positive.max() * 1.0001, 40)
+        np.geomspace(positive.min(), positive.max() * 1.0001, 40).tolist()
         if len(positive) and positive.max() > positive.min()
         else 40
     )

@@ -91,7 +91,8 @@ def with_interval(
     """The measure with its 95% bootstrap interval over samples (percentiles of 1000 resamples that
     hold both kinds), and n.
     """
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found: list[float] = []
     while len(found) < _RESAMPLES and labels.any() and not labels.all():
         drawn = rng.integers(len(labels), size=len(labels))
         if labels[drawn].any() and not labels[drawn].all():

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.defences.defence import Costs, Defence, Passes, Row, Sizes
 from pipeline.defences.sap.section import SapSection
 from pipeline.objectives.sharing import share_of
 from pipeline.recipe.layer_choice import probed_layers
 
+if TYPE_CHECKING:
+    from pipeline.defences.step import Step
+    from pipeline.engines.engine import Engine, ShardedVector
+    from pipeline.recipe.recipe import Recipe
 
-def _build(engine: Any, recipe: Any, inner: Any, direction: Any) -> Any:
+
+def _build(engine: Engine, recipe: Recipe, inner: Step, direction: ShardedVector | None) -> Step:
     from pipeline.defences.sap.probe import probe_of
     from pipeline.defences.sap.step import SapStep
 
+    section = SAP.of(recipe)
     return SapStep(
         engine,
-        probe_of(engine.module, recipe.sap.layers),
-        recipe.sap,
+        probe_of(engine.module, section.layers),
+        section,
         direction,
         recipe.safety_pairs.refresh_every,
     )
@@ -71,7 +77,7 @@ def _passes(section: SapSection, costs: Costs, passes: Passes) -> Passes:
     ]
 
 
-def _consistent(section: SapSection, recipe: Any) -> None:
+def _consistent(section: SapSection, recipe: Recipe) -> None:
     if recipe.safety_pairs.refresh_every == 0 and section.direction == "live":
         raise ValueError("safety_pairs.refresh_every 0 needs sap.direction: precomputed")
 
@@ -80,7 +86,7 @@ def _fits(section: SapSection, layers: int) -> None:
     probed_layers(section.layers, layers)
 
 
-def _notes(section: SapSection, recipe: Any, ranks: int) -> list[str]:
+def _notes(section: SapSection, recipe: Recipe, ranks: int) -> list[str]:
     batch = recipe.train.batch_size
     samples = share_of(batch, section.probe_share)
     if samples >= ranks:

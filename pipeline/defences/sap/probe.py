@@ -13,21 +13,20 @@ one vector per layer, broadcast over batch and sequence, as in the reference cod
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.model.models import decoder_layers
+from pipeline.model.models import decoder_layers, hidden_size
 from pipeline.recipe.layer_choice import probed_layers
 
 
 def probe_of(module: nn.Module, layers: str | list[int] | list[float]) -> Probe:
     """The probe of a model. layers: sap.layers. ValueError where the model has none such."""
     of_model = decoder_layers(module)
-    return Probe(
-        of_model, probed_layers(layers, len(of_model)), module.config.get_text_config().hidden_size
-    )
+    return Probe(of_model, probed_layers(layers, len(of_model)), hidden_size(module))
 
 
 class _AddProbe(torch.autograd.Function):
@@ -37,12 +36,12 @@ class _AddProbe(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden_states: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         ctx.dtype = v.dtype
         return hidden_states + v.to(hidden_states.dtype)
 
     @staticmethod
-    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         grad_v = grad_output.sum(dim=(0, 1), dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
         return grad_output, grad_v
 
@@ -81,8 +80,8 @@ class Probe:
                 handle.remove()
 
 
-def _adder(row: torch.Tensor):
-    def hook(_module: nn.Module, _inputs: object, output: object) -> object:
+def _adder(row: torch.Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (_AddProbe.apply(output[0], row), *output[1:])
         return _AddProbe.apply(output, row)

@@ -132,6 +132,7 @@ class SapStep(Step):
         # grad_{W,V} L_useful(W, V_{t-1})
         with self.probe.active(v) as rows:
             loss, p0 = self.engine.forward_backward(useful_loss, useful, rows)
+        assert p0 is not None, "rows of V were given"
         self._measure_correction(g0, metrics)
         self._diagnose(loss, shifted, p0, p1, minus, metrics)
         self.v = self._probe_step(p1 - p0)  # V_t: replaced, not accumulated
@@ -159,7 +160,7 @@ class SapStep(Step):
 
     def _probe_gradient(
         self, useful: Sequence[MicroBatch], v: torch.Tensor
-    ) -> tuple[float, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with self.probe.active(v) as rows:
             return self.engine.probe_gradient(useful_loss, useful, rows)
 
@@ -179,8 +180,8 @@ class SapStep(Step):
 
     def _diagnose(
         self,
-        loss: float,
-        shifted: float,
+        loss: torch.Tensor,
+        shifted: torch.Tensor,
         p0: torch.Tensor,
         p1: torch.Tensor,
         minus: torch.Tensor | None,
@@ -256,9 +257,10 @@ class SapStep(Step):
         metrics["sap/probe_rms"] = self.v.square().mean().sqrt().item()
         if g0 is None:
             return
-        metrics["sap/correction"] = self._correction(self.engine.accumulated_gradient(), g0)
+        correction = self._correction(self.engine.accumulated_gradient(), g0)
+        metrics["sap/correction"] = correction
         if self.section.probe_step == "target_correction":
-            self._adapt_scale(metrics["sap/correction"], limit=2.0)
+            self._adapt_scale(correction, limit=2.0)
 
     def _correction(self, g: ShardedVector, g0: ShardedVector) -> float:
         return self.engine.norm([a - b for a, b in zip(g, g0, strict=True)]) / self.engine.norm(g0)

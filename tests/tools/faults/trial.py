@@ -42,8 +42,9 @@ class Verdict:
 def tried(
     chain: Chain, expected: dict[str, str], undisturbed: Path, kind: str, seed: int, room: Path
 ) -> Verdict | None:
-    """The verdict; None where the fault found nothing to strike at. room:
-    where the trial's folder is, and is removed from.
+    """The verdict; None where the fault found nothing to strike at.
+
+    room: where the trial's folder is, and is removed from.
     """
     random = Random(seed)
     output = room / f"trial-{seed}"

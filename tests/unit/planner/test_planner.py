@@ -445,8 +445,9 @@ def test_defaults_are_deepspeeds():
 
 
 class PeakBytes(TorchDispatchMode):
-    """Most bytes that tensors made inside the block took at one time. known:
-    storages from before, which views may bring in.
+    """Most bytes that tensors made inside the block took at one time.
+
+    known: storages from before, which views may bring in.
     """
 
     def __init__(self, known: list[torch.Tensor]):

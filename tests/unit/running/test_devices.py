@@ -14,8 +14,9 @@ GB = 10**9
 
 
 class Driver:
-    """What pipeline/running/devices.py asks of nvidia-ml-py. gpus:
-    (name, total bytes, free bytes, compute capability, processes).
+    """What pipeline/running/devices.py asks of nvidia-ml-py.
+
+    gpus: (name, total bytes, free bytes, compute capability, processes).
     """
 
     NVMLError = type("NVMLError", (Exception,), {})
