@@ -72,7 +72,10 @@ def _size(path: Path, source: SourceSection, field: str) -> int:
 
 
 def _check_rows(field: str, source: SourceSection, recipe: Recipe, skipped: Skipped) -> int:
-    """How many rows there are. ValueError for one that cannot be used, and where none can; those that may be left out are kept in `skipped`."""
+    """How many rows there are; those that may be left out are kept in `skipped`.
+
+    ValueError for one that cannot be used, and where none can.
+    """
     if field == "data.task":
         rows = task_rows(recipe.data, skipped)
         _check_splits(rows, recipe.data)

@@ -242,8 +242,8 @@ def _all_texts(values: list[Any]) -> bool:
 def _field(mapping: dict[str, str]) -> tuple[str | None, str]:
     """The recipe's field that such columns are for, and what else is to be said of them.
 
-    _ANY where the columns do not say it. Harmful is only what calls itself so: on a guess a recipe would train on answers
-    to it, or learn to refuse a product's own prompts.
+    _ANY where the columns do not say it. Harmful is only what calls itself so: on a guess a recipe would train on
+    answers to it, or learn to refuse a product's own prompts.
     """
     prompt, response = (mapping.get(name, "").strip().lower() for name in ("prompt", "response"))
     if {"chosen", "rejected"} & mapping.keys():

@@ -305,7 +305,7 @@ def load(path: str | Path, overrides: dict[str, Any] | None, model: type[Recipe]
 
 
 def _check_enabled(experiment: Experiment, cells: list[Cell], given: dict[str, Any]) -> None:
-    """ValueError where a section is filled in and switched on nowhere: the training would be a plain one, and nothing would say so.
+    """ValueError where a section is filled in and switched on nowhere: it would do nothing, without a word.
 
     A method's, unless the method or the command line says whether it is enabled; and what the file itself gives for all
     methods, where it does not say so and none of them enables it. What it takes over from the file that it extends may
@@ -336,13 +336,16 @@ def _check_enabled(experiment: Experiment, cells: list[Cell], given: dict[str, A
                 "set it to true" if name in _SHARED else "set it to true in a method that uses it"
             )
             raise ValueError(
-                f"{experiment.path}: {', '.join(f'{name}.{field}' for field in filled)} would do nothing, because {name}.enabled "
-                f"is not set: {where}, or to false where it is to stay off"
+                f"{experiment.path}: {', '.join(f'{name}.{field}' for field in filled)} would do nothing, "
+                f"because {name}.enabled is not set: {where}, or to false where it is to stay off"
             )
 
 
 def _check_moved(merged: dict[str, Any], path: Path, model: type[Recipe]) -> None:
-    """ValueError that lists every key that belongs into another section, the methods' and their grids' too: an old recipe has several."""
+    """ValueError that lists every key that belongs into another section, in methods and their grids too.
+
+    An old recipe has several.
+    """
     methods = merged.get("methods")
     parts = [("", merged)]
     for method, own in methods.items() if isinstance(methods, dict) else ():
@@ -356,16 +359,22 @@ def _check_moved(merged: dict[str, Any], path: Path, model: type[Recipe]) -> Non
         for name, value in mapping.items():
             field = model.model_fields.get(name)
             section = section_of(field.annotation) if field else None
-            for key in value if section and isinstance(value, dict) else ():
-                if place := _moved(section, key):
-                    moved.append(f"{prefix}{place} instead of {prefix}{name}.{key}")
+            if section is not None and isinstance(value, dict):
+                moved += [
+                    f"{prefix}{place} instead of {prefix}{name}.{key}"
+                    for key in value
+                    if (place := _moved(section, key))
+                ]
     if moved:
         keys = "keys" if len(moved) > 1 else "key"
         raise ValueError(f"{path}: unknown {keys}: write {redact(', and '.join(moved))}")
 
 
 def _moved(section: type[Section], key: Any) -> str | None:
-    """The field to write instead of a key that the section does not have: one that it had, or one of how safety pairs are drawn."""
+    """The field to write instead of a key that the section does not have.
+
+    One that it had, or one of how safety pairs are drawn.
+    """
     if key in section.model_fields:
         return None
     drawn = issubclass(section, DefenceSection) and key in SafetyPairsSection.model_fields

@@ -1,8 +1,10 @@
-"""How many samples a recipe has, as far as that is known before anything runs, and the steps that come of them. Needs no torch.
+"""How many samples a recipe has, as far as that is known before anything runs, and the steps that come of them.
 
 samples = samples_of(layout, rows=300)       # rows: usable ones of data.task, None where nobody counted
-samples.line()                               # "300 rows: 100 held out to test and 64 to validate, about 136 to train on"
+samples.line()                               # "300 rows: 100 held out to test and 64 to validate, about 136 ..."
 samples.steps(cell.recipe.train)             # "about 51"
+
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from pipeline.stages.layout import Layout
 class Samples:
     """What is trained on, validated on and tested on, and the safety pairs; None where it is not known.
 
-    rows: usable ones of the task. exact: whether the numbers are those of the prepared sets. Else rows that other sets hold,
-    that repeat each other, or that are too long, may make them a little smaller.
+    rows: usable ones of the task. exact: whether the numbers are those of the prepared sets. Else rows that other sets
+    hold, that repeat each other, or that are too long, may make them a little smaller.
     """
 
     rows: int | None
@@ -34,6 +36,7 @@ class Samples:
     exact: bool
 
     def line(self) -> str:
+        """What is held out and what is left, for people."""
         held = f"{self.test} held out to test and {self.validation} to validate"
         if self.train is None:
             return f"{held}; how many are left to train on is known once they are prepared"
@@ -42,6 +45,7 @@ class Samples:
         return f"{rows}: {held}, {self._about}{self.train} to train on; {pairs}"
 
     def steps(self, train: TrainSection) -> str:
+        """How many steps a training takes, for people; its epochs where the samples are not known."""
         if train.steps is not None:
             return str(train.steps)
         assert train.epochs is not None, "one of the two is set"
@@ -56,14 +60,14 @@ class Samples:
             size, pairs = cell.recipe.train.batch_size, cell.recipe.safety_pairs
             if self.train is not None and size > self.train:
                 found.append(
-                    f"train.batch_size {size} is more than {self._about or 'the '}{self.train} samples to train on, so that samples repeat within "
-                    "a step: lower it, or use more data"
+                    f"train.batch_size {size} is more than {self._about or 'the '}{self.train} samples to train on, "
+                    "so that samples repeat within a step: lower it, or use more data"
                 )
             if cell.recipe.draws_pairs and pairs.refresh_every and pairs.batch_size > self.pairs:
                 which = "there are" if self.exact else "data.safety_pairs asks for"
                 found.append(
-                    f"safety_pairs.batch_size {pairs.batch_size} is more than the {self.pairs} pairs that {which}, so that pairs repeat within "
-                    "a draw: lower it, or raise data.safety_pairs"
+                    f"safety_pairs.batch_size {pairs.batch_size} is more than the {self.pairs} pairs that {which}, "
+                    "so that pairs repeat within a draw: lower it, or raise data.safety_pairs"
                 )
         return list(dict.fromkeys(found))
 

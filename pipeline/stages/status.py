@@ -36,7 +36,8 @@ def check_portable(experiment: Experiment) -> None:
         others = "".join(f", and model.{field} to {choices[field]}" for field in found[1:])
         first = "it" if len(found) == 1 else f"model.{found[0]}"
         raise ValueError(
-            f"{experiment.path}: {autos} {means} something else on another machine: set {first} to {choices[found[0]]}{others}"
+            f"{experiment.path}: {autos} {means} something else on another machine: "
+            f"set {first} to {choices[found[0]]}{others}"
         )
 
 

@@ -563,8 +563,9 @@ def test_all_moved_keys_of_an_old_recipe_are_listed_at_once(tmp_path):
     with pytest.raises(ValueError) as caught:
         load(tmp_path, content(sap={"refresh_every": 4, "safety_batch_size": 8}, methods=methods))
     assert str(caught.value).partition("recipe.yaml: ")[2] == (
-        "unknown keys: write safety_pairs.refresh_every instead of sap.refresh_every, and safety_pairs.batch_size instead of "
-        "sap.safety_batch_size, and methods.sap.safety_pairs.micro_batch_size instead of methods.sap.sap.safety_micro_batch_size, "
+        "unknown keys: write safety_pairs.refresh_every instead of sap.refresh_every, "
+        "and safety_pairs.batch_size instead of sap.safety_batch_size, "
+        "and methods.sap.safety_pairs.micro_batch_size instead of methods.sap.sap.safety_micro_batch_size, "
         "and methods.tuned.grid.safety_pairs.refresh_every instead of methods.tuned.grid.sap.refresh_every"
     )
 

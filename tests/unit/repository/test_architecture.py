@@ -126,7 +126,8 @@ def test_paths_that_docstrings_cite_exist():
     assert not {(module, path) for module, path in _missing(cited) if not _ELSEWHERE.search(path)}
 
 
-# What documents call a user's recipes, modules that CONTRIBUTING.md lets its reader write, places to fill in, and a test's parameter.
+# What documents call a user's recipes, modules that CONTRIBUTING.md lets its reader write, places to fill in, and a
+# test's parameter.
 _NOT_OURS = {
     "d.json",
     "my.yaml",

@@ -222,12 +222,12 @@ def test_batches_in_which_samples_repeat_are_said(project, capsys):
     _, lines, error = dry_run(capsys, path, "--data.task.limit=20", "--safety_pairs.batch_size=10")
     assert "20 rows: 8 held out to test and 8 to validate, about 4 to train on" in lines[1]
     assert (
-        "note: train.batch_size 8 is more than about 4 samples to train on, so that samples repeat within a step: "
-        "lower it, or use more data\n" in error
+        "note: train.batch_size 8 is more than about 4 samples to train on, "
+        "so that samples repeat within a step: lower it, or use more data\n" in error
     )
     assert (
-        "note: safety_pairs.batch_size 10 is more than the 8 pairs that data.safety_pairs asks for, so that pairs repeat "
-        "within a draw: lower it, or raise data.safety_pairs\n" in error
+        "note: safety_pairs.batch_size 10 is more than the 8 pairs that data.safety_pairs asks for, "
+        "so that pairs repeat within a draw: lower it, or raise data.safety_pairs\n" in error
     )
     assert "repeat" not in dry_run(capsys, path)[2]
 
