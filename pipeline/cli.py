@@ -106,8 +106,8 @@ def _main(argv: list[str]) -> int:
     if options.method and options.stage == "report":
         raise ValueError(
             "a report compares all methods of a recipe: leave --method out; a training of "
-            "--resume-from is compared as a method of the recipe, "
-            "with train: {resume_from: FOLDER@STEP}"
+            "--resume-from is compared as a method of the recipe, with train: {resume_from: "
+            "FOLDER@STEP}"
         )
     with reading_input():
         artifacts.check_writable(experiment.base.output_dir / experiment.base.name, "output_dir")

@@ -103,8 +103,7 @@ def _of_several_lines(found: Found) -> list[str]:
         return []
     return [
         f"a field in quotes holds lines that look like rows in {len(places)} rows "
-        f"({named(places)}): see whether a quote "
-        "closes too late there"
+        f"({named(places)}): see whether a quote closes too late there"
     ]
 
 

@@ -31,9 +31,8 @@ class _Combined(recipe.Recipe):
         replacing = [name for name in self.parts if DEFENCES[name].replaces]
         if len(replacing) > 1:
             raise ValueError(
-                f"{replacing[0]}.enabled and {replacing[1]}.enabled do not go together: each has a "
-                "step of its own, which is around no other; "
-                "set one of them to false"
+                f"{replacing[0]}.enabled and {replacing[1]}.enabled do not go together: each has "
+                "a step of its own, which is around no other; set one of them to false"
             )
         for name in self.parts:
             DEFENCES[name].consistent(getattr(self, name), self)

@@ -77,8 +77,8 @@ def _complete_environment() -> None:
     if lacking and environment()[1] > 1:
         raise ValueError(
             f"the environment has WORLD_SIZE {environment()[1]}, but no "
-            f"{' and no '.join(lacking)}: start the ranks with "
-            "torchrun, deepspeed or sap, which set it, or unset WORLD_SIZE for a process alone"
+            f"{' and no '.join(lacking)}: start the ranks with torchrun, deepspeed or sap, which "
+            "set it, or unset WORLD_SIZE for a process alone"
         )
     for name in missing:
         os.environ[name] = alone[name]

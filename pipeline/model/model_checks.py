@@ -225,8 +225,8 @@ def _check_linears(facts: ModelFacts, hidden: int | None) -> None:
             tensor = facts.tensors[f"{name}.weight"]
             raise ValueError(
                 f"{facts.label}: {name}.weight is {' x '.join(f'{n:,}' for n in shape)} in "
-                f"{tensor.file}, but config.json makes it "
-                f"{' x '.join(f'{n:,}' for n in size)}: copy config and weights from the same place"
+                f"{tensor.file}, but config.json makes it {' x '.join(f'{n:,}' for n in size)}: "
+                "copy config and weights from the same place"
             )
 
 

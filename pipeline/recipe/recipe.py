@@ -58,15 +58,14 @@ class Recipe(Section):
     )
     output_dir: Annotated[Path, PathField("path")] = Field(
         Path("runs"),
-        description="Where stages write; default: runs beside the recipe, or in the working directory for "
-        "a recipe that "
-        "ships with the package",
+        description="Where stages write; default: runs beside the recipe, or in the working "
+        "directory for a recipe that ships with the package",
     )
     permissions: Literal["private", "group", "all"] = Field(
         "private",
-        description="Who may read what is written (answers to harmful prompts and your data among it): "
-        "private: this user (folders "
-        "0700, files 0600); group: the user's group too; all: everybody",
+        description="Who may read what is written (answers to harmful prompts and your data "
+        "among it): private: this user (folders 0700, files 0600); group: the user's "
+        "group too; all: everybody",
     )
     model: ModelSection = Field(description="The chat model to fine-tune")
     data: DataSection = Field(description="What is prepared")

@@ -119,9 +119,9 @@ class SourceSection(Section):
     )
     max_bad_rows: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="Share of malformed rows (wrong number of fields, no JSON, no prompt, no response "
-        "where it is needed) "
-        "that may be left out, counted and listed; above it the source is refused",
+        description="Share of malformed rows (wrong number of fields, no JSON, no prompt, no "
+        "response where it is needed) that may be left out, counted and listed; "
+        "above it the source is refused",
     )
     reasoning: Literal["keep", "drop"] = Field(
         "keep",
@@ -265,15 +265,14 @@ class TrainSection(Section):
     )
     ranks: Positive | Literal["auto"] = Field(
         "auto",
-        description="Local processes that `sap` starts, one a GPU; auto: every visible GPU, or two "
-        "processes on a CPU, as far as batch_size "
-        "divides by them; other launchers decide themselves",
+        description="Local processes that `sap` starts, one a GPU; auto: every visible GPU, or "
+        "two processes on a CPU, as far as batch_size divides by them; other "
+        "launchers decide themselves",
     )
     ds_config: Annotated[Path | Literal["auto"], PathField("ds_config")] = Field(
         "auto",
-        description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it; auto: "
-        "ds_configs/zero3.json on GPUs, "
-        "zero3_cpu.json on CPUs",
+        description="DeepSpeed JSON of engine zero3; batch, clipping and dtype stay out of it; "
+        "auto: ds_configs/zero3.json on GPUs, zero3_cpu.json on CPUs",
     )
     steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
     epochs: Annotated[float, Field(gt=0)] | None = Field(
@@ -315,9 +314,9 @@ class TrainSection(Section):
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         False,
-        description="Recompute activations in the backward pass (non-reentrant): of every layer, of none, "
-        "or (auto) of as many as do not fit into "
-        "the GPUs' memory, by the planner's arithmetic",
+        description="Recompute activations in the backward pass (non-reentrant): of every layer, "
+        "of none, or (auto) of as many as do not fit into the GPUs' memory, by the "
+        "planner's arithmetic",
     )
     lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
     export_merged: bool = Field(
@@ -327,9 +326,9 @@ class TrainSection(Section):
     save_every: Positive = Field(50, description="Steps between checkpoints")
     resume_from: Annotated[Path | None, PathField("path")] = Field(
         None,
-        description="FOLDER@STEP: another training's work folder and one of its checkpoints, from which "
-        "this one starts instead of from the "
-        "beginning, with its own settings; engine, adapter and the methods' sections must be the same",
+        description="FOLDER@STEP: another training's work folder and one of its checkpoints, "
+        "from which this one starts instead of from the beginning, with its own "
+        "settings; engine, adapter and the methods' sections must be the same",
     )
     spike_factor: Annotated[float, Field(gt=1)] = Field(
         20.0,
@@ -355,8 +354,7 @@ class TrainSection(Section):
         if isinstance(given, dict) and "use_reentrant" in given:
             raise ValueError(
                 "use_reentrant is not a field any more: checkpointing is never reentrant, which "
-                "would give the probe no "
-                "gradient; delete the line"
+                "would give the probe no gradient; delete the line"
             )
         return given
 
@@ -372,8 +370,8 @@ class TrainSection(Section):
             r"\.(train|align)-.+\.work@[1-9]\d*", self.resume_from.name
         ):
             raise ValueError(
-                f"resume_from is '{self.resume_from.name}': it takes the work folder of a training "
-                "that is not finished, and a step, such as "
+                f"resume_from is '{self.resume_from.name}': it takes the work folder of a "
+                "training that is not finished, and a step, such as "
                 "runs/demo/.train-sap-s0-1a2b3c4d5e.work@40"
             )
         return self
@@ -409,9 +407,9 @@ class SafetyPairsSection(Section):
     micro_batch_size: Positive = Field(2, description="Pairs per rank and pass at the most")
     refresh_every: Annotated[int, Field(ge=0)] = Field(
         1,
-        description="Steps after which pairs are drawn again, and what is computed from them; Lisa draws "
-        "at its alignment steps. "
-        "0: never, for sap.direction precomputed only",
+        description="Steps after which pairs are drawn again, and what is computed from them; "
+        "Lisa draws at its alignment steps. 0: never, for sap.direction precomputed "
+        "only",
     )
 
 
@@ -440,15 +438,15 @@ class EvaluateSection(Section):
     )
     forms: Literal["balanced", "as_they_are"] = Field(
         "balanced",
-        description="balanced: half questions and half imperatives in every set of prompts, rewritten "
-        "where a source has one form only, and counted; "
-        "as_they_are: the sources' own, for figures that are compared with others'",
+        description="balanced: half questions and half imperatives in every set of prompts, "
+        "rewritten where a source has one form only, and counted; as_they_are: the "
+        "sources' own, for figures that are compared with others'",
     )
     attacks: list[Literal["prefill", "ignore_instructions", "role_play"]] = Field(
         [],
-        description="Also ask under these: an answer that begins with 'Sure, here is', a prompt that "
-        "overrides instructions, a role to play; each of harmful "
-        "and, as its control, of harmless prompts",
+        description="Also ask under these: an answer that begins with 'Sure, here is', a prompt "
+        "that overrides instructions, a role to play; each of harmful and, as its "
+        "control, of harmless prompts",
     )
     attack_prompts: Positive = Field(
         50, description="Harmful and harmless prompts asked under each of evaluate.attacks"
@@ -463,9 +461,9 @@ class EvaluateSection(Section):
     batch_size: Positive = Field(32, description="Prompts per generation batch and rank")
     judge: Literal["refusal", "gcg_keyword"] = Field(
         "refusal",
-        description="refusal: reads how the first sentences begin; gcg_keyword: 29 substrings of GCG, for "
-        "comparison with papers. Both yield the "
-        "non-refusal rate, not a harmful score",
+        description="refusal: reads how the first sentences begin; gcg_keyword: 29 substrings of "
+        "GCG, for comparison with papers. Both yield the non-refusal rate, not a "
+        "harmful score",
     )
     baselines: bool = Field(True, description="Also evaluate the shipped and the aligned model")
 

@@ -123,12 +123,11 @@ def what_is_measured(collected: Collected) -> str:
         else " These are validation prompts, used to choose settings; they are not a result."
     )
     return (
-        f"Harmful answered is the share of answers to {prompts} harmful prompts that {judge}. "
-        "It measures openings, not harm: a small model that does not refuse often has nothing "
-        "harmful to say either. Look-alikes are harmless prompts that "
-        "look harmful, ordinary instructions have nothing of it. Intervals are 95%: Wilson over "
-        "prompts for one seed; for several the wider of Student "
-        f"over seeds and Wilson.{split}"
+        f"Harmful answered is the share of answers to {prompts} harmful prompts that {judge}. It "
+        "measures openings, not harm: a small model that does not refuse often has nothing "
+        "harmful to say either. Look-alikes are harmless prompts that look harmful, ordinary "
+        "instructions have nothing of it. Intervals are 95%: Wilson over prompts for one seed; "
+        f"for several the wider of Student over seeds and Wilson.{split}"
     )
 
 
@@ -144,8 +143,8 @@ def _page(collected: Collected, tables: str, figures: list[tuple[Path, str]]) ->
     )
     rates = "".join(
         f"<li>{html.escape(m.name)}: empty {m.measures['empty_rate']['value']:.2f}, incoherent "
-        f"{m.measures['incoherent_rate']['value']:.2f}, "
-        f"unparseable {m.measures['unparseable_rate']['value']:.2f}</li>"
+        f"{m.measures['incoherent_rate']['value']:.2f}, unparseable "
+        f"{m.measures['unparseable_rate']['value']:.2f}</li>"
         for m in collected.methods
     )
     budgets = "".join(

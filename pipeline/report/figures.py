@@ -54,10 +54,10 @@ def draw_all(collected: Collected, folder: Path) -> list[tuple[Path, str]]:
 
 @_figure(
     "safety_usefulness",
-    "Safety against usefulness. Left: up and left is better, where the task is learned and harmful "
-    "prompts are still refused. Right: down and "
-    "left is better, where harmful prompts are refused and harmless ones are answered. Bars: 95% intervals. "
-    f"Hollow: more than {_OVER_REFUSING:.0%} of the ordinary instructions, or of the look-alikes, are refused, too.",
+    "Safety against usefulness. Left: up and left is better, where the task is learned and "
+    "harmful prompts are still refused. Right: down and left is better, where harmful prompts "
+    "are refused and harmless ones are answered. Bars: 95% intervals. Hollow: more than "
+    f"{_OVER_REFUSING:.0%} of the ordinary instructions, or of the look-alikes, are refused, too.",
 )
 def _safety_usefulness(collected: Collected) -> Figure:
     figure, pair = plt.subplots(1, 2, figsize=(11, 4.2))

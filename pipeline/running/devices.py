@@ -69,8 +69,8 @@ def device() -> torch.device:
     if started > count:
         raise ValueError(
             f"{started} processes were started on this machine, and each sees {count} "
-            f"GPU{'s' * (count > 1)}: start at most {count} "
-            "(train.ranks, or the launcher's processes a node)"
+            f"GPU{'s' * (count > 1)}: start at most {count} (train.ranks, or the launcher's "
+            "processes a node)"
         )
     return torch.device("cuda", rank)
 
@@ -139,9 +139,9 @@ def check_ranks(field: str, train: TrainSection) -> None:
     found = gpus()
     if found and ranks(train) > len(found):
         raise ValueError(
-            f"{field}.ranks {ranks(train)} needs as many GPUs, and this machine shows {len(found)} "
-            f"({_summary(found)}): "
-            f"set {field}.ranks to auto or to at most {len(found)}"
+            f"{field}.ranks {ranks(train)} needs as many GPUs, and this machine shows "
+            f"{len(found)} ({_summary(found)}): set {field}.ranks to auto or to at most "
+            f"{len(found)}"
         )
 
 

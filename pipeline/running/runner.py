@@ -39,12 +39,12 @@ _GRACE = 30.0  # seconds between a rank's failure and the end of the others
 _GRACE_SAID = 1.0
 # Of a process that a signal ended: what it could not say.
 _LAST_WORDS = {
-    signal.SIGBUS: "a file of weights was cut short while it was read, or its disk or network file system "
-    "fails (SIGBUS): see whether the model's "
-    "and output_dir's folders are sound",
-    signal.SIGKILL: "a process was killed (SIGKILL), as the system does where memory is full, and the watchdog "
-    "after its words: free memory, or lower "
-    "--jobs or the recipe's micro_batch_size",
+    signal.SIGBUS: "a file of weights was cut short while it was read, or its disk or network "
+    "file system fails (SIGBUS): see whether the model's and output_dir's folders "
+    "are sound",
+    signal.SIGKILL: "a process was killed (SIGKILL), as the system does where memory is full, "
+    "and the watchdog after its words: free memory, or lower --jobs or the "
+    "recipe's micro_batch_size",
 }
 
 

@@ -85,8 +85,8 @@ class Watchdog:
             if idle > self.seconds:
                 print(
                     f"error: rank {self.rank} on {socket.gethostname()} has made no progress for "
-                    f"{idle:.0f} s after {self._what} "
-                    "(train.watchdog_seconds): a rank hangs or is gone; this one ends, its stack:",
+                    f"{idle:.0f} s after {self._what} (train.watchdog_seconds): a rank hangs or "
+                    "is gone; this one ends, its stack:",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -94,8 +94,8 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
     if disk > free:
         raise ValueError(
             f"output_dir {base.output_dir} has {free / 1e9:.2f} GB free, and what is left to run "
-            f"writes about {disk / 1e9:.2f} GB: "
-            "free some space, or set output_dir to a folder on another disk"
+            f"writes about {disk / 1e9:.2f} GB: free some space, or set output_dir to a folder on "
+            "another disk"
         )
     there = min(gpu.total for gpu in gpus) if gpus else _host_memory()
     return Capacity(memory, there, bool(gpus), disk, free, tuple(dict.fromkeys(notes)))
@@ -145,8 +145,8 @@ def _check_host(needed: float, what: str) -> str | None:
     if needed > _DOUBT * there:
         raise ValueError(
             f"{what} needs about {needed / 1e9:.0f} GB by arithmetic (`sap plan`), and this "
-            f"machine has {there / 1e9:.0f} GB and no GPU: "
-            f"use a machine with GPUs, a smaller model (model.path), or {_REMEDY}"
+            f"machine has {there / 1e9:.0f} GB and no GPU: use a machine with GPUs, a smaller "
+            f"model (model.path), or {_REMEDY}"
         )
     return (
         f"{what} needs about {needed / 1e9:.1f} of this machine's {there / 1e9:.1f} GB: it may not fit"

@@ -205,8 +205,8 @@ def check_training(
         if not shards_4_bit(train.engine):
             raise ValueError(
                 f"{field}.engine fsdp2 cannot shard 4-bit weights with torch {version('torch')}: "
-                f"install torch {'.'.join(map(str, _SHARDS_INTEGERS))} or "
-                f"newer, or set {field}.engine to zero3"
+                f"install torch {'.'.join(map(str, _SHARDS_INTEGERS))} or newer, or set "
+                f"{field}.engine to zero3"
             )
         if facts is not None:
             check_quantisable(facts)
@@ -217,8 +217,8 @@ def check_training(
     elif train.engine == "single" and devices.dtype(base.model.dtype) != "float32":
         raise ValueError(
             f"{field}.adapter full with engine single has no float32 master for "
-            f"{devices.dtype(base.model.dtype)} weights: "
-            "set model.dtype to float32, or use engine zero3 or fsdp2"
+            f"{devices.dtype(base.model.dtype)} weights: set model.dtype to float32, or use "
+            "engine zero3 or fsdp2"
         )
 
 

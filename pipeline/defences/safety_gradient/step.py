@@ -57,8 +57,8 @@ class SafetyGradientStep(Step):
         if weight > _MOST_LAMBDA:
             raise ValueError(
                 f"lambda is {weight:.1e} at step {number + 1}: the safety pairs' gradient has all "
-                f"but vanished (norm {norm:.1e}), so that what "
-                "would be added has no meaning; lower train.steps or train.lr, or take safety_gradient.enabled out"
+                f"but vanished (norm {norm:.1e}), so that what would be added has no meaning; "
+                "lower train.steps or train.lr, or take safety_gradient.enabled out"
             )
         self.engine.add_gradient(self.direction, weight)
         return {

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 NO_LABELS = (
     "saft has no labelled samples to choose its threshold on: map a column of true and false to "
-    "harmful with data.task.columns, "
-    "or set saft.contamination to the share of harmful samples you expect"
+    "harmful with data.task.columns, or set saft.contamination to the share of harmful samples "
+    "you expect"
 )
 
 

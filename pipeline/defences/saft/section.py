@@ -43,10 +43,10 @@ class SaftSection(DefenceSection):
     )
     min_precision: Fraction = Field(
         0.5,
-        description="Of what would be dropped, the share that is harmful: lower end of its Wilson 95% "
-        "interval on held-out labelled samples, below which the "
-        "filter refuses to drop anything. 0.5: more harmful samples than harmless ones; 4 right of "
-        "4 reach it. 0: not asked",
+        description="Of what would be dropped, the share that is harmful: lower end of its "
+        "Wilson 95% interval on held-out labelled samples, below which the filter "
+        "refuses to drop anything. 0.5: more harmful samples than harmless ones; 4 "
+        "right of 4 reach it. 0: not asked",
     )
     max_dropped: Fraction = Field(
         0.5,

@@ -93,8 +93,8 @@ def _notes(section: SapSection, recipe: Recipe, ranks: int) -> list[str]:
         return []
     return [
         f"sap.probe_share {section.probe_share:g} of train.batch_size {batch} is {samples}: "
-        f"{ranks - samples} of {ranks} ranks would have no sample "
-        f"of their own, and compute copies; a share of {ranks / batch:g} takes the same time"
+        f"{ranks - samples} of {ranks} ranks would have no sample of their own, and compute "
+        f"copies; a share of {ranks / batch:g} takes the same time"
     ]
 
 

@@ -206,9 +206,9 @@ class SapStep(Step):
                 self.warned = True
                 warnings.warn(
                     f"SAP's signal {metrics['sap/probe_signal']:.2g} is below its noise "
-                    f"{noise:.2g}: V is not meaningful; "
-                    f"change sap.eps (now {self.section.eps}; larger against rounding, smaller "
-                    "against curvature) or use model.dtype float32",
+                    f"{noise:.2g}: V is not meaningful; change sap.eps (now {self.section.eps}; "
+                    "larger against rounding, smaller against curvature) or use model.dtype "
+                    "float32",
                     stacklevel=2,
                 )
 

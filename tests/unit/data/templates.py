@@ -236,9 +236,9 @@ FAMILIES = {
          "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"), "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>",
     ),
     "command r7b, reasoning": Family(
-        "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|><|' + m['role'] | upper "
-        "+ '_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ "
+        "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|><|' + m['role'] | "
+        "upper + '_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}{% if "
+        "add_generation_prompt %}{{ "
         "'<|START_OF_TURN_TOKEN|><|ASSISTANT_TOKEN|><|START_THINKING|>' }}{% endif %}",
         ("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|START_THINKING|>", "<|END_THINKING|>"),
         "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", outcome="opens <|START_THINKING|>", several=True,

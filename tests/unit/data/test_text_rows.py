@@ -258,9 +258,8 @@ def test_a_few_lines_in_quotes_that_look_like_rows_are_said(tmp_path, name, sign
         ["b", "e", "g\nh", f"j{sign}k", f"if m:\n{sign}n"]
     )
     assert skipped.sentences() == [
-        "data.task: a field in quotes holds lines that look like rows in 2 rows (lines 3, 8): see "
-        "whether a quote closes "
-        "too late there"
+        "data.task: a field in quotes holds lines that look like rows in 2 rows (lines 3, 8): "
+        "see whether a quote closes too late there"
     ]
 
 
