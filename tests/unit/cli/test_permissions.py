@@ -4,6 +4,7 @@ answers to harmful prompts and the user's data are among it.
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -67,13 +68,14 @@ def test_a_file_system_whose_modes_are_fixed_is_said_and_does_not_end_the_stage(
     def fixed(path, mode):
         raise PermissionError(1, "Operation not permitted", str(path))
 
+    chmod = Path.chmod
     monkeypatch.setattr(type(tmp_path), "chmod", fixed)
     with (
         pytest.warns(UserWarning, match="keeps modes of its own, and who may read it"),
         artifacts.building(tmp_path / "stage", {}) as folder,
     ):
         (folder / "data.txt").touch(0o777)
-        (folder / "data.txt").chmod(0o777)
+        chmod(folder / "data.txt", 0o777)
     assert artifacts.complete(tmp_path / "stage")
 
 

@@ -83,7 +83,7 @@ def test_a_file_s_paths_are_relative_to_it_and_overrides_to_the_working_director
     tmp_path, elsewhere, field
 ):
     text, expected = RELATIVE[field]
-    steps = {"align.train.steps": 5} if field.startswith("align") else {}
+    steps = {"align.enabled": False, "align.train.steps": 5} if field.startswith("align") else {}
     path = write(tmp_path / "recipes" / "mine.yaml", **steps, **{field: text})
 
     def places(folder: Path) -> str:
@@ -101,7 +101,7 @@ def test_home_and_variables_expand_in_every_path(tmp_path, elsewhere, monkeypatc
     monkeypatch.setenv("DATA", "/shared/data")
     monkeypatch.setenv("AT_HOME", "~/data")
     prefix, ending = ("sqlite:///", ".db") if field == "tracking.uri" else ("", ".json")
-    steps = {"align.train.steps": 5} if field.startswith("align") else {}
+    steps = {"align.enabled": False, "align.train.steps": 5} if field.startswith("align") else {}
     written = {
         "~/x": f"{tmp_path}/home/x", "$DATA/x": "/shared/data/x", "${DATA}_x/y": "/shared/data_x/y",
         "$AT_HOME/x": f"{tmp_path}/home/data/x", "/a/$$5": "/a/$5", "/a/b": "/a/b",

@@ -65,7 +65,7 @@ def project(tmp_path, monkeypatch):
         (tmp_path / "launch" / f"{name}.py").write_text(text.format(root=str(tmp_path)))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     monkeypatch.setattr(Chain, "needed", lambda chain: [])
-    monkeypatch.setattr(cli, "_check", lambda *_, **__: None)
+    monkeypatch.setattr(cli, "_check", lambda *_, **__: (None, None))
     monkeypatch.setattr(runner, "_one_gpu", lambda slot: {})
 
     def make(*methods: str, ranks: int = 1, prepare=None) -> Path:

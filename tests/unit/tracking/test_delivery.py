@@ -375,7 +375,7 @@ def test_what_waits_is_delivered_by_sap_track_and_by_any_command_with_nothing_le
             json.dumps({"kind": "metrics", "values": {"train/loss": 0.5}, "step": 2, "time": 1})
             + "\n"
         )
-    monkeypatch.setattr(cli, "_check", lambda *args, **kwargs: None)
+    monkeypatch.setattr(cli, "_check", lambda *args, **kwargs: (None, None))
     monkeypatch.setattr(cli.Chain, "run", lambda self, stage: 0)
     assert cli.main(["prepare", str(layout.experiment.path)]) == 0
     assert Store(layout).history("train-1", "train/loss") == [(1, 1.0), (2, 0.5)]
