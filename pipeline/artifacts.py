@@ -84,6 +84,7 @@ def complete(folder: Path) -> bool:
 
 def check_writable(folder: Path, field: str) -> None:
     """ValueError where `folder` cannot be made, or nothing can be written into it.
+
     field: what names the folder, for the message.
 
     OSError where that may pass (a full disk). Tried on the nearest folder that exists, with a nameless file: rights say

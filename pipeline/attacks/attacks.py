@@ -18,8 +18,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Attack:
-    """template: {prompt} stands where the prompt goes. prefill: what the answer begins with; what is judged is what
-    follows it.
+    """template: {prompt} stands where the prompt goes.
+
+    prefill: what the answer begins with; what is judged is what follows it.
     """
 
     template: str = "{prompt}"

@@ -141,8 +141,9 @@ class _Taking:
     def test(
         self, field: str, source: SourceSection, asked: int, keep_a_third: bool = False
     ) -> list[Row]:
-        """Up to `asked` prompts that no set holds. keep_a_third: every third is for `validation`, whether or not the
-        test needs it.
+        """Up to `asked` prompts that no set holds.
+
+        keep_a_third: every third is for `validation`, whether or not the test needs it.
         """
         rows = ordered_rows(field, source, self.recipe.data.seed, skipped=self.skipped)
         free = self.claims.free(field, rows, by_prompt=True)

@@ -46,8 +46,9 @@ class NotReadable(ValueError):
 def csv_rows(
     text: str, delimiter: str, header: bool
 ) -> tuple[list[str], Placed, list[Bad], list[Place]]:
-    """Column names, rows of texts, malformed rows, and places of doubtful ones. header: whether the first line names
-    the columns.
+    """Column names, rows of texts, malformed rows, and places of doubtful ones.
+
+    header: whether the first line names the columns.
 
     Doubtful is a row of a few lines that all look like rows:
     a text may, and a quote that closes too late takes in rows.

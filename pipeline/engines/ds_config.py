@@ -30,6 +30,7 @@ def check_engine(field: str, train: TrainSection, world_size: int) -> None:
 
 def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -> dict[str, Any]:
     """The DeepSpeed configuration: the recipe's JSON plus what the recipe itself decides.
+
     field: the section's, for messages.
 
     Raises ValueError where the file is missing, no JSON, not stage 3, holds "auto",

@@ -42,9 +42,10 @@ class Fsdp2Engine(AutogradEngine):
         optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer], max_grad_norm: float | None,
         device: torch.device, dtype: torch.dtype | None = None, sources: Sources | None = None,
     ):  # fmt: skip
-        """blocks: modules gathered one at a time. dtype: compute dtype of the all-gathered weights where it is not the
-        shards' own, which are then float32. sources: values of the module's placeholders (pipeline/model/weights.py);
-        each rank reads its part.
+        """blocks: modules gathered one at a time.
+
+        dtype: compute dtype of the all-gathered weights where it is not the shards' own, which are then float32.
+        sources: values of the module's placeholders (pipeline/model/weights.py); each rank reads its part.
         """
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.mesh = init_device_mesh(device.type, (self.world_size,))

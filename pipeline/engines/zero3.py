@@ -56,8 +56,9 @@ class Zero3Engine(Engine):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any],
         blocks: Sequence[nn.Module] = (), sources: Sources | None = None,
     ):  # fmt: skip
-        """blocks: modules gathered as a whole, one at a time. sources: values of the module's placeholders
-        (pipeline/model/weights.py); each rank reads its part.
+        """blocks: modules gathered as a whole, one at a time.
+
+        sources: values of the module's placeholders (pipeline/model/weights.py); each rank reads its part.
         """
         import deepspeed
 

@@ -32,8 +32,9 @@ def place(model: nn.Module) -> nn.Module:
 
 
 def device_map(model: nn.Module, max_memory: Memory | None = None) -> dict[str, Any]:
-    """Names of modules -> GPU; equal shares, no decoder layer split. max_memory: bytes of every GPU;
-    default: what is free on them.
+    """Names of modules -> GPU; equal shares, no decoder layer split.
+
+    max_memory: bytes of every GPU; default: what is free on them.
 
     ValueError where the GPUs are too small: accelerate would leave the rest on the CPU or the disk and take days.
     """

@@ -99,8 +99,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """input_ids, labels: int64 (B, T), right-padded. global_tokens: supervised tokens of the whole step.
-    padding: of the B x T, how many.
+    """input_ids, labels: int64 (B, T), right-padded.
+
+    global_tokens: supervised tokens of the whole step. padding: of the B x T, how many.
 
     There is no attention mask: what is causal never sees the padding behind it, and padding is not supervised.
     packed: where B is 1 and the row holds several samples; no label is then a sample's first token, which the sample

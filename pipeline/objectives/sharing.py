@@ -11,6 +11,7 @@ from __future__ import annotations
 
 def check_shares(field: str, batch_size: int, ranks: int) -> None:
     """ValueError where the ranks' shares of a global batch are not equal.
+
     field: of the recipe, e.g. train.batch_size.
     """
     if batch_size % ranks:

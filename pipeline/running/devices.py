@@ -121,8 +121,9 @@ def environment() -> tuple[int, int]:
 
 
 def ranks(train: TrainSection) -> int:
-    """Processes of a training on this machine. auto: the visible GPUs, or two on a CPU;
-    fewer where train.batch_size is not divisible by them.
+    """Processes of a training on this machine.
+
+    auto: the visible GPUs, or two on a CPU; fewer where train.batch_size is not divisible by them.
     """
     if train.ranks != "auto":
         return train.ranks
@@ -134,6 +135,7 @@ def ranks(train: TrainSection) -> int:
 
 def check_ranks(field: str, train: TrainSection) -> None:
     """ValueError where a training asks for more processes than there are GPUs here.
+
     field: of the recipe, e.g. train.
     """
     found = gpus()
@@ -203,8 +205,9 @@ def _flash_version() -> str | None:
 
 
 def ds_config(train: TrainSection) -> Path:
-    """The DeepSpeed file of engine zero3. auto: small buckets on a CPU, where nothing overlaps; those of
-    ds_configs/zero3.json on GPUs.
+    """The DeepSpeed file of engine zero3.
+
+    auto: small buckets on a CPU, where nothing overlaps; those of ds_configs/zero3.json on GPUs.
     """
     if train.ds_config != "auto":
         return train.ds_config

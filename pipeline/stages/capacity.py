@@ -34,8 +34,9 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bytes needed and there. memory: of one GPU, or of this machine without GPUs;
-    None where the planner does not know the model.
+    """Bytes needed and there.
+
+    memory: of one GPU, or of this machine without GPUs; None where the planner does not know the model.
     """
 
     memory: float | None

@@ -192,6 +192,7 @@ def check_training(
     field: str, train: TrainSection, base: Recipe, facts: ModelFacts | None, ranks: int
 ) -> None:
     """ValueError where a training section does not go with the model, its quantization or the number of ranks.
+
     facts: None where not known.
     """
     check_engine(field, train, ranks)

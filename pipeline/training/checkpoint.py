@@ -93,8 +93,9 @@ def save(
     engine: Engine, step: Stateful, root: Path, number: int, identity: str, metrics: Path | None = None,
     basis: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write the state after `number` steps. identity: digest of what the run is;
-    a checkpoint of another run is refused.
+    """Write the state after `number` steps.
+
+    identity: digest of what the run is; a checkpoint of another run is refused.
 
     metrics: the file that grows with the run, of which a copy is kept. basis: what a run must have in common with this
     one to start from here (`start_from`), by the recipe's fields, as JSON. ValueError where the state is not finite.

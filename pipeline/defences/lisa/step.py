@@ -23,6 +23,7 @@ from pipeline.objectives.losses import useful_loss
 
 class LisaStep(Step):
     """A cycle is `alignment_steps` on the safe responses, then `task_steps` on the task's batches.
+
     w_last is kept on each rank's shard.
     """
 
