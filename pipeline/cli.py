@@ -30,7 +30,7 @@ from pipeline.recipe.recipe import Cell, Experiment
 from pipeline.report.stage import ALL_STAGES
 from pipeline.running import devices, entry, runner
 from pipeline.running.warm import WarmParents
-from pipeline.stages import capacity, checks, dry_run
+from pipeline.stages import capacity, checks, dry_run, method_notes
 from pipeline.stages import options as options_of
 from pipeline.stages.capacity import Capacity
 from pipeline.stages.chain import Chain
@@ -76,20 +76,7 @@ def _main(argv: list[str]) -> int:
     options_of.check_command(argv[0], ALL_STAGES, _WITHOUT_RECIPE)
     options, experiment = options_of.opened(parser, ALL_STAGES, argv)
     if options.stage == "status":
-        if options.portable:
-            check_portable(experiment)
-        with reading_input():
-            lines = status(
-                experiment,
-                ALL_STAGES,
-                options.of_stage,
-                options.method,
-                options.seed,
-                options.portable,
-            )
-        _header("stage", "method", "seed", "state", "folder", "work folder")
-        print(lines)
-        return 0
+        return _status(experiment, options)
     if options.method:
         experiment.cell(options.method, experiment.base.seeds[0])
     if options.stage == "track":
@@ -132,6 +119,17 @@ def _main(argv: list[str]) -> int:
     return code
 
 
+def _status(experiment: Experiment, options: argparse.Namespace) -> int:
+    of_stage, method, seed = options.of_stage, options.method, options.seed
+    if options.portable:
+        check_portable(experiment)
+    with reading_input():
+        lines = status(experiment, ALL_STAGES, of_stage, method, seed, options.portable)
+    _header("stage", "method", "seed", "state", "folder", "work folder")
+    print(lines)
+    return 0
+
+
 def _track(experiment: Experiment) -> int:
     """Deliver to MLflow what waits; 74 where something still does."""
     if not experiment.base.tracking.enabled:
@@ -163,63 +161,14 @@ def _check(chain: Chain, light: bool, starts: bool) -> tuple[Capacity | None, Sa
     )
     known = samples_of(chain.layout, checked.rows)
     repeated = known.notes(chain.cells)
-    for note in (*checked.notes, *(found.notes if found else ()), *_compared(chain), *repeated):
+    for note in (
+        *checked.notes,
+        *(found.notes if found else ()),
+        *method_notes.notes(chain),
+        *repeated,
+    ):
         print(f"note: {redaction.redact(note)}", file=sys.stderr)
     return found, known
-
-
-def _compared(chain: Chain) -> list[str]:
-    """What is odd about methods beside each other, and about overrides that none of them uses."""
-    return [*_alike(chain), *_other_pairs(chain), *_idle(chain)]
-
-
-def _other_pairs(chain: Chain) -> list[str]:
-    """A sentence where methods that draw safety pairs do not see the same ones."""
-    draws: dict[str, list[str]] = {}
-    for cell in chain.cells:
-        if cell.seed == chain.base.seeds[0] and cell.recipe.draws_pairs:
-            pairs = cell.recipe.safety_pairs
-            how = f"batch_size {pairs.batch_size} and refresh_every {pairs.refresh_every}"
-            draws.setdefault("refresh_every 0" if pairs.refresh_every == 0 else how, []).append(
-                cell.method
-            )
-    if len(draws) < 2:
-        return []
-    shown = "; ".join(
-        f"{', '.join(names[:6])}{f' and {len(names) - 6} more' * (len(names) > 6)} with {how}"
-        for how, names in draws.items()
-    )
-    return [
-        f"these methods do not see the same safety pairs, for their safety_pairs differ: {shown}"
-    ]
-
-
-def _idle(chain: Chain) -> list[str]:
-    """A sentence for every section that the command line fills in and no method enables."""
-    given = chain.experiment.overrides
-    return [
-        f"--{name}.{next(iter(given[name]))} does nothing, because no method enables {name}"
-        for name in chain.base.switched
-        if isinstance(given.get(name), dict)
-        and given[name]
-        and "enabled" not in given[name]
-        and not any(getattr(cell.recipe, name).enabled for cell in chain.cells)
-    ]
-
-
-def _alike(chain: Chain) -> list[str]:
-    """A sentence for every two methods that train the same: one of them changes nothing."""
-    first: dict[str, str] = {}
-    notes = []
-    for cell in chain.cells:
-        if cell.seed == chain.base.seeds[0]:
-            other = first.setdefault(chain.layout.train_hash(cell), cell.method)
-            if other != cell.method:
-                notes.append(
-                    f"methods {other} and {cell.method} train the same: set what makes "
-                    f"{cell.method} another one, or take it out"
-                )
-    return notes
 
 
 def _run(chain: Chain, stages: Sequence[str], options: argparse.Namespace) -> int:
