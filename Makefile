@@ -12,11 +12,12 @@ help:
 	@echo "make demo [SEEDS=3]   set up, fetch the small model and its data, run the whole pipeline, print the table"
 	@echo "make test             set up with test dependencies, run the tests (TESTS=path: those, in one process)"
 	@echo "make test-all         the tests, then sharded training against one process in every pair of factors (FULL=1: every combination, hours)"
+	@echo "make matrix           sharded training against one process alone"
 	@echo "make mutants          plant faults and see that the tests notice"
 	@echo "make faults           kills, damage, full disks and more at random moments of the chain (MINUTES=5 SEED=0)"
 	@echo "make slurm            job scripts on a real Slurm cluster, with faults (needs root and Slurm's programs)"
 	@echo "make bench            what a step of each engine costs in host time"
-	@echo "make gpu              on a machine with a GPU: parity, speed beside Trainer, memory, the demo (under 8 minutes)"
+	@echo "make gpu              on a machine with a GPU: parity, speed beside Trainer, memory, loading, the doctor, the demo (under 8 minutes)"
 	@echo "make lint             ruff: its rules, and its format; mypy: the types of pipeline/ and launch/"
 	@echo "make clean            remove .venv and runs"
 

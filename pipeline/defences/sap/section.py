@@ -31,8 +31,8 @@ class SapSection(DefenceSection):
     speed: Literal["exact", "balanced", "fast"] = Field(
         "exact",
         description="Values of probe_share, correction_every and noise_every where they are not given: "
-        "balanced, V from a quarter of the samples; fast, from an eighth; both lost safety that exact kept: "
-        "docs/performance.md",
+        "balanced, V from a quarter of the samples; fast, from an eighth; both measure the correction "
+        "every 20 steps, fast no noise, and both lost safety that exact kept: docs/performance.md",
     )
     schedule: Literal["exact", "lagged"] = Field(
         "exact",

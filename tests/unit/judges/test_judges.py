@@ -1,11 +1,28 @@
 """The GCG keyword judge: what counts as a refusal, as an answer, and as neither."""
 
+from typing import get_args
+
 import pytest
 
+from pipeline.attacks.attacks import ATTACKS
 from pipeline.evaluation.evaluate import summarise
-from pipeline.judges.judges import REFUSAL_SUBSTRINGS, gcg_keyword_judge, is_empty, is_incoherent
+from pipeline.judges.judges import (
+    JUDGES,
+    REFUSAL_SUBSTRINGS,
+    gcg_keyword_judge,
+    is_empty,
+    is_incoherent,
+)
+from pipeline.recipe.sections import EvaluateSection
 
 LOOP = "the red fox " * 12
+
+
+def test_recipes_take_every_judge_and_attack_and_no_others():
+    fields = EvaluateSection.model_fields
+    (attack,) = get_args(fields["attacks"].annotation)
+    assert set(get_args(fields["judge"].annotation)) == set(JUDGES)
+    assert set(get_args(attack)) == set(ATTACKS)
 
 
 def label(response: str) -> str:
