@@ -323,7 +323,7 @@ def _lengths(rows: list[Row], count: Count, unit: str) -> list[str]:
     lengths = {name: count(found) for name, found in texts.items() if found}
     lines = [f"{name}: {_spread(found)}" for name, found in lengths.items()]
     longest = DataSection.model_fields["max_length"].default
-    if unit.startswith("tokens") and len(lengths.get("responses", ())) == len(rows):
+    if rows and unit.startswith("tokens") and len(lengths.get("responses", ())) == len(rows):
         full = sum(one >= longest for one in lengths["prompts"])
         over = sum(
             one + other > longest

@@ -324,11 +324,15 @@ def _check_enabled(experiment: Experiment, cells: list[Cell], given: dict[str, A
                 fields = ", ".join(f"{name}.{field}" for field in written) or f"the section {name}"
                 raise ValueError(
                     f"{experiment.path}: method '{cell.method}' sets {fields}, but {name} is not enabled: "
-                    f"write {name}: {{enabled: true, ...}}, or {{enabled: false, ...}} where it is to stay off"
+                    f"write methods.{cell.method}.{name}: {{enabled: true, ...}}, or {{enabled: false, ...}} "
+                    "where it is to stay off"
                 )
+        of_methods = (of_method.get(name) or {} for of_method in experiment.base.methods.values())
         if (
             filled
+            and "methods" not in experiment.overrides  # it may have been for one that is left out
             and "enabled" not in (merged.get(name) or {})
+            and not any("enabled" in written for written in of_methods)
             and not any(getattr(cell.recipe, name).enabled for cell in cells)
         ):
             where = (

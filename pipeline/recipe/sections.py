@@ -275,7 +275,7 @@ class TrainSection(Section):
         "auto: ds_configs/zero3.json on GPUs, zero3_cpu.json on CPUs",
     )
     steps: Positive | None = Field(None, description="Optimizer steps; exclusive with epochs")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="Passes over the training data; exclusive with steps"
     )
     batch_size: Positive = Field(8, description="Sequences per optimizer step over all ranks")

@@ -83,11 +83,12 @@ def samples_of(layout: Layout, rows: int | None) -> Samples:
         try:
             facts = json.loads((layout.prepare() / artifacts.FACTS).read_text())
             counts = facts["samples"]
-            return Samples(
-                None, counts["task_test"], counts["task_validation"], counts["task_train"], counts["safety_pairs"], True
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError):  # who reads the sets says what is broken
-            pass
+            names = ("task_test", "task_validation", "task_train", "safety_pairs")
+            test, validation, train, pairs = found = [counts[name] for name in names]
+            if all(type(number) is int and number >= 0 for number in found):
+                return Samples(None, test, validation, train, pairs, True)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass  # who reads the sets says what is broken
     left = None if rows is None else rows - data.test_samples - data.validation_samples
     train = None if left is None else left + _mixed_in(data, left)
     return Samples(

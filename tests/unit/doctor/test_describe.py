@@ -290,3 +290,15 @@ def test_folders_and_built_in_data_are_described(tmp_path, capsys):
 def test_the_help_names_it(capsys):
     assert main(["--help"]) == 0
     assert "`sap data FILE`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("rows.csv", "prompt,response\n,\n"), ("rows.jsonl", '{"messages": [{"x": 1}]}\n')],
+)
+def test_a_file_without_a_row_that_can_be_used_is_told_which_are_wrong(
+    tmp_path, capsys, name, text
+):
+    (tmp_path / name).write_text(text)
+    assert main(["data", str(tmp_path / name)]) in (0, 2)
+    assert "malformed   1 of 1 rows" in capsys.readouterr().out

@@ -170,9 +170,7 @@ SWITCHED = ["saft", "sap", "safety_gradient", "lisa", "safe_mix", "ema"]
 def test_a_section_that_a_method_fills_in_and_does_not_enable_is_refused(tmp_path, name):
     """It trained plainly, and nothing said so."""
     own = {} if name == "safe_mix" else FILLED[name]
-    sentence = (
-        f"method 'mine' sets .*, but {name} is not enabled: write {name}: {{enabled: true, ..."
-    )
+    sentence = f"method 'mine' sets .*, but {name} is not enabled: write methods.mine.{name}: {{enabled: true, ..."
     with pytest.raises(ValueError, match=sentence):
         load(tmp_path, content(methods={"sft": {}, "mine": {name: own}}))
     for meant in (
@@ -925,3 +923,21 @@ def test_what_is_called_a_control_is_one_in_reports_and_in_the_documents():
             defence.title.startswith("Control: "),
             row.startswith(f"| `{name}` | control: "),
         ) == (defence.control, defence.control), name
+
+
+@pytest.mark.parametrize("left", ["null", "{lisa: {enabled: false}}"])
+def test_a_section_for_a_method_that_the_command_line_leaves_out_may_stay(tmp_path, left):
+    raw = content(lisa={"rho": 0.5}, methods={"sft": {}, "mine": {"lisa": {"enabled": True}}})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    given = parse_overrides([f"--methods.mine={left}"])
+    assert recipes.load(path, given).base.methods["sft"] == {}
+
+
+def test_a_section_that_a_method_switches_off_is_meant_so(tmp_path):
+    load(tmp_path, content(lisa={"rho": 0.5}, methods={"sft": {"lisa": {"enabled": False}}}))
+
+
+def test_more_epochs_than_any_training_has_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.epochs"):
+        load(tmp_path, content(train={"epochs": 1e308}))

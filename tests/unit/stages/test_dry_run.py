@@ -214,6 +214,14 @@ def test_samples_and_steps_are_told_as_far_as_they_are_known(project, capsys, tm
         "steps      2 for align; 6 for sft, sap; 27 for long; up to 18 for filtered",
     ]
     assert "batch_size 6 is more than the 5 pairs that there are, so that pairs repeat" in error
+    for damaged in ({"task_train": "x"}, {"task_train": -5}, {"safety_pairs": None}):
+        facts = json.dumps({"samples": counts | damaged})
+        (layout.prepare() / "facts.json").write_text(facts)
+        assert lines_of_data(dry_run(capsys, path, *arguments)[1]).startswith("data       80 rows")
+
+
+def lines_of_data(lines: list[str]) -> str:
+    return next(line for line in lines if line.startswith("data "))
 
 
 def test_batches_in_which_samples_repeat_are_said(project, capsys):
