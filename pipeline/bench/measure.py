@@ -47,7 +47,6 @@ _ZERO = {
     "stage": 3,
     "overlap_comm": False,
     "reduce_bucket_size": 10_000_000,
-    "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
 }
 

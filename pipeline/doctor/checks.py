@@ -147,7 +147,7 @@ def check_shards(examined: StepUnderTest) -> Findings:
     engine = examined.engine
     # what a whole pass leaves, not a forward pass alone
     engine.gradient(useful_loss, examined.useful)
-    held = held_weights(engine.module, engine.world_size)
+    held = held_weights(engine.module, engine.world_size, engine.frozen)
     most = max(across_ranks(engine, held.shard))
     verdict = INFO if engine.world_size == 1 else passed(most <= _PADDING * held.fair)
     advice = "the model is not sharded: check train.engine and the launcher's number of processes"

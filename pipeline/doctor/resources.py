@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipeline.engines.deepspeed_private import partition_of
+from pipeline.engines.frozen import FrozenLayers
 
 # bytes that a peak may lie above the present right after its reset, for it to count as reset
 _UNRESET = 64 * 2**20
@@ -86,7 +87,8 @@ def _status(key: str) -> int:
 class Held:
     """Bytes of weights on this rank.
 
-    fair: what an even split gives it, rounded up; whole: the model; gathered: full copies beside shards.
+    fair: what an even split gives it, rounded up; whole: the model; gathered: full copies that the engine keeps beside
+    its shards. (Of frozen layers two are whole at any time, never the same for long: they do not count.)
     """
 
     shard: int
@@ -95,9 +97,19 @@ class Held:
     gathered: int
 
 
-def held_weights(module: nn.Module, world_size: int) -> Held:
-    """Weights of any module: partitioned by ZeRO-3, DTensors of FSDP2, or plain tensors, which count whole."""
+def held_weights(module: nn.Module, world_size: int, frozen: FrozenLayers | None = None) -> Held:
+    """Weights of any module: partitioned by ZeRO-3, DTensors of FSDP2, or plain tensors, which count whole.
+
+    frozen: those that the engine's module has no more.
+    """
     shard = fair = whole = gathered = 0
+    for layer in frozen.layers if frozen else ():
+        numel = sum(weight.nbytes for weight in layer.weights)
+        shard, whole, fair = (
+            shard + layer.part.nbytes,
+            whole + numel,
+            fair + -(-numel // world_size),
+        )
     for p in module.parameters():
         size = p.element_size()
         cut = partition_of(p)

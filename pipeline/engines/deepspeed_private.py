@@ -2,7 +2,7 @@
 
     import_deepspeed()
     check()
-    fetched_whole(decoder_layers(model))
+    fetched_whole(model, decoder_layers(model))
     with gradients_by_parameter():
         engine, optimizer, _, _ = deepspeed.initialize(...)
     partitions = Partitions(optimizer)
@@ -90,12 +90,13 @@ def without_shared_memory() -> None:
         deepspeed.ops.__compatible_ops__[name] = False
 
 
-def fetched_whole(blocks: Sequence[nn.Module]) -> None:
+def fetched_whole(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Have DeepSpeed fetch and release each block as a whole, with hooks on the block alone,
     in as little time as it can.
 
-    It walks through a leaf's modules for their parameters at every fetch and release, opens a range for NVIDIA's
-    profiler at every call, and asks for its rank for messages that it does not print.
+    It walks through a leaf's modules for their parameters at every fetch and release, through all modules twice a pass
+    and three times a step, opens a range for NVIDIA's profiler at every call, and asks for its rank for messages that
+    it does not print. So what the walks find is kept: no module comes or goes after this.
     """
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters
@@ -104,7 +105,10 @@ def fetched_whole(blocks: Sequence[nn.Module]) -> None:
 
     for block in blocks:
         deepspeed.utils.set_z3_leaf_module(block, True)
-        block.__dict__[_NAMED] = list(block.named_parameters())
+    for walked in (*blocks, module):
+        walked.__dict__[_NAMED] = list(walked.named_parameters())
+    everything = list(module.modules())
+    module.__dict__["modules"] = lambda: iter(everything)
     found, said = coordinator.get_all_parameters, partition_parameters.print_rank_0
     if not hasattr(found, "of_leaves"):
 

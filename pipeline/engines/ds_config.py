@@ -128,22 +128,40 @@ def _refuse_fixed_passes(field: str, path: Path, config: dict[str, Any]) -> None
             )
 
 
-def reduces_once(trained: int, everything: int) -> bool:
-    """Whether a rank of FSDP2 may hold gradients whole until the last micro-batch,
-    and reduce them once: those of an adapter.
+def cuts_frozen(zero: dict[str, Any]) -> bool:
+    """Whether frozen weights of layers are left to DeepSpeed, because the file has them kept in a way that is its own:
+    in host memory, in groups of ranks (hpZ), or gathered in fewer bits.
+    """
+    return (
+        (zero.get("offload_param") or {}).get("device", "none") != "none"
+        or zero.get("zero_hpz_partition_size", 1) > 1
+        or any(zero.get(f"zero_quantized_{what}") for what in ("weights", "nontrainable_weights"))
+    )
+
+
+def fetched_at_once(trained: int, everything: int) -> bool:
+    """Whether what is trained is small enough to be whole on every rank from a step's first pass to its update, and its
+    gradients until the last micro-batch: an adapter.
 
     trained, everything: elements that are trained, and of all weights.
     """
     return trained < 0.05 * everything
 
 
-def fetched_by_layer(zero: dict[str, Any], layer: int, others: int) -> dict[str, Any]:
-    """zero_optimization with the sizes that fetching whole decoder layers wants, where the file says nothing of them.
+def fetched_by_layer(
+    zero: dict[str, Any], layer: int, others: int, kept: int = 0
+) -> dict[str, Any]:
+    """zero_optimization with the sizes that fetching whole modules wants, where the file says nothing of them.
 
-    layer, others: elements of the largest layer, and of all that is in none. One layer is fetched ahead while another
-    is at work; DeepSpeed's own default, 50e6 elements, would fetch a quarter of a 7B model's layer ahead.
+    layer, others: elements of the largest such module (a decoder layer), and of all that is in none. One is fetched
+    ahead while another is at work; DeepSpeed's own default, 50e6 elements, would fetch a quarter of a 7B model's layer
+    ahead. kept: elements of a tensor up to which it stays whole between passes.
     """
-    sizes = {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": 2 * layer + others}
+    sizes = {
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer + others,
+        **({"stage3_param_persistence_threshold": kept} if kept else {}),
+    }
     said = {name for name in sizes if name in zero or name.removeprefix("stage3_") in zero}
     return zero | {name: size for name, size in sizes.items() if name not in said}
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.engines.frozen import FrozenLayers
 from pipeline.libraries import torch_private
 
 ShardedVector = list[torch.Tensor]
@@ -49,6 +50,7 @@ class Engine(ABC):
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    frozen: FrozenLayers | None = None  # weights of layers that are cut, and are no parameters
 
     @abstractmethod
     def forward_backward(

@@ -2,7 +2,9 @@
 
     engine = Fsdp2Engine(model, decoder_layers(model), optimizer_of, max_grad_norm=1.0, device=device, dtype=None)
 
-Every decoder layer is one group, what is left (embeddings, final norm, head) is the root's. What needs care here:
+Every decoder layer is one group, what is left (embeddings, final norm, head) is the root's. An adapter is the root's,
+too: frozen weights of layers are not here (frozen.py), and it is small enough to be whole from a step's first pass to
+its update. What needs care here:
 - the root's group stays gathered after a forward pass without backward: an edit of its shards would be invisible, so
   everything is resharded before the shards are edited and again before they are restored;
 - gradients are summed over ranks, not averaged: our losses are shares that add up;
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +29,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard as RowShard
 
 from pipeline.engines.autograd import AutogradEngine
-from pipeline.engines.ds_config import reduces_once
 from pipeline.engines.engine import ShardedVector, clip, step_counter
 from pipeline.engines.rank_files import RankFiles, write
 from pipeline.model.weights import Source, Sources, read
@@ -42,7 +44,8 @@ class Fsdp2Engine(AutogradEngine):
         optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer], max_grad_norm: float | None,
         device: torch.device, dtype: torch.dtype | None = None, sources: Sources | None = None,
     ):  # fmt: skip
-        """blocks: modules gathered one at a time.
+        """blocks: modules gathered one at a time; none, and what is trained is whole from a step's first pass to its
+        update, its gradients reduced once.
 
         dtype: compute dtype of the all-gathered weights where it is not the shards' own, which are then float32.
         sources: values of the module's placeholders (pipeline/model/weights.py); each rank reads its part.
@@ -70,14 +73,16 @@ class Fsdp2Engine(AutogradEngine):
         self._rows_of = [nn.Parameter(local) for local in self.storage()]
         self.optimizer = optimizer_of(self._rows_of)
         self.max_grad_norm = max_grad_norm
-        self._reduces_once = reduces_once(
-            sum(p.numel() for p in self.parameters), sum(p.numel() for p in module.parameters())
-        )
+        assert isinstance(self.module, FSDPModule)
+        self._at_once = not blocks
+        self.module.set_reshard_after_backward(not self._at_once)
+        if self._at_once:
+            # Not by FSDP2's own hook, which keeps the buffer of the all-gather through the whole forward pass.
+            self.module.register_forward_pre_hook(_unshard, prepend=True)
 
     def _before(self, last: bool) -> None:
         assert isinstance(self.module, FSDPModule)
-        # Whole gradients of an adapter are small: they wait for the last micro-batch, and are reduced in one go.
-        self.module.set_requires_gradient_sync(last or not self._reduces_once)
+        self.module.set_requires_gradient_sync(last or not self._at_once)
 
     def _gradients(self) -> ShardedVector:
         return [
@@ -195,6 +200,11 @@ class Fsdp2Engine(AutogradEngine):
         return distribute_tensor(
             whole.to(self.device), self.mesh, [RowShard(0)], src_data_rank=None
         ).to_local()
+
+
+def _unshard(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    assert isinstance(module, FSDPModule)
+    module.unshard()
 
 
 def _local(sharded: torch.Tensor) -> torch.Tensor:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 from torch import nn
 
 from pipeline.engines import deepspeed_private
-from pipeline.engines.ds_config import fetched_by_layer, read_ds_config
+from pipeline.engines.ds_config import (
+    cuts_frozen,
+    fetched_at_once,
+    fetched_by_layer,
+    read_ds_config,
+)
 from pipeline.engines.engine import Engine
 from pipeline.engines.exchange import of_every_rank
+from pipeline.engines.frozen import FrozenLayers
 from pipeline.engines.single import SingleEngine
 from pipeline.libraries import torch_private
 from pipeline.model.models import decoder_layers
@@ -116,33 +123,54 @@ def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None 
 
 
 def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
-    low = {p.dtype for p in module.parameters() if p.requires_grad} == {torch.bfloat16}
+    trained, everything = _trainable(module), sum(p.numel() for p in module.parameters())
+    low = {p.dtype for p in trained} == {torch.bfloat16}
     if train.engine == "single":
         fill(sources, device())
-        return SingleEngine(module, adamw(_trainable(module), train), train.max_grad_norm, device())
+        return SingleEngine(module, adamw(trained, train), train.max_grad_norm, device())
+    blocks = decoder_layers(module)
+    config = read_ds_config(train, environment()[1]) if train.engine == "zero3" else {}
+    ours = not cuts_frozen(config.get("zero_optimization", {}))
+    frozen = FrozenLayers(module, blocks, sources, device()) if ours else None
+    whole = ours and fetched_at_once(sum(p.numel() for p in trained), everything)
     if train.engine == "fsdp2":
         from pipeline.engines.fsdp2 import Fsdp2Engine
 
         dtype = torch.bfloat16 if low else None
-        return Fsdp2Engine(
+        engine: Engine = Fsdp2Engine(
             module,
-            decoder_layers(module),
+            [] if whole else blocks,
             lambda ps: adamw(ps, train),
             train.max_grad_norm,
             device(),
             dtype,
             sources,
         )
-    from pipeline.engines.zero3 import Zero3Engine
+    else:
+        from pipeline.engines.zero3 import Zero3Engine
 
-    config, blocks = (
-        read_ds_config(train, environment()[1]) | ({"bf16": {"enabled": True}} if low else {}),
-        decoder_layers(module),
-    )
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    others = sum(p.numel() for p in module.parameters()) - sum(sizes)
-    config["zero_optimization"] = fetched_by_layer(config["zero_optimization"], max(sizes), others)
-    return Zero3Engine(module, adamw(_trainable(module), train), config, blocks, sources)
+        fetched = [_around(module, blocks)] if whole else blocks
+        config["zero_optimization"] = fetched_by_layer(
+            config["zero_optimization"],
+            max(_elements(block) for block in fetched),
+            _elements(module) - sum(_elements(block) for block in fetched),
+            max(p.numel() for p in trained) if whole else 0,
+        )
+        if low:
+            config["bf16"] = {"enabled": True}
+        engine = Zero3Engine(module, adamw(trained, train), config, fetched, sources)
+    engine.frozen = frozen
+    return engine
+
+
+def _around(module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+    """The innermost module that calls all of the blocks."""
+    holds = [m for m in module.modules() if set(blocks) <= set(m.modules())]
+    return next(m for m in reversed(holds) if not isinstance(m, nn.ModuleList))
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _refuse_damaged(found: list[str]) -> None:

@@ -65,7 +65,7 @@ class Zero3Engine(Engine):
         if sources:
             partition(module, sources, ds_config)
         dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
-        fetched_whole(blocks)
+        fetched_whole(module, blocks)
         with gradients_by_parameter():
             self.ds, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=ds_config

@@ -14,18 +14,18 @@ come).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from pipeline.defences import enabled
 from pipeline.defences.defence import Cost, Costs, Defence, Moment, Passes, Row, Sizes
-from pipeline.engines.ds_config import fetched_by_layer, read_ds_config, reduces_once
+from pipeline.engines.ds_config import read_ds_config
 from pipeline.model.model_facts import ModelFacts
 from pipeline.model.model_outline import outlined
-from pipeline.model.model_size import NF4_BLOCK, ModelCounts, Weight, count_model
+from pipeline.model.model_size import NF4_BLOCK, ModelCounts, count_model
 from pipeline.objectives.logits import MOST_LOGITS
 from pipeline.objectives.sharing import accumulation, check_shares, share_of
+from pipeline.planner.fetching import Fetching, short, split
 from pipeline.recipe.recipe import Cell, Experiment, Recipe
 from pipeline.recipe.sections import DefenceSection, SafetyPairsSection, TrainSection
 from pipeline.running import devices
@@ -35,11 +35,6 @@ FITTED_SHARE = 0.9
 CUDA_ALLOWANCE = 2e9  # bytes, an assumption: CUDA context, cuBLAS workspaces, NCCL buffers
 # A100: dense bfloat16 peak by NVIDIA's data sheet; the share of it that is reached is an assumption
 TFLOPS, UTILISATION = 312.0, 0.35
-# DeepSpeed's defaults of what is read here (deepspeed/runtime/zero/config.py).
-ZERO_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000, "stage3_param_persistence_threshold": 100_000,
-    "stage3_max_reuse_distance": 1_000_000_000, "sub_group_size": 1_000_000_000,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,6 +123,13 @@ class Plan:
         check_shares("train.batch_size", self.train.batch_size, self.ranks)
         for defence, section in self.defences:
             defence.fits(section, self.model.layers)
+
+    @property
+    def fetching(self) -> Fetching:
+        """What is held and fetched of the weights."""
+        return Fetching(
+            self.model.weights, self.model.layers, self.train.engine, self.zero, self.ranks
+        )
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -266,7 +268,7 @@ def _state(plan: Plan) -> list[Row]:
     Between passes a norm takes a float32 copy, and float64 ones of two flat tensors (Engine.dot). AdamW's update takes
     less.
     """
-    engine, ranks = plan.train.engine, plan.ranks
+    engine, ranks, fetching = plan.train.engine, plan.ranks, plan.fetching
     trained, frozen = (
         [weight for weight in plan.model.weights if weight.trained is which]
         for which in (True, False)
@@ -283,18 +285,18 @@ def _state(plan: Plan) -> list[Row]:
         else f"{plan.dtype_bytes} bytes a weight"
     )
     count, held = (
-        f"{_short(numel)} / {ranks}",
-        sum(weight.held(engine, ranks) * weight.width for weight in frozen),
+        f"{short(numel)} / {ranks}",
+        sum(fetching.held(weight) * weight.width for weight in frozen),
     )
     flat = (
-        min(local, _zero(plan, "sub_group_size"))
+        min(local, fetching.size("sub_group_size"))
         if engine == "zero3"
         else max(weight.held(engine, ranks) for weight in trained)
     )
     rows = [
         Row(
             "frozen weights",
-            f"{sum(_split(frozen)) / 1e9:.2f} GB ({how}) / {ranks}",
+            f"{sum(split(frozen)) / 1e9:.2f} GB ({how}) / {ranks}",
             held,
             "always",
         ),
@@ -308,7 +310,7 @@ def _state(plan: Plan) -> list[Row]:
         Row("AdamW's moments", f"{count} x 2 x 4 bytes", local * 8, "always"),
         Row(
             "norms, update",
-            f"{count} x 4 bytes, {_short(flat)} x 2 x 8 bytes",
+            f"{count} x 4 bytes, {short(flat)} x 2 x 8 bytes",
             4 * local + 16 * flat,
             "between",
         ),
@@ -317,69 +319,31 @@ def _state(plan: Plan) -> list[Row]:
     own = (row for defence, section in plan.defences for row in defence.memory(section, sizes))
     rows += dict.fromkeys(own)  # what two of them say alike is there once
     if engine == "zero3":
-        bucket = _zero(plan, "reduce_bucket_size")
+        bucket = fetching.size("reduce_bucket_size")
         copied = max(min(bucket, numel), max(weight.numel for weight in trained))
-        formula = f"reduce_bucket_size {_short(bucket)} + {_short(copied)} copied out of it, x {width} bytes"
+        formula = f"reduce_bucket_size {short(bucket)} + {short(copied)} copied out of it, x {width} bytes"
         rows.append(Row("gradients reduced", formula, (bucket + copied) * width, "always"))
     elif engine == "fsdp2":
         inner = sum(weight.numel for weight in trained if weight.in_layer)
-        group = max(inner // plan.model.layers, numel - inner)
-        whole = (
-            numel if reduces_once(numel, sum(weight.numel for weight in plan.model.weights)) else 0
-        )
+        whole = numel if fetching.at_once else 0
+        group = whole or max(inner // plan.model.layers, numel - inner)
         formula = (
-            f"{_short(group)} of the largest group, "
-            f"twice{f', + {_short(whole)} whole' if whole else ''}, x 4 bytes"
+            f"{short(group)} of the largest group, "
+            f"twice{f', + {short(whole)} whole' if whole else ''}, x 4 bytes"
         )
         rows.append(Row("gradients reduced", formula, group * 8 + whole * 4, "in a pass"))
     return rows
 
 
 def _gathered(plan: Plan) -> list[Row]:
-    """Weights that are whole on a GPU while a pass runs, beside its shards.
-
-    ZeRO-3 fetches a layer at a time and prefetches until stage3_max_live_parameters are live; it keeps what recurs
-    within stage3_max_reuse_distance, of which forward and backward make half. To the larger comes a tensor that
-    overfills it and one fetched on demand. A prefetched bucket, overfilled likewise, arrives in a buffer and is copied
-    out. Tensors up to the persistence threshold stay whole. FSDP2 holds the layer at work, the next one, a third in the
-    buffer of the all-gather, and embeddings and head all along.
-    """
-    rows: list[Row] = []
-    (others, small), layers = _moving(plan), plan.model.layers
-    inner, outer = _split(others)
-    if plan.train.engine == "zero3" and plan.ranks > 1:
-        everything, first = (
-            sum(w.numel for w in others),
-            sum(w.numel for w in others if not w.in_layer),
-        )
-        largest = max((w.numel for w in others), default=0)
-        layer = max(sum(w.numel for w in plan.model.weights if w.in_layer) // layers, 1)
-        sizes = fetched_by_layer(
-            plan.zero, layer, sum(w.numel for w in plan.model.weights if not w.in_layer)
-        )
-        ahead, most = (
-            _zero(replace(plan, zero=sizes), f"stage3_{name}")
-            for name in ("prefetch_bucket_size", "max_live_parameters")
-        )
-        reach = max(most, _zero(plan, "stage3_max_reuse_distance") // 2, layer)
-        live, bucket = min(reach + 2 * largest, everything), min(ahead + largest, everything)
-        # Embeddings and head first: they are the widest where layers are in 4 bits.
-        size = sum(
-            min(part / max(first, 1), 1) * outer
-            + max(part - first, 0) * inner / max(everything - first, 1)
-            for part in (live, bucket)
-        )
-        formula = f"{_short(live)} live + {_short(bucket)} in the bucket that arrives; {small / 1e9:.2f} GB persistent"
-        rows.append(Row("gathered weights", formula, size + small, "in a pass"))
-    elif plan.train.engine == "fsdp2" and plan.ranks > 1:
-        formula = f"3 layers of {inner / layers / 1e9:.2f} GB + {outer / 1e9:.2f} GB of the others"
-        rows.append(Row("gathered weights", formula, 3 * inner / layers + outer, "in a pass"))
+    """Weights that are whole on a GPU while a pass runs, beside its shards."""
+    rows = plan.fetching.rows()
     if plan.quantized:
         largest = max(out * into for out, into in plan.model.linears)
         rows.append(
             Row(
                 "dequantised weight",
-                f"{_short(largest)} x {plan.dtype_bytes} bytes",
+                f"{short(largest)} x {plan.dtype_bytes} bytes",
                 largest * plan.dtype_bytes,
                 "in a pass",
             )
@@ -535,40 +499,5 @@ def _pass(
         2 * model.vocabulary * model.hidden * (3 if of_weights and train.adapter == "full" else 2)
     )
     flops = sequences * length * (model.layers * forward + layers * backward + head)
-    inner, outer = _split(_moving(plan)[0])
-    received = outer + inner * (1 + layers / model.layers)
+    received = plan.fetching.received(layers)
     return flops, micro_batches * received * (plan.ranks - 1) / plan.ranks
-
-
-def _moving(plan: Plan) -> tuple[list[Weight], float]:
-    """The tensors that are gathered for every pass, and the bytes of those that ZeRO-3 leaves whole."""
-    bound = _zero(plan, "stage3_param_persistence_threshold") if plan.train.engine == "zero3" else 0
-    weights = plan.model.weights
-    return [w for w in weights if w.numel > bound], sum(
-        w.numel * w.width for w in weights if w.numel <= bound
-    )
-
-
-def _split(weights: Sequence[Weight]) -> tuple[float, float]:
-    """Bytes in decoder layers, and outside."""
-    return sum(w.numel * w.width for w in weights if w.in_layer), sum(
-        w.numel * w.width for w in weights if not w.in_layer
-    )
-
-
-def _zero(plan: Plan, key: str) -> int:
-    """A size of zero_optimization: as the file says it, by either of its names, or DeepSpeed's own."""
-    for name in (key, key.removeprefix("stage3_")):
-        if name in plan.zero:
-            return int(plan.zero[name])
-    return ZERO_DEFAULTS[key]
-
-
-def _short(count: float) -> str:
-    return (
-        f"{count / 1e9:.2f}e9"
-        if count >= 1e8
-        else f"{count / 1e6:.1f}e6"
-        if count >= 1e6
-        else f"{count:,.0f}"
-    )

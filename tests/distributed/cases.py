@@ -17,7 +17,8 @@ from tests.tiny import FAMILIES
 FACTORS: dict[str, tuple] = {
     "engine": ("single", "zero3", "fsdp2"),
     "ranks": (1, 2, 3),
-    "adapter": ("lora", "full"),
+    # lora: small enough for an engine to hold it whole in a step's passes; wide: above 5% of all weights
+    "adapter": ("lora", "wide", "full"),
     # reused: exact, with a direction that serves three steps
     "schedule": ("exact", "lagged", "reused"),
     "family": tuple(FAMILIES),

@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.cases import Case, all_cases, matrix_cases
 from tests.distributed.matrix import AGES, BOUND, CONTROL_BOUND, MAX_NORM, Results, measure
+from tests.tiny import LAYERS
 
 pytestmark = pytest.mark.timeout(0)  # the first test waits for all cases
 
@@ -52,4 +53,8 @@ def test_case(measured: Results, case: Case):
     assert not case.clipping or min(found["norms"]) > 2 * MAX_NORM, (
         "the gradient must be clipped at every step"
     )
+    by_layer = case.adapter != "lora" or case.offload_param
+    root = case.engine == "fsdp2"  # FSDP2's own group of what is in no layer
+    layers = LAYERS if by_layer else 1 - root
+    assert case.engine == "single" or found["groups"] == layers + root
     assert case.engine == "single" or found["uneven"] > 0, "the sizes must not divide by the ranks"

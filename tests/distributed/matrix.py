@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import get_z3_leaf_modules
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from pipeline import artifacts
@@ -30,6 +32,7 @@ from pipeline.defences.sap.section import SapSection
 from pipeline.defences.sap.step import SapStep
 from pipeline.engines.engine import Engine
 from pipeline.engines.open import init_distributed, open_engine
+from pipeline.engines.zero3 import Zero3Engine
 from pipeline.model.models import decoder_layers, make_trainable
 from pipeline.recipe.sections import LoraSection, TrainSection
 from tests.distributed.cases import Case, Reference
@@ -37,9 +40,10 @@ from tests.distributed.ranks import spawn
 from tests.tiny import FAMILY_HIDDEN, FAMILY_RANK, StepBatches, family_model, tiny_pairs, tiny_rows
 
 STEPS, BATCH, PROBED = 4, 18, [1, 2]
-LR = {"lora": 1e-2, "full": 2e-3}
+LR = {"lora": 1e-2, "wide": 1e-2, "full": 2e-3}
 MAX_NORM = 0.1
-BOUND = {"lora": 1e-5, "full": 1e-4}
+BOUND = {"lora": 1e-5, "wide": 1e-5, "full": 1e-4}
+ADAPTED = {"lora": ["v_proj"], "wide": ["q_proj", "v_proj"], "full": []}
 CONTROL_BOUND = 1e-2
 REFERENCE_ACCUMULATION = 2
 # AdamW divides by the gradient's running size, so an element whose gradient passes through zero multiplies its
@@ -82,7 +86,7 @@ class StepData(StepBatches):
 def trainable(of: Reference, train: TrainSection) -> nn.Module:
     """The module at its start: LoRA's B is not zero, as after some training, or A would get no gradient."""
     module = make_trainable(family_model(of.family, of.tied), train, seed=0)
-    if of.adapter == "lora":
+    if of.adapter != "full":
         torch.manual_seed(7)
         for name, parameter in module.named_parameters():
             if "lora_B" in name:
@@ -95,7 +99,7 @@ def train_section(
 ) -> TrainSection:
     return TrainSection(
         engine=engine,
-        adapter=of.adapter,
+        adapter="full" if of.adapter == "full" else "lora",
         steps=STEPS,
         batch_size=BATCH,
         micro_batch_size=BATCH // (ranks * accumulation),
@@ -103,7 +107,9 @@ def train_section(
         adam_eps=ADAM_EPS,
         max_grad_norm=MAX_NORM if of.clipping else None,
         gradient_checkpointing=checkpointing,
-        lora=LoraSection(r=FAMILY_RANK, alpha=2 * FAMILY_RANK),
+        lora=LoraSection(
+            r=FAMILY_RANK, alpha=2 * FAMILY_RANK, target_modules=ADAPTED[of.adapter] or ["q_proj"]
+        ),
         ds_config=ds_config,
     )
 
@@ -149,16 +155,28 @@ def run_case(case: Case, rank: int, folder: Path) -> dict[str, Any]:
     )
     module = trainable(of, train)
     shapes = [p.shape for p in module.parameters() if p.requires_grad]
-    found = trajectory(
-        open_engine(module, train), of, StepData(case.unequal, case.accumulation, rank, case.ranks)
-    )
+    engine = open_engine(module, train)
+    groups = fetched_groups(engine)
+    found = trajectory(engine, of, StepData(case.unequal, case.accumulation, rank, case.ranks))
+    del engine
     gc.collect()
     return (
         {}
         if rank
         else compare(found, of, folder)
-        | {"uneven": uneven(case, shapes), "seconds": time.perf_counter() - started}
+        | {
+            "uneven": uneven(case, shapes),
+            "groups": groups,
+            "seconds": time.perf_counter() - started,
+        }
     )
+
+
+def fetched_groups(engine: Engine) -> int:
+    """Of how many groups of parameters, each fetched as a whole, an engine makes the model's layers."""
+    if isinstance(engine, Zero3Engine):
+        return len(get_z3_leaf_modules(engine.module))
+    return sum(isinstance(module, FSDPModule) for module in engine.module.modules())
 
 
 def uneven(case: Case, shapes: Sequence[torch.Size]) -> int:

@@ -20,6 +20,7 @@ from pipeline.engines.engine import Engine
 from pipeline.engines.open import init_distributed, open_engine
 from pipeline.model.loading import open_model
 from pipeline.model.models import decoder_layers, load_model, make_trainable
+from pipeline.model.quantization import Nf4Linear
 from pipeline.model.weights import WeightFiles
 from pipeline.objectives.losses import useful_loss
 from pipeline.recipe.sections import LoraSection, ModelSection, TrainSection
@@ -71,7 +72,8 @@ def whole(engine: Engine) -> dict[str, torch.Tensor]:
     """Every parameter, as the passes see it."""
     import deepspeed
 
-    found = {}
+    frozen = engine.frozen.gathered() if engine.frozen else ()
+    found = {name: weight.clone() for name, weight in frozen}
     for name, p in engine.module.named_parameters():
         if hasattr(p, "ds_id"):
             with deepspeed.zero.GatheredParameters([p]):
@@ -121,6 +123,7 @@ def loads(folder: Path, engine: str) -> dict[str, Any]:
             if name in master
         )
         shards = [local(p) for p in streamed.module.parameters()]
+        shards += [layer.part for layer in streamed.frozen.layers] if streamed.frozen else []
         size = streamed.sum_over_ranks(
             torch.tensor([float(sum(s.numel() * s.element_size() for s in shards))])
         ).item()
@@ -150,16 +153,25 @@ def run(engine: Engine, sap: bool) -> dict[str, torch.Tensor]:
 
 
 def quantised(folder: Path, engine: str) -> dict[str, Any]:
-    """Training in 4 bits: weights, and this rank's bytes of the 4-bit weights as a share of all of them."""
+    """Training in 4 bits: weights; of the frozen layers, this rank's bytes as a share of all of them, and 4-bit ones as
+    a share of the weights that they stand for.
+    """
     results = {}
     for checkpointing in (False, True):
         opened = start(folder, engine, quantization="nf4", checkpointing=checkpointing)
         results[f"checkpointing {checkpointing}"] = run(opened, sap=True)
-    codes = [p for p in opened.module.parameters() if p.dtype == torch.uint8]
-    held = sum(local(p).numel() for p in codes)
-    total = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in codes)
+    layers = opened.frozen.layers if opened.frozen else []
+    held = sum(layer.part.nbytes for layer in layers)
+    weights = [weight for layer in layers for weight in layer.weights]
+    codes = sum(weight.nbytes for weight in weights if weight.dtype == torch.uint8)
+    linears = [m for m in opened.module.modules() if isinstance(m, Nf4Linear)]
+    stood_for = sum(linear.in_features * linear.out_features for linear in linears)
+    shares = {
+        "held": held / max(sum(weight.nbytes for weight in weights), 1),
+        "codes": codes / stood_for,
+    }
     loss = opened.loss(useful_loss, StepBatches(opened.rank, opened.world_size).useful(0))
-    return {**results, "share": held / total, "loss": loss}
+    return {**results, **shares, "loss": loss}
 
 
 def products(folder: Path, engine: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""How ZeRO-3 fetches: a layer or so with one collective, while the layer before it is at work;
-what is live stays bounded.
+"""How ZeRO-3 fetches what it cuts itself: a layer or so with one collective, while the layer before it is at work; what
+is live stays bounded. Frozen layers are test_frozen.py's, but for those that ZeRO-3 keeps in host memory.
 
 And how FSDP2 reduces: the gradients of an adapter once a step.
 """
@@ -80,6 +80,7 @@ def check_fetching(rank: int, folder, adapter: str) -> None:
         "overlap_comm": True,
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
+        **({"offload_param": {"device": "cpu"}} if adapter == "lora" else {}),
     }
     if rank == 0:
         path.write_text(json.dumps({"zero_optimization": zero}))
@@ -132,8 +133,8 @@ def check_reducing(rank: int, folder, adapter: str) -> None:
 def test_fsdp2_reduces_an_adapter_s_gradients_once_a_step(tmp_path, adapter):
     spawn(2, check_reducing, tmp_path, adapter)
     counted, batches = json.loads((tmp_path / "counted.json").read_text())
-    groups = LAYERS if adapter == "lora" else LAYERS + 1  # and the root's embeddings, norm and head
-    assert counted == groups * (1 if adapter == "lora" else batches) and batches > 1
+    # an adapter in one go; else every layer, and the root's embeddings, norm and head
+    assert counted == (1 if adapter == "lora" else (LAYERS + 1) * batches) and batches > 1
 
 
 def asked_for(events: list, layer: int) -> bool:

@@ -115,6 +115,7 @@ def held(engine: Any) -> int:
     parts = [
         p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() for p in engine.module.parameters()
     ]
+    parts += [layer.part for layer in engine.frozen.layers]
     return sum(part.numel() * part.element_size() for part in parts)
 
 

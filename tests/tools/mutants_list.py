@@ -16,7 +16,10 @@ STEP, ENGINE, ZERO3, FSDP2 = (
     "pipeline/engines/zero3.py",
     "pipeline/engines/fsdp2.py",
 )
-AUTOGRAD = "pipeline/engines/autograd.py"
+AUTOGRAD, FROZEN = "pipeline/engines/autograd.py", "pipeline/engines/frozen.py"
+FETCHED_AHEAD = (
+    "tests/distributed/test_frozen.py::test_the_next_layer_is_on_its_way_while_one_works[fsdp2-False]"
+)
 FORK_SERVER, WARM = "pipeline/running/fork_server.py", "pipeline/running/warm.py"
 INHERITED = "tests/unit/running/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
 RESTARTED = "tests/unit/training/test_restart.py"
@@ -349,9 +352,51 @@ OF_THE_ENGINES = (
     mutant(
         "fsdp2: gradients of an adapter never reduced",
         FSDP2,
-        "last or not self._reduces_once",
-        "not self._reduces_once",
+        "last or not self._at_once",
+        "not self._at_once",
         "tests/distributed/test_fetching.py::test_fsdp2_reduces_an_adapter_s_gradients_once_a_step[lora]",
+    ),
+    mutant(
+        "frozen layers: none is fetched ahead",
+        FROZEN,
+        "            self.layers[ahead].gather()\n",
+        "            pass\n",
+        FETCHED_AHEAD,
+    ),
+    mutant(
+        "frozen layers: used before they are there",
+        FROZEN,
+        "        self.layers[number].wait()\n",
+        "",
+        FETCHED_AHEAD,
+    ),
+    mutant(
+        "frozen layers: their memory is not given back",
+        FROZEN,
+        "            if other not in (number, ahead):\n",
+        "            if False:\n",
+        FETCHED_AHEAD,
+    ),
+    mutant(
+        "frozen layers: a layer computed again in a backward pass fetches the one above it",
+        FROZEN,
+        "if number == self._at and number > 0:",
+        "if False:",
+        "tests/distributed/test_frozen.py::test_the_next_layer_is_on_its_way_while_one_works[fsdp2-True]",
+    ),
+    mutant(
+        "frozen layers: every rank keeps the first one's part",
+        FROZEN,
+        "dist.get_rank() * held",
+        "0 * held",
+        "tests/distributed/test_frozen.py::test_each_rank_keeps_its_part_and_the_engine_sees_the_rest[fsdp2]",
+    ),
+    mutant(
+        "frozen layers: what two layers share is cut with one of them",
+        FROZEN,
+        "and n == uses[p] and",
+        "and",
+        "tests/distributed/test_frozen.py::test_one_rank_fetches_nothing_and_what_layers_share_stays",
     ),
     mutant(
         "zero3: tensors fetched one by one",

@@ -3,9 +3,11 @@ peaks of a pass, counted FLOPs.
 """
 
 import itertools
+import json
 import re
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -29,7 +31,7 @@ from pipeline.model.quantization import quantise
 from pipeline.objectives import head
 from pipeline.objectives.batches import MicroBatch, micro_batches
 from pipeline.objectives.losses import safety_loss, useful_loss
-from pipeline.planner import planner
+from pipeline.planner import fetching, planner
 from pipeline.planner.planner import Plan, estimate, estimate_training, plan_cell
 from pipeline.recipe import recipe
 from pipeline.recipe.layer_choice import probed_layers
@@ -371,16 +373,18 @@ def watched_passes(engine, plan: Plan, rank: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def check_engine(rank: int, engine_name: str, adapter: str) -> None:
+def check_engine(rank: int, engine_name: str, adapter: str, offloaded: bool) -> None:
     from pipeline.engines.open import init_distributed, open_engine
     from pipeline.engines.zero3 import Zero3Engine
+
+    zero = ZERO | ({"offload_param": {"device": "cpu"}} if offloaded else {})
 
     train = TrainSection(
         steps=1, engine=engine_name, adapter=adapter, batch_size=8, micro_batch_size=2, gradient_checkpointing=True,
         lora=LoraSection(r=3, target_modules=["q_proj", "v_proj"]),
     )  # fmt: skip
     sap, config = SapSection(enabled=True, layers=[3, 4]), llama(64, 160, 8, 4, 2, vocabulary=97)
-    plan = planned(config, train, sap, 2, ZERO)
+    plan = planned(config, train, sap, 2, zero if engine_name == "zero3" else {})
     init_distributed(train)
     torch.manual_seed(0)
     module = make_trainable(LlamaForCausalLM(config), train, seed=0)
@@ -393,10 +397,10 @@ def check_engine(rank: int, engine_name: str, adapter: str) -> None:
             "gradient_accumulation_steps": 2,
             "train_batch_size": 8,
         }
-        config = {**batch, "zero_optimization": ZERO, "steps_per_print": 10**9}
+        config = {**batch, "zero_optimization": zero, "steps_per_print": 10**9}
         engine = Zero3Engine(module, optimizer, config, decoder_layers(module))
-    held = sum(w.held(engine_name, 2) * w.width for w in plan.model.weights)
-    real = held_weights(engine.module, 2).shard
+    held = sum(plan.fetching.held(w) * w.width for w in plan.model.weights)
+    real = held_weights(engine.module, 2, engine.frozen).shard
     assert real <= held and (rank == 1 or real == held), (real, held)
     if engine_name == "fsdp2":
         return
@@ -424,10 +428,58 @@ def check_engine(rank: int, engine_name: str, adapter: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("engine", "adapter"), [("zero3", "lora"), ("zero3", "full"), ("fsdp2", "lora")]
+    ("engine", "adapter", "offloaded"),
+    [("zero3", "lora", True), ("zero3", "full", False), ("fsdp2", "lora", False)],
 )
-def test_two_ranks_hold_and_gather_what_is_planned(engine, adapter):
-    spawn(2, check_engine, engine, adapter)
+def test_two_ranks_hold_and_gather_what_is_planned(engine, adapter, offloaded):
+    spawn(2, check_engine, engine, adapter, offloaded)
+
+
+def check_frozen(rank: int, folder: Path, engine_name: str) -> None:
+    from pipeline.engines.open import init_distributed, open_engine
+
+    path = folder / "ds.json"
+    train = TrainSection(
+        steps=1, engine=engine_name, batch_size=8, micro_batch_size=2, gradient_checkpointing=True,
+        lora=LoraSection(r=3, target_modules=["q_proj", "v_proj"]), ds_config=str(path),
+    )  # fmt: skip
+    zero = {"stage": 3, "stage3_max_reuse_distance": 0}
+    if rank == 0:
+        path.write_text(json.dumps({"zero_optimization": zero}))
+    sap, config = SapSection(enabled=True, layers=[3, 4]), llama(64, 160, 8, 4, 2, vocabulary=97)
+    plan = planned(config, train, sap, 2, zero if engine_name == "zero3" else {})
+    init_distributed(train)
+    torch.distributed.barrier()
+    engine = open_engine(make_trainable(LlamaForCausalLM(config), train, seed=0), train)
+    layers, fetched, most = engine.frozen.layers, [0], [0]
+
+    def counting(layer, gather):
+        def count():
+            fetched[0] += 0 if layer.is_whole else sum(w.nbytes for w in layer.weights)
+            gather()
+            most[0] = max(most[0], sum(x.nbytes for x in layers if x.is_whole))
+
+        return count
+
+    for layer in layers:
+        layer.gather = counting(layer, layer.gather)
+    batches = StepBatches(rank, 2).useful(0)
+    engine.forward_backward(useful_loss, batches)
+    engine.discard()
+    fetched[0] = 0
+    engine.forward_backward(useful_loss, batches)
+    bound = plan.fetching.size("stage3_param_persistence_threshold") if plan.zero else 0
+    others = sum(
+        w.numel * w.width for w in plan.model.weights if not w.in_layer and w.numel > bound
+    )
+    assert plan.fetching.at_once and most[0] == bytes_of(plan, "gathered layers")
+    assert fetched[0] == len(batches) * (plan.fetching.received(8) - others)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_frozen_layers_are_fetched_as_planned(tmp_path, engine):
+    spawn(2, check_frozen, tmp_path, engine)
 
 
 def test_defaults_are_deepspeeds():
@@ -438,7 +490,7 @@ def test_defaults_are_deepspeeds():
         field.alias or name: field.get_default(call_default_factory=True)
         for name, field in fields.items()
     }
-    assert {key: by_alias[key] for key in planner.ZERO_DEFAULTS} == planner.ZERO_DEFAULTS
+    assert {key: by_alias[key] for key in fetching.ZERO_DEFAULTS} == fetching.ZERO_DEFAULTS
 
 
 # ---- against passes --------------------------------------------------------------------------------------------------
