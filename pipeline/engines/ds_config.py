@@ -24,8 +24,28 @@ def check_engine(field: str, train: TrainSection, world_size: int) -> None:
             f"{field}.engine single runs one process, but there are {world_size} ranks: use "
             f"{field}.engine zero3 or fsdp2, or {field}.ranks 1"
         )
-    if train.engine == "zero3":
-        read_ds_config(train, world_size, field)
+    config = read_ds_config(train, world_size, field) if train.engine == "zero3" else {}
+    if train.keep_gathered is True:
+        _refuse_keeping(field, train, config)
+
+
+def _refuse_keeping(field: str, train: TrainSection, config: dict[str, Any]) -> None:
+    """ValueError where train.keep_gathered has nothing to keep."""
+    ways = (
+        (train.engine == "single", f"{field}.engine is single, which gathers nothing"),
+        (train.adapter == "full", f"{field}.adapter is full, so that no layer is frozen"),
+        (
+            cuts_frozen(config.get("zero_optimization", {})),
+            f"{field}.ds_config {train.ds_config} leaves frozen layers to DeepSpeed (offload_param, hpZ or quantized "
+            "weights)",
+        ),
+    )
+    why = next((why for holds, why in ways if holds), None)
+    if why:
+        raise ValueError(
+            f"{field}.keep_gathered is true, but {why}: set {field}.keep_gathered to false, or to auto, which keeps "
+            "what there is"
+        )
 
 
 def read_ds_config(train: TrainSection, world_size: int, field: str = "train") -> dict[str, Any]:

@@ -9,8 +9,9 @@ objects for good. Nothing is done for a single tensor, and nothing is copied in 
 its own: its storage shrinks to nothing, and grows again, under whatever autograd has saved, before that is needed.
 
 Nobody edits a frozen weight, so a gathered copy is never out of date; it is freed for its memory alone. At most two
-layers are whole at a time: the one at work, and the next on its way (in a backward pass the one below). What is
-trained, and what stands in no layer, is the engine's. One rank holds all layers as they are, and fetches nothing.
+layers are whole at a time: the one at work, and the next on its way (in a backward pass the one below). Beside them
+those that are kept, once they were gathered. What is trained, and what stands in no layer, is the engine's. One rank
+holds all layers as they are, and fetches nothing.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class FrozenLayers:
     """
 
     def __init__(
-        self, module: nn.Module, blocks: Sequence[nn.Module], sources: Sources, device: torch.device
-    ):
+        self, module: nn.Module, blocks: Sequence[nn.Module], sources: Sources, device: torch.device, kept: int = 0
+    ):  # fmt: skip
         """sources: values of placeholders (pipeline/model/weights.py). Those of what is taken over are taken out, and
-        read: each rank reads its part. What is in memory already is copied from there.
+        read: each rank reads its part. What is in memory already is copied from there. kept: layers, from the first on,
+        that stay whole once they were gathered: the same on all ranks.
         """
         self.layers: list[_Layer] = []
+        self.kept = kept
         self._at: int | None = None  # the layer whose turn it was last
         waiting: dict[nn.Parameter, tuple[_Layer, int]] = {}
         names = {parameter: full for full, parameter in module.named_parameters()}
@@ -104,11 +107,13 @@ class FrozenLayers:
         self._fetch(number, number - 1 if number else 1)
 
     def _fetch(self, number: int, ahead: int) -> None:
-        """Layer `number` is whole, layer `ahead` (where there is one) on its way, and no other holds memory."""
+        """Have layer `number` whole, layer `ahead` (where there is one) on its way, and the others given back, unless
+        they are kept.
+        """
         self._at = number
-        for other, layer in enumerate(self.layers):
+        for other in range(self.kept, len(self.layers)):
             if other not in (number, ahead):
-                layer.free()
+                self.layers[other].free()
         self.layers[number].gather()
         self.layers[number].wait()
         if 0 <= ahead < len(self.layers):

@@ -109,20 +109,24 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def open_engine(module: nn.Module, train: TrainSection, sources: Sources | None = None) -> Engine:
+def open_engine(
+    module: nn.Module, train: TrainSection, sources: Sources | None = None, kept: int | None = None
+) -> Engine:
     """The engine that the recipe asks for, with AdamW over the trainable parameters; call `init_distributed` before.
 
     Weights of dtype bfloat16 that are trained get a float32 master (zero3, fsdp2). sources: values of the module's
     placeholders (pipeline/model/loading.py), of which every rank reads its part only. ValueError where one of them is
-    not finite.
+    not finite. kept: frozen layers that stay gathered, for train.keep_gathered auto, which else keeps none.
     """
     sources = sources or Sources()
-    engine = _open(module, train, sources)
+    if kept is None:
+        kept = len(decoder_layers(module)) if train.keep_gathered is True else 0
+    engine = _open(module, train, sources, kept)
     _refuse_damaged(sources.damaged)
     return engine
 
 
-def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
+def _open(module: nn.Module, train: TrainSection, sources: Sources, kept: int) -> Engine:
     trained, everything = _trainable(module), sum(p.numel() for p in module.parameters())
     low = {p.dtype for p in trained} == {torch.bfloat16}
     if train.engine == "single":
@@ -131,7 +135,7 @@ def _open(module: nn.Module, train: TrainSection, sources: Sources) -> Engine:
     blocks = decoder_layers(module)
     config = read_ds_config(train, environment()[1]) if train.engine == "zero3" else {}
     ours = not cuts_frozen(config.get("zero_optimization", {}))
-    frozen = FrozenLayers(module, blocks, sources, device()) if ours else None
+    frozen = FrozenLayers(module, blocks, sources, device(), kept) if ours else None
     whole = ours and fetched_at_once(sum(p.numel() for p in trained), everything)
     if train.engine == "fsdp2":
         from pipeline.engines.fsdp2 import Fsdp2Engine

@@ -25,13 +25,14 @@ ZERO_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Fetching:
-    """zero: DeepSpeed's zero_optimization, empty for other engines."""
+    """zero: DeepSpeed's zero_optimization, empty for other engines. kept: frozen layers that stay gathered."""
 
     weights: tuple[Weight, ...]
     layers: int
     engine: str
     zero: dict[str, Any]
     ranks: int
+    kept: int = 0
 
     @property
     def at_once(self) -> bool:
@@ -86,8 +87,12 @@ class Fetching:
         frozen = [w for w in self.weights if self.by_layer(w)]
         if frozen:
             layer = _bytes(frozen) / self.layers
-            formula = f"2 layers of {layer / 1e9:.2f} GB"
-            rows.append(Row("gathered layers", formula, 2 * layer, "in a pass"))
+            passing = min(2, self.layers - self.kept)
+            if self.kept:
+                formula = f"{self.kept} layers of {layer / 1e9:.2f} GB"
+                rows.append(Row("kept gathered", formula, self.kept * layer, "always"))
+            formula = f"{passing} layers of {layer / 1e9:.2f} GB"
+            rows.append(Row("gathered layers", formula, passing * layer, "in a pass"))
         rest = [w for w in self.weights if not self.by_layer(w)]
         if self.engine == "fsdp2":
             inner, outer = split(rest)
@@ -130,7 +135,7 @@ class Fetching:
         """
         frozen = [w for w in self.weights if self.by_layer(w)]
         there = 2 + (2 if through == self.layers else 0)
-        turns = max(self.layers + through - there, 0) / self.layers
+        turns = max(self.layers + through - there, 0) / self.layers * (1 - self.kept / self.layers)
         inner, outer = split(self._moving([w for w in self.weights if not self.by_layer(w)])[0])
         if self.engine == "fsdp2" and self.at_once:
             inner = 0  # once a step, and small

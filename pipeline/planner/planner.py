@@ -14,6 +14,7 @@ come).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -53,6 +54,7 @@ class Plan:
     defences: tuple[tuple[Defence, DefenceSection], ...] = ()
     pairs: SafetyPairsSection = field(default_factory=SafetyPairsSection)
     recomputed: int | None = None  # decoder layers, for train.gradient_checkpointing auto
+    gathered: int | None = None  # frozen layers that stay gathered, for train.keep_gathered auto
     # whether attention works through a packed row whole, and a mask keeps its samples apart
     masked: bool = False
 
@@ -67,17 +69,31 @@ class Plan:
 
     def fitted(self, memory: float) -> Plan:
         """With gradient_checkpointing auto: the plan that recomputes the fewest layers with which it takes at most
-        `memory` bytes; else this one.
+        `memory` bytes. With keep_gathered auto: of these the one that keeps the most layers gathered. Else this one.
 
-        All are recomputed where nothing fits.
+        Where nothing fits, all are recomputed and none is kept.
         """
-        if self.train.gradient_checkpointing != "auto":
-            return self
-        plans = (replace(self, recomputed=count) for count in range(self.model.layers))
-        return next(
-            (plan for plan in plans if plan.total() <= memory),
-            replace(self, recomputed=self.model.layers),
-        )
+        plan, layers = self, self.model.layers
+        if self.train.gradient_checkpointing == "auto":
+            fewer = (replace(self, recomputed=count) for count in range(layers))
+            plan = _first_within(memory, fewer) or replace(self, recomputed=layers)
+        if self.train.keep_gathered == "auto":
+            more = (replace(plan, gathered=count) for count in range(self._cut_layers, 0, -1))
+            plan = _first_within(memory, more) or replace(plan, gathered=0)
+        return plan
+
+    @property
+    def _cut_layers(self) -> int:
+        """Decoder layers whose frozen weights the ranks cut."""
+        cut = self.ranks > 1 and any(map(self.fetching.by_layer, self.model.weights))
+        return self.model.layers if cut else 0
+
+    @property
+    def kept_layers(self) -> int:
+        """Decoder layers whose frozen weights stay gathered; of auto none, until `fitted` has said how many."""
+        if self.gathered is not None:
+            return self.gathered
+        return self._cut_layers if self.train.keep_gathered is True else 0
 
     def rows(self) -> list[Row]:
         """Every part, in bytes per GPU on the rank that holds the most."""
@@ -126,7 +142,7 @@ class Plan:
 
     @property
     def fetching(self) -> Fetching:
-        """What is held and fetched of the weights."""
+        """What is held and fetched of the weights, where no layer stays gathered."""
         return Fetching(
             self.model.weights, self.model.layers, self.train.engine, self.zero, self.ranks
         )
@@ -260,6 +276,10 @@ def plan_cell(experiment: Experiment, cell: Cell, ranks: int, gpu_gb: float) -> 
     return "\n".join([head, plan.table(gpu_gb), plan.time()])
 
 
+def _first_within(memory: float, plans: Iterable[Plan]) -> Plan | None:
+    return next((plan for plan in plans if plan.total() <= memory), None)
+
+
 def _state(plan: Plan) -> list[Row]:
     """What is held all the time: weights, gradients, AdamW's moments, the defences' own,
     the buffer in which gradients are reduced.
@@ -337,7 +357,7 @@ def _state(plan: Plan) -> list[Row]:
 
 def _gathered(plan: Plan) -> list[Row]:
     """Weights that are whole on a GPU while a pass runs, beside its shards."""
-    rows = plan.fetching.rows()
+    rows = replace(plan.fetching, kept=plan.kept_layers).rows()
     if plan.quantized:
         largest = max(out * into for out, into in plan.model.linears)
         rows.append(
@@ -499,5 +519,5 @@ def _pass(
         2 * model.vocabulary * model.hidden * (3 if of_weights and train.adapter == "full" else 2)
     )
     flops = sequences * length * (model.layers * forward + layers * backward + head)
-    received = plan.fetching.received(layers)
+    received = replace(plan.fetching, kept=plan.kept_layers).received(layers)
     return flops, micro_batches * received * (plan.ranks - 1) / plan.ranks

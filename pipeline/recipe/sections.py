@@ -318,6 +318,12 @@ class TrainSection(Section):
         "of none, or (auto) of as many as do not fit into the GPUs' memory, by the "
         "planner's arithmetic",
     )
+    keep_gathered: bool | Literal["auto"] = Field(
+        False,
+        description="Keep what zero3 and fsdp2 gather of frozen layers (adapter: lora), so that it is sent once and "
+        "not at every pass: of every layer, of none, or (auto) of as many as fit into the GPUs' memory, by the "
+        "planner's arithmetic",
+    )
     lora: LoraSection = Field(LoraSection(), description="The adapter of adapter: lora")
     export_merged: bool = Field(
         False,

@@ -86,6 +86,10 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
                 f"{what} recomputes {plan.recomputed} of {plan.model.layers} decoder layers "
                 "(gradient_checkpointing auto)"
             )
+        if plan.gathered is not None:
+            notes.append(
+                f"{what} keeps {plan.gathered} of {plan.model.layers} decoder layers gathered (keep_gathered auto)"
+            )
         plans.append((plan, cell))
         needed = plan.total() if gpus else plan.ranks * (plan.total() - CUDA_ALLOWANCE + _PROCESS)
         memory = max(memory or 0.0, needed)
@@ -102,22 +106,24 @@ def capacity(experiment: Experiment, facts: ModelFacts, cells: list[Cell]) -> Ca
     return Capacity(memory, there, bool(gpus), disk, free, tuple(dict.fromkeys(notes)))
 
 
-def recomputed_layers(
+def fitted_layers(
     base: Recipe, train: TrainSection, of_cell: Recipe | None, ranks: int
-) -> int | None:
-    """Decoder layers that recompute their activations here, for train.gradient_checkpointing auto; None otherwise, and
-    for a model that is not planned: all of them. of_cell: as `estimate_training`. Ranks with other GPUs may be told
-    other numbers: they have to agree.
+) -> tuple[int | None, int | None]:
+    """Decoder layers that recompute their activations here, for train.gradient_checkpointing auto, and that stay
+    gathered, for train.keep_gathered auto; None otherwise, and for a model that is not planned: all are recomputed
+    then, and none is kept. of_cell: as `estimate_training`. Ranks with other GPUs may be told other numbers: they have
+    to agree.
     """
-    if train.gradient_checkpointing != "auto":
-        return None
+    if "auto" not in (train.gradient_checkpointing, train.keep_gathered):
+        return None, None
     try:
         plan = estimate_training(
             base, outlined(base.model), train, of_cell, ranks, devices.dtype(base.model.dtype)
         )
     except ValueError:
-        return None
-    return plan.fitted(_fillable(ranks)).recomputed_layers
+        return None, None
+    plan = plan.fitted(_fillable(ranks))
+    return plan.recomputed, plan.gathered
 
 
 def _fillable(ranks: int) -> float:

@@ -35,8 +35,16 @@ from pipeline.running import devices
 
 _REPORT = 5  # raise when the page shows something new
 _FORMAT = 7  # raise when prepared data, checkpoints or products change shape
-# Of a training section, what changes no result: gradient checkpointing computes the same activations again.
-_NEUTRAL = {"ranks", "ds_config", "save_every", "watchdog_seconds", "gradient_checkpointing"}
+# Of a training section, what changes no result: gradient checkpointing computes the same activations again, and what is
+# gathered is the same however long it is kept.
+_NEUTRAL = {
+    "ranks",
+    "ds_config",
+    "save_every",
+    "watchdog_seconds",
+    "gradient_checkpointing",
+    "keep_gathered",
+}
 _ALIGN_DATA = {"refusals", "refusal_samples", "harmless", "harmless_samples", "begun_share"}
 
 

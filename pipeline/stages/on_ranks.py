@@ -29,7 +29,7 @@ from pipeline.recipe.recipe import Cell, Recipe
 from pipeline.recipe.sections import TrainSection
 from pipeline.running import lean_imports
 from pipeline.running.devices import environment
-from pipeline.stages.capacity import recomputed_layers
+from pipeline.stages.capacity import fitted_layers
 from pipeline.stages.layout import Layout
 from pipeline.system.system_errors import naming
 from pipeline.tracking.run import Run
@@ -90,9 +90,11 @@ def open_start(layout: Layout, cell: Cell, target: Path) -> tuple[Engine, PreTra
     """Engine and tokenizer of a cell at its start: the same weights (and fresh adapter) for every method of a seed."""
     base, train_section = layout.base, cell.recipe.train
     tokenizer = load_tokenizer(base.model)
-    if target != layout.train(cell) and train_section.gradient_checkpointing == "auto":
+    if target != layout.train(cell):
         # Other passes than the training's, which are what is planned: their pairs may be longer, or more.
-        train_section = train_section.model_copy(update={"gradient_checkpointing": True})
+        safe = {"gradient_checkpointing": True, "keep_gathered": False}
+        update = {key: value for key, value in safe.items() if vars(train_section)[key] == "auto"}
+        train_section = train_section.model_copy(update=update)
     return start_engine(
         base, layout.start_model(), train_section, cell.seed, cell.recipe
     ), tokenizer
@@ -111,16 +113,22 @@ def start_engine(
     """
     if train_section.adapter == "lora":
         lean_imports.import_peft()  # what it lacks is said before weights are read
-    again = recomputed_layers(base, train_section, of_cell, environment()[1])
+    again, kept = fitted_layers(base, train_section, of_cell, environment()[1])
     again = None if again is None else largest_of_ranks(again)
-    if again is not None and environment()[0] == 0:
-        print(
-            f"{again} decoder layers recompute their activations (gradient_checkpointing auto)",
-            file=sys.stderr,
-            flush=True,
-        )
+    kept = None if kept is None else -largest_of_ranks(-kept)  # what the smallest of them holds
+    if again is not None:
+        _say(f"{again} decoder layers recompute their activations (gradient_checkpointing auto)")
+    if kept is not None:
+        _say(f"{kept} decoder layers stay gathered (keep_gathered auto)")
     model, sources = open_model(base.model, location, sharded=train_section.engine != "single")
-    return open_engine(make_trainable(model, train_section, seed, again), train_section, sources)
+    return open_engine(
+        make_trainable(model, train_section, seed, again), train_section, sources, kept
+    )
+
+
+def _say(sentence: str) -> None:
+    if environment()[0] == 0:
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def told_to(label: str, step: Step, run: Run) -> list[Callback]:

@@ -134,6 +134,36 @@ def test_the_next_layer_is_on_its_way_while_one_works(tmp_path, engine, checkpoi
     assert ["gather", 1] not in probed[turn:], "backward went below the lowest probe"
 
 
+def stay(rank: int, folder: Path, engine: str) -> None:
+    train, module = adapted(engine)
+    opened = open_engine(module, train.model_copy(update={"keep_gathered": True}))
+    kept_some = open_engine(adapted(engine)[1], train, kept=3)
+    none_kept = open_engine(adapted(engine)[1], train)
+    batches = StepBatches(rank, 2).useful(0)
+    watched = [Trace(kept_some), Trace(opened)]
+    gradients = [
+        one.gradient(useful_loss, batches)[1]
+        for one in (none_kept, kept_some, opened)
+        for _ in range(2)
+    ]
+    for gradient in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradient, gradients[0], strict=True))
+    some, every = (
+        [event[1] for event in one.events if event[0] == "gather"] for one in watched
+    )  # fmt: skip
+    assert sorted(every) == list(range(LAYERS)) and watched[1].most == LAYERS
+    assert sorted(number for number in some if number < 3) == [0, 1, 2]
+    assert len(some) > 2 * LAYERS and watched[0].most == 3 + 2
+    if rank == 0:
+        (folder / "done").touch()
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_layers_that_are_kept_are_gathered_once(tmp_path, engine):
+    spawn(2, stay, tmp_path, engine)
+    assert (tmp_path / "done").exists()
+
+
 def keep(rank: int, folder: Path, engine: str) -> None:
     train, module = adapted(engine)
     expected = {

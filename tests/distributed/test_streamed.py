@@ -89,7 +89,9 @@ def test_4_bits_are_not_the_model_in_full_precision(single, folder):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_4_bit_shards_really_shrink(found, single, engine):
-    assert found[engine]["quantised"]["held"] == pytest.approx(0.5, abs=0.01)
+    assert found[engine]["quantised"]["held"] == pytest.approx(
+        0.5, abs=0.05
+    )  # tiny tensors, each padded to 64 bytes
     assert found[engine]["quantised"]["codes"] == pytest.approx(0.5, abs=0.001)  # bytes a weight
     assert found[engine]["quantised"]["loss"] == pytest.approx(
         single["quantised"]["loss"], rel=1e-5

@@ -17,9 +17,7 @@ STEP, ENGINE, ZERO3, FSDP2 = (
     "pipeline/engines/fsdp2.py",
 )
 AUTOGRAD, FROZEN = "pipeline/engines/autograd.py", "pipeline/engines/frozen.py"
-FETCHED_AHEAD = (
-    "tests/distributed/test_frozen.py::test_the_next_layer_is_on_its_way_while_one_works[fsdp2-False]"
-)
+FETCHED_AHEAD = "tests/distributed/test_frozen.py::test_the_next_layer_is_on_its_way_while_one_works[fsdp2-False]"
 FORK_SERVER, WARM = "pipeline/running/fork_server.py", "pipeline/running/warm.py"
 INHERITED = "tests/unit/running/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
 RESTARTED = "tests/unit/training/test_restart.py"

@@ -640,6 +640,54 @@ def test_auto_recomputes_the_fewest_layers_that_fit():
     ), "said is said"
 
 
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_auto_keeps_as_many_layers_gathered_as_fit(engine):
+    config = llama(256, 688, 8, 8, 8, 97)
+    train = AUTO.model_copy(update={"engine": engine, "keep_gathered": "auto"})
+    plan = planned(config, train, ranks=2, lengths=(128, 128))
+    assert plan.kept_layers == 0, "none, as long as nobody has said how much there is"
+    sizes = {
+        count: replace(plan, recomputed=0, gathered=count).total() for count in range(9)
+    }  # fmt: skip
+    assert list(sizes.values()) == sorted(sizes.values())
+    for count in (0, 3, 8):
+        fitted = plan.fitted(sizes[count])
+        # recomputing costs more than fetching does: memory goes to activations first
+        assert (fitted.recomputed_layers, fitted.kept_layers) == (0, count)
+    low = plan.fitted(sizes[0] / 2)
+    assert (low.recomputed_layers, low.kept_layers) == (8, 0)
+    received = [replace(plan, gathered=count).received() for count in (0, 4, 8)]
+    assert received[0] > received[1] > received[2]
+    always = planned(config, train.model_copy(update={"keep_gathered": True}), ranks=2)
+    assert always.kept_layers == 8 and bytes_of(always, "kept gathered") == sum(
+        w.numel * w.width for w in always.model.weights if w.in_layer and not w.trained
+    )
+    for other in ({"adapter": "full"}, {"engine": "single"}):
+        alone = planned(config, train.model_copy(update=other), ranks=1 + ("adapter" in other))
+        assert alone.fitted(1e15).kept_layers == 0
+
+
+def test_a_training_keeps_the_layers_gathered_that_are_planned_and_others_none(
+    tmp_path, monkeypatch, capsys
+):
+    content = make_project(tmp_path)
+    content["train"] |= {"engine": "fsdp2", "ranks": 2, "keep_gathered": "auto"}
+    experiment = recipes.load(write_recipe(tmp_path, content))
+    cell, location = experiment.cell("sft", 0), str(tmp_path / "model")
+    asked = []
+    monkeypatch.setattr(on_ranks, "fitted_layers", lambda *given: asked.append(given) or (None, 3))
+    monkeypatch.setattr(on_ranks, "open_engine", lambda module, train, sources, kept: (train, kept))
+    found = on_ranks.start_engine(experiment.base, location, cell.recipe.train, 0, cell.recipe)
+    assert found[1] == 3 and asked[0][1].keep_gathered == "auto"
+    assert "3 decoder layers stay gathered (keep_gathered auto)" in capsys.readouterr().err
+    layout = Layout(experiment)
+    monkeypatch.setattr(Layout, "start_model", lambda self: location)
+    for target, setting in ((layout.train(cell), "auto"), (layout.direction(cell), False)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (train, _), _ = on_ranks.open_start(layout, cell, target)
+        assert train.keep_gathered == setting
+
+
 def test_a_training_recomputes_the_layers_that_are_planned_and_others_all(
     tmp_path, monkeypatch, capsys
 ):

@@ -86,6 +86,7 @@ BASELINES = {"evaluate shipped", "evaluate aligned"}
         ),
         ("--train.ranks=1", set()),
         ("--train.gradient_checkpointing=true", set()),
+        ("--train.keep_gathered=auto", set()),
         ("--train.save_every=7", set()),
         ("--evaluate.batch_size=3", set()),
         ("--tracking.experiment=other", set()),
