@@ -186,6 +186,12 @@ def fetched_by_layer(
     return zero | {name: size for name, size in sizes.items() if name not in said}
 
 
+def persistence(zero: dict[str, Any]) -> int:
+    """Elements of a tensor up to which it stays whole between passes; 0 where nothing is said of it."""
+    key = "stage3_param_persistence_threshold"
+    return int(zero.get(key, zero.get(key.removeprefix("stage3_"), 0)))
+
+
 def _auto_paths(value: Any, prefix: str = "") -> list[str]:
     if isinstance(value, dict):
         return [

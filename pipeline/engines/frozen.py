@@ -70,7 +70,7 @@ class FrozenLayers:
         for parameter in [p for p in sources if p in waiting]:  # in the order of the files
             layer, number = waiting[parameter]
             layer.read(number, sources.pop(parameter))
-        if dist.get_world_size() > 1:
+        if dist.get_world_size() > 1 and any(layer.weights for layer in self.layers):
             for number, (block, layer) in enumerate(zip(blocks, self.layers, strict=True)):
                 layer.free()
                 block.register_forward_pre_hook(functools.partial(self._before_forward, number))
@@ -142,7 +142,10 @@ class _Layer:
         # Made of the storage, and no views of a tensor: to autograd a gather is no edit of what it has saved.
         self.weights = [
             torch.empty(0, dtype=tensor.dtype, device=device).set_(
-                self._whole.untyped_storage(), start // tensor.element_size(), tensor.shape
+                self._whole.untyped_storage(),
+                start // tensor.element_size(),
+                tensor.shape,
+                torch.empty(tensor.shape, device="meta").stride(),
             )
             for tensor, start in zip(like, self._starts, strict=True)
         ]
@@ -164,7 +167,7 @@ class _Layer:
 
     def gather(self) -> None:
         """Begin to put the ranks' parts together, unless that was done: `wait` before the weights are used."""
-        if not self.is_whole:
+        if self.weights and not self.is_whole:
             self._whole.untyped_storage().resize_(self.nbytes)
             # By the name it had before torch 2.13 where that is the one there is.
             all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

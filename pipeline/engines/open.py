@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from pipeline.engines.ds_config import (
     cuts_frozen,
     fetched_at_once,
     fetched_by_layer,
+    persistence,
     read_ds_config,
 )
 from pipeline.engines.engine import Engine
@@ -127,44 +129,49 @@ def open_engine(
 
 
 def _open(module: nn.Module, train: TrainSection, sources: Sources, kept: int) -> Engine:
-    trained, everything = _trainable(module), sum(p.numel() for p in module.parameters())
-    low = {p.dtype for p in trained} == {torch.bfloat16}
+    trained = _trainable(module)
     if train.engine == "single":
         fill(sources, device())
         return SingleEngine(module, adamw(trained, train), train.max_grad_norm, device())
-    blocks = decoder_layers(module)
+    blocks, everything = decoder_layers(module), _elements([module])
     config = read_ds_config(train, environment()[1]) if train.engine == "zero3" else {}
     ours = not cuts_frozen(config.get("zero_optimization", {}))
     frozen = FrozenLayers(module, blocks, sources, device(), kept) if ours else None
-    whole = ours and fetched_at_once(sum(p.numel() for p in trained), everything)
+    if ours and fetched_at_once(sum(p.numel() for p in trained), everything):
+        blocks = []
+    low = {p.dtype for p in trained} == {torch.bfloat16}
     if train.engine == "fsdp2":
         from pipeline.engines.fsdp2 import Fsdp2Engine
 
-        dtype = torch.bfloat16 if low else None
+        dtype, norm = torch.bfloat16 if low else None, train.max_grad_norm
         engine: Engine = Fsdp2Engine(
-            module,
-            [] if whole else blocks,
-            lambda ps: adamw(ps, train),
-            train.max_grad_norm,
-            device(),
-            dtype,
-            sources,
+            module, blocks, lambda ps: adamw(ps, train), norm, device(), dtype, sources
         )
     else:
-        from pipeline.engines.zero3 import Zero3Engine
-
-        fetched = [_around(module, blocks)] if whole else blocks
-        config["zero_optimization"] = fetched_by_layer(
-            config["zero_optimization"],
-            max(_elements(block) for block in fetched),
-            _elements(module) - sum(_elements(block) for block in fetched),
-            max(p.numel() for p in trained) if whole else 0,
-        )
-        if low:
-            config["bf16"] = {"enabled": True}
-        engine = Zero3Engine(module, adamw(trained, train), config, fetched, sources)
+        config |= {"bf16": {"enabled": True}} if low else {}
+        engine = _zero3(module, train, blocks, config, sources)
     engine.frozen = frozen
     return engine
+
+
+def _zero3(
+    module: nn.Module, train: TrainSection, blocks: Sequence[nn.Module], config: dict[str, Any],
+    sources: Sources,
+) -> Engine:  # fmt: skip
+    """blocks: none where what is trained is fetched at once."""
+    from pipeline.engines.zero3 import Zero3Engine
+
+    trained, at_once = _trainable(module), not blocks
+    fetched, kept = (
+        ([_around(module, decoder_layers(module))], max(p.numel() for p in trained))
+        if at_once
+        else (blocks, 0)
+    )
+    layer, rest = max(_elements([block]) for block in fetched), _elements(fetched)
+    zero = fetched_by_layer(config["zero_optimization"], layer, _elements([module]) - rest, kept)
+    once = at_once and persistence(zero) >= kept
+    config = config | {"zero_optimization": zero}
+    return Zero3Engine(module, adamw(trained, train), config, fetched, sources, once)
 
 
 def _around(module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
@@ -173,8 +180,8 @@ def _around(module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
     return next(m for m in reversed(holds) if not isinstance(m, nn.ModuleList))
 
 
-def _elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _elements(modules: Sequence[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _refuse_damaged(found: list[str]) -> None:

@@ -54,11 +54,14 @@ class Zero3Engine(Engine):
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any],
-        blocks: Sequence[nn.Module] = (), sources: Sources | None = None,
+        blocks: Sequence[nn.Module] = (), sources: Sources | None = None, reduces_once: bool = False,
     ):  # fmt: skip
         """blocks: modules gathered as a whole, one at a time.
 
         sources: values of the module's placeholders (pipeline/model/weights.py); each rank reads its part.
+
+        reduces_once: whole gradients wait on every rank for the last micro-batch, and are reduced in one go. What is
+        trained must then stay whole between passes (the persistence threshold).
         """
         import deepspeed
 
@@ -82,6 +85,7 @@ class Zero3Engine(Engine):
         ]
         assert not wrong, f"DeepSpeed changed the dtype of {len(wrong)} weights"
         self.ds.train()
+        self._reduces_once = reduces_once
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._partitions = Partitions(self.optimizer)
         self._padding = [self._padding_mask(group) for group in self._partitions.groups]
@@ -90,7 +94,7 @@ class Zero3Engine(Engine):
         self, loss_fn: LossFunction[B], batches: Sequence[B], v: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._clear_gradient()
-        loss = self._backward(loss_fn, batches, ends_step=True)
+        loss = self._backward(loss_fn, batches, ends_step=True, v=v)
         if not v:
             return loss, None
         # The loss was scaled by the world size for DeepSpeed's mean; v's gradient is ours to sum.
@@ -280,15 +284,30 @@ class Zero3Engine(Engine):
             yield from zip(group, flat.split([_cut(p).padded for p in group]), strict=True)
 
     def _backward(
-        self, loss_fn: LossFunction[B], batches: Sequence[B], ends_step: bool
+        self,
+        loss_fn: LossFunction[B],
+        batches: Sequence[B],
+        ends_step: bool,
+        v: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         total = self.zero()
-        for number, batch in enumerate(batches):
-            # Only the main pass's last backward may look like the end of a step:
-            # offloaded optimizers take the gradient there.
-            self.ds.set_gradient_accumulation_boundary(ends_step and number == len(batches) - 1)
-            loss = loss_fn(self.ds, batch.to(self.device))
-            self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
+        leaves = [*(p for p in self._names if p.requires_grad), *v]
+        waiting: list[torch.Tensor | None] = [None] * len(leaves)
+        for number, batch in enumerate(batches, 1):
+            if self._reduces_once and number < len(batches):
+                # As in probe_gradient: what DeepSpeed does at the end of its own backward passes would reduce.
+                loss = loss_fn(self.module, batch.to(self.device))
+                found = torch.autograd.grad(loss * self.world_size, leaves, allow_unused=True)
+                waiting = [_sum(pair) for pair in zip(waiting, found, strict=True)]
+                self._partitions.release_leftovers()
+            else:
+                # Only the main pass's last backward may look like the end of a step:
+                # offloaded optimizers take the gradient there.
+                self.ds.set_gradient_accumulation_boundary(ends_step and number == len(batches))
+                loss = loss_fn(self.ds, batch.to(self.device))
+                if any(gradient is not None for gradient in waiting):
+                    loss = _WithGradients.apply(loss, waiting, *leaves)
+                self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
             total += loss.detach().double()
         return self.sum_over_ranks(total)
 
@@ -317,3 +336,26 @@ def _cut(parameter: nn.Parameter) -> Partition:
     found = partition_of(parameter)
     assert found is not None, "ZeRO-3 cuts every parameter of its module"
     return found
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose backward pass adds these gradients to the leaves', also to those that the loss does not use."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: torch.Tensor,
+        gradients: Sequence[torch.Tensor | None],
+        *leaves: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.gradients = gradients
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gradient, None, *ctx.gradients
+
+
+def _sum(pair: tuple[torch.Tensor | None, torch.Tensor | None]) -> torch.Tensor | None:
+    there, more = pair
+    return there if more is None else more if there is None else there.add_(more)

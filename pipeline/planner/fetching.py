@@ -69,7 +69,9 @@ class Fetching:
             others, kept = sum(w.numel for w in rest if not w.in_layer), 0
         sizes = fetched_by_layer(self.zero, layer, others, kept)
         names = (key, key.removeprefix("stage3_"))
-        return int(next((sizes[name] for name in names if name in sizes), ZERO_DEFAULTS.get(key)))
+        return int(
+            next((sizes[name] for name in names if name in sizes), ZERO_DEFAULTS.get(key, 0))
+        )
 
     def rows(self) -> list[Row]:
         """Weights that are whole on a GPU while a pass runs, beside its shards.

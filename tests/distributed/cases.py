@@ -140,5 +140,16 @@ def matrix_cases() -> tuple[Case, ...]:
 
 
 def requirements(row: dict) -> set:
-    """Pairs of factors, each within its engine: no engine may rely on another for a pair."""
-    return groups_with(row, "engine", 3)
+    """Pairs of factors, each within its engine: no engine may rely on another for a pair. How weights are fetched, which
+    two factors decide together, counts as one more.
+    """
+    return groups_with(row | {"fetched": fetched(Case(**row))}, "engine", 3)
+
+
+def fetched(case: Case) -> str:
+    """Who fetches frozen layers, and whether what is trained comes at once or by layers."""
+    if case.adapter == "full":
+        return "all by the engine"
+    if case.offload_param:
+        return "DeepSpeed's, in host memory"
+    return "at once" if case.adapter == "lora" else "by layer"

@@ -9,6 +9,7 @@ from tests.distributed.cases import (
     Case,
     all_cases,
     exclusion,
+    fetched,
     matrix_cases,
     product_of_factors,
     requirements,
@@ -35,6 +36,8 @@ def test_every_pair_is_covered_within_every_engine():
     assert within(matrix_cases()) == within(all_cases())
     triples = {(case.engine, case.adapter, case.schedule) for case in matrix_cases()}
     assert len(triples) == 3 * 3 * 3
+    ways = {(case.engine, fetched(case), case.schedule) for case in matrix_cases()}
+    assert len(ways) == 3 * 3 * 3 + 3, "and ZeRO-3's fourth way"
 
 
 def test_the_matrix_is_small_and_has_both_group_sizes():

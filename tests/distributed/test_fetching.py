@@ -15,7 +15,8 @@ from pipeline.model.models import decoder_layers, make_trainable
 from pipeline.objectives.losses import useful_loss
 from pipeline.recipe.sections import LoraSection, TrainSection
 from tests.distributed.ranks import spawn
-from tests.tiny import StepBatches
+from tests.distributed.worker import SometimesMore
+from tests.tiny import StepBatches, tiny_lora
 
 LAYERS = 6
 CONFIG = LlamaConfig(
@@ -135,6 +136,69 @@ def test_fsdp2_reduces_an_adapter_s_gradients_once_a_step(tmp_path, adapter):
     counted, batches = json.loads((tmp_path / "counted.json").read_text())
     # an adapter in one go; else every layer, and the root's embeddings, norm and head
     assert counted == (1 if adapter == "lora" else (LAYERS + 1) * batches) and batches > 1
+
+
+def first_uses_more(engine, batches: list):
+    """A loss to which `more` of SometimesMore adds in the first micro-batch alone."""
+    turns = iter([True] + [False] * (len(batches) - 1))
+    return lambda module, batch: useful_loss(
+        lambda **given: module(use_more=next(turns), **given), batch
+    )
+
+
+def check_once(rank: int, folder) -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Optimizer
+
+    path = folder / "ds.json"
+    if rank == 0:
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    train = TrainSection(
+        steps=1, engine="zero3", batch_size=8, micro_batch_size=2, ds_config=str(path)
+    )
+    init_distributed(train)
+    torch.distributed.barrier()
+    engine = open_engine(SometimesMore(tiny_lora()), train)
+    name = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+    reduce, counted = getattr(Optimizer, name), []
+    setattr(Optimizer, name, lambda *given: counted.append(1) or reduce(*given))
+    batches, v = StepBatches(rank, 2).useful(0), torch.ones(1, requires_grad=True)
+
+    def loss(module, batch):
+        return base(module, batch) * v[0]
+
+    base = first_uses_more(engine, batches)
+    _, of_v = engine.forward_backward(loss, batches, [v])
+    found = engine.gather(engine.accumulated_gradient())
+    clean = all(p.grad is None for p in engine.module.parameters())
+    engine.discard()
+    base = first_uses_more(engine, batches)
+    _, again = engine.gradient(loss, batches)
+    again = engine.gather(again)
+    if rank == 0:
+        counts = {"reduced": len(counted), "batches": len(batches), "clean": clean}
+        (folder / "counted.json").write_text(json.dumps(counts))
+        torch.save({"main": found, "auxiliary": again, "v": of_v}, folder / "found.pt")
+
+
+def test_zero3_reduces_an_adapter_s_gradients_once_a_step_and_loses_none(tmp_path):
+    spawn(2, check_once, tmp_path)
+    counts = json.loads((tmp_path / "counted.json").read_text())
+    assert counts == {"reduced": 2, "batches": 2, "clean": True}, "once for each of two passes"
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    alone = open_engine(SometimesMore(tiny_lora()), TrainSection(steps=1, engine="single"))
+    # the micro-batches of both ranks, of which each rank's first one uses more
+    shares = [StepBatches(rank, 2).useful(0) for rank in (0, 1)]
+    v = torch.ones(1, requires_grad=True)
+    for batches in shares:
+        base = first_uses_more(alone, batches)
+        for batch in batches:
+            (base(alone.module, batch) * v[0]).backward()
+    expected = alone.gather(alone.accumulated_gradient())
+    assert expected["more.weight"].any() and found["v"].shape == (1, 1)
+    assert torch.allclose(found["v"].flatten(), v.grad, rtol=1e-4)
+    for gradient in (found["main"], found["auxiliary"]):
+        for name, value in expected.items():
+            assert torch.allclose(gradient[name], value, rtol=1e-3, atol=1e-6), name
 
 
 def asked_for(events: list, layer: int) -> bool:

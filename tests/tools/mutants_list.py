@@ -62,8 +62,9 @@ def parity(**wanted: Any) -> str:
 
 
 ZERO3_EXACT, FSDP2_EXACT = (
-    parity(engine=engine, ranks=2, schedule="exact", adapter="lora", accumulation=1)
-    for engine in ("zero3", "fsdp2")
+    parity(engine=engine, ranks=2, schedule="exact", adapter=adapter, accumulation=1)
+    for engine, adapter in (("zero3", "wide"), ("fsdp2", "lora"))
+)
 )
 
 OF_THE_STEP = (
@@ -297,7 +298,7 @@ OF_THE_ENGINES = (
         ZERO3,
         "[row.grad for row in v]) / self.world_size",
         "[row.grad for row in v])",
-        parity(engine="zero3", ranks=2, schedule="lagged", adapter="lora", accumulation=1),
+        parity(engine="zero3", ranks=2, schedule="lagged", adapter="wide", accumulation=1),
     ),
     mutant(
         "zero3: restored by subtracting",
@@ -326,8 +327,8 @@ OF_THE_ENGINES = (
             ),
             (
                 ZERO3,
-                "        self._clear_gradient()\n        loss = self._backward(loss_fn, batches, ends_step=True)",
-                "        loss = self._backward(loss_fn, batches, ends_step=True)",
+                "        self._clear_gradient()\n        loss = self._backward(loss_fn, batches, ends_step=True,",
+                "        loss = self._backward(loss_fn, batches, ends_step=True,",
             ),
         ),
         (parity(engine="zero3", ranks=2, schedule="reused"),),
@@ -395,6 +396,13 @@ OF_THE_ENGINES = (
         "and n == uses[p] and",
         "and",
         "tests/distributed/test_frozen.py::test_one_rank_fetches_nothing_and_what_layers_share_stays",
+    ),
+    mutant(
+        "zero3: gradients of earlier micro-batches lost",
+        ZERO3,
+        "loss = _WithGradients.apply(loss, waiting, *leaves)",
+        "pass",
+        "tests/distributed/test_fetching.py::test_zero3_reduces_an_adapter_s_gradients_once_a_step_and_loses_none",
     ),
     mutant(
         "zero3: tensors fetched one by one",
