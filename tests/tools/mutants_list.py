@@ -65,7 +65,6 @@ ZERO3_EXACT, FSDP2_EXACT = (
     parity(engine=engine, ranks=2, schedule="exact", adapter=adapter, accumulation=1)
     for engine, adapter in (("zero3", "wide"), ("fsdp2", "lora"))
 )
-)
 
 OF_THE_STEP = (
     mutant(
