@@ -6,7 +6,8 @@ import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ENGINES = ("single", "fsdp2", "zero3")
+SHARDING = ("fsdp2", "zero3")
+ENGINES = ("single", *SHARDING)
 OTHERS = ("trainer", "trl")  # transformers.Trainer with PEFT, and TRL's SFTTrainer
 METHODS = ("plain", "sap", "sap_lagged", "lisa", "ema")
 MICRO_BATCHES = 2
@@ -45,9 +46,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One process of the benchmark.
+    """One process of the benchmark, or `ranks` of them, each with as many rows as one has alone.
 
-    system: an engine, or one of OTHERS. lengths: fixed, or real (a few long rows, many short ones).
+    system: an engine, or one of OTHERS. length: tokens of a row, where not the shape's. lengths: fixed, or real (a few
+    long rows, many short ones). tokens, packing: train.tokens_per_micro_batch and train.packing, of engines.
     """
 
     system: str
@@ -57,26 +59,28 @@ class Case:
     checkpointing: bool = True
     quantization: str = "none"
     lengths: str = "fixed"
+    length: int | None = None
+    ranks: int = 1
+    keep_gathered: bool = False
+    tokens: int | None = None
+    packing: bool = False
     warm_up: int = 3
     steps: int = 10
     profile: bool = False
 
     @property
     def model(self) -> Shape:
-        """The model's shape, with `layers` decoder layers where that is given."""
-        shape = SHAPES[self.shape]
-        return (
-            shape
-            if self.layers is None
-            else Shape(**asdict(shape) | {"num_hidden_layers": self.layers})
-        )
+        """The model's shape, with `layers` decoder layers and `length` tokens a row where these are given."""
+        given = {"num_hidden_layers": self.layers, "length": self.length}
+        own = {key: value for key, value in given.items() if value is not None}
+        return Shape(**asdict(SHAPES[self.shape]) | own)
 
     def rows(self) -> list[dict[str, list[int]]]:
         """input_ids and labels of one row for every draw of the run: the same for all systems."""
         shape, rng = self.model, random.Random(0)
         shares = (
             1.0 if self.lengths == "fixed" else min(1.0, rng.lognormvariate(-1.4, 0.8))
-            for _ in range(shape.batch_size * (self.warm_up + self.steps))
+            for _ in range(self.ranks * shape.batch_size * (self.warm_up + self.steps))
         )
         return [
             _row(rng, shape.vocab_size, max(8, round(shape.length * share))) for share in shares

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifacts
-from pipeline.bench.cases import ENGINES, METHODS, OTHERS, SHAPES, Case
+from pipeline.bench.cases import ENGINES, METHODS, OTHERS, SHAPES, SHARDING, Case
 from pipeline.bench.processes import Processes
 
 # of the losses after all steps, relative; on GPUs frozen weights are bfloat16, and Trainer casts the adapter too
@@ -97,6 +97,20 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         default="fixed",
         help="rows of one length, or a few long and many short ones; default fixed",
     )
+    parser.add_argument("--length", type=int, help="tokens of a row, where not the shape's")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        help="processes that share a step, each with as many rows as one alone: of engines that shard; default 1",
+    )
+    parser.add_argument(
+        "--keep-gathered", action="store_true", help="as train.keep_gathered, for fsdp2 and zero3"
+    )
+    parser.add_argument("--tokens", type=int, help="as train.tokens_per_micro_batch, for engines")
+    parser.add_argument(
+        "--packing", action="store_true", help="as train.packing, for engines, with --tokens"
+    )
     parser.add_argument(
         "--rounds", type=int, default=3, help="processes started for every case; default 3"
     )
@@ -132,7 +146,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(
             "--systems names trl, which is not installed: pip install trl, or leave it out"
         )
-    for name in ("layers", "rounds", "steps"):
+    _check_together(options)
+    for name in ("layers", "length", "ranks", "tokens", "rounds", "steps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: it must be at least 1")
     if not _cases(options):
@@ -141,6 +156,27 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
             "methods other than plain need an engine"
         )
     return options
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """ValueError for options that do not go with one another."""
+    systems = options.systems.split(",")
+    alone = [system for system in systems if system not in SHARDING]
+    if options.ranks > 1 and alone:
+        raise ValueError(
+            f"--ranks {options.ranks} goes with systems that shard, {' and '.join(SHARDING)}, and not with {alone[0]}"
+        )
+    if options.keep_gathered and not set(systems) & set(SHARDING):
+        raise ValueError(
+            f"--keep-gathered is for {' and '.join(SHARDING)}: name one with --systems"
+        )
+    if options.packing and options.tokens is None:
+        raise ValueError("--packing needs --tokens, the budget of a packed row")
+    least = SHAPES[options.shape].length if options.length is None else options.length
+    if options.tokens is not None and options.tokens < least:
+        raise ValueError(
+            f"--tokens is {options.tokens}, less than a row of {least}: raise it, or lower --length"
+        )
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
@@ -153,6 +189,11 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             options.layers,
             way,
             lengths=options.lengths,
+            length=options.length,
+            ranks=options.ranks,
+            keep_gathered=options.keep_gathered and system in SHARDING,
+            tokens=options.tokens if system in ENGINES else None,
+            packing=options.packing and system in ENGINES,
             steps=options.steps,
             profile=options.profile,
         )

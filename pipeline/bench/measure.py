@@ -8,7 +8,10 @@ rate.
 from __future__ import annotations
 
 import json
+import os
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +38,7 @@ from pipeline.engines.engine import Engine
 from pipeline.model.models import make_trainable
 from pipeline.objectives.batches import BatchOrder, pad_rows
 from pipeline.recipe.sections import LoraSection, TrainSection
+from pipeline.running.devices import environment
 from pipeline.training.callbacks import Console, Watched
 from pipeline.training.loop import Loop, TrainingData
 
@@ -92,7 +96,12 @@ class Clock:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The case, its step times in ms, the losses, and what memory it took."""
+    """The case, its step times in ms, the losses, and what memory it took: of the first rank, where there are several.
+
+    RuntimeError where a rank fails.
+    """
+    if case.ranks > 1 and "RANK" not in os.environ:
+        return _on_ranks(case)
     if case.model.hidden_size <= 64:
         torch.set_num_threads(1)  # two would wait for each other longer than they work
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +113,9 @@ def measure(case: Case) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         run = _trainer if case.system in OTHERS else _loop
         clock = run(case, train, module, Path(folder))
+    if environment()[0]:  # what happens is logged, and so timed, on the first rank alone
+        launch.leave()
+        return {}
     times = clock.times()
     tokens = sum(len(row["input_ids"]) for row in case.rows()) / (case.warm_up + case.steps)
     middle = statistics.median(times)
@@ -114,6 +126,30 @@ def measure(case: Case) -> dict[str, Any]:
         "before_s": clock.marks[0] - started, "flops": plain_step_flops(case), "profile": clock.profile(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
+
+
+def _on_ranks(case: Case) -> dict[str, Any]:
+    """A Python for each rank, on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, "-m", "pipeline.bench.measure", json.dumps(asdict(case))]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ
+            | where
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(case.ranks)
+    ]
+    said = [rank.communicate()[0] for rank in ranks]
+    codes = [rank.returncode for rank in ranks]
+    if any(codes):
+        raise RuntimeError(f"the ranks of {case.system} ended with exit codes {codes}: see above")
+    return json.loads(said[0].splitlines()[-1])
 
 
 def matmul_rate() -> float:
@@ -138,9 +174,12 @@ def section(case: Case, folder: Path) -> TrainSection:
         json.dumps({"zero_optimization": _ZERO, "steps_per_print": 10**6})
     )
     total, size = case.warm_up + case.steps, case.model.batch_size
+    packed = {"tokens_per_micro_batch": case.tokens, "packing": case.packing}
     return TrainSection(
         steps=total, engine="single" if case.system in OTHERS else case.system, ds_config=str(folder / "ds.json"),
-        batch_size=size, micro_batch_size=size // MICRO_BATCHES, gradient_checkpointing=case.checkpointing, lr=_LR,
+        batch_size=case.ranks * size, micro_batch_size=size // MICRO_BATCHES, lr=_LR,
+        gradient_checkpointing=case.checkpointing, keep_gathered=case.keep_gathered,
+        **({} if case.system in OTHERS else packed),
         warmup_steps=0, decay="constant", save_every=total + 1, validate_every=total + 1,
         lora=LoraSection(r=8, target_modules=["q_proj", "v_proj"]),
     )  # fmt: skip

@@ -140,8 +140,8 @@ def matrix_cases() -> tuple[Case, ...]:
 
 
 def requirements(row: dict) -> set:
-    """Pairs of factors, each within its engine: no engine may rely on another for a pair. How weights are fetched, which
-    two factors decide together, counts as one more.
+    """Pairs of factors, each within its engine: no engine may rely on another for a pair. How weights are fetched,
+    which two factors decide together, counts as one more.
     """
     return groups_with(row | {"fetched": fetched(Case(**row))}, "engine", 3)
 

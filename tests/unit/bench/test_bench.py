@@ -47,6 +47,31 @@ def test_systems_are_measured_and_agree(tmp_path, capsys):
     assert "| off | zero3 | plain |" in capsys.readouterr().out
 
 
+def test_ranks_share_a_step_and_lose_as_one(tmp_path, capsys):
+    """Two ranks, layers kept and not, samples packed and not: the same losses."""
+    found = []
+    for more in (["--keep-gathered"], ["--tokens", "40", "--packing"]):
+        file = tmp_path / "bench.json"
+        given = (
+            "--shape tiny --rounds 1 --steps 2 --systems fsdp2,zero3 --ranks 2 --checkpointing off"
+        )
+        arguments = [
+            *given.split(),
+            "--length",
+            "20",
+            "--lengths",
+            "real",
+            *more,
+            "--json",
+            str(file),
+        ]
+        assert main(["bench", *arguments]) == 0, capsys.readouterr().err
+        found += json.loads(file.read_text())["rows"]
+    assert [row["keep_gathered"] for row in found] == [True, True, False, False]
+    assert all(row["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for row in found)
+    assert all(len(row["times"]) == 2 and row["ranks"] == 2 for row in found)
+
+
 def rows(times: dict[str, list[float]], losses: dict[str, float] | None = None, **more):
     """What processes would have answered: a system's times, one a round."""
     return [
@@ -110,6 +135,14 @@ def test_losses_of_different_methods_are_not_compared(loss):
             "--json /nowhere/bench.json is in no folder that exists: make it first",
         ),
         (["--layers", "0"], "--layers is 0: it must be at least 1"),
+        (["--length", "0"], "--length is 0: it must be at least 1"),
+        (["--ranks", "2"], "--ranks 2 goes with systems that shard, fsdp2 and zero3, and not with"),
+        (
+            ["--systems", "single", "--keep-gathered"],
+            "--keep-gathered is for fsdp2 and zero3: name one with --systems",
+        ),
+        (["--packing"], "--packing needs --tokens, the budget of a packed row"),
+        (["--tokens", "15"], "--tokens is 15, less than a row of 16: raise it, or lower --length"),
         (
             ["--systems", "trl"],
             "--systems names trl, which is not installed: pip install trl, or leave it out",
