@@ -52,7 +52,7 @@ _NAMES = (
         for name in (
             "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
             "grad_partitions_flat_buffer", "parameter_offload", "offload_optimizer", "optimizer",
-            "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation",
+            "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation", "persistent_parameters",
         )
     ),
     *(
@@ -196,6 +196,12 @@ class Partitions:
             _as_cut(parameter).ds_id for parameter in parameters
         )
         self._optimizer._finalize_offload_gradient_accumulation()
+
+    def gather_on_demand(self) -> None:
+        """Have the next pass gather what stays whole between passes, in one collective: at the end of a step DeepSpeed
+        would gather it in one for each tensor.
+        """
+        self._optimizer.persistent_parameters = []
 
     def drop_gathered(self) -> None:
         """Forget all gathered copies of weights."""

@@ -88,6 +88,8 @@ class Zero3Engine(Engine):
         self._reduces_once = reduces_once
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._partitions = Partitions(self.optimizer)
+        if reduces_once:
+            self._partitions.gather_on_demand()
         self._padding = [self._padding_mask(group) for group in self._partitions.groups]
 
     def forward_backward(
