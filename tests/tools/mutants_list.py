@@ -17,7 +17,9 @@ STEP, ENGINE, ZERO3, FSDP2 = (
     "pipeline/engines/fsdp2.py",
 )
 AUTOGRAD, FROZEN = "pipeline/engines/autograd.py", "pipeline/engines/frozen.py"
-FETCHED_AHEAD = "tests/distributed/test_frozen.py::test_the_next_layer_is_on_its_way_while_one_works[fsdp2-False]"
+FETCHED_AHEAD = (
+    "tests/distributed/test_frozen.py::test_the_next_layer_is_on_its_way_while_one_works[fsdp2-]"
+)
 FORK_SERVER, WARM = "pipeline/running/fork_server.py", "pipeline/running/warm.py"
 INHERITED = "tests/unit/running/test_warm.py::test_a_job_finds_what_a_python_of_its_own_finds"
 RESTARTED = "tests/unit/training/test_restart.py"
@@ -380,7 +382,7 @@ OF_THE_ENGINES = (
         FROZEN,
         "if number == self._at and number > 0:",
         "if False:",
-        "tests/distributed/test_frozen.py::test_the_next_layer_is_on_its_way_while_one_works[fsdp2-True]",
+        "tests/distributed/test_frozen.py::test_the_next_layer_is_on_its_way_while_one_works[fsdp2-around]",
     ),
     mutant(
         "frozen layers: every rank keeps the first one's part",
