@@ -25,6 +25,9 @@ class AutogradEngine(Engine):
     def _gradients(self) -> ShardedVector:
         """What `forward_backward` left, zeros where there is nothing: views where they can be."""
 
+    def _begun(self, loss: torch.Tensor) -> None:
+        """What has to be done between a micro-batch's passes."""
+
     def _before(self, last: bool) -> None:
         """What has to be done before a micro-batch's passes. last: whether it is the last one."""
 
@@ -95,6 +98,7 @@ class AutogradEngine(Engine):
         for number, batch in enumerate(batches, 1):
             self._before(last=number == len(batches))
             loss = loss_fn(self.module, batch.to(self.device))
+            self._begun(loss)
             loss.backward()
             total += loss.detach().double()
         return self.sum_over_ranks(total)

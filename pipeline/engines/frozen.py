@@ -181,7 +181,7 @@ class _Layer:
 
     def free(self) -> None:
         """Give the memory back. A gather that nobody waited for ends first: it would write into what is given back."""
-        if self.is_whole:
+        if self._whole is not self.part and self.is_whole:
             self.wait()
             self._whole.untyped_storage().resize_(0)
 

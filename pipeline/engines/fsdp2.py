@@ -31,6 +31,7 @@ from torch.distributed.tensor.placement_types import Shard as RowShard
 from pipeline.engines.autograd import AutogradEngine
 from pipeline.engines.engine import ShardedVector, clip, step_counter
 from pipeline.engines.rank_files import RankFiles, write
+from pipeline.libraries import torch_private
 from pipeline.model.weights import Source, Sources, read
 
 Places = list[tuple[nn.Module, str]]
@@ -83,6 +84,10 @@ class Fsdp2Engine(AutogradEngine):
     def _before(self, last: bool) -> None:
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(last or not self._at_once)
+
+    def _begun(self, loss: torch.Tensor) -> None:
+        if self._at_once:
+            torch_private.ends_with(self.module, loss)
 
     def _gradients(self) -> ShardedVector:
         return [

@@ -307,8 +307,15 @@ class Zero3Engine(Engine):
                 # offloaded optimizers take the gradient there.
                 self.ds.set_gradient_accumulation_boundary(ends_step and number == len(batches))
                 loss = loss_fn(self.ds, batch.to(self.device))
-                if any(gradient is not None for gradient in waiting):
-                    loss = _WithGradients.apply(loss, waiting, *leaves)
+                # A leaf without one would have DeepSpeed's hooks called all the same, with no gradient.
+                there = [
+                    (gradient, leaf)
+                    for gradient, leaf in zip(waiting, leaves, strict=True)
+                    if gradient is not None
+                ]
+                if there:
+                    gradients, used = zip(*there, strict=True)
+                    loss = _WithGradients.apply(loss, gradients, *used)
                 self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
             total += loss.detach().double()
         return self.sum_over_ranks(total)
@@ -347,7 +354,7 @@ class _WithGradients(torch.autograd.Function):
     def forward(
         ctx: Any,
         loss: torch.Tensor,
-        gradients: Sequence[torch.Tensor | None],
+        gradients: Sequence[torch.Tensor],
         *leaves: torch.Tensor,
     ) -> torch.Tensor:
         ctx.gradients = gradients
@@ -360,4 +367,4 @@ class _WithGradients(torch.autograd.Function):
 
 def _sum(pair: tuple[torch.Tensor | None, torch.Tensor | None]) -> torch.Tensor | None:
     there, more = pair
-    return there if more is None else more if there is None else there.add_(more)
+    return there if more is None else more if there is None else there + more

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.libraries.needed import need
 
@@ -20,7 +20,9 @@ REQUIREMENT = "torch>=2.6,<3"  # as pyproject.toml has it
 
 def check() -> None:
     """ValueError, one sentence, where the torch that is installed lacks a name that a training uses."""
-    need("torch", REQUIREMENT, ["torch:_foreach_mul_"])
+    state = "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._register_pre_backward_hook"
+    names = ["torch:_foreach_mul_", "torch.distributed.fsdp:FSDPModule._get_fsdp_state", state]
+    need("torch", REQUIREMENT, names)
 
 
 def multiply(tensors: Sequence[torch.Tensor], factor: float) -> None:
@@ -28,6 +30,15 @@ def multiply(tensors: Sequence[torch.Tensor], factor: float) -> None:
     import torch
 
     torch._foreach_mul_(list(tensors), factor)
+
+
+def ends_with(module: Any, loss: torch.Tensor) -> None:
+    """Have FSDP2 reduce the gradients of its root module's group at the end of the loss's backward pass.
+
+    Its own hook for that is on the module's output, which a loss of activations alone does not use: nothing would be
+    reduced, and no error raised.
+    """
+    module._get_fsdp_state()._register_pre_backward_hook(loss)
 
 
 def broken_by_fork() -> Callable[[], bool]:

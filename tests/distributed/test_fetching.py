@@ -174,16 +174,19 @@ def check_once(rank: int, folder) -> None:
     base = first_uses_more(engine, batches)
     _, again = engine.gradient(loss, batches)
     again = engine.gather(again)
+    _, without = engine.gradient(useful_loss, batches)
+    unused = engine.gather(without).get("more.weight")
     if rank == 0:
         counts = {"reduced": len(counted), "batches": len(batches), "clean": clean}
         (folder / "counted.json").write_text(json.dumps(counts))
-        torch.save({"main": found, "auxiliary": again, "v": of_v}, folder / "found.pt")
+        results = {"main": found, "auxiliary": again, "v": of_v, "unused": unused}
+        torch.save(results, folder / "found.pt")
 
 
 def test_zero3_reduces_an_adapter_s_gradients_once_a_step_and_loses_none(tmp_path):
     spawn(2, check_once, tmp_path)
     counts = json.loads((tmp_path / "counted.json").read_text())
-    assert counts == {"reduced": 2, "batches": 2, "clean": True}, "once for each of two passes"
+    assert counts == {"reduced": 3, "batches": 2, "clean": True}, "once for each of three passes"
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     alone = open_engine(SometimesMore(tiny_lora()), TrainSection(steps=1, engine="single"))
     # the micro-batches of both ranks, of which each rank's first one uses more
@@ -195,6 +198,7 @@ def test_zero3_reduces_an_adapter_s_gradients_once_a_step_and_loses_none(tmp_pat
             (base(alone.module, batch) * v[0]).backward()
     expected = alone.gather(alone.accumulated_gradient())
     assert expected["more.weight"].any() and found["v"].shape == (1, 1)
+    assert not found["unused"].any(), "that of what no micro-batch uses"
     assert torch.allclose(found["v"].flatten(), v.grad, rtol=1e-4)
     for gradient in (found["main"], found["auxiliary"]):
         for name, value in expected.items():

@@ -186,6 +186,44 @@ def test_layers_that_are_kept_are_gathered_once(tmp_path, engine):
     assert len(some) > 2 * LAYERS
 
 
+def of_activations(engine):
+    """A loss of what comes out of a middle layer, and of nothing else."""
+
+    def loss(module, batch):
+        seen = []
+        layer = decoder_layers(module)[3]
+        handle = layer.register_forward_hook(lambda _m, _a, output: seen.append(output))
+        useful_loss(module, batch)
+        handle.remove()
+        return seen[0].square().mean()
+
+    return loss
+
+
+def middle(rank: int, folder: Path, engine: str) -> None:
+    train, module = adapted(engine)
+    opened, batches = open_engine(module, train), StepBatches(rank, 2).useful(0)
+    found = {
+        "middle": opened.gather(opened.gradient(of_activations(opened), batches)[1]),
+        "after": opened.gather(opened.gradient(useful_loss, batches)[1]),
+    }
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_loss_of_activations_alone_has_its_gradient(tmp_path, engine):
+    spawn(2, middle, tmp_path, engine)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    alone = open_engine(*reversed(adapted("single")))
+    shares = [batch for rank in (0, 1) for batch in StepBatches(rank, 2).useful(0)]
+    for name, loss in (("middle", of_activations(alone)), ("after", useful_loss)):
+        expected = alone.gather(alone.gradient(loss, shares)[1])
+        away = sum((found[name][key] - value).square().sum() for key, value in expected.items())
+        size = sum(value.square().sum() for value in expected.values())
+        assert away < 1e-10 * size, name
+
+
 def keep(rank: int, folder: Path, engine: str) -> None:
     train, module = adapted(engine)
     expected = {
@@ -227,7 +265,9 @@ def alone(rank: int, folder: Path) -> None:
     before = [block.self_attn.o_proj.weight.detach().clone() for block in blocks]
     kept = frozen_layers.FrozenLayers(module, blocks, Sources(), torch.device("cpu"))
     places = [block.mlp.gate_proj.weight for block in blocks[:2]]
+    whole = dict(kept.gathered())
     found = {
+        "gathered": len(whole) == sum(len(layer.weights) for layer in kept.layers),
         "shared stays": all(p is shared for p in places) and isinstance(shared, nn.Parameter),
         "same": all(
             torch.equal(block.self_attn.o_proj.weight, value)
