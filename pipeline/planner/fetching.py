@@ -93,8 +93,9 @@ class Fetching:
             if self.kept:
                 formula = f"{self.kept} layers of {layer / 1e9:.2f} GB"
                 rows.append(Row("kept gathered", formula, self.kept * layer, "always"))
-            formula = f"{passing} layers of {layer / 1e9:.2f} GB"
-            rows.append(Row("gathered layers", formula, passing * layer, "in a pass"))
+            if passing:
+                formula = f"{passing} layers of {layer / 1e9:.2f} GB"
+                rows.append(Row("gathered layers", formula, passing * layer, "in a pass"))
         rest = [w for w in self.weights if not self.by_layer(w)]
         if self.engine == "fsdp2":
             inner, outer = split(rest)
