@@ -134,11 +134,14 @@ class Fetching:
     def received(self, through: int) -> float:
         """Bytes of weights that a micro-batch's passes fetch; the backward pass goes through the last `through` layers.
 
-        Of frozen layers the last two are there when it begins, and the first two when the next pass does.
+        Of frozen layers that do not stay gathered, the last two are there when it begins, and the first two layers when
+        the next pass does.
         """
         frozen = [w for w in self.weights if self.by_layer(w)]
-        there = 2 + (2 if through == self.layers else 0)
-        turns = max(self.layers + through - there, 0) / self.layers * (1 - self.kept / self.layers)
+        passing = self.layers - self.kept
+        there = max(2 - self.kept, 0) if through == self.layers else 0
+        forward, backward = max(passing - there, 0), max(min(through, passing) - 2, 0)
+        turns = (forward + backward) / self.layers
         inner, outer = split(self._moving([w for w in self.weights if not self.by_layer(w)])[0])
         if self.engine == "fsdp2" and self.at_once:
             inner = 0  # once a step, and small

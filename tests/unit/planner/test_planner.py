@@ -435,7 +435,7 @@ def test_two_ranks_hold_and_gather_what_is_planned(engine, adapter, offloaded):
     spawn(2, check_engine, engine, adapter, offloaded)
 
 
-def check_frozen(rank: int, folder: Path, engine_name: str) -> None:
+def check_frozen(rank: int, folder: Path, engine_name: str, kept: int) -> None:
     from pipeline.engines.open import init_distributed, open_engine
 
     path = folder / "ds.json"
@@ -450,7 +450,8 @@ def check_frozen(rank: int, folder: Path, engine_name: str) -> None:
     plan = planned(config, train, sap, 2, zero if engine_name == "zero3" else {})
     init_distributed(train)
     torch.distributed.barrier()
-    engine = open_engine(make_trainable(LlamaForCausalLM(config), train, seed=0), train)
+    module = make_trainable(LlamaForCausalLM(config), train, seed=0)
+    engine = open_engine(module, train, kept=kept)
     layers, fetched, most = engine.frozen.layers, [0], [0]
 
     def counting(layer, gather):
@@ -472,14 +473,20 @@ def check_frozen(rank: int, folder: Path, engine_name: str) -> None:
     others = sum(
         w.numel * w.width for w in plan.model.weights if not w.in_layer and w.numel > bound
     )
-    assert plan.fetching.at_once and most[0] == bytes_of(plan, "gathered layers")
-    assert fetched[0] == len(batches) * (plan.fetching.received(8) - others)
+    plan = replace(plan, gathered=kept)
+    whole = sum(
+        row.bytes for row in plan.rows() if row.part in ("gathered layers", "kept gathered")
+    )
+    assert plan.fetching.at_once and most[0] == whole
+    received = replace(plan.fetching, kept=kept).received(8)
+    assert fetched[0] == len(batches) * (received - others)
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("kept", [0, 1, 4, 6, 7, 8])
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_frozen_layers_are_fetched_as_planned(tmp_path, engine):
-    spawn(2, check_frozen, tmp_path, engine)
+def test_frozen_layers_are_fetched_as_planned(tmp_path, engine, kept):
+    spawn(2, check_frozen, tmp_path, engine, kept)
 
 
 def test_defaults_are_deepspeeds():
