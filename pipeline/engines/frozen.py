@@ -48,14 +48,17 @@ class FrozenLayers:
         self.kept = kept
         self._at: int | None = None  # the layer whose turn it was last
         waiting: dict[nn.Parameter, tuple[_Layer, int]] = {}
-        names = {parameter: full for full, parameter in module.named_parameters()}
-        uses = Counter(parameter for parameter, _, _ in _places(module))
+        # By id: what is copied from memory is freed block by block, and not held here.
+        names = {id(parameter): full for full, parameter in module.named_parameters()}
+        uses = Counter(id(parameter) for parameter, _, _ in _places(module))
         for block in blocks:
             inside = Counter(parameter for parameter, _, _ in _places(block))
             taken = [
-                p for p, n in inside.items() if not p.requires_grad and n == uses[p] and p.numel()
+                p
+                for p, n in inside.items()
+                if not p.requires_grad and n == uses[id(p)] and p.numel()
             ]
-            layer = _Layer([names[p] for p in taken], taken, device)
+            layer = _Layer([names[id(p)] for p in taken], taken, device)
             self.layers.append(layer)
             numbers = {parameter: number for number, parameter in enumerate(taken)}
             for parameter, number in numbers.items():

@@ -394,14 +394,14 @@ OF_THE_ENGINES = (
     mutant(
         "frozen layers: what two layers share is cut with one of them",
         FROZEN,
-        "and n == uses[p] and",
+        "and n == uses[id(p)] and",
         "and",
         "tests/distributed/test_frozen.py::test_one_rank_fetches_nothing_and_what_layers_share_stays",
     ),
     mutant(
         "zero3: gradients of earlier micro-batches lost",
         ZERO3,
-        "loss = _WithGradients.apply(loss, waiting, *leaves)",
+        "loss = _WithGradients.apply(loss, gradients, *used)",
         "pass",
         "tests/distributed/test_fetching.py::test_zero3_reduces_an_adapter_s_gradients_once_a_step_and_loses_none",
     ),
