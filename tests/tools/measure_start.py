@@ -1,6 +1,6 @@
-"""What starting processes costs: a grid of six tiny cells, warm and with every process a Python of its own, in turn.
+"""What starting processes costs: a grid of tiny cells, warm and with every process a Python of its own, in turn.
 
-    python -m tests.tools.measure_start [ROUNDS]
+    python -m tests.tools.measure_start [ROUNDS [CELLS]]      # default 1 and 6
 
 Training and evaluating a cell is a second's work here, so what is measured is its start. Printed are wall time and CPU
 time of `sap run` from nothing, data preparation and report included, and that all adapters and answers are the same.
@@ -16,16 +16,15 @@ from pathlib import Path
 
 from tests.project import make_project, sap, write_recipe
 
-CELLS = 6
 
-
-def main(rounds: int) -> int:
+def main(rounds: int = 1, cells: int = 6) -> int:
+    """Exit code 1 where a run fails, or products differ."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         content = make_project(folder)
         content["align"]["enabled"] = content["evaluate"]["baselines"] = False
         content["train"] |= {"engine": "single", "ranks": 1}
-        content["methods"] = {f"lr{i}": {"train": {"lr": 1e-3 * (i + 1)}} for i in range(CELLS)}
+        content["methods"] = {f"lr{i}": {"train": {"lr": 1e-3 * (i + 1)}} for i in range(cells)}
         path = write_recipe(folder, content)
         products, lines = [], []
         for number in range(rounds):
@@ -53,10 +52,10 @@ def main(rounds: int) -> int:
                     f"[start] round {number + 1}, {way}: {wall:.0f} s", file=sys.stderr, flush=True
                 )
         print("| processes | seconds | CPU seconds |", "| --- | --- | --- |", *lines, sep="\n")
-        same = all(one == products[0] for one in products) and len(products[0]) == 2 * CELLS
+        same = all(one == products[0] for one in products) and len(products[0]) == 2 * cells
         print("adapters and answers: the same to the bit" if same else "adapters or answers DIFFER")
         return int(not same)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 1))
+    sys.exit(main(*map(int, sys.argv[1:])))
