@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from pipeline.engines import frozen as frozen_layers
 from pipeline.engines.open import init_distributed, open_engine
@@ -19,17 +19,8 @@ from pipeline.model.weights import Sources
 from pipeline.objectives.losses import useful_loss
 from pipeline.recipe.sections import LoraSection, TrainSection
 from tests.distributed.ranks import spawn
+from tests.distributed.test_fetching import CONFIG, LAYERS
 from tests.tiny import StepBatches
-
-LAYERS = 6
-CONFIG = LlamaConfig(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
 
 
 def adapted(engine: str, checkpointing: str = "") -> tuple[TrainSection, nn.Module]:
