@@ -182,14 +182,13 @@ def fetched_by_layer(
         "stage3_max_live_parameters": 2 * layer + others,
         **({"stage3_param_persistence_threshold": kept} if kept else {}),
     }
-    said = {name for name in sizes if name in zero or name.removeprefix("stage3_") in zero}
-    return zero | {name: size for name, size in sizes.items() if name not in said}
+    return zero | {name: size for name, size in sizes.items() if said_size(zero, name) is None}
 
 
-def persistence(zero: dict[str, Any]) -> int:
-    """Elements of a tensor up to which it stays whole between passes; 0 where nothing is said of it."""
-    key = "stage3_param_persistence_threshold"
-    return int(zero.get(key, zero.get(key.removeprefix("stage3_"), 0)))
+def said_size(zero: dict[str, Any], key: str) -> int | None:
+    """A size of zero_optimization, which has two names; None where nothing is said of it."""
+    names = (key, key.removeprefix("stage3_"))
+    return next((int(zero[name]) for name in names if name in zero), None)
 
 
 def _auto_paths(value: Any, prefix: str = "") -> list[str]:

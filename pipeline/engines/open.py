@@ -20,8 +20,8 @@ from pipeline.engines.ds_config import (
     cuts_frozen,
     fetched_at_once,
     fetched_by_layer,
-    persistence,
     read_ds_config,
+    said_size,
 )
 from pipeline.engines.engine import Engine
 from pipeline.engines.exchange import of_every_rank
@@ -169,7 +169,7 @@ def _zero3(
     )
     layer, rest = max(_elements([block]) for block in fetched), _elements(fetched)
     zero = fetched_by_layer(config["zero_optimization"], layer, _elements([module]) - rest, kept)
-    once = at_once and persistence(zero) >= kept
+    once = at_once and (said_size(zero, "stage3_param_persistence_threshold") or 0) >= kept
     config = config | {"zero_optimization": zero}
     return Zero3Engine(module, adamw(trained, train), config, fetched, sources, once)
 

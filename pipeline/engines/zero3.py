@@ -3,9 +3,10 @@
     engine = Zero3Engine(model, optimizer, ds_config, decoder_layers(model))       # after deepspeed.init_distributed()
 
 Three flat rank-local views, all in the order of DeepSpeed's sub-groups, are everything this module touches: the
-compute copy (`lp`), the optimizer's float32 master, and the averaged gradient (deepspeed_private.Partitions). A decoder
-layer is fetched, and released, as a whole: DeepSpeed's hooks on every submodule cost more time than the arithmetic of a
-small layer. What goes wrong silently without care, and is handled here:
+compute copy (`lp`), the optimizer's float32 master, and the averaged gradient (deepspeed_private.Partitions). What
+DeepSpeed cuts is fetched, and released, by decoder layer: its hooks on every submodule cost more time than the
+arithmetic of a small layer. Under LoRA the frozen weights of layers are frozen.py's, unless DeepSpeed's file keeps
+them in its own way, and a small adapter is fetched at once. What goes wrong silently without care, and is handled here:
 - a gathered copy of a weight may outlive the pass that used it, and an edit of the shard is then invisible: all
   gathered copies are dropped before the shard is edited and again before it is restored (DeepSpeed #5667 is what
   happens otherwise);

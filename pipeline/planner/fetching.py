@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.defences.defence import Row
-from pipeline.engines.ds_config import cuts_frozen, fetched_at_once, fetched_by_layer
+from pipeline.engines.ds_config import (
+    cuts_frozen,
+    fetched_at_once,
+    fetched_by_layer,
+    said_size,
+)
 from pipeline.model.model_size import Weight
 
 # DeepSpeed's defaults of what is read here (deepspeed/runtime/zero/config.py).
@@ -68,10 +73,8 @@ class Fetching:
             layer = max(sum(w.numel for w in rest if w.in_layer) // self.layers, 1)
             others, kept = sum(w.numel for w in rest if not w.in_layer), 0
         sizes = fetched_by_layer(self.zero, layer, others, kept)
-        names = (key, key.removeprefix("stage3_"))
-        return int(
-            next((sizes[name] for name in names if name in sizes), ZERO_DEFAULTS.get(key, 0))
-        )
+        said = said_size(sizes, key)
+        return ZERO_DEFAULTS[key] if said is None else said
 
     def rows(self) -> list[Row]:
         """Weights that are whole on a GPU while a pass runs, beside its shards.
